@@ -1,0 +1,149 @@
+"""Box geometry on arrays.
+
+A box is `[x1, y1, x2, y2]` in original pixels, half-open: it covers the columns `x1 <= x < x2` and the rows
+`y1 <= y < y2`, so a box around one pixel has area 1. Sides may have zero length (a degenerate box, area 0); they may
+not be negative.
+
+Degenerate boxes follow one rule: IoU is 0 with every other box and 1 with an identical box.
+"""
+
+# N, M boxes
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.errors import DataError
+
+__all__ = ["area", "giou", "pairwise_giou", "pairwise_iou", "validate_boxes"]
+
+
+def validate_boxes(boxes: ArrayLike, name: str = "boxes") -> np.ndarray:
+    """Return boxes as an (N, 4) float64 array, or say what is wrong with them.
+
+    Args:
+        boxes: (N, 4) xyxy boxes, any frame; an empty sequence means no boxes.
+        name: What the boxes are called in the error message.
+
+    Returns:
+        (N, 4) float64; (0, 4) for no boxes.
+
+    Raises:
+        DataError: Wrong shape, not numbers, non-finite numbers, or `x2 < x1` or `y2 < y1`.
+
+    Example:
+        >>> validate_boxes([]).shape
+        (0, 4)
+    """
+    try:
+        array = np.asarray(boxes, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: expected numbers of shape (N, 4), got {boxes!r:.200}") from error
+    if array.shape == (0,):
+        return np.zeros((0, 4))
+    if array.ndim != 2 or array.shape[1] != 4:
+        hint = "; for one box pass [[x1, y1, x2, y2]]" if array.shape == (4,) else ""
+        raise DataError(f"{name}: expected shape (N, 4), got {array.shape}{hint}")
+    infinite = ~np.isfinite(array)
+    _raise_at_first(infinite, array, name, "expected finite coordinates")
+    negative = array[:, 2:] < array[:, :2]
+    _raise_at_first(negative, array, name, "expected [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2")
+    return array
+
+
+def _raise_at_first(wrong: np.ndarray, boxes: np.ndarray, name: str, expected: str) -> None:
+    if wrong.any():
+        row = int(np.nonzero(wrong)[0][0])
+        raise DataError(f"{name}[{row}]: {expected}, got {boxes[row].tolist()}")
+
+
+def area(boxes: ArrayLike) -> np.ndarray:
+    """Area of each box in square pixels.
+
+    Args:
+        boxes: (..., 4) xyxy boxes.
+
+    Returns:
+        (...) float64; 0 for a degenerate box, shape (0,) for no boxes.
+    """
+    array = np.asarray(boxes, dtype=np.float64)
+    return (array[..., 2] - array[..., 0]) * (array[..., 3] - array[..., 1])
+
+
+def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Intersection over union of every box of `a` with every box of `b`.
+
+    Args:
+        a: (N, 4) xyxy boxes.
+        b: (M, 4) xyxy boxes in the same frame.
+
+    Returns:
+        (N, M) float64 in [0, 1]. A degenerate box has IoU 0, or 1 with an identical box. (0, M) or (N, 0) for no boxes.
+
+    Raises:
+        DataError: As `validate_boxes`.
+    """
+    return _iou_and_union(validate_boxes(a, "a")[:, None], validate_boxes(b, "b")[None])[0]
+
+
+def pairwise_giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Generalised IoU of every box of `a` with every box of `b`; see `giou`.
+
+    Args:
+        a: (N, 4) xyxy boxes.
+        b: (M, 4) xyxy boxes in the same frame.
+
+    Returns:
+        (N, M) float64 in [-1, 1]; (0, M) or (N, 0) for no boxes.
+
+    Raises:
+        DataError: As `validate_boxes`.
+    """
+    return _giou(validate_boxes(a, "a")[:, None], validate_boxes(b, "b")[None])
+
+
+def giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Generalised IoU of paired boxes: `IoU - |hull without union| / |hull|` (Rezatofighi et al. 2019).
+
+    Args:
+        a: (..., 4) xyxy boxes.
+        b: (..., 4) xyxy boxes in the same frame; leading dimensions broadcast with those of `a`.
+
+    Returns:
+        (...) float64 in [-1, 1], a scalar for one pair of shape (4,). Identical boxes give 1, degenerate or not.
+        Different boxes whose common hull has no area (degenerate boxes on one line) give -1, the limit of far boxes.
+
+    Raises:
+        DataError: As `validate_boxes`, or the last dimension is not 4.
+
+    Example:
+        >>> float(giou([0, 0, 2, 2], [2, 0, 4, 2]))
+        0.0
+    """
+    arrays = []
+    for name, boxes in (("a", a), ("b", b)):
+        array = np.asarray(boxes, dtype=np.float64)
+        if array.ndim == 0 or array.shape[-1] != 4:
+            raise DataError(f"{name}: expected shape (..., 4), got {array.shape}")
+        validate_boxes(array.reshape(-1, 4), name)
+        arrays.append(array)
+    return _giou(*arrays)[()]
+
+
+def _iou_and_union(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    intersection = np.maximum(sides, 0.0).prod(axis=-1)
+    union = area(a) + area(b) - intersection
+    identical = (a == b).all(axis=-1)
+    iou = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    return np.where(identical, 1.0, iou), union
+
+
+def _giou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    iou, union = _iou_and_union(a, b)
+    hull = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(axis=-1)
+    flat = np.where(iou == 1.0, 0.0, 1.0)
+    gap = np.divide(hull - union, hull, out=flat, where=hull > 0)
+    # Rounding can leave a union a hair above its hull, and a point far away at a hair below -1.
+    return np.clip(iou - np.maximum(gap, 0.0), -1.0, 1.0)

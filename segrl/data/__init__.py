@@ -1,0 +1,28 @@
+"""Data sets with the columns that segrl trains on: image, mask, query, modality, anatomy, lesion, name, [reasoning]."""
+
+from segrl.data.folder import check_rows, load_folder
+from segrl.data.prompts import (
+    ANSWER_ONLY_INSTRUCTION,
+    INSTRUCTION,
+    build_prompt,
+    build_query,
+    build_reasoning,
+    prepare,
+)
+from segrl.data.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
+
+__all__ = [
+    "ANSWER_ONLY_INSTRUCTION",
+    "INSTRUCTION",
+    "LESIONS",
+    "Scene",
+    "build_prompt",
+    "build_query",
+    "build_reasoning",
+    "check_rows",
+    "load_folder",
+    "make_scene",
+    "make_synthetic",
+    "prepare",
+    "write_folder",
+]

@@ -1,0 +1,114 @@
+"""Prompt adapters: hidden states "N K D" to prompt embeddings "N P C" of a segmenter. N masks, K probe states, P prompts.
+
+All take `states` "N K D" and `state_mask` "N K" (True where a state exists; each mask has at least one) and accept N = 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segrl.errors import SegRLError
+
+
+class SemanticGuidedAdapter(nn.Module):
+    """The Semantic-Guided Prompt Adapter (SG-A) of CORE-Seg: residual MLP blocks, then one learned query attends to the result.
+
+    `h_{l+1} = h_l + MLP(LayerNorm(h_l))`, then `Proj(LayerNorm(Attn(q, h, h)))`. The paper states neither the number of blocks,
+    nor the inner width, nor the heads: `blocks`, `hidden_dim` and `num_heads` are settings.
+
+    Args:
+        input_dim: D, width of the language model.
+        prompt_dim: C, width of the segmenter's prompt embeddings.
+        blocks: number of residual blocks.
+        hidden_dim: inner width of a block's MLP; `input_dim` when None.
+        attention_dim: width of the cross attention; `prompt_dim` when None.
+        num_heads: heads of the cross attention; must divide `attention_dim`.
+        num_queries: P, learned queries (1 in the paper).
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        prompt_dim: int,
+        *,
+        blocks: int = 2,
+        hidden_dim: int | None = None,
+        attention_dim: int | None = None,
+        num_heads: int = 8,
+        num_queries: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden, attention = hidden_dim or input_dim, attention_dim or prompt_dim
+        if attention % num_heads:
+            raise SegRLError(f"num_heads={num_heads} does not divide attention_dim={attention}; choose a divisor")
+        self._settings = {
+            "input_dim": input_dim,
+            "prompt_dim": prompt_dim,
+            "blocks": blocks,
+            "hidden_dim": hidden,
+            "attention_dim": attention,
+            "num_heads": num_heads,
+            "num_queries": num_queries,
+        }
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(input_dim), nn.Linear(input_dim, hidden), nn.GELU(), nn.Linear(hidden, input_dim))
+            for _ in range(blocks)
+        )
+        self.query = nn.Parameter(torch.randn(num_queries, attention) * 0.02)
+        self.attention = nn.MultiheadAttention(
+            attention, num_heads, kdim=input_dim, vdim=input_dim, batch_first=True
+        )
+        self.norm = nn.LayerNorm(attention)
+        self.projection = nn.Linear(attention, prompt_dim)
+
+    def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            states = states + block(states)
+        query = self.query.expand(len(states), -1, -1)
+        attended, _ = self.attention(query, states, states, key_padding_mask=~state_mask, need_weights=False)
+        return self.projection(self.norm(attended))
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+
+class LinearAdapter(nn.Module):
+    """One linear layer, the ablation of CORE-Seg that stands in for SG-A. Several states are averaged first."""
+
+    def __init__(self, input_dim: int, prompt_dim: int) -> None:
+        super().__init__()
+        self._settings = {"input_dim": input_dim, "prompt_dim": prompt_dim}
+        self.projection = nn.Linear(input_dim, prompt_dim)
+
+    def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        return self.projection(_mean_state(states, state_mask))
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+
+class MLPAdapter(nn.Module):
+    """LayerNorm and two linear layers with GELU, the usual `[SEG]` projection of LISA-like models (arXiv:2308.00692)."""
+
+    def __init__(self, input_dim: int, prompt_dim: int, *, hidden_dim: int | None = None) -> None:
+        super().__init__()
+        hidden = hidden_dim or input_dim
+        self._settings = {"input_dim": input_dim, "prompt_dim": prompt_dim, "hidden_dim": hidden}
+        self.layers = nn.Sequential(
+            nn.LayerNorm(input_dim), nn.Linear(input_dim, hidden), nn.GELU(), nn.Linear(hidden, prompt_dim)
+        )
+
+    def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        return self.layers(_mean_state(states, state_mask))
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+
+def _mean_state(states: Tensor, state_mask: Tensor) -> Tensor:
+    """Mean of the existing states: "N K D" to "N 1 D"; the state itself for K = 1."""
+    weight = state_mask.unsqueeze(-1).to(states.dtype)
+    return (states * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)

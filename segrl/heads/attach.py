@@ -1,0 +1,82 @@
+"""Putting a `MaskHead` on an instance of any vision-language model.
+
+The model's class, `forward` and checkpoint layout stay what they are: a subclass would lose the key renames that transformers
+registers per class, and TRL replaces `forward` of the instance. The head listens to a forward hook of the **backbone**, the one
+call that generation, scoring and the loss share, through PEFT, DDP and a fused language-model head alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from segrl.errors import SegRLError
+from segrl.heads.mask_head import MaskHead
+
+_ATTRIBUTE = "mask_head"
+
+
+def base_instance(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attach_mask_head(model: Any, head: MaskHead) -> Any:
+    """Make `head` the submodule `mask_head` of `model` and let it listen to the backbone. Returns `model`.
+
+    Args:
+        model: any transformers causal vision-language model, or one wrapped by PEFT.
+        head: the head; it is moved to the model's device.
+
+    Raises:
+        SegRLError: the model already has a head, or has no backbone that returns `last_hidden_state`.
+    """
+    base = base_instance(model)
+    if find_mask_head(model) is not None:
+        raise SegRLError(f"{type(base).__name__} already has a mask head; detach it first (segrl.heads.attach.detach_mask_head)")
+    backbone = getattr(base, getattr(base, "base_model_prefix", "") or "model", None)
+    if not isinstance(backbone, nn.Module) or backbone is base:
+        raise SegRLError(f"{type(base).__name__} has no backbone under base_model_prefix={getattr(base, 'base_model_prefix', None)!r}")
+    head.to(next(backbone.parameters()).device)
+    base.add_module(_ATTRIBUTE, head)
+    head._hook = backbone.register_forward_hook(_BackboneHook(head))
+    return model
+
+
+def find_mask_head(model: Any) -> MaskHead | None:
+    """The head on `model` (through PEFT), or None."""
+    head = getattr(base_instance(model), _ATTRIBUTE, None)
+    return head if isinstance(head, MaskHead) else None
+
+
+def detach_mask_head(model: Any) -> MaskHead | None:
+    """Take the head off `model` and return it, or None if there is none."""
+    base, head = base_instance(model), find_mask_head(model)
+    if head is not None:
+        head._hook.remove()
+        del head._hook
+        delattr(base, _ATTRIBUTE)
+    return head
+
+
+class _BackboneHook:
+    """A forward hook as an object, so that a model with a head can be copied and pickled."""
+
+    def __init__(self, head: MaskHead) -> None:
+        self.head = head
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        replaced = self.head.on_backbone(states)
+        if replaced is states:
+            return output
+        if isinstance(output, tuple):
+            return (replaced, *output[1:])
+        output["last_hidden_state"] = replaced
+        return output
+
+
+def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict without the head's keys."""
+    return {key: value for key, value in state.items() if f"{_ATTRIBUTE}." not in key}

@@ -1,0 +1,127 @@
+"""What both trainers share: a mask head beside the language model through construction, optimiser, saving and loading.
+
+TRL's trainer never sees the head while it is built, saved or loaded: PEFT would freeze, wrap or copy it, a reference model would
+duplicate it, and `save_pretrained` would mix it into the language model's files. The head has files of its own in the same folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segrl.dense import DenseLoss, check_dense_losses, dense_terms
+from segrl.errors import SegRLError
+from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
+from segrl.heads.mask_head import MaskHead, MaskRequest
+
+
+@contextmanager
+def head_detached(model: Any) -> Iterator[MaskHead | None]:
+    """Take the mask head off `model` inside the context. A model without one is left alone."""
+    head = detach_mask_head(model)
+    try:
+        yield head
+    finally:
+        if head is not None:
+            attach_mask_head(model, head)
+
+
+class JointTraining:
+    """Mixin before a TRL trainer: `class SegXTrainer(JointTraining, XTrainer)`."""
+
+    mask_head: MaskHead | None = None
+    dense_losses: list[DenseLoss]
+    _text_term: str  # name of TRL's own loss in the logs
+
+    def _init_joint(self, model: Any, dense_losses: Sequence[DenseLoss] | None, build: Any) -> None:
+        """Run TRL's `__init__` (`build`) with the head off the model, then put the head on the model that TRL prepared."""
+        self.dense_losses = check_dense_losses(dense_losses)
+        head = None if isinstance(model, str) else find_mask_head(model)
+        if self.dense_losses and head is None:
+            raise SegRLError(
+                f"dense_losses={self.dense_losses} need mask logits, but the model has no mask head; "
+                "call attach_mask_head(model, head) first"
+            )
+        trained: Any = model
+        if head is not None:
+            detach_mask_head(model)
+        try:
+            build()
+            trained = self.model  # type: ignore[attr-defined]
+        finally:
+            if head is not None:
+                attach_mask_head(trained, head)
+        if head is not None:
+            head.freeze()
+            if not self.dense_losses:
+                head.requires_grad_(False)  # masks for rewards only
+        self.mask_head = head
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def _joint_loss(self, loss: Tensor, weight: float, request: MaskRequest | None, scale: float, mode: str) -> Tensor:
+        """`weight * loss + scale * sum_i weight_i * term_i`, every term logged raw and weighted."""
+        total = loss if weight == 1.0 else weight * loss
+        if request is None:
+            return total
+        terms, statistics = dense_terms(self.dense_losses, request)
+        trainer: Any = self
+        metrics = trainer._metrics[mode]
+        for item in self.dense_losses:
+            total = total + scale * item.weight * terms[item.name]
+            value = trainer.accelerator.gather(terms[item.name].detach()).mean().item()
+            metrics[f"dense/{item.name}"].append(value)
+            metrics[f"dense/{item.name}_weighted"].append(item.weight * value)
+        text = trainer.accelerator.gather(loss.detach()).mean().item() / scale
+        metrics[f"{self._text_term}"].append(text)
+        metrics[f"{self._text_term}_weighted"].append(weight * text)
+        dice = statistics["dice"]
+        overlap = torch.stack([dice * len(request.rows), dice.new_tensor(len(request.rows))]) if dice is not None and request.rows is not None else torch.zeros(2, device=loss.device)
+        joined = trainer.accelerator.reduce(overlap.float(), reduction="sum")
+        if joined[1] > 0:
+            metrics["mask/dice"].append((joined[0] / joined[1]).item())
+        return total
+
+    # ---- optimiser ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        fresh = trainer.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        rate = getattr(trainer.args, "head_learning_rate", None)
+        if fresh and rate is not None and self.mask_head is not None:
+            own = {id(parameter) for parameter in self.mask_head.parameters()}
+            for group in list(optimizer.param_groups):
+                head_params = [p for p in group["params"] if id(p) in own]
+                if head_params:
+                    group["params"] = [p for p in group["params"] if id(p) not in own]
+                    optimizer.add_param_group({**group, "params": head_params, "lr": rate})
+        return optimizer
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        trainer: Any = self
+        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+            super()._save(output_dir, None if state_dict is None else without_prefix(state_dict))  # type: ignore[misc]
+        if self.mask_head is not None and trainer.args.should_save:
+            self.mask_head.save_pretrained(output_dir if output_dir is not None else trainer.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if self.mask_head is not None:
+            self.mask_head.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+            super()._load_best_model()  # type: ignore[misc]
+        if self.mask_head is not None:
+            self.mask_head.load_weights(os.fspath(trainer.state.best_model_checkpoint))

@@ -1,0 +1,225 @@
+"""Binary masks: reading them, their boxes, their size, and the one rule for empty masks.
+
+A mask is an array (H, W), bool or integer; every nonzero pixel is foreground, so {0, 1} and {0, 255} mean the same.
+
+The empty-mask rule, `empty_score`, is used by every metric and reward of segrl: an empty prediction of an empty truth
+is perfect (1.0), and if exactly one of the two is empty nothing agrees (0.0). The losses tend to the same limits.
+"""
+
+# N components, H/W pixels
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import ndimage
+
+from segrl.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "BOTH_EMPTY_SCORE",
+    "ONE_EMPTY_SCORE",
+    "binarize",
+    "boxes_from_mask",
+    "empty_score",
+    "foreground",
+    "mask_to_box",
+    "resize_mask",
+    "soft_target",
+]
+
+BOTH_EMPTY_SCORE = 1.0
+ONE_EMPTY_SCORE = 0.0
+EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
+
+
+def empty_score(pred_empty: bool, true_empty: bool) -> float | None:
+    """The empty rule: the agreement of two masks (or lists of boxes) of which at least one is empty.
+
+    Args:
+        pred_empty: Nothing was predicted.
+        true_empty: There is nothing to find.
+
+    Returns:
+        1.0 if both are empty, 0.0 if exactly one is, `None` if neither is and the ordinary formula applies.
+    """
+    if pred_empty and true_empty:
+        return BOTH_EMPTY_SCORE
+    return ONE_EMPTY_SCORE if pred_empty or true_empty else None
+
+
+def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> np.ndarray:
+    """Return the foreground (nonzero pixels) of a bool or integer mask.
+
+    Args:
+        mask: (H, W), or any shape with `ndim=None`; bool or integer.
+        name: What the mask is called in the error message.
+        ndim: Required number of dimensions; `None` accepts any.
+
+    Returns:
+        bool array of the same shape; the input itself if it is bool already.
+
+    Raises:
+        DataError: Wrong number of dimensions, or a float mask: the foreground of logits or probabilities is a choice.
+    """
+    array = np.asarray(mask)
+    if ndim is not None and array.ndim != ndim:
+        raise DataError(f"{name}: expected {ndim} dimensions, got shape {array.shape}")
+    if array.dtype == np.bool_:
+        return array
+    if not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"{name}: expected a bool or integer mask, got {array.dtype}; threshold it first, as in mask > 0"
+        )
+    return array != 0
+
+
+def binarize(array: ArrayLike, name: str = "mask") -> np.ndarray:
+    """Read a stored mask as bool, refusing what is not a binary mask.
+
+    Args:
+        array: (H, W), (H, W, 1) or (H, W, 3) with equal channels. Values {0, v} for one positive v; a constant zero
+            mask is empty and a constant positive mask is all foreground.
+        name: File or row named in the error message.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        DataError: More than two values, a background that is not 0, NaN, differing channels, or no pixels.
+    """
+    values = np.asarray(array)
+    if values.ndim == 3 and values.shape[2] in (1, 3):
+        if (values != values[:, :, :1]).any():
+            raise DataError(f"{name}: the 3 channels of the mask differ; save it as an 8-bit mask with one channel")
+        values = values[:, :, 0]
+    if values.ndim != 2 or values.size == 0:
+        raise DataError(f"{name}: expected a mask of shape (H, W) with at least one pixel, got shape {values.shape}")
+    if values.dtype == np.bool_:
+        return values
+    if not np.issubdtype(values.dtype, np.number):
+        raise DataError(f"{name}: expected numbers, got {values.dtype}")
+    high = values.max()
+    inside = values == high
+    # NaN fails both comparisons, so it is refused here as well.
+    if not (inside | (values == 0)).all() or high < 0:
+        found = np.unique(values)
+        listed = ", ".join(str(value) for value in found[:5]) + (", ..." if found.size > 5 else "")
+        raise DataError(
+            f"{name}: a mask may hold 0 and one positive value, got {found.size} values ({listed}); "
+            "save it losslessly (PNG, not JPEG) with background 0 and one mask per lesion type"
+        )
+    return inside if high > 0 else np.zeros(values.shape, dtype=bool)
+
+
+def boxes_from_mask(mask: ArrayLike, min_area: int = 1) -> np.ndarray:
+    """Bounding boxes of the connected components (8-connectivity).
+
+    Args:
+        mask: (H, W) bool or integer.
+        min_area: Components with fewer pixels are left out.
+
+    Returns:
+        (N, 4) float64 xyxy half-open boxes in the pixels of the mask, sorted by component area (largest first), then by
+        y1, then by x1; a one-pixel component has a box of area 1. (0, 4) for an empty mask.
+
+    Raises:
+        DataError: As `foreground`.
+
+    Example:
+        >>> boxes_from_mask(np.eye(3, dtype=bool)).tolist()
+        [[0.0, 0.0, 3.0, 3.0]]
+    """
+    labels, count = ndimage.label(foreground(mask), structure=EIGHT_CONNECTED)  # pyright: ignore[reportGeneralTypeIssues]
+    if count == 0:
+        return np.zeros((0, 4))
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels)], dtype=np.float64)
+    order = np.lexsort((boxes[:, 0], boxes[:, 1], -areas))
+    return boxes[order[areas[order] >= min_area]]
+
+
+def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
+    """Bounding box of the whole foreground.
+
+    Args:
+        mask: (H, W) bool or integer.
+
+    Returns:
+        (4,) float64 xyxy half-open box in the pixels of the mask, or `None` for an empty mask.
+
+    Raises:
+        DataError: As `foreground`.
+    """
+    inside = foreground(mask)
+    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+    if rows.size == 0:
+        return None
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+def resize_mask(mask: ArrayLike, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize by nearest neighbour, taking pixel centres as sample points.
+
+    Args:
+        mask: (H, W) bool or integer.
+        size_hw: New (height, width).
+
+    Returns:
+        (height, width) bool; an empty mask stays empty, a lesion smaller than the sampling step can vanish.
+
+    Raises:
+        DataError: As `foreground`, a mask without pixels, or a new size below 1.
+    """
+    inside = foreground(mask)
+    _check_sizes(inside.shape, size_hw)
+    rows, columns = (
+        # Integers keep ties exact: the centre of new pixel i is (i + 1/2) * old / new.
+        (2 * np.arange(new) + 1) * old // (2 * new)
+        for old, new in zip(inside.shape, size_hw, strict=True)
+    )
+    return inside[rows[:, None], columns[None]]
+
+
+def soft_target(mask: ArrayLike, size_hw: tuple[int, int], *, quantised: bool = False) -> torch.Tensor:
+    """Resize by exact area averaging: each value is the covered share of its pixel, so no small lesion vanishes.
+
+    Args:
+        mask: (H, W) bool or integer.
+        size_hw: New (height, width), for example that of the mask logits.
+        quantised: Return `round(255 * share)` as uint8, a quarter of the memory; divide by 255 before the loss.
+
+    Returns:
+        (height, width) CPU tensor, float32 in [0, 1] or uint8 in 0..255. The mean over the float values equals the mean
+        over the mask; an empty mask gives zeros.
+
+    Raises:
+        DataError: As `resize_mask`.
+    """
+    import torch  # here, because checking data and reading reports should not wait for torch to load
+
+    inside = foreground(mask)
+    _check_sizes(inside.shape, size_hw)
+    rows, columns = (_area_weights(old, new) for old, new in zip(inside.shape, size_hw, strict=True))
+    share = np.clip(rows @ inside.astype(np.float32) @ columns.T, 0.0, 1.0)
+    return torch.from_numpy(np.rint(share * 255).astype(np.uint8) if quantised else share)
+
+
+def _area_weights(old: int, new: int) -> np.ndarray:
+    """(new, old) float32: the share of new pixel i that old pixel j covers; rows sum to 1."""
+    start = np.arange(new)[:, None] * old
+    left, right = np.arange(old)[None] * new, (np.arange(old)[None] + 1) * new
+    overlap = np.minimum(start + old, right) - np.maximum(start, left)
+    return (np.maximum(overlap, 0) / old).astype(np.float32)
+
+
+def _check_sizes(old_hw: tuple[int, ...], new_hw: tuple[int, int]) -> None:
+    if min(old_hw) < 1 or len(new_hw) != 2 or min(new_hw) < 1:
+        raise DataError(
+            f"cannot resize a mask of shape {old_hw} to {tuple(new_hw)}; both need a height and width of at least 1"
+        )

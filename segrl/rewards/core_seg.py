@@ -1,0 +1,100 @@
+"""The three rewards of CORE-Seg, `R = format + box_f1 + dual_granularity_mask` with a weight of 1.0 each.
+
+The paper is silent on invalid texts, empty sides and empty masks. The choice here is one rule: what is invalid or
+missing earns the lowest value of the reward, so that no text can gain by not answering.
+"""
+
+from __future__ import annotations
+
+from segrl.boxes import giou
+from segrl.errors import RewardError
+from segrl.masks import empty_score, mask_to_box
+from segrl.matching import match_boxes
+from segrl.metrics import dice
+from segrl.prediction import Prediction, Target
+from segrl.rewards.registry import register_reward
+
+__all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
+
+LOWEST_GIOU = -1.0
+
+
+@register_reward("format")
+def format_reward(prediction: Prediction, target: Target) -> float:
+    """Return 1.0 if the whole text follows the grammar and its answer holds the segmentation token, else 0.0.
+
+    The truth does not matter; see `segrl.parsing.parse_completion` for the grammar (CORE-Seg, r_fmt).
+    """
+    return float(prediction.valid)
+
+
+@register_reward("box_f1")
+def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, require_valid: bool = True) -> float:
+    """Mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
+
+    Boxes are matched one-to-one for the largest total IoU. A pair whose IoU exceeds `min_iou` is a true positive; the
+    mean runs over those pairs. A duplicate stays unmatched and lowers the precision.
+
+    Args:
+        prediction: Boxes in original pixels.
+        target: True boxes in original pixels.
+        min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent.
+        require_valid: Pay 0.0 for boxes of a text that is not valid. The paper is silent.
+
+    Returns:
+        A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
+
+    Raises:
+        RewardError: If `min_iou` is not in [0, 1).
+    """
+    if not 0 <= min_iou < 1:
+        raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
+    if require_valid and not prediction.valid:
+        return 0.0
+    n_pred, n_true = len(prediction.boxes), len(target.boxes)
+    score = empty_score(n_pred == 0, n_true == 0)
+    if score is not None:
+        return score
+    matched = match_boxes(prediction.boxes, target.boxes, min_iou).iou
+    if len(matched) == 0:
+        return 0.0
+    return float(matched.mean()) * 2 * len(matched) / (n_pred + n_true)
+
+
+@register_reward("dual_granularity_mask", needs_mask=True)
+def dual_granularity_mask(
+    prediction: Prediction,
+    target: Target,
+    *,
+    dice_threshold: float = 0.05,
+    dice_weight: float = 2.0,
+    require_valid: bool = True,
+) -> float:
+    """Reward a mask coarsely while it misses and finely once it overlaps (CORE-Seg, r_mask).
+
+    Below `dice_threshold` the reward is the GIoU of the two masks' bounding boxes, which still says how far off the
+    mask is; from there on it is ``1 + dice_weight * Dice``.
+
+    Args:
+        prediction: Mask in original pixels.
+        target: True mask, of the same shape.
+        dice_threshold: Dice from which the fine reward applies.
+        dice_weight: Slope of the fine reward.
+        require_valid: Pay the lowest value for a text that is not valid. The paper is silent.
+
+    Returns:
+        A score in [-1, 1 + dice_weight]. No mask, or an empty mask on exactly one side, gives -1.0, which is the
+        infimum of GIoU. Both masks empty: ``1 + dice_weight``.
+
+    Raises:
+        DataError: If the masks differ in shape.
+    """
+    if prediction.mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
+        return LOWEST_GIOU
+    overlap = dice(prediction.mask, target.mask)
+    pred_box, true_box = mask_to_box(prediction.mask), mask_to_box(target.mask)
+    if (pred_box is None) != (true_box is None):
+        return LOWEST_GIOU
+    if overlap >= dice_threshold or pred_box is None or true_box is None:
+        return 1.0 + dice_weight * overlap
+    return float(giou(pred_box, true_box))

@@ -1,0 +1,86 @@
+"""Data set rows to targets, frames and segmenter inputs; equal content gives the same object, so that it is encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from segrl.errors import DataError
+from segrl.frames import Frame, frame_for
+from segrl.heads.mask_head import SegInput
+from segrl.masks import binarize, soft_target
+from segrl.prediction import Target
+
+
+@dataclass(eq=False)
+class SegRow:
+    """One data set row, read: the truth, the frame of the boxes that the model writes, and the segmenter's input."""
+
+    target: Target
+    frame: Frame
+    seg_input: SegInput | None
+
+
+class RowReader:
+    """Reads rows with the columns `image` (or `images`, of which the first is segmented) and `mask`.
+
+    Args:
+        processor: the model's processor; it decides the frame of written boxes.
+        segmenter: prepares the segmenter's input; None when there is no mask head.
+        frame_kind: overrides the frame that the processor implies.
+    """
+
+    def __init__(self, processor, segmenter=None, frame_kind: str | None = None) -> None:
+        self.processor, self.segmenter, self.frame_kind = processor, segmenter, frame_kind
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[SegRow]:
+        """Rows of a batch in order. Repeated rows (the G samples of a group) share one `SegRow`.
+
+        Raises:
+            DataError: a row has no image or no mask, or the mask is not binary; names the row.
+        """
+        known: dict[bytes, SegRow] = {}
+        result = []
+        for number, row in enumerate(rows):
+            name = str(row.get("name") or f"row {number} of the batch")
+            image, mask = _image(row, name), _mask(row, name)
+            fields = {key: str(row.get(key) or "") for key in ("query", "modality", "anatomy", "lesion")}
+            digest = hashlib.blake2b(str((image.size, mask.shape, fields)).encode(), digest_size=16)
+            digest.update(image.tobytes())
+            digest.update(mask.tobytes())
+            key = digest.digest()
+            if key not in known:
+                known[key] = self._read(image, mask, name, fields)
+            result.append(known[key])
+        return result
+
+    def _read(self, image: Image.Image, mask: np.ndarray, name: str, fields: dict[str, str]) -> SegRow:
+        target = Target.from_mask(binarize(mask, name), name=name, **fields)
+        frame = frame_for(self.processor, image.size, original_size=(target.width, target.height), kind=self.frame_kind)
+        if self.segmenter is None:
+            return SegRow(target, frame, None)
+        side = self.segmenter.mask_size
+        return SegRow(
+            target, frame, SegInput(self.segmenter.preprocess(image), target=soft_target(target.mask, (side, side), quantised=True))
+        )
+
+
+def _image(row: Mapping[str, Any], name: str) -> Image.Image:
+    image = row.get("image")
+    if image is None and row.get("images"):
+        image = row["images"][0]
+    if not isinstance(image, Image.Image):
+        raise DataError(f"{name}: no image; expected a PIL image in the column 'image' (or a list in 'images'), got {image!r}")
+    return image.convert("RGB")
+
+
+def _mask(row: Mapping[str, Any], name: str) -> np.ndarray:
+    mask = row.get("mask")
+    if mask is None:
+        raise DataError(f"{name}: no mask; expected a PIL image or array in the column 'mask' (columns: {sorted(row)})")
+    return np.asarray(mask)

@@ -1,0 +1,74 @@
+"""What a mask head needs from a segmenter: `preprocess`, `encode`, `decode`, `decode_boxes`.
+
+Shape legend: B unique images, N masks to decode, S input side in pixels, h = w mask side, C prompt width, K prompts per mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of B images: a tuple of tensors whose first dimension is B.
+
+    Rows can be selected (`features[index]`), moved (`features.to(device)`), split into single images and joined again
+    (`ImageFeatures.cat`), so that a cache can hold one image at a time.
+    """
+
+    tensors: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: Tensor | slice | list[int]) -> ImageFeatures:
+        return ImageFeatures(tuple(tensor[index] for tensor in self.tensors))
+
+    def to(self, *args, **kwargs) -> ImageFeatures:
+        """The same features on another device or in another dtype (arguments of `Tensor.to`)."""
+        return ImageFeatures(tuple(tensor.to(*args, **kwargs) for tensor in self.tensors))
+
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Join features of several images along the first dimension. `parts` must not be empty."""
+        return ImageFeatures(tuple(torch.cat(tensors) for tensors in zip(*(p.tensors for p in parts), strict=True)))
+
+
+@runtime_checkable
+class Segmenter(Protocol):
+    """A promptable segmenter, an `nn.Module` with these members.
+
+    Attributes:
+        image_size: side S of the square input, pixels.
+        mask_size: side h of the mask logits that `decode` returns, pixels.
+        prompt_dim: width C of one prompt embedding.
+    """
+
+    image_size: int
+    mask_size: int
+    prompt_dim: int
+
+    def preprocess(self, image) -> Tensor:
+        """An RGB image (PIL, or array "H W 3" uint8) to the encoder's input "3 S S". Aspect ratio is not kept."""
+        ...
+
+    def encode(self, images: Tensor) -> ImageFeatures:
+        """Images "B 3 S S" to features of B images."""
+        ...
+
+    def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:
+        """Mask logits "N h h" for prompts "N K C", mask n on image `index[n]` of `features`. N = 0 gives shape (0, h, h)."""
+        ...
+
+    def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
+        """Mask logits "N h h" for boxes "N 4" (xyxy, fractions of the image's width and height in 0..1)."""
+        ...
+
+    def freeze(self, *, encoder: bool) -> None:
+        """Set `requires_grad` of every parameter: what a mask loss trains is on, all else off; `encoder` freezes the image encoder."""
+        ...

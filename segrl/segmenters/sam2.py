@@ -1,0 +1,304 @@
+"""SAM 2.x and MedSAM2 through the `sam2` package.
+
+The model is `sam2.modeling.sam2_base.SAM2Base`, whole: the memory modules that a single image does not need are built too, so
+that a published checkpoint loads with every key matched and the same object can propagate through a video or volume.
+
+Ravi et al., "SAM 2: Segment Anything in Images and Videos", arXiv:2408.00714; Ma et al., "MedSAM2", arXiv:2504.03600.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from segrl.errors import CheckpointError, SegRLError, unknown_name
+from segrl.segmenters.base import ImageFeatures
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Sam2Config:
+    """Sizes of a SAM 2 model. The defaults are SAM 2.1 hiera-tiny at 512 px, the model of MedSAM2.
+
+    Attributes:
+        image_size: input side S in pixels, a multiple of 32.
+        embed_dim, num_heads, stages, global_att_blocks, window_spec, pos_embed_size: the Hiera trunk.
+        hidden_dim: width of the neck, prompt encoder and mask decoder (a multiple of 8).
+        memory_dim, memory_layers, memory_feedforward: memory attention and memory encoder (video only).
+        num_maskmem: memories that the video predictor keeps.
+    """
+
+    image_size: int = 512
+    embed_dim: int = 96
+    num_heads: int = 1
+    stages: tuple[int, ...] = (1, 2, 7, 2)
+    global_att_blocks: tuple[int, ...] = (5, 7, 9)
+    window_spec: tuple[int, ...] = (8, 4, 14, 7)
+    pos_embed_size: tuple[int, int] = (7, 7)
+    hidden_dim: int = 256
+    memory_dim: int = 64
+    memory_layers: int = 4
+    memory_feedforward: int = 2048
+    num_maskmem: int = 7
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0 or self.image_size % 32:
+            raise SegRLError(f"image_size={self.image_size}: a SAM 2 input side must be a positive multiple of 32 pixels")
+        if self.hidden_dim % 8:
+            raise SegRLError(f"hidden_dim={self.hidden_dim}: must be a multiple of 8 (the decoder's number of heads)")
+        for item in fields(self):  # JSON turns tuples into lists
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                object.__setattr__(self, item.name, tuple(value))
+
+
+_NAMED_CONFIGS: dict[str, dict[str, Any]] = {
+    "sam2.1_hiera_tiny": {},
+    "sam2.1_hiera_small": {"stages": (1, 2, 11, 2), "global_att_blocks": (7, 10, 13)},
+    "sam2.1_hiera_base_plus": {
+        "embed_dim": 112,
+        "num_heads": 2,
+        "stages": (2, 3, 16, 3),
+        "global_att_blocks": (12, 16, 20),
+        "pos_embed_size": (14, 14),
+    },
+    "sam2.1_hiera_large": {
+        "embed_dim": 144,
+        "num_heads": 2,
+        "stages": (2, 6, 36, 4),
+        "global_att_blocks": (23, 33, 43),
+        "window_spec": (8, 4, 16, 8),
+    },
+}
+
+
+def sam2_config(name: str, **changes: Any) -> Sam2Config:
+    """A published size by name (`sam2.1_hiera_tiny`, `_small`, `_base_plus`, `_large`), with changes such as `image_size=1024`.
+
+    Raises:
+        UnknownNameError: no such size.
+    """
+    if name not in _NAMED_CONFIGS:
+        raise unknown_name("SAM 2 size", name, _NAMED_CONFIGS)
+    return Sam2Config(**{**_NAMED_CONFIGS[name], **changes})
+
+
+def build_sam2(config: Sam2Config) -> nn.Module:
+    """A `SAM2Base` of these sizes with random weights and the parameter names of the published SAM 2.1 checkpoints."""
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam2_base import SAM2Base
+    from sam2.modeling.sam.transformer import RoPEAttention
+
+    dim, memory_dim, side = config.hidden_dim, config.memory_dim, config.image_size // 16
+
+    def sine(width: int) -> PositionEmbeddingSine:
+        return PositionEmbeddingSine(num_pos_feats=width, normalize=True, scale=None, temperature=10000)
+
+    trunk = Hiera(
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        stages=config.stages,
+        global_att_blocks=config.global_att_blocks,
+        window_spec=config.window_spec,
+        window_pos_embed_bkg_spatial_size=config.pos_embed_size,
+    )
+    neck = FpnNeck(
+        position_encoding=sine(dim),
+        d_model=dim,
+        backbone_channel_list=trunk.channel_list,
+        fpn_top_down_levels=[2, 3],
+        fpn_interp_model="nearest",
+    )
+    attention = {
+        "rope_theta": 10000.0,
+        "feat_sizes": [side, side],
+        "embedding_dim": dim,
+        "num_heads": 1,
+        "downsample_rate": 1,
+        "dropout": 0.1,
+    }
+    layer = MemoryAttentionLayer(
+        activation="relu",
+        dim_feedforward=config.memory_feedforward,
+        dropout=0.1,
+        pos_enc_at_attn=False,
+        self_attention=RoPEAttention(**attention),
+        d_model=dim,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+        cross_attention=RoPEAttention(**attention, rope_k_repeat=True, kv_in_dim=memory_dim),
+    )
+    fuser_block = CXBlock(dim=dim, kernel_size=7, padding=3, layer_scale_init_value=1e-6, use_dwconv=True)
+    memory_encoder = MemoryEncoder(
+        out_dim=memory_dim,
+        in_dim=dim,
+        position_encoding=sine(memory_dim),
+        mask_downsampler=MaskDownSampler(embed_dim=dim, kernel_size=3, stride=2, padding=1),
+        fuser=Fuser(layer=fuser_block, num_layers=2),
+    )
+    return SAM2Base(
+        image_encoder=ImageEncoder(trunk=trunk, neck=neck, scalp=1),
+        memory_attention=MemoryAttention(
+            d_model=dim, pos_enc_at_input=True, layer=layer, num_layers=config.memory_layers
+        ),
+        memory_encoder=memory_encoder,
+        num_maskmem=config.num_maskmem,
+        image_size=config.image_size,
+        sigmoid_scale_for_mem_enc=20.0,
+        sigmoid_bias_for_mem_enc=-10.0,
+        use_mask_input_as_output_without_sam=True,
+        directly_add_no_mem_embed=True,
+        no_obj_embed_spatial=True,
+        use_high_res_features_in_sam=True,
+        multimask_output_in_sam=True,
+        iou_prediction_use_sigmoid=True,
+        use_obj_ptrs_in_encoder=True,
+        add_tpos_enc_to_obj_ptrs=True,
+        proj_tpos_enc_in_obj_ptrs=True,
+        use_signed_tpos_enc_to_obj_ptrs=True,
+        only_obj_ptrs_in_the_past_for_eval=True,
+        pred_obj_scores=True,
+        pred_obj_scores_mlp=True,
+        fixed_no_obj_ptr=True,
+        multimask_output_for_tracking=True,
+        use_multimask_token_for_obj_ptr=True,
+        multimask_min_pt_num=0,
+        multimask_max_pt_num=1,
+        use_mlp_for_obj_ptr_proj=True,
+    )
+
+
+# A mask loss on one mask never reaches these parts of the decoder: they stay as they were loaded.
+_UNTRAINED = ("sam_mask_decoder.iou_prediction_head.", "sam_mask_decoder.pred_obj_score_head.")
+
+
+class Sam2Segmenter(nn.Module):
+    """SAM 2 as a `Segmenter`: image encoder, prompt embeddings straight into the mask decoder, one mask a prompt.
+
+    `decode` uses the decoder's single-mask token and no output other than its logits: stride 4, so `mask_size` is S / 4.
+    The projections `conv_s0` and `conv_s1` belong to the decoder and may train, so they run in `decode`, on unique images;
+    features of a frozen encoder therefore never go stale.
+    """
+
+    def __init__(self, config: Sam2Config | None = None) -> None:
+        super().__init__()
+        self.config = config or Sam2Config()
+        self.sam = build_sam2(self.config)
+        self.image_size = self.config.image_size
+        self.mask_size = self.config.image_size // 4
+        self.prompt_dim = self.config.hidden_dim
+        self.register_buffer("pixel_mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.freeze(encoder=False)
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, config: Sam2Config | None = None) -> Sam2Segmenter:
+        """Load published weights: a `.pt` file in the layout `{"model": state_dict}`, or `owner/repo:file.pt` on the hub.
+
+        Read with `torch.load(weights_only=True)`: a pickle that holds anything but tensors is refused.
+
+        Raises:
+            CheckpointError: file missing, not a plain weights file, or any parameter of the model missing, unexpected or of
+                another shape (all named).
+        """
+        path = _fetch(checkpoint)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{checkpoint}: refused, since it is not a plain weights file (weights_only=True): {error}"
+            ) from error
+        except (RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{checkpoint}: cannot be read as a PyTorch checkpoint: {error}") from error
+        state = content.get("model", content) if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"{checkpoint}: expected a dict of tensors, or one under the key 'model'")
+        segmenter = cls(config)
+        own = segmenter.sam.state_dict()
+        problems = [f"missing {key}" for key in own if key not in state]
+        problems += [f"unexpected {key}" for key in state if key not in own]
+        problems += [
+            f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ]
+        if problems:
+            shown = "; ".join(problems[:8])
+            raise CheckpointError(
+                f"{checkpoint}: does not fit {segmenter.config} ({len(problems)} parameters): {shown}. "
+                "Pass the config of the model that wrote the file."
+            )
+        segmenter.sam.load_state_dict(state)
+        return segmenter
+
+    def freeze(self, *, encoder: bool) -> None:
+        for name, parameter in self.sam.named_parameters():
+            trains = name.startswith("sam_mask_decoder.") and not name.startswith(_UNTRAINED)
+            parameter.requires_grad_(trains or (name.startswith("image_encoder.") and not encoder))
+
+    def preprocess(self, image: Image.Image | np.ndarray) -> Tensor:
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        side = self.image_size
+        resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+        return (pixels - self.pixel_mean.cpu()) / self.pixel_std.cpu()
+
+    def encode(self, images: Tensor) -> ImageFeatures:
+        levels = self.sam.image_encoder(images)["backbone_fpn"]
+        embedding = levels[2] + self.sam.no_mem_embed.view(1, -1, 1, 1)  # SAM 2 adds it to a frame without memory
+        return ImageFeatures((embedding, levels[1], levels[0]))
+
+    def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:
+        embedding, stride8, stride4 = features.tensors
+        decoder, encoder = self.sam.sam_mask_decoder, self.sam.sam_prompt_encoder
+        count = len(prompts)
+        if not count:
+            return prompts.new_zeros(0, self.mask_size, self.mask_size)
+        dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(count, -1, *embedding.shape[-2:])
+        masks, _, _, _ = decoder(
+            image_embeddings=embedding[index],
+            image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=prompts,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=[decoder.conv_s0(stride4)[index], decoder.conv_s1(stride8)[index]],
+        )
+        return masks[:, 0]
+
+    def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
+        sparse, _ = self.sam.sam_prompt_encoder(points=None, boxes=boxes * self.image_size, masks=None)
+        return self.decode(features, sparse, index)
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready settings from which `Sam2Segmenter(Sam2Config(**settings))` builds the same architecture."""
+        return asdict(self.config)
+
+
+def _fetch(checkpoint: str | Path) -> Path:
+    path = Path(checkpoint)
+    if path.is_file():
+        return path
+    if ":" in str(checkpoint) and not path.exists():
+        from huggingface_hub import hf_hub_download
+
+        repository, filename = str(checkpoint).split(":", 1)
+        return Path(hf_hub_download(repository, filename))
+    raise CheckpointError(
+        f"SAM 2 checkpoint {str(checkpoint)!r} does not exist. Pass the path of a .pt file, or 'owner/repo:file.pt' for the hub."
+    )

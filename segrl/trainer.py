@@ -1,0 +1,338 @@
+"""`SegGRPOTrainer`: TRL's GRPO with predictions, mask rewards and dense losses.
+
+What is overridden, and why (each calls `super()`):
+
+- `_generate_single_turn`: records the backbone's states while tokens are decoded, so that masks need no forward of their own.
+- `_get_per_token_logps_and_entropies`: takes these states from the old-log-prob pass when generation gave none (vLLM).
+- `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
+- `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
+- `_compute_loss`: adds the dense losses on masks decoded inside TRL's own forward.
+- `_generate`: hides the head from vLLM's weight sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from segrl import metrics
+from segrl.config import SegGRPOConfig
+from segrl.dense import DenseLoss
+from segrl.errors import SegRLError, unknown_name
+from segrl.heads.mask_head import MaskHead, SegInput
+from segrl.heads.probes import SegTokenProbe
+from segrl.joint import JointTraining, head_detached
+from segrl.parsing import parse_completion
+from segrl.prediction import Prediction, Status
+from segrl.rewards import list_rewards, make_reward
+from segrl.rewards.registry import Reward
+from segrl.rows import RowReader, SegRow
+
+
+@dataclass(eq=False)
+class _Rollout:
+    """What one call of `_generate_and_score_completions` collects. `states` are those of completion tokens, "B T D"."""
+
+    turns: int = 0
+    states: Tensor | None = None
+    inputs: list[SegInput] = field(default_factory=list)
+
+
+class SegGRPOTrainer(JointTraining, GRPOTrainer):
+    """`GRPOTrainer` for models that reason, write boxes and prompt a segmenter.
+
+    Called as TRL's trainer. In addition:
+
+    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`) and `Reward` objects.
+    - `dense_losses=[DenseLoss("dice_ce", weight=1.0)]` train the model and its mask head on the masks of all completions, jointly
+      with the policy: `policy_weight * GRPO + sum_i weight_i * term_i` (CORE-Seg: `L_S2`).
+    - A model with a mask head (`attach_mask_head`) gives every reward function the lists `prediction` and `target`.
+
+    Data set columns: `prompt`, `image` or `images` (the first is segmented), `mask`, and what your rewards read.
+
+    Without mask head, dense losses and segrl rewards this is TRL's trainer, bit for bit.
+
+    Raises:
+        SegRLError: before training, for an unknown reward name, dense losses without a mask head, a probe whose token is not the
+            tokenizer's, or data without the columns that masks need.
+    """
+
+    _text_term = "policy"
+    _tag_names = ("trl", "grpo", "segrl")
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *positional: Any,
+        dense_losses: Sequence[DenseLoss] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
+            args = SegGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-SegGRPO")
+        reward_funcs = _resolve(reward_funcs)
+        self._rollout: _Rollout | None = None
+        self._init_joint(
+            model, dense_losses, lambda: GRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs)
+        )
+        self._reads_predictions = self.mask_head is not None or any(isinstance(f, Reward) for f in self.reward_funcs)
+        self._reader = RowReader(
+            self.processing_class,
+            self.mask_head.segmenter if self.mask_head is not None else None,
+            getattr(args, "frame_kind", None),
+        )
+        if self._reads_predictions:
+            _check_columns(self.train_dataset, {"mask"} | ({"image"} if self.mask_head is not None else set()))
+        if self.mask_head is not None:
+            _check_token(self.mask_head, self._tokenizer)
+
+    # ---- rollout -----------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rollout = rollout = _Rollout()
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._rollout = None
+        if self.dense_losses:
+            output["seg_inputs"] = rollout.inputs  # a list of B references: shuffled and split with the batch
+        return output
+
+    def _generate(self, prompts: list) -> Any:
+        with head_detached(self.model) if self.use_vllm and self.mask_head is not None else nullcontext():
+            return super()._generate(prompts)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        rollout = self._rollout
+        if rollout is None or self.mask_head is None or self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(*args, **kwargs)
+        with self.mask_head.record(last_only=True) as recording:
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        rollout.turns += 1
+        # The last token of the longest completion was never fed back; what comes before the fed tokens is the prompt.
+        fed = max(len(ids) for ids in completion_ids) - 1
+        states = recording.calls[-fed:] if fed > 0 else []
+        rollout.states = torch.cat(states, dim=1) if states and rollout.turns == 1 else None
+        return completion_ids, logprobs
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        call = super()._get_per_token_logps_and_entropies
+        rollout, head = self._rollout, self.mask_head
+        if rollout is None or head is None or rollout.states is not None or model is not self.model or not _is_policy(model):
+            return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        with head.record() as recording:
+            result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        rollout.states = torch.cat([states[:, -logits_to_keep:] for states in recording.calls])
+        return result
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        if self._reads_predictions:
+            inputs = self._with_predictions(inputs, prompts, completions, completion_ids_list)
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _with_predictions(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, ids: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        """The rows with `prediction` and `target`, and the masks' metrics logged."""
+        rows = self._reader(inputs)
+        require_reasoning = getattr(self.args, "require_reasoning", True)
+        predictions = [
+            parse_completion(_text(completion), row.frame, require_reasoning=require_reasoning)
+            for completion, row in zip(completions, rows, strict=True)
+        ]
+        if self.mask_head is not None:
+            predictions = self._decode(self.mask_head, rows, predictions, prompts, ids)
+            self._log_masks(predictions, rows)
+        return [
+            {**row, "prediction": prediction, "target": read.target}
+            for row, prediction, read in zip(inputs, predictions, rows, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _decode(
+        self, head: MaskHead, rows: list[SegRow], predictions: list[Prediction], prompts: list, ids: list[list[int]]
+    ) -> list[Prediction]:
+        """Predictions with masks in original pixels; one batched call of the decoder."""
+        rollout = self._rollout or _Rollout()
+        seg_inputs = [row.seg_input for row in rows if row.seg_input is not None]
+        rollout.inputs = seg_inputs
+        device = self.accelerator.device
+        longest = max(len(row) for row in ids)
+        tokens = torch.tensor([row + [-1] * (longest - len(row)) for row in ids], device=device)
+        index, valid = head.probe(tokens.clamp(min=0), tokens >= 0)
+        states = rollout.states
+        if states is None and bool(valid.any()):
+            states = self._score_states(prompts, tokens)
+        if states is not None:
+            # A `<seg>` that is the last token of a cut-off completion was never fed back: its answer is not closed, no mask.
+            valid = valid & (index < states.size(1))
+        rows_with_mask = valid.any(1).nonzero()[:, 0]
+        masks: dict[int, Any] = {}
+        if states is not None and len(rows_with_mask):
+            position = index[rows_with_mask].clamp(max=states.size(1) - 1).unsqueeze(-1).expand(-1, -1, states.size(-1))
+            chosen = states[rows_with_mask].gather(1, position)
+            with self.accelerator.autocast():
+                logits = head(chosen, valid[rows_with_mask], [seg_inputs[n] for n in rows_with_mask.tolist()]).float()
+            sizes = [(rows[n].target.height, rows[n].target.width) for n in rows_with_mask.tolist()]
+            masks = dict(zip(rows_with_mask.tolist(), masks_at(logits, sizes), strict=True))
+        result = []
+        for n, prediction in enumerate(predictions):
+            result.append(_agree(prediction, masks.get(n)))
+        return result
+
+    def _score_states(self, prompts: list, tokens: Tensor) -> Tensor:
+        """States "B T D" by one forward, for rollouts of several turns or from outside, which leave none behind."""
+        prompt_ids, images, multimodal = self._tokenize_prompts(prompts)
+        device, pad = self.accelerator.device, self._tokenizer.pad_token_id
+        longest = max(len(ids) for ids in prompt_ids)
+
+        def left(values: Sequence[Sequence[int]], filler: int) -> Tensor:
+            return torch.tensor([[filler] * (longest - len(v)) + list(v) for v in values], device=device)
+
+        keep = tokens.size(1)
+        written = tokens >= 0
+        input_ids = torch.cat([left(prompt_ids, pad), tokens.masked_fill(~written, pad)], dim=1)
+        attention_mask = torch.cat([left([[1] * len(v) for v in prompt_ids], 0), written.long()], dim=1)
+        extra: dict[str, Any] = {}
+        for name, value in multimodal.items():
+            if name in ("token_type_ids", "mm_token_type_ids"):
+                extra[name] = torch.cat([left([list(map(int, v)) for v in value], 0), torch.zeros_like(tokens)], dim=1)
+            elif torch.is_tensor(value):
+                extra[name] = value.to(device)
+        if images is not None:
+            extra["num_images"] = [len(group) if group else 0 for group in images]
+        assert self.mask_head is not None
+        with self.mask_head.record() as recording:
+            GRPOTrainer._get_per_token_logps_and_entropies(
+                self, self.model, input_ids, attention_mask, keep,
+                batch_size=self.args.per_device_train_batch_size, **extra,
+            )
+        return torch.cat([states[:, -keep:] for states in recording.calls])
+
+    def _log_masks(self, predictions: list[Prediction], rows: list[SegRow]) -> None:
+        for prediction, row in zip(predictions, rows, strict=True):
+            true = row.target.mask
+            score = metrics.dice(prediction.mask, true) if prediction.mask is not None else 0.0
+            self._log_metric("rollout/dice", score)
+            self._log_metric("rollout/valid", float(prediction.valid))
+            self._log_metric("rollout/fail", float(metrics.failure(prediction.mask, true, prediction.valid)))
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        weight = getattr(self.args, "policy_weight", 1.0)
+        mode = "train" if self.model.training else "eval"
+        scale = 1.0 / self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        if not self.dense_losses or self.mask_head is None:
+            return self._joint_loss(super()._compute_loss(model, inputs), weight, None, scale, mode)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        written = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            written = written * inputs["tool_mask"]
+        completion = torch.cat([torch.zeros_like(inputs["prompt_mask"]), written], dim=1)
+        index, valid = self.mask_head.probe(ids, completion)
+        with self.mask_head.decode_next(index, valid, inputs["seg_inputs"]) as request:
+            loss = super()._compute_loss(model, inputs)
+        return self._joint_loss(loss, weight, request, scale, mode)
+
+
+def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
+    """Mask logits "N h h" to boolean arrays "H W" in original pixels: bilinear, then logit > 0. One call per distinct size."""
+    result: list[Any] = [None] * len(sizes)
+    for size in dict.fromkeys(sizes):
+        rows = [n for n, other in enumerate(sizes) if other == size]
+        full = F.interpolate(logits[rows].unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+        for n, mask in zip(rows, full.cpu().numpy(), strict=True):
+            result[n] = mask
+    return result
+
+
+def _agree(prediction: Prediction, mask: Any) -> Prediction:
+    """A prediction with its mask. A `<seg>` that is only spelled, not the token, gives no mask and is no `<seg>`."""
+    if mask is not None:
+        return prediction.with_mask(mask)
+    if not prediction.has_seg:
+        return prediction
+    from dataclasses import replace
+
+    status = Status.NO_SEG_TOKEN if prediction.status is Status.VALID else prediction.status
+    return replace(prediction, has_seg=False, status=status)
+
+
+def _text(completion: Any) -> str:
+    """The model's text: a string, or the contents of the assistant's messages in order."""
+    if isinstance(completion, str):
+        return completion
+    parts = []
+    for message in completion:
+        content = message.get("content") if message.get("role") == "assistant" else None
+        if isinstance(content, str):
+            parts.append(content)
+        elif content:
+            parts += [part.get("text", "") for part in content if isinstance(part, Mapping)]
+    return "".join(parts)
+
+
+def _resolve(reward_funcs: Any) -> Any:
+    """Registered names to `Reward` objects; anything else is TRL's business."""
+    if reward_funcs is None:
+        return None
+    single = not isinstance(reward_funcs, list)
+    resolved = []
+    for item in [reward_funcs] if single else reward_funcs:
+        if isinstance(item, str) and item in list_rewards():
+            item = make_reward(item)
+        elif isinstance(item, str) and "/" not in item and not Path(item).exists():
+            raise unknown_name("reward", item, list_rewards())
+        resolved.append(item)
+    return resolved
+
+
+def _check_columns(dataset: Any, needed: set[str]) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if not columns:
+        return
+    have = set(columns) | ({"image"} if "images" in columns else set())
+    missing = sorted(needed - have)
+    if missing:
+        raise SegRLError(f"train_dataset: no column {missing} (it has {sorted(columns)}); masks and their rewards need {sorted(needed)}")
+
+
+def _check_token(head: MaskHead, tokenizer: Any) -> None:
+    token_id = getattr(head.probe, "token_id", None)
+    if token_id is None:
+        return
+    known = tokenizer.added_tokens_decoder.get(token_id)
+    if known is None or token_id >= len(tokenizer):
+        name = "SegTokenProbe" if isinstance(head.probe, SegTokenProbe) else type(head.probe).__name__
+        raise SegRLError(
+            f"{name}(token_id={token_id}): not an added token of this tokenizer; "
+            "add it with segrl.loading.ensure_seg_token(model, processor) and build the head with the id that it returns"
+        )
+    if known.special:
+        raise SegRLError(
+            f"{known.content!r} is a special token: TRL drops those from the text that rewards read. Add it as a normal token "
+            "(segrl.loading.ensure_seg_token)"
+        )
+
+
+def _is_policy(model: Any) -> bool:
+    """False while PEFT's adapters are off or swapped for the reference's: those states are another model's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            return not module.disable_adapters and "ref" not in module.active_adapters
+    return True

@@ -1,0 +1,168 @@
+"""Masks against flood fill, rational area averages, PIL and torch."""
+
+import numpy as np
+import pytest
+import references
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from segrl.errors import DataError
+from segrl.masks import binarize, boxes_from_mask, empty_score, foreground, mask_to_box, resize_mask, soft_target
+
+masks = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=9))
+sizes = st.tuples(st.integers(1, 11), st.integers(1, 11))
+
+
+@given(masks, st.integers(1, 4))
+def test_boxes_equal_flood_fill(mask: np.ndarray, min_area: int):
+    components = [c for c in references.components(mask) if len(c) >= min_area]
+    keyed = [((-len(c), references.box_around(c)[1], references.box_around(c)[0]), c) for c in components]
+    boxes = boxes_from_mask(mask, min_area)
+    assert boxes.shape == (len(components), 4)
+    assert sorted(boxes.tolist()) == sorted(references.box_around(c) for c in components)
+    assert [(y, x) for x, y in boxes[:, :2].tolist()] == [key[1:] for key, _ in sorted(keyed, key=lambda pair: pair[0])]
+
+
+def test_known_boxes():
+    mask = np.zeros((5, 8), dtype=np.uint8)
+    mask[0, 0] = mask[4, 7] = 255
+    mask[2, 2] = mask[3, 3] = 255  # diagonal neighbours are one component
+    np.testing.assert_array_equal(boxes_from_mask(mask), [[2, 2, 4, 4], [0, 0, 1, 1], [7, 4, 8, 5]])
+    np.testing.assert_array_equal(boxes_from_mask(mask, min_area=2), [[2, 2, 4, 4]])
+    np.testing.assert_array_equal(mask_to_box(mask), [0, 0, 8, 5])
+
+
+@given(masks)
+def test_mask_to_box_is_the_hull_of_the_component_boxes(mask: np.ndarray):
+    box, boxes = mask_to_box(mask), boxes_from_mask(mask)
+    if not mask.any():
+        assert box is None
+        assert boxes.shape == (0, 4)
+    else:
+        np.testing.assert_array_equal(box, [*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)])
+
+
+@given(masks, sizes)
+def test_soft_target_equals_rational_area_average(mask: np.ndarray, size: tuple[int, int]):
+    target = soft_target(mask, size)
+    assert target.dtype == torch.float32
+    np.testing.assert_allclose(target, references.area_average(mask, size), atol=1e-6)
+    assert float(target.mean()) == pytest.approx(mask.mean(), abs=1e-6)
+    quantised = soft_target(mask, size, quantised=True)
+    assert quantised.dtype == torch.uint8
+    assert (quantised.float() / 255 - target).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_soft_target_equals_torch_for_whole_ratios():
+    mask = np.random.default_rng(0).random((96, 64)) < 0.3
+    expected = F.interpolate(torch.from_numpy(mask)[None, None].float(), (24, 32), mode="area")[0, 0]
+    torch.testing.assert_close(soft_target(mask, (24, 32)), expected)
+
+
+def test_soft_target_keeps_a_single_pixel():
+    mask = np.zeros((512, 512), dtype=np.uint8)
+    mask[100, 100] = 255
+    assert float(soft_target(mask, (128, 128)).sum()) == pytest.approx(1 / 16)
+    assert not resize_mask(mask, (128, 128)).any()
+
+
+@given(masks, sizes)
+def test_resize_equals_torch_nearest_exact(mask: np.ndarray, size: tuple[int, int]):
+    # torch rounds in float32, so leave out sizes in which a sample falls on a pixel border.
+    ties = any(
+        (2 * i + 1) * old % (2 * new) == 0 for old, new in zip(mask.shape, size, strict=True) for i in range(new)
+    )
+    resized = resize_mask(mask, size)
+    assert resized.shape == size
+    if not ties:
+        expected = F.interpolate(torch.from_numpy(mask)[None, None].float(), size, mode="nearest-exact")[0, 0] > 0
+        np.testing.assert_array_equal(resized, expected)
+
+
+def test_resize_equals_pil():
+    mask = (np.random.default_rng(1).random((37, 53)) < 0.5).astype(np.uint8) * 255
+    expected = np.asarray(Image.fromarray(mask).resize((29, 71), Image.Resampling.NEAREST)) > 0
+    np.testing.assert_array_equal(resize_mask(mask, (71, 29)), expected)
+
+
+@given(masks, st.integers(1, 4))
+def test_enlarging_and_reducing_returns_the_mask(mask: np.ndarray, factor: int):
+    height, width = mask.shape
+    np.testing.assert_array_equal(resize_mask(resize_mask(mask, (height * factor, width * factor)), mask.shape), mask)
+
+
+@given(masks, st.integers(1, 255), st.booleans())
+def test_binarize_reads_any_foreground_value(mask: np.ndarray, value: int, three_channels: bool):
+    stored = mask.astype(np.uint8) * np.uint8(value)
+    stored = np.stack([stored] * 3, axis=2) if three_channels else stored
+    read = binarize(stored)
+    assert read.dtype == np.bool_
+    np.testing.assert_array_equal(read, mask)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        np.array([[0, 1], [1, 0]]),
+        np.array([[0.0, 0.5], [0.5, 0.0]]),
+        np.array([[False, True], [True, False]]),
+        np.array([[[0], [255]], [[255], [0]]], dtype=np.uint8),
+    ],
+)
+def test_binarize_known(stored: np.ndarray):
+    np.testing.assert_array_equal(binarize(stored), [[False, True], [True, False]])
+
+
+def test_constant_masks():
+    assert not binarize(np.zeros((2, 3), dtype=np.uint8)).any()
+    assert binarize(np.full((2, 3), 7)).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.array([[0, 254, 255]]), r"a\.png: .*got 3 values \(0, 254, 255\); save it losslessly"),
+        (np.arange(100).reshape(10, 10), r"got 100 values \(0, 1, 2, 3, 4, \.\.\.\)"),
+        (np.array([[1, 2]]), r"got 2 values \(1, 2\); .*background 0"),
+        (np.array([[0.0, np.nan]]), r"got 2 values \(0.0, nan\)"),
+        (np.array([[-1, 0]]), r"got 2 values \(-1, 0\)"),
+        (np.array([[[0, 0, 9]]]), "the 3 channels of the mask differ"),
+        (np.zeros((2, 2, 4)), r"shape \(2, 2, 4\)"),
+        (np.zeros((0, 5)), "at least one pixel"),
+        (np.array([["a"]]), "expected numbers"),
+    ],
+)
+def test_binarize_refuses(wrong: np.ndarray, message: str):
+    with pytest.raises(DataError, match=message):
+        binarize(wrong, "a.png")
+
+
+def test_empty_rule():
+    assert empty_score(True, True) == 1.0
+    assert empty_score(True, False) == empty_score(False, True) == 0.0
+    assert empty_score(False, False) is None
+
+
+def test_empty_masks_stay_empty():
+    mask = np.zeros((4, 6), dtype=bool)
+    assert not resize_mask(mask, (9, 9)).any()
+    assert not soft_target(mask, (3, 5)).any()
+
+
+def test_foreground_wants_a_decision_about_floats():
+    with pytest.raises(DataError, match=r"logits: .*got float32; threshold it first"):
+        foreground(np.zeros((2, 2), dtype=np.float32), "logits")
+    with pytest.raises(DataError, match=r"mask: expected 2 dimensions, got shape \(1, 2, 2\)"):
+        boxes_from_mask(np.zeros((1, 2, 2), dtype=bool))
+
+
+@pytest.mark.parametrize("resize", [resize_mask, soft_target])
+def test_sizes_are_checked(resize):
+    with pytest.raises(DataError, match=r"shape \(2, 2\) to \(0, 4\)"):
+        resize(np.ones((2, 2), dtype=bool), (0, 4))
+    with pytest.raises(DataError, match=r"shape \(0, 2\) to \(3, 4\)"):
+        resize(np.ones((0, 2), dtype=bool), (3, 4))

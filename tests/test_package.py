@@ -1,0 +1,94 @@
+"""The package as an object: what it exports, what importing it costs, and what the wheel holds."""
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import segrl
+
+ROOT = Path(segrl.__file__).parents[1]
+EXPORTS = [(module, name) for module, names in segrl._EXPORTS.items() for name in names]
+
+
+def run_python(code: str, cwd: Path, pythonpath: Path) -> str:
+    """Run `code` in a fresh interpreter that sees `pythonpath` first; its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(pythonpath)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_quick_and_loads_no_framework(tmp_path):
+    code = "import segrl, sys; print(sorted({'torch', 'transformers', 'trl', 'numpy'} & set(sys.modules)))"
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run_python(code, tmp_path, ROOT) == "[]"
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 1.0
+
+
+@pytest.mark.parametrize(("module", "name"), EXPORTS)
+def test_every_export_is_what_its_module_defines(module, name):
+    value = getattr(segrl, name)
+    assert value is getattr(sys.modules[f"segrl.{module}"], name)
+    assert value.__name__ == name
+    assert value.__doc__
+
+
+@pytest.mark.parametrize("name", segrl._SUBMODULES)
+def test_every_submodule_is_reachable(name):
+    assert getattr(segrl, name) is sys.modules[f"segrl.{name}"]
+
+
+def test_dir_and_all_offer_the_same_names(tmp_path):
+    code = "import segrl; print(sorted(segrl.__all__) == sorted(set(segrl.__all__) & set(dir(segrl))))"
+    assert run_python(code, tmp_path, ROOT) == "True"
+
+
+def test_type_checkers_see_the_names_that_exist_at_run_time():
+    tree = ast.parse(Path(segrl.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        (node.module, alias.name, alias.asname)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    exported = {(f"segrl.{module}", name, name) for module, names in segrl._EXPORTS.items() for name in names}
+    assert seen == exported | {("segrl", name, name) for name in segrl._SUBMODULES}
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'segrl' has no attribute 'SegPPOTrainer'"):
+        getattr(segrl, "SegPPOTrainer")  # noqa: B009
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_works_outside_the_checkout(tmp_path):
+    wheels, site, elsewhere = tmp_path / "wheels", tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT], check=True)
+    (wheel,) = wheels.glob("segrl-*.whl")
+
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    sources = {path for path in (ROOT / "segrl").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {path.relative_to(ROOT).as_posix() for path in sources} == {
+        name for name in packed if ".dist-info/" not in name
+    }
+    assert "segrl/py.typed" in packed
+    assert any(name.endswith("licenses/LICENSE") for name in packed)
+
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    code = "import segrl; from segrl import Prediction; print(segrl.__file__); print(segrl.__version__)"
+    file, version = run_python(code, elsewhere, site).splitlines()
+    assert Path(file).is_relative_to(site)
+    assert version == segrl.__version__ == wheel.name.split("-")[1]
