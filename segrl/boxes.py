@@ -145,5 +145,5 @@ def _giou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     hull = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(axis=-1)
     flat = np.where(iou == 1.0, 0.0, 1.0)
     gap = np.divide(hull - union, hull, out=flat, where=hull > 0)
-    # Rounding can leave a union a hair above its hull, and a point far away at a hair below -1.
-    return np.clip(iou - np.maximum(gap, 0.0), -1.0, 1.0)
+    # Rounding can leave a union a hair above its hull.
+    return np.clip(iou - gap, -1.0, iou)

@@ -69,20 +69,21 @@ def load_vlm(
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     if find_adapter_config_file(name_or_path, **hub) is not None:
         raise CheckpointError(
-            f"{name_or_path!r} holds a PEFT adapter (adapter_config.json), expected the weights of a whole model; load the "
-            "base model with load_vlm, then the adapter with peft.PeftModel.from_pretrained(model, path)"
+            f"{name_or_path!r} holds a PEFT adapter (adapter_config.json), expected the weights of a whole model; "
+            "load the base model with load_vlm, then the adapter with peft.PeftModel.from_pretrained(model, path)"
         )
     settings = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
     processor = AutoProcessor.from_pretrained(
         name_or_path, **hub, trust_remote_code=kwargs["trust_remote_code"], **(processor_kwargs or {})
     )
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         name_or_path,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the error below can name every one of them
         **{key: value for key, value in settings.items() if value is not None},
         **kwargs,
     )
+    model, info = loaded
     _require_complete(name_or_path, type(model).__name__, info)
     if seg_token is not None:
         ensure_seg_token(model, processor, seg_token)
@@ -145,14 +146,14 @@ def seg_token_id(processor: Any, seg_token: str = "<seg>") -> int:
     if token_id is not None and ids.count(token_id) == 1:
         return token_id
     pieces = tokenizer.tokenize(seg_token)
-    found = f"is read as {len(pieces)} tokens {pieces}" if token_id is None else "is in the vocabulary but never matched"
+    state = "is not in the vocabulary" if token_id is None else "is in the vocabulary but never matched"
     raise SegRLError(
-        f"seg_token {seg_token!r} {found} by {type(tokenizer).__name__}, expected one token; "
-        "call segrl.loading.ensure_seg_token(model, processor, seg_token) or load with load_vlm"
+        f"seg_token {seg_token!r} {state} of {type(tokenizer).__name__}, which reads it as {pieces}, expected one "
+        "token; call segrl.loading.ensure_seg_token(model, processor, seg_token) or load with load_vlm"
     )
 
 
-def _tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+def _tokenizer_of(processor: Any) -> Any:
     tokenizer = getattr(processor, "tokenizer", None) if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise SegRLError(
@@ -162,15 +163,17 @@ def _tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _add_normal_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+def _add_normal_token(tokenizer: Any, token: str) -> None:
     known = tokenizer.added_tokens_decoder.get(tokenizer.get_vocab().get(token, -1))
     if known is not None and not known.special and token not in tokenizer.all_special_tokens:
         return
-    tokenizer.extra_special_tokens = [other for other in tokenizer.extra_special_tokens if str(other) != token]
+    listed = [str(other) for other in tokenizer.extra_special_tokens]
+    if token in listed:
+        tokenizer.extra_special_tokens = [other for other in listed if other != token]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-    if known is not None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if known is not None and backend is not None:
         # The backend remembers that the token was special until it is rebuilt from its own state.
-        backend = tokenizer.backend_tokenizer
         backend.__setstate__(backend.__getstate__())
 
 
@@ -192,7 +195,7 @@ def _grow_embeddings(model: PreTrainedModel, rows: int) -> None:
         for layer, old in zip(_embeddings(model), old_rows, strict=True):
             for values in (layer.weight, getattr(layer, "bias", None)):
                 if values is not None:
-                    values[old:] = values[:old].float().mean(0).to(values.dtype)
+                    values[old:] = values[:old].mean(0, dtype=torch.float32).to(values.dtype)
 
 
 def _require_complete(name: str, model_class: str, info: Mapping[str, Any]) -> None:
@@ -211,9 +214,9 @@ def _require_complete(name: str, model_class: str, info: Mapping[str, Any]) -> N
     if unexpected := sorted(info["unexpected_keys"]):
         hint = f" Not used by the model: {_first(unexpected)}."
     raise CheckpointError(
-        f"checkpoint {name!r} does not hold all weights of {model_class}, expected every one: {'; '.join(problems)}.{hint} "
-        "These weights would be random. Download or export the checkpoint again, or load it with the transformers "
-        "version that wrote it"
+        f"checkpoint {name!r} does not hold all weights of {model_class}, expected every one: {'; '.join(problems)}."
+        f"{hint} These weights would be random. Download or export the checkpoint again, or load it with the "
+        "transformers version that wrote it"
     )
 
 

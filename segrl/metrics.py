@@ -220,7 +220,7 @@ def constant_mask_baseline(
         train_masks: (H, W) masks, sizes may differ; empty masks count by the empty rule.
         size: Side S of the square.
         thresholds: Candidates; a pixel is foreground if its average exceeds the threshold. By default evenly spaced
-            from 0 to the highest average, so that rare and scattered lesions are served too.
+            from 0 to the highest average, which leaves no pixel; so rare and scattered lesions are served too.
 
     Returns:
         (S, S) bool mask and its threshold; the lowest threshold wins a tie.
@@ -234,7 +234,7 @@ def constant_mask_baseline(
     masks = np.stack(flat).astype(np.float32)
     average = masks.mean(axis=0, dtype=np.float64)
     if thresholds is None:
-        thresholds = np.linspace(0.0, average.max(), CANDIDATE_THRESHOLDS, endpoint=False).tolist()
+        thresholds = np.linspace(0.0, average.max(), CANDIDATE_THRESHOLDS).tolist()
     levels = np.sort(np.asarray(thresholds, dtype=np.float64))
     if levels.size == 0:
         raise DataError("thresholds: expected at least one candidate, got none")

@@ -117,7 +117,7 @@ def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str
     """
     if set("[]<>") & set(lesion) or (seg_token and seg_token in lesion):
         raise DataError(
-            f"lesion {lesion!r} holds brackets or the segmentation token; expected a plain name. Rename it."
+            f"lesion {lesion!r} holds a bracket or the segmentation token; expected a plain name, rename it"
         )
     places = ", ".join(str(box) for box in frame.from_original(boxes_px).tolist())
     return (f"The {lesion} is located at {places}." if places else f"No {lesion} is visible.") + seg_token

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -27,11 +26,12 @@ from segrl import metrics
 from segrl.config import SegGRPOConfig
 from segrl.dense import DenseLoss
 from segrl.errors import SegRLError, unknown_name
+from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import MaskHead, SegInput
 from segrl.heads.probes import SegTokenProbe
 from segrl.joint import JointTraining, head_detached
 from segrl.parsing import parse_completion
-from segrl.prediction import Prediction, Status
+from segrl.prediction import Prediction
 from segrl.rewards import list_rewards, make_reward
 from segrl.rewards.registry import Reward
 from segrl.rows import RowReader, SegRow
@@ -119,10 +119,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         with self.mask_head.record(last_only=True) as recording:
             completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         rollout.turns += 1
-        # The last token of the longest completion was never fed back; what comes before the fed tokens is the prompt.
-        fed = max(len(ids) for ids in completion_ids) - 1
-        states = recording.calls[-fed:] if fed > 0 else []
-        rollout.states = torch.cat(states, dim=1) if states and rollout.turns == 1 else None
+        # Several turns (tools, environments) put text of others between the tokens: their states come from `_score_states`.
+        rollout.states = generation_states(recording, completion_ids) if rollout.turns == 1 else None
         return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(
@@ -164,33 +162,14 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     def _decode(
         self, head: MaskHead, rows: list[SegRow], predictions: list[Prediction], prompts: list, ids: list[list[int]]
     ) -> list[Prediction]:
-        """Predictions with masks in original pixels; one batched call of the decoder."""
+        """Predictions with masks in original pixels."""
         rollout = self._rollout or _Rollout()
-        seg_inputs = [row.seg_input for row in rows if row.seg_input is not None]
-        rollout.inputs = seg_inputs
-        device = self.accelerator.device
-        longest = max(len(row) for row in ids)
-        tokens = torch.tensor([row + [-1] * (longest - len(row)) for row in ids], device=device)
-        index, valid = head.probe(tokens.clamp(min=0), tokens >= 0)
-        states = rollout.states
-        if states is None and bool(valid.any()):
-            states = self._score_states(prompts, tokens)
-        if states is not None:
-            # A `<seg>` that is the last token of a cut-off completion was never fed back: its answer is not closed, no mask.
-            valid = valid & (index < states.size(1))
-        rows_with_mask = valid.any(1).nonzero()[:, 0]
-        masks: dict[int, Any] = {}
-        if states is not None and len(rows_with_mask):
-            position = index[rows_with_mask].clamp(max=states.size(1) - 1).unsqueeze(-1).expand(-1, -1, states.size(-1))
-            chosen = states[rows_with_mask].gather(1, position)
-            with self.accelerator.autocast():
-                logits = head(chosen, valid[rows_with_mask], [seg_inputs[n] for n in rows_with_mask.tolist()]).float()
-            sizes = [(rows[n].target.height, rows[n].target.width) for n in rows_with_mask.tolist()]
-            masks = dict(zip(rows_with_mask.tolist(), masks_at(logits, sizes), strict=True))
-        result = []
-        for n, prediction in enumerate(predictions):
-            result.append(_agree(prediction, masks.get(n)))
-        return result
+        rollout.inputs = [row.seg_input for row in rows if row.seg_input is not None]
+        tokens = pad_ids(ids, self.accelerator.device)
+        states = rollout.states if rollout.states is not None else self._score_states(prompts, tokens)
+        sizes = [(row.target.height, row.target.width) for row in rows]
+        with self.accelerator.autocast():
+            return add_masks(head, predictions, tokens, states, rollout.inputs, sizes)
 
     def _score_states(self, prompts: list, tokens: Tensor) -> Tensor:
         """States "B T D" by one forward, for rollouts of several turns or from outside, which leave none behind."""
@@ -246,29 +225,6 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         with self.mask_head.decode_next(index, valid, inputs["seg_inputs"]) as request:
             loss = super()._compute_loss(model, inputs)
         return self._joint_loss(loss, weight, request, scale, mode)
-
-
-def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
-    """Mask logits "N h h" to boolean arrays "H W" in original pixels: bilinear, then logit > 0. One call per distinct size."""
-    result: list[Any] = [None] * len(sizes)
-    for size in dict.fromkeys(sizes):
-        rows = [n for n, other in enumerate(sizes) if other == size]
-        full = F.interpolate(logits[rows].unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0] > 0
-        for n, mask in zip(rows, full.cpu().numpy(), strict=True):
-            result[n] = mask
-    return result
-
-
-def _agree(prediction: Prediction, mask: Any) -> Prediction:
-    """A prediction with its mask. A `<seg>` that is only spelled, not the token, gives no mask and is no `<seg>`."""
-    if mask is not None:
-        return prediction.with_mask(mask)
-    if not prediction.has_seg:
-        return prediction
-    from dataclasses import replace
-
-    status = Status.NO_SEG_TOKEN if prediction.status is Status.VALID else prediction.status
-    return replace(prediction, has_seg=False, status=status)
 
 
 def _text(completion: Any) -> str:

@@ -130,6 +130,7 @@ def test_constant_masks():
         (np.array([[1, 2]]), r"got 2 values \(1, 2\); .*background 0"),
         (np.array([[0.0, np.nan]]), r"got 2 values \(0.0, nan\)"),
         (np.array([[-1, 0]]), r"got 2 values \(-1, 0\)"),
+        (np.array([[-1, -1]]), r"got 1 values \(-1\)"),
         (np.array([[[0, 0, 9]]]), "the 3 channels of the mask differ"),
         (np.zeros((2, 2, 4)), r"shape \(2, 2, 4\)"),
         (np.zeros((0, 5)), "at least one pixel"),

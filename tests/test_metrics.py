@@ -183,8 +183,8 @@ def test_constant_mask_is_the_best_cut(seed: int, count: int, density: float):
     def score(candidate: np.ndarray) -> float:
         return float(np.mean([references.dice(candidate, true) for true in train]))
 
-    # With at most 6 masks the default thresholds separate all averages, so no cut that keeps a pixel is better.
-    cuts = [average > level for level in {0.0, *average.ravel()} if level < average.max() or not average.any()]
+    # With at most 6 masks the default thresholds separate all averages, so no cut is better.
+    cuts = [average > level for level in {0.0, *average.ravel()}]
     assert score(mask) == pytest.approx(max(map(score, cuts)), abs=1e-6)
 
 
@@ -196,6 +196,18 @@ def test_constant_mask_of_differing_sizes_and_given_thresholds():
     np.testing.assert_array_equal(mask, resize_mask(centre, (16, 16)))
     assert threshold == 0.5
     assert metrics.dice(resize_mask(mask, centre.shape), centre) == 1.0
+
+
+def test_constant_mask_of_a_tie_has_the_lowest_threshold():
+    train = [np.eye(4, dtype=bool), np.eye(4, dtype=bool)]
+    assert metrics.constant_mask_baseline(train, size=4, thresholds=[0.5, 0.2, 0.9])[1] == 0.2
+
+
+def test_constant_mask_of_mostly_empty_masks_is_empty():
+    train = [np.zeros((4, 4), dtype=bool)] * 2 + [np.eye(4, dtype=bool)]
+    mask, threshold = metrics.constant_mask_baseline(train, size=4)
+    assert not mask.any()
+    assert threshold == pytest.approx(1 / 3)
 
 
 def test_constant_mask_of_empty_masks_is_empty():

@@ -70,7 +70,7 @@ def build_query(lesion: str, anatomy: str, modality: str, key: str) -> str:
 
     Example:
         >>> build_query("dark cyst", "Breast", "Ultrasound", "row 3")
-        'Where is the dark cyst in this ultrasound image of the breast?'
+        'Find and segment the dark cyst in this ultrasound image of the breast.'
     """
     if not lesion.strip():
         raise DataError(f"lesion={lesion!r} of {key!r}: expected a name; fill the lesion column or give a query column")

@@ -119,7 +119,7 @@ class Reward:
             prompts: Not read: what stands in the prompt never counts as the model's.
             completions: One per row: a text, or a list of messages.
             completion_ids: Not read.
-            prediction: Parsed predictions, if the trainer has them. Otherwise the completions are parsed (see `Reading`)
+            prediction: Predictions, if the trainer has parsed them. Otherwise completions are parsed (see `Reading`)
                 and the share of valid ones is logged as `valid_completions`.
             target: Targets, if the trainer has them. Otherwise they are built from the columns.
             log_metric: TRL's function to log a number.
