@@ -8,7 +8,8 @@ The grammar, over the whole stripped text::
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,7 +18,14 @@ from segrl.errors import DataError
 from segrl.frames import Frame
 from segrl.prediction import Prediction, Status
 
-__all__ = ["MAX_COORDINATE", "SEG_TOKEN", "format_answer", "format_completion", "parse_completion"]
+__all__ = [
+    "MAX_COORDINATE",
+    "SEG_TOKEN",
+    "completion_text",
+    "format_answer",
+    "format_completion",
+    "parse_completion",
+]
 
 SEG_TOKEN = "<seg>"
 MAX_COORDINATE = 1e6
@@ -27,6 +35,24 @@ _MAX_DIGITS = 32
 _TAG = re.compile(r"<(/?)(think|answer)>")
 _BRACKET = re.compile(r"[\[\]]")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+
+
+def completion_text(completion: Any) -> str:
+    """The model's text of a completion as TRL passes it to rewards.
+
+    Args:
+        completion: A string, or messages, whose assistant parts are joined in order (tools' messages are not the model's).
+
+    Raises:
+        TypeError: Neither a string nor a sequence of messages.
+    """
+    if isinstance(completion, str):
+        return completion
+    if not isinstance(completion, Sequence):
+        raise TypeError(f"a completion is a {type(completion).__name__}; expected a text or a list of messages")
+    contents = [message["content"] for message in completion if message.get("role", "assistant") == "assistant"]
+    parts = [[content] if isinstance(content, str) else content or [] for content in contents]
+    return "".join(part if isinstance(part, str) else part.get("text") or "" for block in parts for part in block)
 
 
 def parse_completion(

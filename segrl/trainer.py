@@ -12,7 +12,7 @@ What is overridden, and why (each calls `super()`):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import MaskHead, SegInput
 from segrl.heads.probes import SegTokenProbe
 from segrl.joint import JointTraining, head_detached
-from segrl.parsing import parse_completion
+from segrl.parsing import completion_text, parse_completion
 from segrl.prediction import Prediction
 from segrl.rewards import list_rewards, make_reward
 from segrl.rewards.registry import Reward
@@ -147,7 +147,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         rows = self._reader(inputs)
         require_reasoning = getattr(self.args, "require_reasoning", True)
         predictions = [
-            parse_completion(_text(completion), row.frame, require_reasoning=require_reasoning)
+            parse_completion(completion_text(completion), row.frame, require_reasoning=require_reasoning)
             for completion, row in zip(completions, rows, strict=True)
         ]
         if self.mask_head is not None:
@@ -225,20 +225,6 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         with self.mask_head.decode_next(index, valid, inputs["seg_inputs"]) as request:
             loss = super()._compute_loss(model, inputs)
         return self._joint_loss(loss, weight, request, scale, mode)
-
-
-def _text(completion: Any) -> str:
-    """The model's text: a string, or the contents of the assistant's messages in order."""
-    if isinstance(completion, str):
-        return completion
-    parts = []
-    for message in completion:
-        content = message.get("content") if message.get("role") == "assistant" else None
-        if isinstance(content, str):
-            parts.append(content)
-        elif content:
-            parts += [part.get("text", "") for part in content if isinstance(part, Mapping)]
-    return "".join(parts)
 
 
 def _resolve(reward_funcs: Any) -> Any:

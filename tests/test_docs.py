@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import segrl
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = {page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL) for page in PAGES}
@@ -26,3 +28,10 @@ def test_code_of_page_runs(page, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_export_has_its_place_in_the_reference():
+    reference = "\n".join(page.read_text() for page in PAGES if page.parent.name == "reference")
+    listed = set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE))
+    exported = {f"segrl.{module}.{name}" for module, names in segrl._EXPORTS.items() for name in names}
+    assert exported - listed == set()

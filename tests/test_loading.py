@@ -153,8 +153,7 @@ class TestHubFolder:
         prefixes |= {"visual.patch_embed"} | (set() if tied else {"lm_head.weight"})
         assert {".".join(key.split(".")[:2]) for key in index["weight_map"]} == prefixes
 
-        both: Any = load_vlm(str(tmp_path / "hub"))
-        loaded, loaded_processor = both
+        loaded, loaded_processor = load_vlm(str(tmp_path / "hub"))
         assert type(loaded) is Qwen2_5_VLForConditionalGeneration
         assert type(loaded_processor) is Qwen2_5_VLProcessor
         expected = model.state_dict()
@@ -162,7 +161,7 @@ class TestHubFolder:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         assert not loaded.training
-        assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is tied
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
         ids = torch.tensor([processor.tokenizer("Where is the dark cyst?")["input_ids"]])
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
         assert loaded_processor.image_processor.size == processor.image_processor.size

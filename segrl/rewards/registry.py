@@ -18,7 +18,7 @@ import numpy as np
 
 from segrl.errors import FrameError, RewardError, unknown_name
 from segrl.frames import Frame, FrameKind
-from segrl.parsing import SEG_TOKEN, parse_completion
+from segrl.parsing import SEG_TOKEN, completion_text, parse_completion
 from segrl.prediction import Prediction, Target
 
 __all__ = ["ENTRY_POINT_GROUP", "Reading", "Reward", "list_rewards", "make_reward", "register_reward"]
@@ -186,7 +186,7 @@ class Reward:
                 frame = reading.frame(_image_size(columns, row) or original, original)
             else:
                 frame = Frame(reading.frame, original)
-            text = _text(completion)
+            text = completion_text(completion)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise RewardError(f"{where}: cannot read the completion: {error}") from error
         return parse_completion(
@@ -307,14 +307,3 @@ def _image_size(columns: Mapping[str, Any], row: int) -> tuple[int, int] | None:
     if columns.get("image") is not None:
         return columns["image"][row].size
     return columns["images"][row][0].size if columns.get("images") is not None else None
-
-
-def _text(completion: Any) -> str:
-    """Return the text of a completion: a string, or messages whose assistant parts are joined in order."""
-    if isinstance(completion, str):
-        return completion
-    if not isinstance(completion, Sequence):
-        raise TypeError(f"a completion is a {type(completion).__name__}; expected a text or a list of messages")
-    contents = [message["content"] for message in completion if message.get("role", "assistant") == "assistant"]
-    parts = [[content] if isinstance(content, str) else content or [] for content in contents]
-    return "".join(part if isinstance(part, str) else part.get("text") or "" for block in parts for part in block)

@@ -1,0 +1,214 @@
+"""`ReasoningSegmenter`: an image and a question in, reasoning, boxes and a mask out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from segrl.data.prompts import ANSWER_ONLY_INSTRUCTION, INSTRUCTION, build_prompt
+from segrl.errors import CheckpointError, DataError
+from segrl.frames import frame_for
+from segrl.heads.attach import attach_mask_head, base_instance, detach_mask_head, find_mask_head
+from segrl.heads.decoding import add_masks, generation_states, pad_ids
+from segrl.heads.mask_head import HEAD_CONFIG, MaskHead, SegInput
+from segrl.loading import load_vlm
+from segrl.parsing import parse_completion
+from segrl.prediction import Prediction
+
+SETTINGS = "segrl.json"
+
+
+class ReasoningSegmenter:
+    """A trained model, its processor and how it is to be asked.
+
+    Args:
+        model: a vision-language model with a mask head, or without (then predictions have no mask).
+        processor: its processor.
+        settings: how the training data was built: `instruction`, `max_edge`, `reasoning`, `frame_kind`, `max_new_tokens`. What is
+            missing gets the defaults of `segrl.data.prepare` and 512 new tokens.
+    """
+
+    def __init__(self, model: Any, processor: Any, settings: dict[str, Any] | None = None) -> None:
+        self.model, self.processor = model, processor
+        self.settings = dict(settings or {})
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, *, device: str | None = None, dtype: Any = None, merge: bool = False,
+        trainable: bool = False, **kwargs: Any,
+    ) -> ReasoningSegmenter:
+        """Load what a segrl trainer saved: a full model or a PEFT adapter, the mask head, and the prompt settings.
+
+        Args:
+            folder: an output directory or one of its `checkpoint-*` folders.
+            device: where to put it; a CUDA device if there is one when None.
+            dtype: of the language model.
+            merge: fold a PEFT adapter into the base model.
+            trainable: let a PEFT adapter be trained further (all else is trainable by itself).
+            kwargs: to `from_pretrained` of the language model.
+
+        Raises:
+            CheckpointError: no model there, or weights that do not fit.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(f"model folder {str(folder)!r} does not exist; pass an output directory of a segrl run")
+        if (path / "adapter_config.json").is_file():
+            model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
+        else:
+            model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if (path / HEAD_CONFIG).is_file():
+            attach_mask_head(model, MaskHead.from_pretrained(path, tokenizer=processor.tokenizer))
+        settings = next((p / SETTINGS for p in (path, path.parent) if (p / SETTINGS).is_file()), None)
+        model.eval()
+        return cls(model, processor, json.loads(settings.read_text(encoding="utf-8")) if settings else None)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write model, processor, mask head and prompt settings so that `from_pretrained` gives the same predictions."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        head = detach_mask_head(self.model)
+        try:
+            self.model.save_pretrained(path)
+        finally:
+            if head is not None:
+                attach_mask_head(self.model, head)
+                head.save_pretrained(path)
+        self.processor.save_pretrained(path)
+        save_settings(path, self.settings)
+
+    def push_to_hub(self, repository: str, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` writes to a hub repository, creating it if needed (not run in segrl's tests)."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            HfApi().create_repo(repository, exist_ok=True)
+            return HfApi().upload_folder(repo_id=repository, folder_path=folder, **kwargs)
+
+    def predict(self, image: Image.Image, query: str, **generation: Any) -> Prediction:
+        """Answer one question about one image; see `predict_batch`."""
+        return self.predict_batch([image], [query], **generation)[0]
+
+    @torch.no_grad()
+    def predict_batch(
+        self, images: Sequence[Image.Image], queries: Sequence[str], *, sizes: Sequence[tuple[int, int]] | None = None,
+        **generation: Any,
+    ) -> list[Prediction]:
+        """Answer one question per image, in one batch; greedy unless `generation` says otherwise.
+
+        Args:
+            images: PIL images of any size and mode. The same object several times is encoded by the segmenter once.
+            queries: one question each.
+            sizes: (width, height) of boxes and masks in the predictions; each image's own size when None.
+            generation: to `model.generate`.
+
+        Returns:
+            Predictions in order; boxes and masks in pixels of `sizes`.
+
+        Raises:
+            DataError: lengths differ, or something is not an image.
+        """
+        if len(images) != len(queries):
+            raise DataError(f"{len(images)} images for {len(queries)} queries; expected one query per image")
+        if not images:
+            return []
+        shown = {id(image): self._shown(image) for image in images}
+        small = [shown[id(image)] for image in images]
+        original = list(sizes or [ImageOps.exif_transpose(image).size for image in images])
+        inputs = self._tokenize(small, queries)
+        head = find_mask_head(self.model)
+        options = {
+            "do_sample": False, "max_new_tokens": self.settings.get("max_new_tokens") or 512,
+            "suppress_tokens": _image_tokens(self.model), **generation,
+        }
+        if not options["do_sample"]:
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        if head is None:
+            output, recording = self.model.generate(**inputs, **options), None
+        else:
+            with head.record(last_only=True) as recording:
+                output = self.model.generate(**inputs, **options)
+        ids = [self._trimmed(row) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
+        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        kind, reasoning = self.settings.get("frame_kind"), self.settings.get("reasoning", True)
+        predictions = [
+            parse_completion(
+                text, frame_for(self.processor, image.size, size, kind=kind), require_seg=head is not None,
+                require_reasoning=reasoning,
+            )
+            for text, image, size in zip(texts, small, original, strict=True)
+        ]
+        if head is None or recording is None:
+            return predictions
+        ready = {key: SegInput(head.segmenter.preprocess(image)) for key, image in shown.items()}
+        return add_masks(
+            head, predictions, pad_ids(ids, output.device), generation_states(recording, ids),
+            [ready[id(image)] for image in images], [(height, width) for width, height in original],
+        )
+
+    def _shown(self, image: Image.Image) -> Image.Image:
+        """What the model sees: upright, RGB, the longest edge at most `max_edge`, as `segrl.data.prepare` does it."""
+        if not isinstance(image, Image.Image):
+            raise DataError(f"expected a PIL image, got {type(image).__name__}")
+        upright, edge = ImageOps.exif_transpose(image), self.settings.get("max_edge")
+        if edge and max(upright.size) > edge:
+            scale = edge / max(upright.size)
+            size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
+            upright = upright.resize(size, Image.Resampling.BICUBIC)
+        return upright.convert("RGB")
+
+    def _tokenize(self, images: Sequence[Image.Image], queries: Sequence[str]) -> Any:
+        default = INSTRUCTION if self.settings.get("reasoning", True) else ANSWER_ONLY_INSTRUCTION
+        instruction = self.settings.get("instruction")
+        conversations = []
+        for image, query in zip(images, queries, strict=True):
+            text = build_prompt(query, default if instruction is None else instruction)[0]["content"]
+            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            conversations.append([{"role": "user", "content": content}])
+        self.processor.tokenizer.padding_side = "left"
+        batch = self.processor.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        return batch.to(base_instance(self.model).device)
+
+    def _trimmed(self, ids: list[int]) -> list[int]:
+        """Completion tokens up to and with the first end token."""
+        configured = self.model.generation_config.eos_token_id
+        ends = set(configured if isinstance(configured, list) else [configured]) | {self.processor.tokenizer.eos_token_id}
+        stop = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
+        return ids[: stop + 1]
+
+
+def save_settings(folder: str | os.PathLike, settings: dict[str, Any]) -> None:
+    """Write how a model is to be asked beside its files (`segrl.json`); `ReasoningSegmenter.from_pretrained` reads it."""
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (Path(folder) / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _image_tokens(model: Any) -> list[int] | None:
+    token = getattr(base_instance(model).config, "image_token_id", None)
+    return None if token is None else [token]
+
+
+def _load_adapter(path: Path, dtype: Any, merge: bool, trainable: bool, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoProcessor
+
+    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base_name:
+        raise CheckpointError(f"{path}/adapter_config.json: names no base model; set base_model_name_or_path to its folder or hub name")
+    base, _ = load_vlm(base_name, dtype=dtype, **kwargs)
+    model: Any = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
+    processor = AutoProcessor.from_pretrained(str(path))
+    return (model.merge_and_unload() if merge else model), processor
