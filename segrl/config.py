@@ -24,7 +24,8 @@ class SegGRPOConfig(GRPOConfig):
     frame_kind: str | None = field(
         default=None,
         metadata={
-            "help": "Frame of the boxes that the model writes: original_px, resized_px or relative_1000; None reads it off the processor.",
+            "help": "Frame of the boxes that the model writes: original_px, resized_px or relative_1000; "
+            "None reads it off the processor.",
             "choices": ["original_px", "resized_px", "relative_1000"],
         },
     )

@@ -29,7 +29,8 @@ class DenseLoss:
     Args:
         name: the term's name in the logs; without `fn` one of `dice_ce`, `dice`, `cross_entropy`, `focal`.
         weight: factor of the term; 0 logs it without training on it.
-        fn: `fn(mask_logits "N h h", target "N h h" in 0..1) -> "N"`, a function or an `nn.Module` without parameters of its own.
+        fn: `fn(mask_logits "N h h", target "N h h" in 0..1) -> "N"`, a function or an `nn.Module` without parameters
+            of its own.
     """
 
     def __init__(self, name: str, weight: float = 1.0, fn: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
@@ -68,8 +69,8 @@ def check_dense_losses(dense_losses: Iterable[DenseLoss] | None) -> list[DenseLo
 def dense_terms(dense_losses: Sequence[DenseLoss], request: MaskRequest) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Raw terms, and detached statistics of the masks.
 
-    A term is the **sum over the rows with a mask, divided by all B rows**: a row without `<seg>` counts as zero. So the term of a
-    batch is the mean of the terms of its micro-batches and ranks, however the rows with masks fall.
+    A term is the **sum over the rows with a mask, divided by all B rows**: a row without `<seg>` counts as zero. So
+    the term of a batch is the mean of the terms of its micro-batches and ranks, however the rows with masks fall.
 
     Returns:
         `{name: scalar}` with gradients, and `{"dice": mean Dice of the decoded masks or None, "masks": N / B}`.

@@ -29,9 +29,10 @@ def evaluate(
         progress: show a progress bar.
 
     Returns:
-        Records for `segrl.metrics.summarise` (dice and iou in 0..1 at the mask's own size, fail, the row's texts, the model's
-        text), predictions and targets, all in the order of the rows. A prediction without a mask counts as an empty one, so
-        that an empty truth without a lesion is met by it; `fail` is Dice = 0 or an invalid format (CORE-Seg).
+        Records for `segrl.metrics.summarise` (dice and iou in 0..1 at the mask's own size, fail, the row's texts, the
+        model's text), predictions and targets, all in the order of the rows. A prediction without a mask counts as an
+        empty one, so that an empty truth without a lesion is met by it; `fail` is Dice = 0 or an invalid format
+        (CORE-Seg).
     """
     records, predictions, targets = [], [], []
     starts: Iterable[int] = range(0, len(dataset), batch_size)

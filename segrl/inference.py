@@ -30,8 +30,8 @@ class ReasoningSegmenter:
     Args:
         model: a vision-language model with a mask head, or without (then predictions have no mask).
         processor: its processor.
-        settings: how the training data was built: `instruction`, `max_edge`, `reasoning`, `frame_kind`, `max_new_tokens`. What is
-            missing gets the defaults of `segrl.data.prepare` and 512 new tokens.
+        settings: how the training data was built: `instruction`, `max_edge`, `reasoning`, `frame_kind`,
+            `max_new_tokens`. What is missing gets the defaults of `segrl.data.prepare` and 512 new tokens.
     """
 
     def __init__(self, model: Any, processor: Any, settings: dict[str, Any] | None = None) -> None:
@@ -40,8 +40,14 @@ class ReasoningSegmenter:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, *, device: str | None = None, dtype: Any = None, merge: bool = False,
-        trainable: bool = False, **kwargs: Any,
+        cls,
+        folder: str | os.PathLike,
+        *,
+        device: str | None = None,
+        dtype: Any = None,
+        merge: bool = False,
+        trainable: bool = False,
+        **kwargs: Any,
     ) -> ReasoningSegmenter:
         """Load what a segrl trainer saved: a full model or a PEFT adapter, the mask head, and the prompt settings.
 
@@ -58,7 +64,9 @@ class ReasoningSegmenter:
         """
         path = Path(folder)
         if not path.is_dir():
-            raise CheckpointError(f"model folder {str(folder)!r} does not exist; pass an output directory of a segrl run")
+            raise CheckpointError(
+                f"model folder {str(folder)!r} does not exist; pass an output directory of a segrl run"
+            )
         if (path / "adapter_config.json").is_file():
             model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
         else:
@@ -71,7 +79,7 @@ class ReasoningSegmenter:
         return cls(model, processor, json.loads(settings.read_text(encoding="utf-8")) if settings else None)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model, processor, mask head and prompt settings so that `from_pretrained` gives the same predictions."""
+        """Write model, processor, mask head and prompt settings; `from_pretrained` gives the same predictions."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         head = detach_mask_head(self.model)
@@ -85,7 +93,7 @@ class ReasoningSegmenter:
         save_settings(path, self.settings)
 
     def push_to_hub(self, repository: str, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes to a hub repository, creating it if needed (not run in segrl's tests)."""
+        """Upload what `save_pretrained` writes to a hub repository, created if needed (not run in segrl's tests)."""
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
@@ -101,7 +109,11 @@ class ReasoningSegmenter:
 
     @torch.no_grad()
     def predict_batch(
-        self, images: Sequence[Image.Image], queries: Sequence[str], *, sizes: Sequence[tuple[int, int]] | None = None,
+        self,
+        images: Sequence[Image.Image],
+        queries: Sequence[str],
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
         **generation: Any,
     ) -> list[Prediction]:
         """Answer one question per image, in one batch; greedy unless `generation` says otherwise.
@@ -128,8 +140,10 @@ class ReasoningSegmenter:
         inputs = self._tokenize(small, queries)
         head = find_mask_head(self.model)
         options = {
-            "do_sample": False, "max_new_tokens": self.settings.get("max_new_tokens") or 512,
-            "suppress_tokens": _image_tokens(self.model), **generation,
+            "do_sample": False,
+            "max_new_tokens": self.settings.get("max_new_tokens") or 512,
+            "suppress_tokens": _image_tokens(self.model),
+            **generation,
         }
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
@@ -143,7 +157,9 @@ class ReasoningSegmenter:
         kind, reasoning = self.settings.get("frame_kind"), self.settings.get("reasoning", True)
         predictions = [
             parse_completion(
-                text, frame_for(self.processor, image.size, size, kind=kind), require_seg=head is not None,
+                text,
+                frame_for(self.processor, image.size, size, kind=kind),
+                require_seg=head is not None,
                 require_reasoning=reasoning,
             )
             for text, image, size in zip(texts, small, original, strict=True)
@@ -152,8 +168,12 @@ class ReasoningSegmenter:
             return predictions
         ready = {key: SegInput(head.segmenter.preprocess(image)) for key, image in shown.items()}
         return add_masks(
-            head, predictions, pad_ids(ids, output.device), generation_states(recording, ids),
-            [ready[id(image)] for image in images], [(height, width) for width, height in original],
+            head,
+            predictions,
+            pad_ids(ids, output.device),
+            generation_states(recording, ids),
+            [ready[id(image)] for image in images],
+            [(height, width) for width, height in original],
         )
 
     def _shown(self, image: Image.Image) -> Image.Image:
@@ -177,7 +197,11 @@ class ReasoningSegmenter:
             conversations.append([{"role": "user", "content": content}])
         self.processor.tokenizer.padding_side = "left"
         batch = self.processor.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
             processor_kwargs={"padding": True},
         )
         return batch.to(base_instance(self.model).device)
@@ -185,13 +209,15 @@ class ReasoningSegmenter:
     def _trimmed(self, ids: list[int]) -> list[int]:
         """Completion tokens up to and with the first end token."""
         configured = self.model.generation_config.eos_token_id
-        ends = set(configured if isinstance(configured, list) else [configured]) | {self.processor.tokenizer.eos_token_id}
+        ends = set(configured if isinstance(configured, list) else [configured]) | {
+            self.processor.tokenizer.eos_token_id
+        }
         stop = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
         return ids[: stop + 1]
 
 
 def save_settings(folder: str | os.PathLike, settings: dict[str, Any]) -> None:
-    """Write how a model is to be asked beside its files (`segrl.json`); `ReasoningSegmenter.from_pretrained` reads it."""
+    """Write how a model is to be asked beside its files, as `segrl.json`, which `from_pretrained` reads."""
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (Path(folder) / SETTINGS).write_text(text, encoding="utf-8")
 
@@ -207,7 +233,9 @@ def _load_adapter(path: Path, dtype: Any, merge: bool, trainable: bool, kwargs: 
 
     base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
-        raise CheckpointError(f"{path}/adapter_config.json: names no base model; set base_model_name_or_path to its folder or hub name")
+        raise CheckpointError(
+            f"{path}/adapter_config.json: names no base model; set base_model_name_or_path to its folder or hub name"
+        )
     base, _ = load_vlm(base_name, dtype=dtype, **kwargs)
     model: Any = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
     processor = AutoProcessor.from_pretrained(str(path))

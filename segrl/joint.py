@@ -1,7 +1,8 @@
 """What both trainers share: a mask head beside the language model through construction, optimiser, saving and loading.
 
-TRL's trainer never sees the head while it is built, saved or loaded: PEFT would freeze, wrap or copy it, a reference model would
-duplicate it, and `save_pretrained` would mix it into the language model's files. The head has files of its own in the same folder.
+TRL's trainer never sees the head while it is built, saved or loaded: PEFT would freeze, wrap or copy it, a reference
+model would duplicate it, and `save_pretrained` would mix it into the language model's files. The head has files of
+its own in the same folder.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class JointTraining:
     _text_term: str  # name of TRL's own loss in the logs
 
     def _init_joint(self, model: Any, dense_losses: Sequence[DenseLoss] | None, build: Any) -> None:
-        """Run TRL's `__init__` (`build`) with the head off the model, then put the head on the model that TRL prepared."""
+        """Run TRL's `__init__` (`build`) with the head off the model, then put it on the model that TRL prepared."""
         self.dense_losses = check_dense_losses(dense_losses)
         head = None if isinstance(model, str) else find_mask_head(model)
         if self.dense_losses and head is None:
@@ -62,6 +63,11 @@ class JointTraining:
                 head.requires_grad_(False)  # masks for rewards only
         self.mask_head = head
 
+    def _mode(self) -> str:
+        """TRL's key of the metrics: "train" or "eval"."""
+        trainer: Any = self
+        return "train" if trainer.model.training else "eval"
+
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def _joint_loss(self, loss: Tensor, weight: float, request: MaskRequest | None, scale: float, mode: str) -> Tensor:
@@ -81,7 +87,11 @@ class JointTraining:
         metrics[f"{self._text_term}"].append(text)
         metrics[f"{self._text_term}_weighted"].append(weight * text)
         dice = statistics["dice"]
-        overlap = torch.stack([dice * len(request.rows), dice.new_tensor(len(request.rows))]) if dice is not None and request.rows is not None else torch.zeros(2, device=loss.device)
+        overlap = (
+            torch.stack([dice * len(request.rows), dice.new_tensor(len(request.rows))])
+            if dice is not None and request.rows is not None
+            else torch.zeros(2, device=loss.device)
+        )
         joined = trainer.accelerator.reduce(overlap.float(), reduction="sum")
         if joined[1] > 0:
             metrics["mask/dice"].append((joined[0] / joined[1]).item())

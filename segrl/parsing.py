@@ -41,7 +41,8 @@ def completion_text(completion: Any) -> str:
     """The model's text of a completion as TRL passes it to rewards.
 
     Args:
-        completion: A string, or messages, whose assistant parts are joined in order (tools' messages are not the model's).
+        completion: A string, or messages, whose assistant parts are joined in order (tools' messages are not the
+            model's).
 
     Raises:
         TypeError: Neither a string nor a sequence of messages.

@@ -1,4 +1,4 @@
-"""Data set rows to targets, frames and segmenter inputs; equal content gives the same object, so that it is encoded once."""
+"""Data set rows to targets, frames and segmenter inputs; equal content gives one object, so it is encoded once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class RowReader:
             return SegRow(target, frame, None)
         side = self.segmenter.mask_size
         return SegRow(
-            target, frame, SegInput(self.segmenter.preprocess(image), target=soft_target(target.mask, (side, side), quantised=True))
+            target,
+            frame,
+            SegInput(self.segmenter.preprocess(image), target=soft_target(target.mask, (side, side), quantised=True)),
         )
 
 
@@ -75,7 +77,9 @@ def _image(row: Mapping[str, Any], name: str) -> Image.Image:
     if image is None and row.get("images"):
         image = row["images"][0]
     if not isinstance(image, Image.Image):
-        raise DataError(f"{name}: no image; expected a PIL image in the column 'image' (or a list in 'images'), got {image!r}")
+        raise DataError(
+            f"{name}: no image; expected a PIL image in the column 'image' (or a list in 'images'), got {image!r}"
+        )
     return image.convert("RGB")
 
 

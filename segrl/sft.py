@@ -1,4 +1,4 @@
-"""`SegSFTTrainer`: TRL's supervised fine-tuning with dense losses on the masks of the reference answers (CORE-Seg: `L_S1`)."""
+"""`SegSFTTrainer`: TRL's supervised fine-tuning plus dense losses on the answers' masks (CORE-Seg: `L_S1`)."""
 
 from __future__ import annotations
 
@@ -33,21 +33,27 @@ class SegCollator:
 class SegSFTTrainer(JointTraining, SFTTrainer):
     """`SFTTrainer` whose model also learns masks: `text_weight * L_txt + sum_i weight_i * term_i`.
 
-    Called as TRL's trainer, with `dense_losses=[DenseLoss("dice_ce")]` for a model with a mask head. Masks are decoded inside
-    TRL's own forward, at the `<seg>` of the completion (never of the prompt). Data set columns: `prompt`, `completion` (or
-    `messages`), `image` or `images` (the first is segmented), `mask`.
+    Called as TRL's trainer, with `dense_losses=[DenseLoss("dice_ce")]` for a model with a mask head. Masks are
+    decoded inside TRL's own forward, at the `<seg>` of the completion (never of the prompt). Data set columns:
+    `prompt`, `completion` (or `messages`), `image` or `images` (the first is segmented), `mask`.
 
     Without dense losses this is TRL's trainer, bit for bit.
 
     Raises:
-        SegRLError: dense losses without a mask head, or with packing or padding-free batches, where rows are not images.
+        SegRLError: dense losses without a mask head, or with packing or padding-free batches, where rows are not
+            images.
     """
 
     _text_term = "text"
     _tag_names = ("trl", "sft", "segrl")
 
     def __init__(
-        self, model: Any, args: Any = None, *positional: Any, dense_losses: Sequence[DenseLoss] | None = None, **kwargs: Any
+        self,
+        model: Any,
+        args: Any = None,
+        *positional: Any,
+        dense_losses: Sequence[DenseLoss] | None = None,
+        **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
@@ -56,7 +62,9 @@ class SegSFTTrainer(JointTraining, SFTTrainer):
             raise SegRLError("dense losses need one row per image: set packing=False and padding_free=False")
         self._init_joint(model, dense_losses, lambda: SFTTrainer.__init__(self, model, args, *positional, **kwargs))
         if self.dense_losses and self.mask_head is not None:
-            self.data_collator = SegCollator(self.data_collator, RowReader(self.processing_class, self.mask_head.segmenter))
+            self.data_collator = SegCollator(
+                self.data_collator, RowReader(self.processing_class, self.mask_head.segmenter)
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -67,7 +75,7 @@ class SegSFTTrainer(JointTraining, SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         weight = getattr(self.args, "text_weight", 1.0)
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         steps = self.current_gradient_accumulation_steps if mode == "train" and num_items_in_batch is not None else 1
         request = None
         if self.dense_losses and self.mask_head is not None:

@@ -2,7 +2,8 @@
 
 What is overridden, and why (each calls `super()`):
 
-- `_generate_single_turn`: records the backbone's states while tokens are decoded, so that masks need no forward of their own.
+- `_generate_single_turn`: records the backbone's states while tokens are decoded, so that masks need no forward of
+  their own.
 - `_get_per_token_logps_and_entropies`: takes these states from the old-log-prob pass when generation gave none (vLLM).
 - `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
 - `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
@@ -51,9 +52,10 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     Called as TRL's trainer. In addition:
 
-    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`) and `Reward` objects.
-    - `dense_losses=[DenseLoss("dice_ce", weight=1.0)]` train the model and its mask head on the masks of all completions, jointly
-      with the policy: `policy_weight * GRPO + sum_i weight_i * term_i` (CORE-Seg: `L_S2`).
+    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`) and
+      `Reward` objects.
+    - `dense_losses=[DenseLoss("dice_ce", weight=1.0)]` train the model and its mask head on the masks of all
+      completions, jointly with the policy: `policy_weight * GRPO + sum_i weight_i * term_i` (CORE-Seg: `L_S2`).
     - A model with a mask head (`attach_mask_head`) gives every reward function the lists `prediction` and `target`.
 
     Data set columns: `prompt`, `image` or `images` (the first is segmented), `mask`, and what your rewards read.
@@ -61,8 +63,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     Without mask head, dense losses and segrl rewards this is TRL's trainer, bit for bit.
 
     Raises:
-        SegRLError: before training, for an unknown reward name, dense losses without a mask head, a probe whose token is not the
-            tokenizer's, or data without the columns that masks need.
+        SegRLError: before training, for an unknown reward name, dense losses without a mask head, a probe whose token
+            is not the tokenizer's, or data without the columns that masks need.
     """
 
     _text_term = "policy"
@@ -119,7 +121,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         with self.mask_head.record(last_only=True) as recording:
             completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         rollout.turns += 1
-        # Several turns (tools, environments) put text of others between the tokens: their states come from `_score_states`.
+        # Several turns (tools, environments) put text of others between the tokens: their states come from
+        # `_score_states`.
         rollout.states = generation_states(recording, completion_ids) if rollout.turns == 1 else None
         return completion_ids, logprobs
 
@@ -128,7 +131,13 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     ) -> Any:
         call = super()._get_per_token_logps_and_entropies
         rollout, head = self._rollout, self.mask_head
-        if rollout is None or head is None or rollout.states is not None or model is not self.model or not _is_policy(model):
+        if (
+            rollout is None
+            or head is None
+            or rollout.states is not None
+            or model is not self.model
+            or not _is_policy(model)
+        ):
             return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         with head.record() as recording:
             result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -174,7 +183,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     def _score_states(self, prompts: list, tokens: Tensor) -> Tensor:
         """States "B T D" by one forward, for rollouts of several turns or from outside, which leave none behind."""
         prompt_ids, images, multimodal = self._tokenize_prompts(prompts)
-        device, pad = self.accelerator.device, self._tokenizer.pad_token_id
+        device, pad = self.accelerator.device, int(self._tokenizer.pad_token_id)
         longest = max(len(ids) for ids in prompt_ids)
 
         def left(values: Sequence[Sequence[int]], filler: int) -> Tensor:
@@ -195,8 +204,13 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         assert self.mask_head is not None
         with self.mask_head.record() as recording:
             GRPOTrainer._get_per_token_logps_and_entropies(
-                self, self.model, input_ids, attention_mask, keep,
-                batch_size=self.args.per_device_train_batch_size, **extra,
+                self,
+                self.model,
+                input_ids,
+                attention_mask,
+                keep,
+                batch_size=self.args.per_device_train_batch_size,
+                **extra,
             )
         return torch.cat([states[:, -keep:] for states in recording.calls])
 
@@ -212,7 +226,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         weight = getattr(self.args, "policy_weight", 1.0)
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         scale = 1.0 / self.current_gradient_accumulation_steps if mode == "train" else 1.0
         if not self.dense_losses or self.mask_head is None:
             return self._joint_loss(super()._compute_loss(model, inputs), weight, None, scale, mode)
@@ -249,7 +263,10 @@ def _check_columns(dataset: Any, needed: set[str]) -> None:
     have = set(columns) | ({"image"} if "images" in columns else set())
     missing = sorted(needed - have)
     if missing:
-        raise SegRLError(f"train_dataset: no column {missing} (it has {sorted(columns)}); masks and their rewards need {sorted(needed)}")
+        raise SegRLError(
+            f"train_dataset: no column {missing} (it has {sorted(columns)}); "
+            f"masks and their rewards need {sorted(needed)}"
+        )
 
 
 def _check_token(head: MaskHead, tokenizer: Any) -> None:
@@ -261,12 +278,12 @@ def _check_token(head: MaskHead, tokenizer: Any) -> None:
         name = "SegTokenProbe" if isinstance(head.probe, SegTokenProbe) else type(head.probe).__name__
         raise SegRLError(
             f"{name}(token_id={token_id}): not an added token of this tokenizer; "
-            "add it with segrl.loading.ensure_seg_token(model, processor) and build the head with the id that it returns"
+            "add it with segrl.loading.ensure_seg_token(model, processor) and build the head with the id it returns"
         )
     if known.special:
         raise SegRLError(
-            f"{known.content!r} is a special token: TRL drops those from the text that rewards read. Add it as a normal token "
-            "(segrl.loading.ensure_seg_token)"
+            f"{known.content!r} is a special token: TRL drops those from the text that rewards read. "
+            "Add it as a normal token (segrl.loading.ensure_seg_token)"
         )
 
 

@@ -1,6 +1,6 @@
 """Evaluate a trained run.
 
-    python examples/core_seg/evaluate.py --model runs/core_seg --data path/to/folder
+python examples/core_seg/evaluate.py --model runs/core_seg --data path/to/folder
 """
 
 from dataclasses import dataclass, field

@@ -55,7 +55,12 @@ def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: b
     """The data set with the prompts (and answers) of this recipe."""
     settings = {key: value for key, value in recipe.prompt.items() if key in ("max_edge", "instruction", "frame_kind")}
     return prepare(
-        dataset, processor, completions=completions, reasoning=reasoning, brief=recipe.brief, max_boxes=recipe.max_boxes,
+        dataset,
+        processor,
+        completions=completions,
+        reasoning=reasoning,
+        brief=recipe.brief,
+        max_boxes=recipe.max_boxes,
         **settings,
     )
 
@@ -66,7 +71,7 @@ def _build_tiny(train: Dataset, model_path: str | None, segmenter_path: str | No
 
     sample = train.select(range(min(400, len(train)))).remove_columns("image")
     corpus = [str(row[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]
-    model, processor = (load_vlm(model_path) if model_path else tiny_qwen2_5_vl(corpus=corpus))
+    model, processor = load_vlm(model_path) if model_path else tiny_qwen2_5_vl(corpus=corpus)
     if segmenter_path:
         segmenter = Sam2Segmenter.from_pretrained(segmenter_path, _TINY_SAM2)
     else:

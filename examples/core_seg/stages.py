@@ -35,18 +35,25 @@ class ExampleArguments:
     preset: str = field(default="tiny", metadata={"help": f"One of: {', '.join(RECIPES)}."})
     data: str | None = field(
         default=None,
-        metadata={"help": "Folder with manifest.csv, images/, masks/, or a Hugging Face data set name; None: synthetic lesions."},
+        metadata={
+            "help": "Folder with manifest.csv, images/, masks/, or a Hugging Face data set name; None: synthetic lesions."
+        },
     )
     model: str | None = field(
         default=None,
-        metadata={"help": "train_sft: base model (path or hub name). train_grpo: a stage 1 run; None runs stage 1 first."},
+        metadata={
+            "help": "train_sft: base model (path or hub name). train_grpo: a stage 1 run; None runs stage 1 first."
+        },
     )
     segmenter: str | None = field(default=None, metadata={"help": "SAM 2 weights: a .pt file or owner/repo:file.pt."})
     rewards: list[str] | None = field(default=None, metadata={"help": "Registered rewards; default: the preset's."})
     dense_weight: float = field(default=1.0, metadata={"help": "Weight of DiceCE; 0 trains without it (ablation)."})
     reasoning: bool = field(default=True, metadata={"help": "Chain of thought on or off (ablation)."})
     sft_max_steps: int | None = field(
-        default=None, metadata={"help": "Steps of stage 1 when train_grpo runs it; default: the preset's, at most --max_steps if given."}
+        default=None,
+        metadata={
+            "help": "Steps of stage 1 when train_grpo runs it; default: the preset's, at most --max_steps if given."
+        },
     )
     sft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that stage 1."})
     train_limit: int | None = field(default=None, metadata={"help": "Use only the first rows of the training split."})
@@ -55,7 +62,9 @@ class ExampleArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace another run in output_dir."})
 
 
-def parse(config_class: type, stage: str, default_output: str, argv: list[str] | None = None) -> tuple[ExampleArguments, Any]:
+def parse(
+    config_class: type, stage: str, default_output: str, argv: list[str] | None = None
+) -> tuple[ExampleArguments, Any]:
     """Command line to arguments. The preset's settings are defaults; every flag of the trainer's config overrides them."""
     argv = sys.argv[1:] if argv is None else argv
     arguments: Any = (ExampleArguments, config_class)
@@ -92,7 +101,9 @@ def claim(folder: Path, example: ExampleArguments, resume: Any) -> None:
                 "or --overwrite to replace it"
             )
         if not (folder / MARKER).is_file():
-            raise SegRLError(f"--overwrite: {str(folder)!r} was not written by this example (no {MARKER}); remove it yourself")
+            raise SegRLError(
+                f"--overwrite: {str(folder)!r} was not written by this example (no {MARKER}); remove it yourself"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder / MARKER, {"arguments": vars(example), "versions": versions()})
@@ -139,7 +150,9 @@ def train_stage1(example: ExampleArguments, config: SegSFTConfig, recipe: Recipe
     return _finish(trainer, example, recipe)
 
 
-def train_stage2(example: ExampleArguments, config: SegGRPOConfig, recipe: Recipe, train: Dataset, stage1: Path) -> Path:
+def train_stage2(
+    example: ExampleArguments, config: SegGRPOConfig, recipe: Recipe, train: Dataset, stage1: Path
+) -> Path:
     """GRPO with mask rewards and dense losses from the model in `stage1`; returns the folder of the trained model."""
     segmenter = ReasoningSegmenter.from_pretrained(stage1, device="cpu", trainable=True)
     head = find_mask_head(segmenter.model)

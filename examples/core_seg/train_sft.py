@@ -1,7 +1,7 @@
 """CORE-Seg stage 1: supervised fine-tuning with DiceCE on the masks (`L_S1`).
 
-    accelerate launch examples/core_seg/train_sft.py --output_dir runs/core_seg_sft
-    accelerate launch examples/core_seg/train_sft.py --preset core_seg_3b --data path/to/folder --output_dir runs/3b_sft
+accelerate launch examples/core_seg/train_sft.py --output_dir runs/core_seg_sft
+accelerate launch examples/core_seg/train_sft.py --preset core_seg_3b --data path/to/folder --output_dir runs/3b_sft
 """
 
 from pathlib import Path
@@ -21,7 +21,11 @@ def main() -> None:
     train_stage1(example, config, recipe, train)
     if main_process():
         summary, evaluated = score(folder, test, example)
-        results = {"baseline": baseline(train, test), "stage1": summary, "config": {**vars(example), "sft": config.to_dict()}}
+        results = {
+            "baseline": baseline(train, test),
+            "stage1": summary,
+            "config": {**vars(example), "sft": config.to_dict()},
+        }
         report(folder, results, evaluated)
 
 

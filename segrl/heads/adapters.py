@@ -1,6 +1,8 @@
-"""Prompt adapters: hidden states "N K D" to prompt embeddings "N P C" of a segmenter. N masks, K probe states, P prompts.
+"""Prompt adapters: hidden states "N K D" to prompt embeddings "N P C" of a segmenter. N masks, K probe states, P
+prompts.
 
-All take `states` "N K D" and `state_mask` "N K" (True where a state exists; each mask has at least one) and accept N = 0.
+All take `states` "N K D" and `state_mask` "N K" (True where a state exists; each mask has at least one) and accept N
+= 0.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from segrl.errors import SegRLError
 
 
 class SemanticGuidedAdapter(nn.Module):
-    """The Semantic-Guided Prompt Adapter (SG-A) of CORE-Seg: residual MLP blocks, then one learned query attends to the result.
+    """The Semantic-Guided Prompt Adapter (SG-A) of CORE-Seg: residual MLP blocks, then one learned query attends to
+    the result.
 
-    `h_{l+1} = h_l + MLP(LayerNorm(h_l))`, then `Proj(LayerNorm(Attn(q, h, h)))`. The paper states neither the number of blocks,
-    nor the inner width, nor the heads: `blocks`, `hidden_dim` and `num_heads` are settings.
+    `h_{l+1} = h_l + MLP(LayerNorm(h_l))`, then `Proj(LayerNorm(Attn(q, h, h)))`. The paper states neither the number
+    of blocks, nor the inner width, nor the heads: `blocks`, `hidden_dim` and `num_heads` are settings.
 
     Args:
         input_dim: D, width of the language model.
@@ -54,13 +57,13 @@ class SemanticGuidedAdapter(nn.Module):
             "num_queries": num_queries,
         }
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(input_dim), nn.Linear(input_dim, hidden), nn.GELU(), nn.Linear(hidden, input_dim))
+            nn.Sequential(
+                nn.LayerNorm(input_dim), nn.Linear(input_dim, hidden), nn.GELU(), nn.Linear(hidden, input_dim)
+            )
             for _ in range(blocks)
         )
         self.query = nn.Parameter(torch.randn(num_queries, attention) * 0.02)
-        self.attention = nn.MultiheadAttention(
-            attention, num_heads, kdim=input_dim, vdim=input_dim, batch_first=True
-        )
+        self.attention = nn.MultiheadAttention(attention, num_heads, kdim=input_dim, vdim=input_dim, batch_first=True)
         self.norm = nn.LayerNorm(attention)
         self.projection = nn.Linear(attention, prompt_dim)
 
@@ -91,7 +94,7 @@ class LinearAdapter(nn.Module):
 
 
 class MLPAdapter(nn.Module):
-    """LayerNorm and two linear layers with GELU, the usual `[SEG]` projection of LISA-like models (arXiv:2308.00692)."""
+    """LayerNorm and two linear layers with GELU, the `[SEG]` projection of LISA-like models (arXiv:2308.00692)."""
 
     def __init__(self, input_dim: int, prompt_dim: int, *, hidden_dim: int | None = None) -> None:
         super().__init__()

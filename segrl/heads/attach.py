@@ -1,8 +1,9 @@
 """Putting a `MaskHead` on an instance of any vision-language model.
 
-The model's class, `forward` and checkpoint layout stay what they are: a subclass would lose the key renames that transformers
-registers per class, and TRL replaces `forward` of the instance. The head listens to a forward hook of the **backbone**, the one
-call that generation, scoring and the loss share, through PEFT, DDP and a fused language-model head alike.
+The model's class, `forward` and checkpoint layout stay what they are: a subclass would lose the key renames that
+transformers registers per class, and TRL replaces `forward` of the instance. The head listens to a forward hook of
+the **backbone**, the one call that generation, scoring and the loss share, through PEFT, DDP and a fused
+language-model head alike.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
     """
     base = base_instance(model)
     if find_mask_head(model) is not None:
-        raise SegRLError(f"{type(base).__name__} already has a mask head; detach it first (segrl.heads.attach.detach_mask_head)")
+        raise SegRLError(
+            f"{type(base).__name__} already has a mask head; detach it first (segrl.heads.attach.detach_mask_head)"
+        )
     backbone = getattr(base, getattr(base, "base_model_prefix", "") or "model", None)
     if not isinstance(backbone, nn.Module) or backbone is base:
-        raise SegRLError(f"{type(base).__name__} has no backbone under base_model_prefix={getattr(base, 'base_model_prefix', None)!r}")
+        raise SegRLError(
+            f"{type(base).__name__} has no backbone under base_model_prefix="
+            f"{getattr(base, 'base_model_prefix', None)!r}"
+        )
     head.to(next(backbone.parameters()).device)
     base.add_module(_ATTRIBUTE, head)
     head._hook = backbone.register_forward_hook(_BackboneHook(head))

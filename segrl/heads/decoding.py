@@ -20,8 +20,8 @@ from segrl.prediction import Prediction, Status
 def generation_states(recording: Recording, ids: Sequence[Sequence[int]]) -> Tensor | None:
     """States "B T D" of the completion tokens `ids` from a generation recorded with `last_only=True`.
 
-    Token t's state is the backbone's output when t was fed back. The last token of the longest completion never was, so T is one
-    less than its length; what comes before the fed tokens is the prompt. None if nothing was fed back.
+    Token t's state is the backbone's output when t was fed back. The last token of the longest completion never was,
+    so T is one less than its length; what comes before the fed tokens is the prompt. None if nothing was fed back.
     """
     fed = max(len(row) for row in ids) - 1
     return torch.cat(recording.calls[-fed:], dim=1) if fed > 0 else None
@@ -35,7 +35,11 @@ def pad_ids(ids: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
 
 @torch.no_grad()
 def add_masks(
-    head: MaskHead, predictions: Sequence[Prediction], ids: Tensor, states: Tensor | None, inputs: Sequence[SegInput],
+    head: MaskHead,
+    predictions: Sequence[Prediction],
+    ids: Tensor,
+    states: Tensor | None,
+    inputs: Sequence[SegInput],
     sizes: Sequence[tuple[int, int]],
 ) -> list[Prediction]:
     """The predictions with masks in original pixels, decoded in one batched call.
@@ -44,14 +48,14 @@ def add_masks(
         head: the mask head.
         predictions: one per row, parsed from the text.
         ids: completion tokens "B T", -1 where there is none (`pad_ids`).
-        states: backbone states of these tokens "B T' D". T' may be T - 1: a `<seg>` that is the last token of a cut-off completion
-            was never fed back, its answer is not closed, and it gets no mask.
+        states: backbone states of these tokens "B T' D". T' may be T - 1: a `<seg>` that is the last token of a
+            cut-off completion was never fed back, its answer is not closed, and it gets no mask.
         inputs: the segmenter's input per row; the same object for the same image.
         sizes: (H, W) of each row's mask.
 
     Returns:
-        Predictions with `mask`, or without one and with `has_seg=False` where the token itself is not in the completion, even if
-        its letters are.
+        Predictions with `mask`, or without one and with `has_seg=False` where the token itself is not in the
+        completion, even if its letters are.
     """
     masks: dict[int, np.ndarray] = {}
     if states is not None:
@@ -67,11 +71,13 @@ def add_masks(
 
 
 def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Mask logits "N h h" to boolean arrays "H W" in original pixels: bilinear, then logit > 0. One call per distinct size."""
+    """Mask logits "N h h" to boolean arrays "H W" in original pixels: bilinear, then logit > 0; one call per size."""
     result: dict[int, np.ndarray] = {}
     for size in dict.fromkeys(sizes):
         rows = [n for n, other in enumerate(sizes) if other == size]
-        full = F.interpolate(logits[rows].float().unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+        full = (
+            F.interpolate(logits[rows].float().unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+        )
         result.update(zip(rows, full.cpu().numpy(), strict=True))
     return [result[n] for n in range(len(sizes))]
 

@@ -2,8 +2,10 @@
 
 The head is a submodule of the model and listens to the backbone (`attach.py`). It does nothing until it is asked:
 
-- `head.decode_next(index, valid, inputs)`: the next backbone forward also decodes masks, with gradients, at these positions.
-- `head.record()`: backbone states of a generation or of a scoring pass are kept, so that masks need no pass of their own.
+- `head.decode_next(index, valid, inputs)`: the next backbone forward also decodes masks, with gradients, at these
+  positions.
+- `head.record()`: backbone states of a generation or of a scoring pass are kept, so that masks need no pass of their
+  own.
 
 Shape legend: B rows, T tokens, K probe states per mask, D language-model width, N masks, C prompt width, h mask side.
 """
@@ -80,8 +82,8 @@ class Recording:
 class _Tie(torch.autograd.Function):
     """Identity on `states` that also depends on `extra` (with zero gradient).
 
-    The masks leave the forward through a `MaskRequest`, unseen by DDP, which looks for used parameters in the graph of the
-    forward's outputs. With the tie they are in that graph.
+    The masks leave the forward through a `MaskRequest`, unseen by DDP, which looks for used parameters in the graph
+    of the forward's outputs. With the tie they are in that graph.
     """
 
     @staticmethod
@@ -108,7 +110,9 @@ class MaskHead(nn.Module):
     def __init__(self, probe, adapter: nn.Module, segmenter: nn.Module, *, freeze_encoder: bool = True) -> None:
         super().__init__()
         if not isinstance(segmenter, Segmenter):
-            missing = [m for m in ("preprocess", "encode", "decode", "image_size", "mask_size") if not hasattr(segmenter, m)]
+            missing = [
+                m for m in ("preprocess", "encode", "decode", "image_size", "mask_size") if not hasattr(segmenter, m)
+            ]
             raise SegRLError(f"segmenter={type(segmenter).__name__}: not a Segmenter, it lacks {missing}")
         self.probe, self.adapter = probe, adapter
         self.segmenter: Any = segmenter
@@ -120,8 +124,16 @@ class MaskHead(nn.Module):
 
     @classmethod
     def build(
-        cls, model, segmenter: nn.Module, *, token_id: int, adapter: str = "semantic_guided", probe: str = "seg_token",
-        tokenizer=None, freeze_encoder: bool = True, **adapter_settings: Any,
+        cls,
+        model,
+        segmenter: nn.Module,
+        *,
+        token_id: int,
+        adapter: str = "semantic_guided",
+        probe: str = "seg_token",
+        tokenizer=None,
+        freeze_encoder: bool = True,
+        **adapter_settings: Any,
     ) -> MaskHead:
         """A head with a new adapter that fits `model` and `segmenter`.
 
@@ -214,8 +226,8 @@ class MaskHead(nn.Module):
             return states
         if len(states) != len(request.index):
             raise SegRLError(
-                f"masks were asked for {len(request.index)} rows, the forward has {len(states)}: the batch was split or packed, "
-                "which a mask head does not support here"
+                f"masks were asked for {len(request.index)} rows, the forward has {len(states)}: the batch was split "
+                "or packed, which a mask head does not support here"
             )
         rows = request.valid.any(1).nonzero()[:, 0]
         anchor = rows if len(rows) else rows.new_zeros(1)  # without any mask the head still runs, with weight zero
@@ -231,7 +243,7 @@ class MaskHead(nn.Module):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `mask_head.json` and `mask_head.safetensors` (all weights, frozen ones too) beside the model's files."""
+        """Write `mask_head.json` and `mask_head.safetensors` (frozen weights too) beside the model's files."""
         from safetensors.torch import save_file
 
         path = Path(folder)
@@ -254,8 +266,8 @@ class MaskHead(nn.Module):
         """The head that `save_pretrained` wrote, with its weights.
 
         Raises:
-            CheckpointError: a file is missing, or a part has a class that segrl does not know: build that head in code and
-                call `load_weights`.
+            CheckpointError: a file is missing, or a part has a class that segrl does not know: build that head in
+                code and call `load_weights`.
         """
         path = Path(folder) / HEAD_CONFIG
         if not path.is_file():
@@ -263,9 +275,14 @@ class MaskHead(nn.Module):
         config = json.loads(path.read_text(encoding="utf-8"))
         parts = {name: dict(config[name]) for name in ("probe", "adapter", "segmenter")}
         names = {name: part.pop("type") for name, part in parts.items()}
-        if names["adapter"] not in _ADAPTERS or names["probe"] not in _PROBES or names["segmenter"] != Sam2Segmenter.__name__:
+        if (
+            names["adapter"] not in _ADAPTERS
+            or names["probe"] not in _PROBES
+            or names["segmenter"] != Sam2Segmenter.__name__
+        ):
             raise CheckpointError(
-                f"{path}: made of parts of your own ({names}); build the head in code, then call head.load_weights({str(folder)!r})"
+                f"{path}: made of parts of your own ({names}); build the head in code, then call "
+                f"head.load_weights({str(folder)!r})"
             )
         adapter: Any = _ADAPTERS[names["adapter"]]
         head = cls(

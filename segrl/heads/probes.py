@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 class SegTokenProbe:
-    """The state at the `<seg>` token (CORE-Seg, LISA). Of several in one completion the last counts; the prompt's never do.
+    """The state at the `<seg>` token (CORE-Seg, LISA). Of several in one completion the last counts; the prompt's
+    never do.
 
     Args:
         token_id: id of `<seg>` in the tokenizer.
@@ -35,9 +36,9 @@ class SegTokenProbe:
 class AnswerProbe:
     """All states of the answer, from the token after `<answer>` up to and with `<seg>` (an ablation of CORE-Seg).
 
-    A row has states only if its last `<seg>` comes after an `<answer>`. The tag is looked for in the text of the tokens, since
-    tokenizers merge its brackets with their neighbours; a token that holds the end of the tag and more belongs to the answer
-    only if it does not also hold the tag's last letter.
+    A row has states only if its last `<seg>` comes after an `<answer>`. The tag is looked for in the text of the
+    tokens, since tokenizers merge its brackets with their neighbours; a token that holds the end of the tag and more
+    belongs to the answer only if it does not also hold the tag's last letter.
 
     Args:
         token_id: id of `<seg>` in the tokenizer.
@@ -51,7 +52,9 @@ class AnswerProbe:
     def __call__(self, ids: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
         end, has_seg = SegTokenProbe(self.token_id)(ids, completion_mask)
         spans: list[range] = []
-        for row, mask, last, has in zip(ids.tolist(), completion_mask.bool().tolist(), end[:, 0].tolist(), has_seg, strict=True):
+        for row, mask, last, has in zip(
+            ids.tolist(), completion_mask.bool().tolist(), end[:, 0].tolist(), has_seg, strict=True
+        ):
             written = [t for t in range(last) if mask[t]] if has else []
             pieces = [str(piece) for piece in self.tokenizer.convert_ids_to_tokens([row[t] for t in written])]
             tag = "".join(pieces).rfind("<answer>")
@@ -63,7 +66,10 @@ class AnswerProbe:
                     break
             spans.append(range(start, last + 1) if has and tag >= 0 else range(0))
         width = max(1, *(len(span) for span in spans)) if spans else 1
-        index, valid = torch.zeros(len(spans), width, dtype=torch.long), torch.zeros(len(spans), width, dtype=torch.bool)
+        index, valid = (
+            torch.zeros(len(spans), width, dtype=torch.long),
+            torch.zeros(len(spans), width, dtype=torch.bool),
+        )
         for n, span in enumerate(spans):
             index[n, : len(span)] = torch.tensor(span, dtype=torch.long)
             valid[n, : len(span)] = True

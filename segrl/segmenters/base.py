@@ -1,6 +1,7 @@
 """What a mask head needs from a segmenter: `preprocess`, `encode`, `decode`, `decode_boxes`.
 
-Shape legend: B unique images, N masks to decode, S input side in pixels, h = w mask side, C prompt width, K prompts per mask.
+Shape legend: B unique images, N masks to decode, S input side in pixels, h = w mask side, C prompt width, K prompts
+    per mask.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Segmenter(Protocol):
         ...
 
     def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:
-        """Mask logits "N h h" for prompts "N K C", mask n on image `index[n]` of `features`. N = 0 gives shape (0, h, h)."""
+        """Mask logits "N h h" for prompts "N K C", mask n on image `index[n]` of `features`; N = 0 gives (0, h, h)."""
         ...
 
     def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
@@ -70,5 +71,5 @@ class Segmenter(Protocol):
         ...
 
     def freeze(self, *, encoder: bool) -> None:
-        """Set `requires_grad` of every parameter: what a mask loss trains is on, all else off; `encoder` freezes the image encoder."""
+        """Set `requires_grad` of all parameters: on for what a mask loss trains; `encoder` freezes the encoder."""
         ...

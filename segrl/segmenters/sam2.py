@@ -1,7 +1,8 @@
 """SAM 2.x and MedSAM2 through the `sam2` package.
 
-The model is `sam2.modeling.sam2_base.SAM2Base`, whole: the memory modules that a single image does not need are built too, so
-that a published checkpoint loads with every key matched and the same object can propagate through a video or volume.
+The model is `sam2.modeling.sam2_base.SAM2Base`, whole: the memory modules that a single image does not need are built
+too, so that a published checkpoint loads with every key matched and the same object can propagate through a video or
+volume.
 
 Ravi et al., "SAM 2: Segment Anything in Images and Videos", arXiv:2408.00714; Ma et al., "MedSAM2", arXiv:2504.03600.
 """
@@ -53,7 +54,9 @@ class Sam2Config:
 
     def __post_init__(self) -> None:
         if self.image_size <= 0 or self.image_size % 32:
-            raise SegRLError(f"image_size={self.image_size}: a SAM 2 input side must be a positive multiple of 32 pixels")
+            raise SegRLError(
+                f"image_size={self.image_size}: a SAM 2 input side must be a positive multiple of 32 pixels"
+            )
         if self.hidden_dim % 8:
             raise SegRLError(f"hidden_dim={self.hidden_dim}: must be a multiple of 8 (the decoder's number of heads)")
         for item in fields(self):  # JSON turns tuples into lists
@@ -83,7 +86,8 @@ _NAMED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def sam2_config(name: str, **changes: Any) -> Sam2Config:
-    """A published size by name (`sam2.1_hiera_tiny`, `_small`, `_base_plus`, `_large`), with changes such as `image_size=1024`.
+    """A published size by name (`sam2.1_hiera_tiny`, `_small`, `_base_plus`, `_large`), with changes such as
+    `image_size=1024`.
 
     Raises:
         UnknownNameError: no such size.
@@ -189,15 +193,15 @@ _UNTRAINED = ("sam_mask_decoder.iou_prediction_head.", "sam_mask_decoder.pred_ob
 class Sam2Segmenter(nn.Module):
     """SAM 2 as a `Segmenter`: image encoder, prompt embeddings straight into the mask decoder, one mask a prompt.
 
-    `decode` uses the decoder's single-mask token and no output other than its logits: stride 4, so `mask_size` is S / 4.
-    The projections `conv_s0` and `conv_s1` belong to the decoder and may train, so they run in `decode`, on unique images;
-    features of a frozen encoder therefore never go stale.
+    `decode` uses the decoder's single-mask token and no output other than its logits: stride 4, so `mask_size` is S /
+    4. The projections `conv_s0` and `conv_s1` belong to the decoder and may train, so they run in `decode`, on unique
+    images; features of a frozen encoder therefore never go stale.
     """
 
     def __init__(self, config: Sam2Config | None = None) -> None:
         super().__init__()
         self.config = config or Sam2Config()
-        self.sam = build_sam2(self.config)
+        self.sam: Any = build_sam2(self.config)
         self.image_size = self.config.image_size
         self.mask_size = self.config.image_size // 4
         self.prompt_dim = self.config.hidden_dim
@@ -207,13 +211,14 @@ class Sam2Segmenter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, config: Sam2Config | None = None) -> Sam2Segmenter:
-        """Load published weights: a `.pt` file in the layout `{"model": state_dict}`, or `owner/repo:file.pt` on the hub.
+        """Load published weights: a `.pt` file in the layout `{"model": state_dict}`, or `owner/repo:file.pt` on the
+        hub.
 
         Read with `torch.load(weights_only=True)`: a pickle that holds anything but tensors is refused.
 
         Raises:
-            CheckpointError: file missing, not a plain weights file, or any parameter of the model missing, unexpected or of
-                another shape (all named).
+            CheckpointError: file missing, not a plain weights file, or any parameter of the model missing, unexpected
+                or of another shape (all named).
         """
         path = _fetch(checkpoint)
         try:
@@ -300,5 +305,6 @@ def _fetch(checkpoint: str | Path) -> Path:
         repository, filename = str(checkpoint).split(":", 1)
         return Path(hf_hub_download(repository, filename))
     raise CheckpointError(
-        f"SAM 2 checkpoint {str(checkpoint)!r} does not exist. Pass the path of a .pt file, or 'owner/repo:file.pt' for the hub."
+        f"SAM 2 checkpoint {str(checkpoint)!r} does not exist. Pass the path of a .pt file, or 'owner/repo:file.pt' "
+        "for the hub."
     )
