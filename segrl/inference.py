@@ -130,6 +130,7 @@ class ReasoningSegmenter:
         Raises:
             DataError: lengths differ, or something is not an image.
         """
+        images, queries = list(images), list(queries)  # a lazy column makes a new object at every access
         if len(images) != len(queries):
             raise DataError(f"{len(images)} images for {len(queries)} queries; expected one query per image")
         if not images:

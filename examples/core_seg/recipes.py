@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.data import prepare
+from segrl.data import augment, prepare
 from segrl.errors import unknown_name
 from segrl.heads import MaskHead, attach_mask_head
 from segrl.loading import ensure_seg_token, load_vlm
@@ -34,6 +34,8 @@ class Recipe:
         sft, grpo: trainer settings of the two stages.
         rewards: registered names.
         lora: settings of `peft.LoraConfig` for the language model; None trains it whole.
+        augment_to: fill a small training set up to about this many rows with augmented copies (at most 7 of each row, scaled to
+            `augmented_edge` pixels); 0 adds none. Rows with a reasoning of their own are left as they are.
         freeze_encoder: image encoder of the segmenter in stage 1 and stage 2.
         max_new_tokens: of evaluation and inference.
     """
@@ -48,11 +50,16 @@ class Recipe:
     max_new_tokens: int = 512
     brief: bool = False
     max_boxes: int | None = None
+    augment_to: int = 0
+    augmented_edge: int | None = None
     synthetic: dict[str, int] = field(default_factory=lambda: {"train": 1600, "test": 160, "size": 112})
 
 
 def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: bool, reasoning: bool = True) -> Dataset:
     """The data set with the prompts (and answers) of this recipe."""
+    copies = min(7, recipe.augment_to // len(dataset) - 1)
+    if copies > 0 and not any("reasoning" in name for name in dataset.column_names):
+        dataset = augment(dataset, copies, max_edge=recipe.augmented_edge)
     settings = {key: value for key, value in recipe.prompt.items() if key in ("max_edge", "instruction", "frame_kind")}
     return prepare(
         dataset,
@@ -144,6 +151,8 @@ RECIPES: dict[str, Recipe] = {
         max_new_tokens=112,
         brief=True,
         max_boxes=4,
+        augment_to=3200,
+        augmented_edge=160,
     ),
     "core_seg_3b": Recipe(
         build=_build_3b,

@@ -1,5 +1,6 @@
 """Data sets with the columns that segrl trains on: image, mask, query, modality, anatomy, lesion, name, [reasoning]."""
 
+from segrl.data.augment import augment
 from segrl.data.folder import check_rows, load_folder
 from segrl.data.prompts import (
     ANSWER_ONLY_INSTRUCTION,
@@ -16,6 +17,7 @@ __all__ = [
     "INSTRUCTION",
     "LESIONS",
     "Scene",
+    "augment",
     "build_prompt",
     "build_query",
     "build_reasoning",

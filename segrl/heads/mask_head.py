@@ -29,6 +29,10 @@ from segrl.heads.probes import AnswerProbe, SegTokenProbe
 from segrl.segmenters.base import ImageFeatures, Segmenter
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
 
+_SEGMENTER_MEMBERS = (
+    *("image_size", "mask_size", "prompt_dim"),
+    *("preprocess", "encode", "decode", "decode_boxes", "freeze"),
+)
 HEAD_CONFIG, HEAD_WEIGHTS = "mask_head.json", "mask_head.safetensors"
 _PROBES: dict[str, type] = {"seg_token": SegTokenProbe, "answer": AnswerProbe}
 _ADAPTERS: dict[str, type[nn.Module]] = {
@@ -110,10 +114,10 @@ class MaskHead(nn.Module):
     def __init__(self, probe, adapter: nn.Module, segmenter: nn.Module, *, freeze_encoder: bool = True) -> None:
         super().__init__()
         if not isinstance(segmenter, Segmenter):
-            missing = [
-                m for m in ("preprocess", "encode", "decode", "image_size", "mask_size") if not hasattr(segmenter, m)
-            ]
-            raise SegRLError(f"segmenter={type(segmenter).__name__}: not a Segmenter, it lacks {missing}")
+            missing = [name for name in _SEGMENTER_MEMBERS if not hasattr(segmenter, name)]
+            raise SegRLError(
+                f"segmenter={type(segmenter).__name__}: not a segrl.segmenters.Segmenter, it lacks {missing}; add them"
+            )
         self.probe, self.adapter = probe, adapter
         self.segmenter: Any = segmenter
         self.freeze_encoder = freeze_encoder

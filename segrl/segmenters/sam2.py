@@ -104,8 +104,8 @@ def build_sam2(config: Sam2Config) -> nn.Module:
     from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
     from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
-    from sam2.modeling.sam2_base import SAM2Base
     from sam2.modeling.sam.transformer import RoPEAttention
+    from sam2.modeling.sam2_base import SAM2Base
 
     dim, memory_dim, side = config.hidden_dim, config.memory_dim, config.image_size // 16
 
@@ -287,7 +287,10 @@ class Sam2Segmenter(nn.Module):
         return masks[:, 0]
 
     def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
-        sparse, _ = self.sam.sam_prompt_encoder(points=None, boxes=boxes * self.image_size, masks=None)
+        corners = boxes.reshape(-1, 2, 2) * self.image_size
+        # SAM 2 was trained on boxes as two points with the labels 2 and 3 and the padding point that comes with points
+        labels = torch.tensor([[2, 3]], dtype=torch.int, device=boxes.device).expand(len(corners), -1)
+        sparse, _ = self.sam.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)
         return self.decode(features, sparse, index)
 
     def to_config(self) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Small real models and data that several test files build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from segrl.data import make_synthetic, prepare
+from segrl.heads import MaskHead, attach_mask_head
+from segrl.loading import seg_token_id
+from segrl.segmenters import Sam2Config, Sam2Segmenter
+from segrl.testing import tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl
+
+FAMILIES: dict[str, Any] = {"qwen2_5_vl": tiny_qwen2_5_vl, "qwen3_vl": tiny_qwen3_vl, "llava": tiny_llava}
+
+
+def tiny_sam2_config(**changes: Any) -> Sam2Config:
+    """SAM 2 with the published structure, about 0.1 M parameters: 64 px in, masks of 16 px, prompts 32 wide."""
+    settings: dict[str, Any] = {
+        "image_size": 64,
+        "embed_dim": 16,
+        "stages": (1, 1, 2, 1),
+        "global_att_blocks": (3,),
+        "window_spec": (8, 4, 4, 2),
+        "pos_embed_size": (4, 4),
+        "hidden_dim": 32,
+        "memory_dim": 16,
+        "memory_layers": 1,
+        "memory_feedforward": 32,
+    }
+    return Sam2Config(**{**settings, **changes})
+
+
+def tiny_segmenter(seed: int = 0, **changes: Any) -> Sam2Segmenter:
+    """A `Sam2Segmenter` of `tiny_sam2_config`, the same weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Sam2Segmenter(tiny_sam2_config(**changes))
+
+
+def tiny_model(family: str = "qwen2_5_vl", **settings: Any) -> tuple[Any, Any]:
+    """A vision-language model of a family, smaller than the defaults of `segrl.testing`, and its processor."""
+    small = {"hidden_size": 64, "vision_hidden_size": 32, "vision_layers": 2, "vision_heads": 2, "vocab_size": 640}
+    return FAMILIES[family](**{**small, **settings})
+
+
+def add_head(
+    model: Any,
+    processor: Any,
+    *,
+    freeze_encoder: bool = True,
+    adapter: str = "semantic_guided",
+    probe: str = "seg_token",
+    seed: int = 0,
+    **adapter_settings: Any,
+) -> Any:
+    """`model` with a new head on `tiny_segmenter`, the same weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = MaskHead.build(
+            model,
+            tiny_segmenter(seed),
+            token_id=seg_token_id(processor),
+            adapter=adapter,
+            probe=probe,
+            tokenizer=processor.tokenizer,
+            freeze_encoder=freeze_encoder,
+            **adapter_settings,
+        )
+    return attach_mask_head(model, head)
+
+
+def tiny_headed_model(
+    family: str = "qwen2_5_vl",
+    *,
+    freeze_encoder: bool = True,
+    adapter: str = "semantic_guided",
+    probe: str = "seg_token",
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """A `tiny_model` with a mask head, and its processor; `settings` go to the model."""
+    model, processor = tiny_model(family, **settings)
+    return add_head(model, processor, freeze_encoder=freeze_encoder, adapter=adapter, probe=probe), processor
+
+
+def tiny_rows(n: int, processor: Any, completions: bool = True, *, size: int = 64, seed: int = 0) -> Dataset:
+    """Synthetic rows with prompts, and with answers for SFT."""
+    return prepare(
+        make_synthetic(n, size=size, seed=seed), processor, completions=completions, instruction="Answer.", brief=True
+    )
+
+
+def with_answers(rows: Dataset, texts: Sequence[str]) -> Dataset:
+    """`rows` with other assistant texts, repeated as needed, for example some without a `<seg>`."""
+    completions = [[{"role": "assistant", "content": texts[n % len(texts)]}] for n in range(len(rows))]
+    return rows.remove_columns("completion").add_column("completion", completions)  # type: ignore[call-arg]
