@@ -57,6 +57,7 @@ class JointTraining:
         finally:
             if head is not None:
                 attach_mask_head(trained, head)
+        _name_missing_bias(trained)
         if head is not None:
             head.freeze()
             if not self.dense_losses:
@@ -135,3 +136,15 @@ class JointTraining:
             super()._load_best_model()  # type: ignore[misc]
         if self.mask_head is not None:
             self.mask_head.load_weights(os.fspath(trainer.state.best_model_checkpoint))
+
+
+def _name_missing_bias(model: Any) -> None:
+    """Let TRL read `bias` of tied output embeddings that PEFT's `trainable_token_indices` wrapped.
+
+    TRL's fused head reads `weight` and `bias` of that layer; the wrapper has the weight, with its trained rows, but no
+    name `bias`, which ends in an AttributeError.
+    """
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    wrapped = getattr(layer, "original_module", None)
+    if layer is not None and wrapped is not None and getattr(wrapped, "bias", None) is None:
+        layer.register_parameter("bias", None)

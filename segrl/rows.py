@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class RowReader:
 
     Args:
         processor: the model's processor; it decides the frame of written boxes.
-        segmenter: prepares the segmenter's input; None when there is no mask head.
+        segmenter: prepares the segmenter's input; None when there is no mask head, and then rows need no image.
         frame_kind: overrides the frame that the processor implies.
     """
 
@@ -45,37 +45,71 @@ class RowReader:
             DataError: a row has no image or no mask, or the mask is not binary; names the row.
         """
         known: dict[bytes, SegRow] = {}
+        first: dict[bytes, SegInput] = {}
         result = []
         for number, row in enumerate(rows):
             name = str(row.get("name") or f"row {number} of the batch")
-            image, mask = _image(row, name), _mask(row, name)
+            image, mask = _image(row, name, needed=self.segmenter is not None), _mask(row, name)
             fields = {key: str(row.get(key) or "") for key in ("query", "modality", "anatomy", "lesion")}
-            digest = hashlib.blake2b(str((image.size, mask.shape, fields)).encode(), digest_size=16)
-            digest.update(image.tobytes())
-            digest.update(mask.tobytes())
+            digest = hashlib.blake2b(digest_size=16)
+            if image is not None:
+                digest.update(str(image.size).encode() + image.tobytes())
+            image_key = digest.digest()
+            digest.update(str((mask.shape, mask.dtype, fields)).encode() + mask.tobytes())
             key = digest.digest()
             if key not in known:
-                known[key] = self._read(image, mask, name, fields)
+                known[key] = self._read(image, mask, name, fields, first.get(image_key))
+                if known[key].seg_input is not None:
+                    first.setdefault(image_key, known[key].seg_input)
             result.append(known[key])
         return result
 
-    def _read(self, image: Image.Image, mask: np.ndarray, name: str, fields: dict[str, str]) -> SegRow:
+    def _read(
+        self, image: Image.Image | None, mask: np.ndarray, name: str, fields: dict[str, str], same: SegInput | None
+    ) -> SegRow:
         target = Target.from_mask(binarize(mask, name), name=name, **fields)
-        frame = frame_for(self.processor, image.size, original_size=(target.width, target.height), kind=self.frame_kind)
+        size = (target.width, target.height)
+        shown = size if image is None else image.size
+        frame = frame_for(self.processor, shown, original_size=size, kind=self.frame_kind)
         if self.segmenter is None:
             return SegRow(target, frame, None)
         side = self.segmenter.mask_size
-        return SegRow(
-            target,
-            frame,
-            SegInput(self.segmenter.preprocess(image), target=soft_target(target.mask, (side, side), quantised=True)),
-        )
+        pixels = self.segmenter.preprocess(image) if same is None else same.pixels
+        truth = soft_target(target.mask, (side, side), quantised=True)
+        return SegRow(target, frame, SegInput(pixels, target=truth, same_image=same))
 
 
-def _image(row: Mapping[str, Any], name: str) -> Image.Image:
+def check_columns(datasets: Mapping[str, Any], needed: Collection[str]) -> None:
+    """Check before training that every data set has the columns that masks need; a stream may not know its columns.
+
+    Args:
+        datasets: `{"train_dataset": ..., "eval_dataset": ...}`; a value may be None or a dict of data sets.
+        needed: column names; `images` counts as `image`.
+
+    Raises:
+        DataError: a column is missing; names the data set and the columns that it has.
+    """
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Mapping):
+            check_columns({f"{name}[{key!r}]": value for key, value in dataset.items()}, needed)
+            continue
+        columns = getattr(dataset, "column_names", None)
+        if not columns:
+            continue
+        have = set(columns) | ({"image"} if "images" in columns else set())
+        missing = sorted(set(needed) - have)
+        if missing:
+            raise DataError(
+                f"{name}: no column {missing} (it has {sorted(columns)}); masks and their rewards need {sorted(needed)}"
+            )
+
+
+def _image(row: Mapping[str, Any], name: str, *, needed: bool) -> Image.Image | None:
     image = row.get("image")
     if image is None and row.get("images"):
         image = row["images"][0]
+    if image is None and not needed:
+        return None
     if not isinstance(image, Image.Image):
         raise DataError(
             f"{name}: no image; expected a PIL image in the column 'image' (or a list in 'images'), got {image!r}"

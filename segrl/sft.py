@@ -12,7 +12,7 @@ from segrl.config import SegSFTConfig
 from segrl.dense import DenseLoss
 from segrl.errors import SegRLError
 from segrl.joint import JointTraining
-from segrl.rows import RowReader
+from segrl.rows import RowReader, check_columns
 
 _SEG_COLUMNS = ("mask", "query", "modality", "anatomy", "lesion", "name")
 
@@ -40,8 +40,8 @@ class SegSFTTrainer(JointTraining, SFTTrainer):
     Without dense losses this is TRL's trainer, bit for bit.
 
     Raises:
-        SegRLError: dense losses without a mask head, or with packing or padding-free batches, where rows are not
-            images.
+        SegRLError: before training, for dense losses without a mask head, with packing or padding-free batches, where
+            rows are not images, or on data without the columns that masks need.
     """
 
     _text_term = "text"
@@ -62,6 +62,7 @@ class SegSFTTrainer(JointTraining, SFTTrainer):
             raise SegRLError("dense losses need one row per image: set packing=False and padding_free=False")
         self._init_joint(model, dense_losses, lambda: SFTTrainer.__init__(self, model, args, *positional, **kwargs))
         if self.dense_losses and self.mask_head is not None:
+            check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, ("image", "mask"))
             self.data_collator = SegCollator(
                 self.data_collator, RowReader(self.processing_class, self.mask_head.segmenter)
             )

@@ -8,7 +8,8 @@ What is overridden, and why (each calls `super()`):
 - `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
 - `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
 - `_compute_loss`: adds the dense losses on masks decoded inside TRL's own forward.
-- `_generate`: hides the head from vLLM's weight sync.
+- `_generate`: keeps the recorded states only if the tokens are still the generated ones; hides the head from vLLM's
+  weight sync.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -35,15 +37,25 @@ from segrl.parsing import completion_text, parse_completion
 from segrl.prediction import Prediction
 from segrl.rewards import list_rewards, make_reward
 from segrl.rewards.registry import Reward
-from segrl.rows import RowReader, SegRow
+from segrl.rows import RowReader, SegRow, check_columns
 
 
 @dataclass(eq=False)
 class _Rollout:
-    """What one call of `_generate_and_score_completions` collects. `states` are those of completion tokens, "B T D"."""
+    """What one call of `_generate_and_score_completions` collects.
 
-    turns: int = 0
+    Attributes:
+        generated: prompt and completion ids of the first generation, whose states were recorded.
+        prompt_ids: the prompts as TRL scores them.
+        states: backbone states of the completion tokens, "B T D".
+        foreign: completion tokens "B T" that the model did not write (tools') or whose states are not to be used.
+        inputs: the segmenter's input of each row.
+    """
+
+    generated: tuple[list, list] | None = None
+    prompt_ids: list[list[int]] | None = None
     states: Tensor | None = None
+    foreign: Tensor | None = None
     inputs: list[SegInput] = field(default_factory=list)
 
 
@@ -94,7 +106,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             getattr(args, "frame_kind", None),
         )
         if self._reads_predictions:
-            _check_columns(self.train_dataset, {"mask"} | ({"image"} if self.mask_head is not None else set()))
+            datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+            check_columns(datasets, ("mask",) if self.mask_head is None else ("image", "mask"))
         if self.mask_head is not None:
             _check_token(self.mask_head, self._tokenizer)
 
@@ -111,19 +124,35 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         return output
 
     def _generate(self, prompts: list) -> Any:
-        with head_detached(self.model) if self.use_vllm and self.mask_head is not None else nullcontext():
-            return super()._generate(prompts)
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         rollout = self._rollout
-        if rollout is None or self.mask_head is None or self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(*args, **kwargs)
-        with self.mask_head.record(last_only=True) as recording:
-            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-        rollout.turns += 1
-        # Several turns (tools, environments) put text of others between the tokens: their states come from
-        # `_score_states`.
-        rollout.states = generation_states(recording, completion_ids) if rollout.turns == 1 else None
+        if rollout is None or self.mask_head is None:
+            return super()._generate(prompts)
+        with head_detached(self.model) if self.use_vllm else nullcontext():
+            output = super()._generate(prompts)
+        prompt_ids, completion_ids, tool_mask = output[:3]
+        rollout.prompt_ids = [list(map(int, row)) for row in prompt_ids]
+        if rollout.generated != (rollout.prompt_ids, [list(map(int, row)) for row in completion_ids]):
+            # Tools, environments and rollout functions put text of others between or around the generated tokens:
+            # their states come from the old-log-prob pass or from `_score_states`.
+            rollout.states = None
+        if tool_mask is not None:
+            rollout.foreign = pad_ids(tool_mask, self.accelerator.device) == 0
+        return output
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        rollout, head = self._rollout, self.mask_head
+        if (
+            rollout is None
+            or head is None
+            or rollout.generated is not None
+            or self.use_vllm
+            or self.use_transformers_continuous_batching
+        ):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with head.record(last_only=True) as recording:
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        rollout.generated = [list(row) for row in prompt_ids], [list(row) for row in completion_ids]
+        rollout.states = generation_states(recording, completion_ids)
         return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(
@@ -142,6 +171,9 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         with head.record() as recording:
             result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         rollout.states = torch.cat([states[:, -logits_to_keep:] for states in recording.calls])
+        # `mask_truncated_completions` hides a whole completion from attention: its states mean nothing
+        hidden = attention_mask[:, -logits_to_keep:] == 0
+        rollout.foreign = hidden if rollout.foreign is None else hidden | _wide(rollout.foreign, logits_to_keep)
         return result
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -176,6 +208,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         rollout.inputs = [row.seg_input for row in rows if row.seg_input is not None]
         tokens = pad_ids(ids, self.accelerator.device)
         states = rollout.states if rollout.states is not None else self._score_states(prompts, tokens)
+        if rollout.foreign is not None:
+            tokens = tokens.masked_fill(_wide(rollout.foreign, tokens.size(1)), -1)
         sizes = [(row.target.height, row.target.width) for row in rows]
         with self.accelerator.autocast():
             return add_masks(head, predictions, tokens, states, rollout.inputs, sizes)
@@ -183,6 +217,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     def _score_states(self, prompts: list, tokens: Tensor) -> Tensor:
         """States "B T D" by one forward, for rollouts of several turns or from outside, which leave none behind."""
         prompt_ids, images, multimodal = self._tokenize_prompts(prompts)
+        if self._rollout is not None and self._rollout.prompt_ids is not None:
+            prompt_ids = self._rollout.prompt_ids
         device, pad = self.accelerator.device, int(self._tokenizer.pad_token_id)
         longest = max(len(ids) for ids in prompt_ids)
 
@@ -217,8 +253,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     def _log_masks(self, predictions: list[Prediction], rows: list[SegRow]) -> None:
         for prediction, row in zip(predictions, rows, strict=True):
             true = row.target.mask
-            score = metrics.dice(prediction.mask, true) if prediction.mask is not None else 0.0
-            self._log_metric("rollout/dice", score)
+            mask = prediction.mask if prediction.mask is not None else np.zeros_like(true)  # as in `evaluate`
+            self._log_metric("rollout/dice", metrics.dice(mask, true))
             self._log_metric("rollout/valid", float(prediction.valid))
             self._log_metric("rollout/fail", float(metrics.failure(prediction.mask, true, prediction.valid)))
 
@@ -256,19 +292,6 @@ def _resolve(reward_funcs: Any) -> Any:
     return resolved
 
 
-def _check_columns(dataset: Any, needed: set[str]) -> None:
-    columns = getattr(dataset, "column_names", None)
-    if not columns:
-        return
-    have = set(columns) | ({"image"} if "images" in columns else set())
-    missing = sorted(needed - have)
-    if missing:
-        raise SegRLError(
-            f"train_dataset: no column {missing} (it has {sorted(columns)}); "
-            f"masks and their rewards need {sorted(needed)}"
-        )
-
-
 def _check_token(head: MaskHead, tokenizer: Any) -> None:
     token_id = getattr(head.probe, "token_id", None)
     if token_id is None:
@@ -285,6 +308,11 @@ def _check_token(head: MaskHead, tokenizer: Any) -> None:
             f"{known.content!r} is a special token: TRL drops those from the text that rewards read. "
             "Add it as a normal token (segrl.loading.ensure_seg_token)"
         )
+
+
+def _wide(mask: Tensor, width: int) -> Tensor:
+    """A mask "B T" with exactly `width` columns: cut, or filled with False."""
+    return torch.nn.functional.pad(mask, (0, width - mask.size(1)))
 
 
 def _is_policy(model: Any) -> bool:

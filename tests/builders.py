@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from segrl.config import SegGRPOConfig, SegSFTConfig
 from segrl.data import make_synthetic, prepare
 from segrl.heads import MaskHead, attach_mask_head
 from segrl.loading import seg_token_id
@@ -97,3 +98,43 @@ def with_answers(rows: Dataset, texts: Sequence[str]) -> Dataset:
     """`rows` with other assistant texts, repeated as needed, for example some without a `<seg>`."""
     completions = [[{"role": "assistant", "content": texts[n % len(texts)]}] for n in range(len(rows))]
     return rows.remove_columns("completion").add_column("completion", completions)  # type: ignore[call-arg]
+
+
+def _training(**settings: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+    }
+    return {**defaults, **settings}
+
+
+def grpo_args(folder: Any, kind: Any = SegGRPOConfig, **settings: Any) -> Any:
+    """Settings for a short GRPO run on the CPU: 2 steps, 4 samples a prompt, 12 new tokens."""
+    short = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 12,
+    }
+    return kind(str(folder), **_training(**{**short, **settings}))
+
+
+def sft_args(folder: Any, kind: Any = SegSFTConfig, **settings: Any) -> Any:
+    """Settings for a short SFT run on the CPU: 2 steps of 4 rows."""
+    return kind(str(folder), **_training(**{"max_steps": 2, "per_device_train_batch_size": 4, **settings}))
+
+
+def seg_bias(processor: Any, bias: float = 5.0) -> dict[str, Any]:
+    """`generation_kwargs`: a random model writes `<seg>` now and then, ends now and then, and writes no placeholder."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return {
+        "sequence_bias": [[[seg_token_id(processor)], bias], [[tokenizer.eos_token_id], 4.0]],
+        "suppress_tokens": [tokenizer.convert_tokens_to_ids(name) for name in names],
+    }

@@ -71,6 +71,8 @@ class SemanticGuidedAdapter(nn.Module):
         for block in self.blocks:
             states = states + block(states)
         query = self.query.expand(len(states), -1, -1)
+        if not len(states):  # MultiheadAttention cannot reshape an empty mask
+            return self.projection(self.norm(query))
         attended, _ = self.attention(query, states, states, key_padding_mask=~state_mask, need_weights=False)
         return self.projection(self.norm(attended))
 

@@ -50,11 +50,14 @@ class SegInput:
         pixels: the segmenter's input, "3 S S" (`Segmenter.preprocess`).
         features: features of this one image, kept when the encoder is frozen.
         target: what a dense loss compares with, "h h" uint8, 255 = foreground; None without truth.
+        same_image: the first `SegInput` of this image, where another question about it has another target; its
+            features serve both.
     """
 
     pixels: Tensor
     features: ImageFeatures | None = None
     target: Tensor | None = None
+    same_image: SegInput | None = None
 
 
 @dataclass(eq=False)
@@ -168,8 +171,9 @@ class MaskHead(nn.Module):
     def features(self, inputs: Sequence[SegInput]) -> tuple[ImageFeatures, Tensor]:
         """Features of the unique images among `inputs`, and for each input the row of its image.
 
-        A frozen encoder runs once per `SegInput`, without gradients, and leaves its result there.
+        A frozen encoder runs once per image, without gradients, and leaves its result in the `SegInput`.
         """
+        inputs = [item.same_image or item for item in inputs]
         unique = list({id(item): item for item in inputs}.values())
         row = {id(item): n for n, item in enumerate(unique)}
         device = next(self.segmenter.parameters()).device
@@ -312,7 +316,7 @@ class MaskHead(nn.Module):
         try:
             self.load_state_dict(load_file(path))
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: does not fit this head: {error}") from error
+            raise CheckpointError(f"{path}: does not fit this head: {' '.join(str(error).split())}") from error
 
 
 def _build_probe(name: str, settings: dict[str, Any], tokenizer) -> Any:

@@ -81,6 +81,7 @@ def _text_settings(
         "num_attention_heads": heads,
         "num_key_value_heads": max(1, heads // 2),
         "max_position_embeddings": 4096,
+        "initializer_range": hidden_size**-0.5,  # 0.02 is for wide models: here it would drown what a token attends to
         "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -1,0 +1,523 @@
+"""Save, resume and load: full models and PEFT adapters with a mask head, in this process and in a fresh one."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import add_head, tiny_headed_model, tiny_model, tiny_rows, with_answers
+from peft import LoraConfig
+from safetensors.torch import load_file
+from test_loading import hub_key, write_hub_folder
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
+from segrl.data import make_synthetic
+from segrl.errors import CheckpointError
+from segrl.heads import find_mask_head
+from segrl.inference import ReasoningSegmenter, save_settings
+from segrl.loading import load_vlm, seg_token_id
+from segrl.segmenters import Sam2Segmenter
+from segrl.segmenters.sam2 import sam2_config
+from segrl.testing import tiny_qwen2_5_vl
+
+SETTINGS = {"instruction": "Answer.", "max_new_tokens": 60}
+ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
+OTHER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 31, 42].<seg></answer>"
+COMMON: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3e-3,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
+
+
+def length_reward(completions, **_):
+    return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
+
+
+def sft(folder, model, processor, *, rows=None, peft_config=None, dense=True, **settings):
+    return SegSFTTrainer(
+        model,
+        SegSFTConfig(str(folder), **{"max_length": None, **COMMON, **settings}),
+        train_dataset=tiny_rows(8, processor) if rows is None else rows,
+        processing_class=processor,
+        peft_config=peft_config,
+        dense_losses=[DenseLoss("dice_ce")] if dense else None,
+    )
+
+
+def grpo(folder, model, processor, *, rewards=None, peft_config=None, **settings):
+    often = {"sequence_bias": [[[seg_token_id(processor)], 4.0]]}
+    sizes = {"num_generations": 4, "max_completion_length": 12, "generation_kwargs": often}
+    return SegGRPOTrainer(
+        model,
+        rewards or ["format", length_reward],
+        SegGRPOConfig(str(folder), **{**sizes, **COMMON, **settings}),
+        train_dataset=tiny_rows(8, processor, completions=False),
+        processing_class=processor,
+        peft_config=peft_config,
+        dense_losses=[DenseLoss("dice_ce")],
+    )
+
+
+def plain_sft(folder, model, processor, **settings):
+    args = SFTConfig(str(folder), **{"max_length": None, **COMMON, **settings})
+    return SFTTrainer(model, args, train_dataset=tiny_rows(8, processor), processing_class=processor)
+
+
+def plain_grpo(folder, model, processor, **settings):
+    sizes = {"num_generations": 4, "max_completion_length": 12}
+    args = GRPOConfig(str(folder), **{**sizes, **COMMON, **settings})
+    rows = tiny_rows(8, processor, completions=False)
+    return GRPOTrainer(model, length_reward, args, train_dataset=rows, processing_class=processor)
+
+
+def largest_difference(model, other):
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    return max((value - expected[key]).abs().max().item() for key, value in model.state_dict().items())
+
+
+def lora(processor, **changes):
+    settings: dict[str, Any] = {
+        "r": 4,
+        "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        "trainable_token_indices": {"embed_tokens": [seg_token_id(processor)]},
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**{**settings, **changes})
+
+
+def as_data(predictions):
+    assert all(p.mask is not None for p in predictions)
+    return [(p.text, p.status.value, p.boxes.tolist(), np.packbits(p.mask).tolist(), p.mask.shape) for p in predictions]
+
+
+def questions(n=3):
+    rows = make_synthetic(n, size=64)
+    return list(rows["image"]), list(rows["query"])
+
+
+class TestResume:
+    @pytest.mark.parametrize("build", [plain_sft, plain_grpo])
+    def test_what_plain_trl_gives(self, build, tmp_path):
+        """The measure for the tests below: two steps, a checkpoint and two more equal four steps exactly."""
+        models = []
+        for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+            model, processor = tiny_model()
+            trainer = build(tmp_path / name, model, processor, max_steps=4, save_steps=2)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            models.append(model)
+        assert largest_difference(*models) == 0.0
+
+    @pytest.mark.parametrize("build", [sft, grpo])
+    @pytest.mark.parametrize("freeze_encoder", [True, False])
+    def test_resumed_steps_equal_uninterrupted_ones(self, build, freeze_encoder, tmp_path):
+        models, logs = [], []
+        for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+            model, processor = tiny_headed_model(freeze_encoder=freeze_encoder)
+            trainer = build(
+                tmp_path / name, model, processor, max_steps=4, save_steps=2, head_learning_rate=1e-2, seed=5
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            groups = [(group["initial_lr"], len(group["params"])) for group in trainer.optimizer.param_groups]
+            assert {rate for rate, _ in groups} == {3e-3, 1e-2}
+            head: Any = find_mask_head(model)
+            trains = sum(p.requires_grad for p in head.parameters())
+            assert sum(count for rate, count in groups if rate == 1e-2) == trains
+            models.append(model)
+            logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert largest_difference(*models) == 0.0
+        assert logs[0] == logs[1]
+        start, _ = tiny_headed_model(freeze_encoder=freeze_encoder)
+        moved = {n for n, p in start.named_parameters() if not torch.equal(p, models[0].get_parameter(n))}
+        assert any("mask_head.adapter" in name for name in moved)
+        assert any("image_encoder" in name for name in moved) is not freeze_encoder
+
+    def test_a_peft_run_resumes(self, tmp_path):
+        models = []
+        for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+            model, processor = tiny_headed_model()
+            trainer = sft(
+                tmp_path / name,
+                model,
+                processor,
+                max_steps=4,
+                save_steps=2,
+                peft_config=lora(processor, lora_dropout=0.0),
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            models.append(trainer.model)
+        assert largest_difference(*models) == 0.0
+
+    @pytest.mark.parametrize("build", [sft, grpo])
+    def test_files(self, build, tmp_path):
+        model, processor = tiny_headed_model()
+        trainer = build(tmp_path, model, processor, max_steps=2, save_steps=1)
+        trainer.train()
+        trainer.save_model()
+        for folder in (tmp_path, tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"):
+            names = {path.name for path in folder.iterdir()}
+            assert {"model.safetensors", "mask_head.safetensors", "mask_head.json", "tokenizer.json"} <= names
+            keys = set(load_file(folder / "model.safetensors"))
+            assert not any("mask_head" in key for key in keys)
+            head: Any = find_mask_head(model)
+            assert set(load_file(folder / "mask_head.safetensors")) == set(head.state_dict())
+        assert find_mask_head(model) is trainer.mask_head  # back on the model after saving
+        first, last = (load_file(tmp_path / f"checkpoint-{n}" / "mask_head.safetensors") for n in (1, 2))
+        assert any(not torch.equal(first[key], last[key]) for key in first)
+        assert all(torch.equal(value.cpu(), last[key]) for key, value in trainer.mask_head.state_dict().items())
+
+    def test_a_checkpoint_without_head_files_stops(self, tmp_path):
+        model, processor = tiny_headed_model()
+        sft(tmp_path, model, processor, max_steps=1, save_steps=1).train()
+        (tmp_path / "checkpoint-1" / "mask_head.safetensors").unlink()
+        trainer = sft(tmp_path, *tiny_headed_model(), max_steps=2)
+        with pytest.raises(CheckpointError, match=r"checkpoint-1: no mask_head\.safetensors"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    @pytest.mark.parametrize("peft", [False, True])
+    def test_load_best_model_at_end_brings_back_model_and_head(self, peft, tmp_path):
+        model, processor = tiny_headed_model()
+        trainer = sft(
+            tmp_path,
+            model,
+            processor,
+            peft_config=lora(processor) if peft else None,
+            max_steps=4,
+            save_steps=1,
+            eval_steps=1,
+            eval_strategy="steps",
+            per_device_eval_batch_size=4,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            learning_rate=3.0,  # diverges: the first checkpoints are the best
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=4,
+        )
+        trainer.eval_dataset = trainer.train_dataset
+        trainer.train()
+        best = Path(str(trainer.state.best_model_checkpoint))
+        assert best.name != "checkpoint-4"
+        saved, current = load_file(best / "mask_head.safetensors"), trainer.mask_head.state_dict()
+        assert all(torch.equal(saved[key], current[key]) for key in saved)
+        last = load_file(tmp_path / "checkpoint-4" / "mask_head.safetensors")
+        assert any(not torch.equal(last[key], current[key]) for key in saved)
+        again = ReasoningSegmenter.from_pretrained(best, device="cpu") if not peft else None
+        if again is not None:
+            assert largest_difference(again.model, model) == 0.0
+        else:
+            adapter = load_file(best / "adapter_model.safetensors")
+            name = next(key for key in adapter if "lora_B" in key)
+            own = trainer.model.get_parameter(name.replace("lora_B.weight", "lora_B.default.weight"))
+            assert torch.equal(own, adapter[name])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model that answers with a box and a mask, trained and saved as a user does it, and its predictions."""
+    folder = tmp_path_factory.mktemp("run")
+    model, processor = tiny_headed_model(max_pixels=56 * 56)
+    rows = with_answers(tiny_rows(4, processor), [ANSWER])
+    trainer = sft(
+        folder, model, processor, rows=rows, max_steps=60, lr_scheduler_type="constant", save_strategy="no", seed=0
+    )
+    trainer.train()
+    trainer.save_model()
+    save_settings(folder, SETTINGS)
+    model.eval()
+    predictions = ReasoningSegmenter(model, processor, SETTINGS).predict_batch(*questions())
+    assert [p.text for p in predictions] == [ANSWER] * 3
+    return folder, as_data(predictions)
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def adapter_run(request, tmp_path_factory):
+    """A PEFT run on a base model in a folder: LoRA and the trained row of `<seg>`; predictions plain and merged."""
+    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    model, processor = tiny_headed_model(max_pixels=56 * 56, tie_word_embeddings=request.param == "tied")
+    rows = tiny_rows(4, processor)
+    trainer = sft(
+        base,
+        model,
+        processor,
+        rows=with_answers(rows, [ANSWER]),
+        max_steps=60,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+    )
+    trainer.train()
+    trainer.save_model()
+    segmenter = ReasoningSegmenter.from_pretrained(base, device="cpu")
+    trainer = sft(
+        folder,
+        segmenter.model,
+        segmenter.processor,
+        rows=with_answers(rows, [OTHER]),
+        peft_config=lora(segmenter.processor, r=8),
+        max_steps=40,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+    )
+    trainer.train()
+    trainer.save_model()
+    save_settings(folder, SETTINGS)
+    model = trainer.model.eval()
+    predictions = ReasoningSegmenter(model, segmenter.processor, SETTINGS).predict_batch(*questions())
+    assert [p.text for p in predictions] == [OTHER] * 3
+    return folder, as_data(predictions)
+
+
+LOADER = """
+import json, sys
+from segrl.inference import ReasoningSegmenter
+from test_checkpoints import as_data, questions
+merge = sys.argv[2] == "merge"
+segmenter = ReasoningSegmenter.from_pretrained(sys.argv[1], device="cpu", merge=merge)
+print(json.dumps([type(segmenter.model).__name__, as_data(segmenter.predict_batch(*questions()))]))
+"""
+
+
+def in_fresh_process(folder, merge=False):
+    command = [sys.executable, "-W", "ignore", "-c", LOADER, str(folder), "merge" if merge else "plain"]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    kind, data = json.loads(result.stdout.splitlines()[-1])
+    return kind, [(text, status, boxes, mask, tuple(shape)) for text, status, boxes, mask, shape in data]
+
+
+class TestFreshProcess:
+    def test_a_run_predicts_the_same(self, run):
+        folder, expected = run
+        assert in_fresh_process(folder) == ("Qwen2_5_VLForConditionalGeneration", expected)
+
+    def test_a_peft_run_predicts_the_same_merged_or_not(self, adapter_run):
+        folder, expected = adapter_run
+        assert not (folder / "model.safetensors").exists()
+        assert (folder / "mask_head.safetensors").is_file()
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert not any("mask_head" in key for key in adapter)
+        assert any("trainable_tokens_delta" in key for key in adapter)
+        kind, data = in_fresh_process(folder)
+        assert kind == "PeftModelForCausalLM"
+        assert data == expected
+        kind, merged = in_fresh_process(folder, merge=True)
+        assert kind == "Qwen2_5_VLForConditionalGeneration"
+        assert [row[:3] for row in merged] == [row[:3] for row in expected]
+        for one, other in zip(merged, expected, strict=True):  # merging rounds weights: single pixels may flip
+            bits = [np.unpackbits(np.array(row[3], dtype=np.uint8)) for row in (one, other)]
+            assert (bits[0] != bits[1]).mean() < 0.01
+        segmenter = ReasoningSegmenter.from_pretrained(folder, device="cpu", merge=True)
+        assert as_data(segmenter.predict_batch(*questions())) == merged
+
+
+class TestPeft:
+    @pytest.mark.parametrize("build", [sft, grpo])
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("beta", [0.0, 0.1])
+    def test_the_row_of_the_token_trains_and_counts(self, build, tied, beta, tmp_path):
+        model, processor = tiny_headed_model(tie_word_embeddings=tied)
+        token_id = seg_token_id(processor)
+        settings = {"beta": beta} if build is grpo else {}
+        if beta and build is sft:
+            pytest.skip("SFT has no KL term")
+        trainer = build(
+            tmp_path, model, processor, max_steps=2, save_strategy="no", peft_config=lora(processor), **settings
+        )
+        base = trainer.model.get_base_model()
+        before = base.get_input_embeddings().weight.detach().clone()
+        trainer.train()
+        after, output = base.get_input_embeddings().weight.detach(), base.get_output_embeddings()
+        assert not torch.equal(after[token_id], before[token_id])
+        others = torch.arange(len(after)) != token_id
+        assert torch.equal(after[others], before[others])
+        assert torch.equal(output.weight[token_id].detach(), after[token_id]) is tied
+        # TRL's fused head, which reads the weight, and the layer's own forward agree
+        ids = torch.tensor([[5, 6, token_id, 7, token_id]])
+        trainer.model.eval()
+        with torch.no_grad():
+            fused = trainer.model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+            temperature = trainer.temperature if build is grpo else 1.0
+            logits = trainer.model(input_ids=ids).logits[0, :-1] / temperature
+        expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert torch.allclose(fused, expected, atol=1e-5)
+        if tied:  # a larger row gives a larger logit, in both paths
+            hidden = torch.ones(1, len(after[0]))
+            with torch.no_grad():
+                assert torch.allclose(output(hidden)[0, token_id], after[token_id].sum(), atol=1e-5)
+
+    def test_stage_two_goes_on_training_the_adapter(self, adapter_run, tmp_path):
+        folder, _ = adapter_run
+        segmenter = ReasoningSegmenter.from_pretrained(folder, device="cpu", trainable=True)
+        trainer = grpo(
+            tmp_path,
+            segmenter.model,
+            segmenter.processor,
+            rewards=["format", length_reward],
+            beta=0.1,
+            max_steps=2,
+            save_steps=1,
+            learning_rate=1e-2,
+        )
+        trainer.train()
+        assert find_mask_head(trainer.model) is trainer.mask_head
+        before = load_file(folder / "adapter_model.safetensors")
+        after = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+        assert before.keys() == after.keys()
+        assert any(not torch.equal(before[key], after[key]) for key in before)
+        assert (
+            json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        )
+        again = ReasoningSegmenter.from_pretrained(tmp_path / "checkpoint-2", device="cpu")
+        trainer.model.eval()
+        ours = ReasoningSegmenter(trainer.model, segmenter.processor, again.settings)
+        images, queries = questions(2)
+        expected, found = ours.predict_batch(images, queries), again.predict_batch(images, queries)
+        assert [p.text for p in expected] == [p.text for p in found]
+
+    def test_an_adapter_that_names_no_base_is_an_error(self, tmp_path):
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": 2}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json: names no base model; set base_model_name"):
+            ReasoningSegmenter.from_pretrained(tmp_path)
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example's modules, found as its scripts find them."""
+    folder = str(Path(__file__).parents[1] / "examples" / "core_seg")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("recipes"), importlib.import_module("stages")
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Small files in the real layouts: a hub-style Qwen2.5-VL (tied, as 3B is) and MedSAM2's `.pt` at full size."""
+    folder = tmp_path_factory.mktemp("published")
+    # 3B has spare rows and no <seg>
+    model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64, max_pixels=56 * 56)
+    write_hub_folder(folder / "Qwen2.5-VL-3B-Instruct", model, processor)
+    torch.manual_seed(1)
+    segmenter = Sam2Segmenter(sam2_config("sam2.1_hiera_tiny", image_size=512))
+    torch.save({"model": segmenter.sam.state_dict()}, folder / "MedSAM2_latest.pt")
+    return folder / "Qwen2.5-VL-3B-Instruct", folder / "MedSAM2_latest.pt"
+
+
+class TestPublishedPreset:
+    def test_one_step_of_each_stage_on_files_of_the_real_layout(self, example, published, tmp_path):
+        recipes, stages = example
+        recipe = recipes.find_recipe("core_seg_3b")
+        hub, checkpoint = published
+        rows = make_synthetic(2, size=64)
+        arguments = stages.ExampleArguments(preset="core_seg_3b", model=str(hub), segmenter=str(checkpoint))
+        model, _ = recipe.build(rows, str(hub), str(checkpoint))
+        assert model.dtype == torch.bfloat16
+        head: Any = find_mask_head(model)
+        expected = torch.load(checkpoint, weights_only=True)["model"]
+        assert head.segmenter.image_size == 512
+        assert all(torch.equal(value, expected[name]) for name, value in head.segmenter.sam.state_dict().items())
+        assert not any(p.requires_grad for p in head.segmenter.sam.image_encoder.parameters())
+
+        on_cpu = {
+            **{"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True},
+            **{"gradient_accumulation_steps": 1, "save_strategy": "no"},
+        }
+        settings = {**recipe.sft, **on_cpu, "per_device_train_batch_size": 2}
+        stage1 = stages.train_stage1(arguments, SegSFTConfig(str(tmp_path / "sft"), **settings), recipe, rows)
+        config = json.loads((stage1 / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (64, 128, 0.05)
+        assert config["base_model_name_or_path"] == str(hub)
+        adapter = load_file(stage1 / "adapter_model.safetensors")
+        moved = {key.split(".")[-2] for key, value in adapter.items() if "lora_B" in key and value.any()}
+        assert moved == {"lora_B"}
+        assert not any("visual" in key for key in adapter)
+        assert any("trainable_tokens_delta" in key for key in adapter)
+        history = json.loads((stage1 / "log_history.json").read_text())
+        assert {"text", "text_weighted", "dense/dice_ce", "dense/dice_ce_weighted"} <= history[0].keys()
+        trained = load_file(stage1 / "mask_head.safetensors")
+        changed = {
+            key
+            for key in trained
+            if key.startswith("segmenter.sam.") and not torch.equal(trained[key], expected[key[14:]])
+        }
+        assert changed
+        assert all(key.startswith("segmenter.sam.sam_mask_decoder.") for key in changed)
+
+        settings = {**recipe.grpo, **on_cpu, "per_device_train_batch_size": 4, "max_completion_length": 8}
+        stage2 = stages.train_stage2(arguments, SegGRPOConfig(str(tmp_path / "grpo"), **settings), recipe, rows, stage1)
+        history = json.loads((stage2 / "log_history.json").read_text())
+        assert {"kl", "policy", "dense/dice_ce", "rewards/box_f1/mean"} <= history[0].keys()
+        assert [entry["rewards/format/mean"] for entry in history if "rewards/format/mean" in entry] == [0.0]
+        segmenter = ReasoningSegmenter.from_pretrained(stage2, device="cpu")
+        assert segmenter.settings == {
+            "instruction": None,
+            "max_edge": 512,
+            "reasoning": True,
+            "max_new_tokens": recipe.max_new_tokens,
+        }
+        assert segmenter.predict(rows[0]["image"], rows[0]["query"], max_new_tokens=4).text is not None
+
+    def test_a_missing_weight_of_the_language_model_stops_it(self, example, published, tmp_path):
+        recipes, _ = example
+        model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64)
+        state = {hub_key(name): value.contiguous() for name, value in model.state_dict().items()}
+        del state["model.layers.1.self_attn.q_proj.weight"]
+        write_hub_folder(tmp_path / "hub", model, processor, state=state)
+        with pytest.raises(
+            CheckpointError, match=r"1 missing: model\.language_model\.layers\.1\.self_attn\.q_proj\.weight"
+        ):
+            recipes.RECIPES["core_seg_3b"].build(make_synthetic(1), str(tmp_path / "hub"), str(published[1]))
+
+    def test_a_missing_weight_of_the_segmenter_stops_it(self, example, published, tmp_path):
+        recipes, _ = example
+        state = torch.load(published[1], weights_only=True)["model"]
+        del state["memory_encoder.out_proj.bias"]
+        torch.save({"model": state}, tmp_path / "MedSAM2_latest.pt")
+        with pytest.raises(CheckpointError, match=r"\(1 parameters\): missing memory_encoder\.out_proj\.bias"):
+            recipes.RECIPES["core_seg_3b"].build(
+                make_synthetic(1), str(published[0]), str(tmp_path / "MedSAM2_latest.pt")
+            )
+
+    def test_its_numbers_are_the_published_ones(self, example):
+        recipes, _ = example
+        recipe = recipes.find_recipe("core_seg_3b")
+        assert dataclasses.asdict(recipe)["lora"] == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
+        processes = 2
+        sft_batch = recipe.sft["per_device_train_batch_size"] * recipe.sft["gradient_accumulation_steps"] * processes
+        assert (sft_batch, recipe.sft["learning_rate"], recipe.sft["num_train_epochs"]) == (32, 1e-4, 1)
+        completions = (
+            recipe.grpo["per_device_train_batch_size"] * recipe.grpo["gradient_accumulation_steps"] * processes
+        )
+        assert completions / recipe.grpo["num_generations"] == 16  # prompts of one update
+        assert (recipe.grpo["num_generations"], recipe.grpo["learning_rate"], recipe.grpo["num_train_epochs"]) == (
+            4,
+            5e-6,
+            2,
+        )
+        assert list(recipe.rewards) == ["format", "box_f1", "dual_granularity_mask"]
+        assert recipe.prompt["max_edge"] == 512
+        assert recipe.freeze_encoder == (True, True)
