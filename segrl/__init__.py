@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "config": ["SegGRPOConfig", "SegSFTConfig"],
     "dense": ["DenseLoss"],
+    "evaluation": ["evaluate", "evaluate_constant_mask"],
     "frames": ["Frame", "frame_for"],
     "heads": [
         "AnswerProbe",
@@ -31,12 +32,25 @@ _EXPORTS = {
     "sft": ["SegSFTTrainer"],
     "trainer": ["SegGRPOTrainer"],
 }
-_SUBMODULES = ["boxes", "data", "errors", "frames", "losses", "masks", "matching", "metrics", "report", "rewards"]
+_SUBMODULES = [
+    "boxes",
+    "data",
+    "errors",
+    "evaluation",
+    "frames",
+    "losses",
+    "masks",
+    "matching",
+    "metrics",
+    "report",
+    "rewards",
+]
 
 if TYPE_CHECKING:  # `X as X` marks a public re-export for type checkers
     from segrl import boxes as boxes
     from segrl import data as data
     from segrl import errors as errors
+    from segrl import evaluation as evaluation
     from segrl import frames as frames
     from segrl import losses as losses
     from segrl import masks as masks
@@ -47,6 +61,8 @@ if TYPE_CHECKING:  # `X as X` marks a public re-export for type checkers
     from segrl.config import SegGRPOConfig as SegGRPOConfig
     from segrl.config import SegSFTConfig as SegSFTConfig
     from segrl.dense import DenseLoss as DenseLoss
+    from segrl.evaluation import evaluate as evaluate
+    from segrl.evaluation import evaluate_constant_mask as evaluate_constant_mask
     from segrl.frames import Frame as Frame
     from segrl.frames import frame_for as frame_for
     from segrl.heads import AnswerProbe as AnswerProbe

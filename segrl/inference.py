@@ -128,7 +128,7 @@ class ReasoningSegmenter:
             Predictions in order; boxes and masks in pixels of `sizes`.
 
         Raises:
-            DataError: lengths differ, or something is not an image.
+            DataError: lengths differ, something is not an image of 8 bits a channel, or several beams are asked for.
         """
         images, queries = list(images), list(queries)  # a lazy column makes a new object at every access
         if len(images) != len(queries):
@@ -137,7 +137,9 @@ class ReasoningSegmenter:
             return []
         shown = {id(image): self._shown(image) for image in images}
         small = [shown[id(image)] for image in images]
-        original = list(sizes or [ImageOps.exif_transpose(image).size for image in images])
+        if sizes is not None and len(sizes) != len(images):
+            raise DataError(f"{len(sizes)} sizes for {len(images)} images; expected one (width, height) per image")
+        original = list(sizes if sizes is not None else [ImageOps.exif_transpose(image).size for image in images])
         inputs = self._tokenize(small, queries)
         head = find_mask_head(self.model)
         options = {
@@ -146,6 +148,10 @@ class ReasoningSegmenter:
             "suppress_tokens": _image_tokens(self.model),
             **generation,
         }
+        if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
+            raise DataError(
+                "num_beams and num_return_sequences must be 1: states of several beams cannot be told apart"
+            )
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         if head is None:
@@ -153,7 +159,8 @@ class ReasoningSegmenter:
         else:
             with head.record(last_only=True) as recording:
                 output = self.model.generate(**inputs, **options)
-        ids = [self._trimmed(row) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
+        written = output[:, inputs["input_ids"].size(1) :].tolist()
+        ids = [self._trimmed(row) for row in written]
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         kind, reasoning = self.settings.get("frame_kind"), self.settings.get("reasoning", True)
         predictions = [
@@ -172,7 +179,7 @@ class ReasoningSegmenter:
             head,
             predictions,
             pad_ids(ids, output.device),
-            generation_states(recording, ids),
+            generation_states(recording, written),
             [ready[id(image)] for image in images],
             [(height, width) for width, height in original],
         )
@@ -181,6 +188,8 @@ class ReasoningSegmenter:
         """What the model sees: upright, RGB, the longest edge at most `max_edge`, as `segrl.data.prepare` does it."""
         if not isinstance(image, Image.Image):
             raise DataError(f"expected a PIL image, got {type(image).__name__}")
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise DataError(f"image of mode {image.mode!r}: expected 8 bits a channel; scale it to 0..255 first")
         upright, edge = ImageOps.exif_transpose(image), self.settings.get("max_edge")
         if edge and max(upright.size) > edge:
             scale = edge / max(upright.size)

@@ -8,17 +8,20 @@ its own in the same folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from segrl.dense import DenseLoss, check_dense_losses, dense_terms
 from segrl.errors import SegRLError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
 from segrl.heads.mask_head import MaskHead, MaskRequest
+from segrl.loading import restore_weights
 
 
 @contextmanager
@@ -124,18 +127,28 @@ class JointTraining:
             self.mask_head.save_pretrained(output_dir if output_dir is not None else trainer.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trainer: Any = self
-        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        if self.mask_head is not None:
-            self.mask_head.load_weights(resume_from_checkpoint)
+        self._load(
+            resume_from_checkpoint,
+            lambda: super(JointTraining, self)._load_from_checkpoint(resume_from_checkpoint, model),  # type: ignore[misc]
+        )
 
     def _load_best_model(self) -> None:
         trainer: Any = self
+        self._load(
+            os.fspath(trainer.state.best_model_checkpoint),
+            lambda: super(JointTraining, self)._load_best_model(),  # type: ignore[misc]
+        )
+
+    def _load(self, folder: str, load: Callable[[], None]) -> None:
+        """Load model and head. For a whole model transformers' own way (`load`) would lose every renamed weight."""
+        trainer: Any = self
         with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
-            super()._load_best_model()  # type: ignore[misc]
+            if _is_whole(trainer, folder):
+                restore_weights(trainer.model, folder)
+            else:
+                load()
         if self.mask_head is not None:
-            self.mask_head.load_weights(os.fspath(trainer.state.best_model_checkpoint))
+            self.mask_head.load_weights(folder)
 
 
 def _name_missing_bias(model: Any) -> None:
@@ -148,3 +161,17 @@ def _name_missing_bias(model: Any) -> None:
     wrapped = getattr(layer, "original_module", None)
     if layer is not None and wrapped is not None and getattr(wrapped, "bias", None) is None:
         layer.register_parameter("bias", None)
+
+
+def _is_whole(trainer: Any, folder: str) -> bool:
+    """Whether `folder` holds what `save_pretrained` of a plain model in this process's memory wrote."""
+    model, path = trainer.model, Path(folder)
+    return (
+        isinstance(model, PreTrainedModel)
+        and not getattr(model, "_hf_peft_config_loaded", False)
+        and not getattr(model, "is_quantized", False)
+        and not trainer.is_fsdp_enabled
+        and not trainer.is_deepspeed_enabled
+        and (path / "config.json").is_file()
+        and any(next(path.glob(pattern), None) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    )

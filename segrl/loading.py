@@ -7,6 +7,7 @@ keys is registered per class, so a subclass of it would silently lose the langua
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from segrl.errors import CheckpointError, SegRLError
 
-__all__ = ["ensure_seg_token", "load_vlm", "seg_token_id"]
+__all__ = ["ensure_seg_token", "load_vlm", "restore_weights", "seg_token_id"]
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -88,6 +89,34 @@ def load_vlm(
     if seg_token is not None:
         ensure_seg_token(model, processor, seg_token)
     return model, processor
+
+
+def restore_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Put the weights that `model.save_pretrained(folder)` wrote back into `model`, all of them.
+
+    `save_pretrained` writes the hub's names of the weights, which differ from the model's own in Qwen2.5-VL, LLaVA and
+    others. `torch.nn.Module.load_state_dict` finds none of them then; this goes through transformers' own renaming.
+
+    Args:
+        model: A transformers model, on any device; changed in place.
+        folder: Holds `config.json` and the weights, in one file or in shards.
+
+    Raises:
+        CheckpointError: If a weight is missing or has the wrong shape.
+    """
+    model_class: Any = type(model)
+    with torch.random.fork_rng():
+        loaded, info = model_class.from_pretrained(
+            str(folder), dtype=model.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _require_complete(str(folder), model_class.__name__, info)
+    try:
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is of another {model_class.__name__} than the one in memory: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def ensure_seg_token(model: PreTrainedModel, processor: Any, seg_token: str = "<seg>") -> int:

@@ -33,7 +33,7 @@ from segrl.prediction import Prediction, Target
 
 __all__ = ["contact_sheet", "results_table", "versions", "write_results"]
 
-STAGES = ("baseline", "stage1", "stage2")
+STAGES = ("baseline", "stage1", "stage2", "model")  # "model": one that is only evaluated
 COLUMNS = {"mdice": "mDice %", "miou": "mIoU %", "fail": "Failure Rate %"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "sam2")
 PLAIN_WIDTH = 100  # columns, where the output is not a terminal: no cell of the table is broken
@@ -49,8 +49,9 @@ def results_table(results: Mapping[str, Any], console: Console | None = None) ->
     """Print the stages of a run with 95 % intervals, over all samples and then by modality and by anatomy.
 
     Args:
-        results: Summaries as `segrl.metrics.summarise` returns them (fractions) under "baseline", "stage1", "stage2".
-            Any stage may be absent, and so may "ci95" and "groups"; other keys are ignored.
+        results: Summaries as `segrl.metrics.summarise` returns them (fractions) under "baseline", "stage1", "stage2" and
+            "model" (one that is only evaluated). Any stage may be absent, and so may "ci95" and "groups"; other keys are
+            ignored.
         console: Where to print; standard output by default.
 
     Raises:

@@ -16,6 +16,8 @@ from segrl.heads.mask_head import SegInput
 from segrl.masks import binarize, soft_target
 from segrl.prediction import Target
 
+SEG_COLUMNS = ("mask", "query", "modality", "anatomy", "lesion", "name")  # what is read beside the image
+
 
 @dataclass(eq=False)
 class SegRow:

@@ -12,9 +12,7 @@ from segrl.config import SegSFTConfig
 from segrl.dense import DenseLoss
 from segrl.errors import SegRLError
 from segrl.joint import JointTraining
-from segrl.rows import RowReader, check_columns
-
-_SEG_COLUMNS = ("mask", "query", "modality", "anatomy", "lesion", "name")
+from segrl.rows import SEG_COLUMNS, RowReader, check_columns
 
 
 class SegCollator:
@@ -25,7 +23,7 @@ class SegCollator:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         rows = self.reader(examples)  # before TRL's collator, which rewrites the examples
-        batch = self.collator([{k: v for k, v in row.items() if k not in _SEG_COLUMNS} for row in examples])
+        batch = self.collator([{k: v for k, v in row.items() if k not in SEG_COLUMNS} for row in examples])
         batch["seg_inputs"] = [row.seg_input for row in rows]
         return batch
 
@@ -70,7 +68,7 @@ class SegSFTTrainer(JointTraining, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.dense_losses and "mask" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, *_SEG_COLUMNS]
+            self._signature_columns = [*self._signature_columns, *SEG_COLUMNS]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

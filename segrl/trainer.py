@@ -33,11 +33,11 @@ from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import MaskHead, SegInput
 from segrl.heads.probes import SegTokenProbe
 from segrl.joint import JointTraining, head_detached
-from segrl.parsing import completion_text, parse_completion
+from segrl.parsing import parse_completion
 from segrl.prediction import Prediction
 from segrl.rewards import list_rewards, make_reward
 from segrl.rewards.registry import Reward
-from segrl.rows import RowReader, SegRow, check_columns
+from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
 
 
 @dataclass(eq=False)
@@ -48,6 +48,7 @@ class _Rollout:
         generated: prompt and completion ids of the first generation, whose states were recorded.
         prompt_ids: the prompts as TRL scores them.
         states: backbone states of the completion tokens, "B T D".
+        own: per completion and token, 1 where the model wrote it and 0 for what tools or environments said.
         foreign: completion tokens "B T" that the model did not write (tools') or whose states are not to be used.
         inputs: the segmenter's input of each row.
     """
@@ -55,6 +56,7 @@ class _Rollout:
     generated: tuple[list, list] | None = None
     prompt_ids: list[list[int]] | None = None
     states: Tensor | None = None
+    own: list[list[int]] | None = None
     foreign: Tensor | None = None
     inputs: list[SegInput] = field(default_factory=list)
 
@@ -111,6 +113,11 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         if self.mask_head is not None:
             _check_token(self.mask_head, self._tokenizer)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._reads_predictions and "mask" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, *SEG_COLUMNS]
+
     # ---- rollout -----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,6 +143,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             # their states come from the old-log-prob pass or from `_score_states`.
             rollout.states = None
         if tool_mask is not None:
+            rollout.own = [list(map(int, row)) for row in tool_mask]
             rollout.foreign = pad_ids(tool_mask, self.accelerator.device) == 0
         return output
 
@@ -178,18 +186,18 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         if self._reads_predictions:
-            inputs = self._with_predictions(inputs, prompts, completions, completion_ids_list)
+            inputs = self._with_predictions(inputs, prompts, completion_ids_list)
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _with_predictions(
-        self, inputs: list[dict[str, Any]], prompts: list, completions: list, ids: list[list[int]]
+        self, inputs: list[dict[str, Any]], prompts: list, ids: list[list[int]]
     ) -> list[dict[str, Any]]:
         """The rows with `prediction` and `target`, and the masks' metrics logged."""
         rows = self._reader(inputs)
         require_reasoning = getattr(self.args, "require_reasoning", True)
         predictions = [
-            parse_completion(completion_text(completion), row.frame, require_reasoning=require_reasoning)
-            for completion, row in zip(completions, rows, strict=True)
+            parse_completion(text, row.frame, require_reasoning=require_reasoning)
+            for text, row in zip(self._texts(ids), rows, strict=True)
         ]
         if self.mask_head is not None:
             predictions = self._decode(self.mask_head, rows, predictions, prompts, ids)
@@ -198,6 +206,16 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             {**row, "prediction": prediction, "target": read.target}
             for row, prediction, read in zip(inputs, predictions, rows, strict=True)
         ]
+
+    def _texts(self, ids: list[list[int]]) -> list[str]:
+        """What the model wrote; with tools or environments, what it wrote last.
+
+        Not the messages that TRL makes of it: where those are parsed (tools), the reasoning is cut out and stray text
+        around it is lost, which the grammar has to see.
+        """
+        own = self._rollout.own if self._rollout is not None else None
+        last = ids if own is None else [_last_run(row, mask) for row, mask in zip(ids, own, strict=True)]
+        return self._tokenizer.batch_decode(last, skip_special_tokens=True)
 
     @torch.no_grad()
     def _decode(
@@ -308,6 +326,13 @@ def _check_token(head: MaskHead, tokenizer: Any) -> None:
             f"{known.content!r} is a special token: TRL drops those from the text that rewards read. "
             "Add it as a normal token (segrl.loading.ensure_seg_token)"
         )
+
+
+def _last_run(ids: list[int], own: list[int]) -> list[int]:
+    """The last tokens in a row for which `own` is 1."""
+    end = next((n + 1 for n in reversed(range(len(ids))) if own[n]), 0)
+    start = next((n + 1 for n in reversed(range(end)) if not own[n]), 0)
+    return ids[start:end]
 
 
 def _wide(mask: Tensor, width: int) -> Tensor:

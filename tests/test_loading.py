@@ -110,6 +110,8 @@ def write_hub_folder(folder, model, processor, *, state=None):
     )
     write_json(folder / "generation_config.json", {"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]})
 
+    write_json(folder / "chat_template.json", {"chat_template": processor.chat_template})
+
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     write_json(folder / "tokenizer.json", backend)
     write_json(folder / "vocab.json", backend["model"]["vocab"])

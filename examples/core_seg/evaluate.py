@@ -1,36 +1,56 @@
-"""Evaluate a trained run.
+"""Evaluate a trained run on the test split, beside the best constant mask of the training split, if there is one.
 
 python examples/core_seg/evaluate.py --model runs/core_seg --data path/to/folder
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
+from arguments import DataArguments, Parser, check_numbers, run
 from recipes import find_recipe
-from stages import ExampleArguments, baseline, load_data, report, run, score
-from transformers import HfArgumentParser
+from stages import baseline, check_output, claim, load_segmenter, load_split, report, score
 
-from segrl.errors import SegRLError
+from segrl.errors import SegRLError, UnknownNameError
 
 
 @dataclass
-class EvaluateArguments(ExampleArguments):
-    """`--model` is the run to evaluate."""
+class EvaluateArguments(DataArguments):
+    """What the evaluation adds."""
 
+    model: str | None = field(default=None, metadata={"help": "The run to evaluate: its output_dir."})
     output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: MODEL/evaluation."})
     seed: int = field(default=42, metadata={"help": "Seed of the synthetic data; the trainers' default is 42."})
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+def check(argv: Sequence[str]) -> Callable[[], None]:
+    """Everything that can be wrong is found here, before anything is written; returns the work."""
+    (arguments,) = Parser(EvaluateArguments, description="Evaluate a run of the CORE-Seg example.").read(argv)
+    check_numbers(arguments)
+    recipe = find_recipe(arguments.preset)
     if arguments.model is None:
         raise SegRLError("--model is missing: pass the folder of a run, such as runs/core_seg")
-    train, test = load_data(arguments, find_recipe(arguments.preset), arguments.seed)
-    summary, evaluated = score(Path(arguments.model), test, arguments)
     folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
-    report(folder, {"baseline": baseline(train, test), "stage1": summary, "config": vars(arguments)}, evaluated)
+    check_output(folder, arguments)
+    test = load_split(arguments, recipe, arguments.seed, "test")
+    try:
+        train = load_split(arguments, recipe, arguments.seed, "train")
+    except UnknownNameError:  # data of another source, only to test on
+        train = None
+    segmenter = load_segmenter(arguments.model, device=str(PartialState().device))
+
+    def work() -> None:
+        claim(folder, arguments)
+        summary, evaluated = score(segmenter, test, arguments)
+        results: dict[str, Any] = {"model": summary, "config": asdict(arguments)}
+        if train is not None:
+            results["baseline"] = baseline(train, test)
+        report(folder, results, evaluated)
+
+    return work
 
 
 if __name__ == "__main__":
-    run(main)
+    run(check)

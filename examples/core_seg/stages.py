@@ -1,186 +1,300 @@
-"""The steps that the three scripts of this example share: arguments, data, the two training stages, evaluation."""
+"""The steps that the three scripts of this example share: output folder, data, models, the two stages, evaluation."""
 
 from __future__ import annotations
 
-import difflib
+import math
 import shutil
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
-from recipes import RECIPES, Recipe, find_recipe, rows_for
-from rich.console import Console
-from transformers import HfArgumentParser
+from arguments import DataArguments, ExampleArguments
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from recipes import Recipe
+from transformers.trainer_utils import get_last_checkpoint
 
 from segrl import DenseLoss, ReasoningSegmenter, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
-from segrl.data import load_folder, make_synthetic
-from segrl.errors import DataError, SegRLError, unknown_name
+from segrl.data import check_rows, load_folder, make_synthetic
+from segrl.errors import CheckpointError, DataError, SegRLError, unknown_name
 from segrl.evaluation import evaluate, evaluate_constant_mask
-from segrl.heads import find_mask_head
+from segrl.heads import MaskHead, attach_mask_head, detach_mask_head, find_mask_head
 from segrl.inference import save_settings
 from segrl.metrics import summarise
 from segrl.report import contact_sheet, results_table, versions, write_results
-from segrl.rewards import list_rewards
 
-MARKER = "segrl_run.json"
-
-
-@dataclass
-class ExampleArguments:
-    """What this example adds to the trainer's own flags."""
-
-    preset: str = field(default="tiny", metadata={"help": f"One of: {', '.join(RECIPES)}."})
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder with manifest.csv, images/, masks/, or a Hugging Face data set name; None: synthetic lesions."
-        },
-    )
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "train_sft: base model (path or hub name). train_grpo: a stage 1 run; None runs stage 1 first."
-        },
-    )
-    segmenter: str | None = field(default=None, metadata={"help": "SAM 2 weights: a .pt file or owner/repo:file.pt."})
-    rewards: list[str] | None = field(default=None, metadata={"help": "Registered rewards; default: the preset's."})
-    dense_weight: float = field(default=1.0, metadata={"help": "Weight of DiceCE; 0 trains without it (ablation)."})
-    reasoning: bool = field(default=True, metadata={"help": "Chain of thought on or off (ablation)."})
-    sft_max_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps of stage 1 when train_grpo runs it; default: the preset's, at most --max_steps if given."
-        },
-    )
-    sft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that stage 1."})
-    train_limit: int | None = field(default=None, metadata={"help": "Use only the first rows of the training split."})
-    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate only the first rows of the test split."})
-    eval_batch_size: int = field(default=16, metadata={"help": "Rows per generation in the evaluation."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace another run in output_dir."})
+MARKER, HISTORY = "segrl_run.json", "log_history.json"
+TEXTS = ("modality", "anatomy", "lesion", "name")
 
 
-def parse(
-    config_class: type, stage: str, default_output: str, argv: list[str] | None = None
-) -> tuple[ExampleArguments, Any]:
-    """Command line to arguments. The preset's settings are defaults; every flag of the trainer's config overrides them."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments: Any = (ExampleArguments, config_class)
-    parser = HfArgumentParser(arguments, description=f"CORE-Seg, {stage}. Presets: {', '.join(RECIPES)}.")
-    chosen, _ = HfArgumentParser((ExampleArguments,)).parse_args_into_dataclasses(  # type: ignore[arg-type]
-        args=[a for a in argv if a not in ("-h", "--help")], return_remaining_strings=True, look_for_args_file=False
-    )
-    recipe = find_recipe(chosen.preset)
-    parser.set_defaults(output_dir=default_output, **getattr(recipe, stage))
-    example, config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    if unknown:
-        flags = ["--" + item.name for kind in (ExampleArguments, config_class) for item in fields(kind)]
-        raise unknown_name("flag", unknown[0].split("=")[0], difflib.get_close_matches(unknown[0], flags, n=5) or flags)
-    names = example.rewards if example.rewards is not None else list(recipe.rewards)
-    for name in names:
-        if name not in list_rewards():
-            raise unknown_name("reward", name, list_rewards())
-    return example, config
+# ---- output folder ---------------------------------------------------------------------------------------------------
 
 
-def main_process() -> bool:
-    return PartialState().is_main_process
-
-
-def claim(folder: Path, example: ExampleArguments, resume: Any) -> None:
-    """Make `folder` this run's, or refuse one that holds another run."""
-    if not main_process():
-        return
-    used = folder.is_dir() and any(folder.iterdir())
-    if used and not resume:
-        if not example.overwrite:
+def check_output(folder: Path, example: DataArguments, resume: Any = None) -> str | None:
+    """Refuse a folder that must not be written to, and change nothing. Returns the checkpoint to continue from."""
+    if folder.exists() and not folder.is_dir():
+        raise SegRLError(f"output_dir {str(folder)!r} is a file; pass a folder")
+    checkpoint = _checkpoint(folder, resume)
+    if checkpoint is not None and _inside(checkpoint, folder):
+        if example.overwrite:
             raise SegRLError(
-                f"output_dir {str(folder)!r} is not empty; pass another --output_dir, --resume_from_checkpoint to continue that run, "
-                "or --overwrite to replace it"
+                "--overwrite would remove the run that --resume_from_checkpoint continues; pass one of them"
             )
-        if not (folder / MARKER).is_file():
+        return checkpoint
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return checkpoint
+    if not example.overwrite:
+        raise SegRLError(
+            f"output_dir {str(folder)!r} is not empty; pass another --output_dir, --resume_from_checkpoint to continue "
+            "that run, or --overwrite to replace it"
+        )
+    if not (folder / MARKER).is_file():
+        raise SegRLError(
+            f"--overwrite: {str(folder)!r} was not written by this example (no {MARKER}); remove it yourself"
+        )
+    inputs = {name: getattr(example, name, None) for name in ("model", "data", "segmenter")}
+    for name, path in {**inputs, "resume_from_checkpoint": checkpoint}.items():
+        if path and _inside(path, folder):
+            raise SegRLError(f"--overwrite would remove --{name} {path!r}; pass another --output_dir")
+    return checkpoint
+
+
+def claim(folder: Path, example: DataArguments, checkpoint: str | None = None) -> None:
+    """Make `folder`, which passed `check_output`, this run's. The run that it held is removed here."""
+    state = PartialState()
+    state.wait_for_everyone()  # until the other processes have checked the folder too
+    if state.is_main_process and not (checkpoint and _inside(checkpoint, folder)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            write_results(folder / MARKER, {"arguments": asdict(example), "versions": versions()})
+        except OSError as error:
+            raise SegRLError(f"output_dir {str(folder)!r} cannot be written: {error}; pass another") from error
+    state.wait_for_everyone()
+
+
+def _checkpoint(folder: Path, value: Any) -> str | None:
+    """`--resume_from_checkpoint`: a folder, or `true` / `last` for the newest in output_dir."""
+    if value is None or str(value).lower() == "false":
+        return None
+    if str(value).lower() in ("true", "last"):
+        newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if newest is None:
             raise SegRLError(
-                f"--overwrite: {str(folder)!r} was not written by this example (no {MARKER}); remove it yourself"
+                f"--resume_from_checkpoint {value}: no checkpoint in {str(folder)!r}; start without the flag"
             )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / MARKER, {"arguments": vars(example), "versions": versions()})
+        value = newest
+    if not (Path(value) / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {str(value)!r}: no checkpoint there (no trainer_state.json); expected a folder "
+            "checkpoint-N, or 'last' for the newest in output_dir"
+        )
+    return str(value)
 
 
-def load_data(example: ExampleArguments, recipe: Recipe, seed: int) -> tuple[Dataset, Dataset]:
+def _inside(path: str, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_data(example: DataArguments, recipe: Recipe, seed: int) -> tuple[Dataset, Dataset]:
     """Training and held-out rows, checked in full."""
-    if example.data is None:
-        size = recipe.synthetic
-        train = make_synthetic(size["train"], size=size["size"], seed=seed)
-        test = make_synthetic(size["test"], size=size["size"], seed=seed + 1)
-    elif Path(example.data).is_dir():
-        train, test = load_folder(example.data, "train"), load_folder(example.data, "test")
-    elif "/" in example.data and not example.data.startswith((".", "/")):
-        from datasets import load_dataset
-
-        train, test = load_dataset(example.data, split="train"), load_dataset(example.data, split="test")
-    else:
-        raise DataError(f"--data {example.data!r}: no such folder, nor a data set name owner/name")
-    if example.train_limit:
-        train = train.select(range(min(example.train_limit, len(train))))
-    if example.eval_limit:
-        test = test.select(range(min(example.eval_limit, len(test))))
+    train, test = load_split(example, recipe, seed, "train"), load_split(example, recipe, seed, "test")
     return train, test
 
 
-def prompt_settings(example: ExampleArguments, recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.prompt, "reasoning": example.reasoning, "max_new_tokens": recipe.max_new_tokens}
+def load_split(example: DataArguments, recipe: Recipe, seed: int, split: str) -> Dataset:
+    """One split, `train` or `test`, checked in full.
+
+    Raises:
+        UnknownNameError: the data has no such split.
+        DataError: no such data, or bad rows.
+    """
+    if example.data is None:
+        size = recipe.synthetic
+        rows = make_synthetic(size[split], size=size["size"], seed=seed + (split == "test"))
+    elif (Path(example.data) / "dataset_dict.json").is_file():
+        rows = _of_columns(_hugging_face(load_from_disk, example.data), example.data, split)
+    elif (Path(example.data) / "dataset_info.json").is_file():
+        raise DataError(
+            f"--data {example.data!r} is one data set; expected the splits train and test: save "
+            "DatasetDict(train=..., test=...)"
+        )
+    elif Path(example.data).is_dir():
+        rows = load_folder(example.data, split)
+    elif example.data.count("/") == 1 and not example.data.startswith((".", "/", "~")):
+        rows = _of_columns(_hugging_face(load_dataset, example.data), example.data, split)
+    else:
+        raise DataError(f"--data {example.data!r}: no such folder, nor a data set name owner/name")
+    limit = example.train_limit if split == "train" else example.eval_limit
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def train_stage1(example: ExampleArguments, config: SegSFTConfig, recipe: Recipe, train: Dataset) -> Path:
-    """SFT with dense losses; returns the folder of the trained model."""
-    model, processor = recipe.build(train, example.model, example.segmenter)
-    rows = rows_for(train, processor, recipe, completions=True, reasoning=example.reasoning)
+def _hugging_face(load: Any, name: str) -> Any:
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--data {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _of_columns(splits: DatasetDict, name: str, split: str) -> Dataset:
+    """A split of a data set from elsewhere: checked, with the text columns that it lacks."""
+    if split not in splits:
+        raise unknown_name(f"split of {name}", split, map(str, splits))
+    rows = splits[split]
+    check_rows(rows)
+    for column in TEXTS:
+        given = rows[column] if column in rows.column_names else [None] * len(rows)
+        texts = [str(text) if text is not None else "" for text in given]
+        if column == "name":
+            texts = [text or f"row {number}" for number, text in enumerate(texts)]
+        if column in rows.column_names:
+            rows = rows.remove_columns(column)
+        rows = rows.add_column(column, texts)  # type: ignore[call-arg]
+    return rows
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset) -> tuple[Any, Any]:
+    """The preset's model with a new mask head, and its processor; with the head's parts that the flags ask for."""
+    path = example.model
+    if path is not None and not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise CheckpointError(f"--model {path!r}: no such folder, nor a model name owner/name")
+    try:
+        model, processor = recipe.build(train, path, example.segmenter)
+    except (OSError, ValueError) as error:  # transformers' and the hub's words for files that are missing or unknown
+        if isinstance(error, SegRLError):
+            raise
+        given = [f"--{name} {value!r}" for name in ("model", "segmenter") if (value := getattr(example, name))]
+        raise CheckpointError(f"{' '.join(given) or example.preset}: {' '.join(str(error).split())}") from error
+    if example.adapter is not None or example.probe is not None:
+        old = detach_mask_head(model)
+        assert old is not None
+        config = old.to_config()
+        head = MaskHead.build(
+            model,
+            old.segmenter,
+            token_id=old.probe.token_id,
+            adapter=example.adapter or config["adapter"]["type"],
+            probe=example.probe or config["probe"]["type"],
+            tokenizer=processor.tokenizer,
+            freeze_encoder=old.freeze_encoder,
+        )
+        attach_mask_head(model, head)
+    return model, processor
+
+
+def load_run(folder: str | Path, example: ExampleArguments) -> tuple[Any, Any]:
+    """Model and processor of a run, to be trained further, if they fit what the flags ask for."""
+    segmenter = load_segmenter(folder, device="cpu", trainable=True)
+    settings = segmenter.settings
+    if settings.get("reasoning", example.reasoning) != example.reasoning:
+        raise SegRLError(
+            f"--model {str(folder)!r} was trained with --reasoning {settings['reasoning']}; pass the same here"
+        )
+    for name in ("adapter", "probe", "segmenter"):
+        if getattr(example, name) is not None:
+            raise SegRLError(f"--{name} belongs to stage 1; --model {str(folder)!r} has its own already, drop the flag")
+    return segmenter.model, segmenter.processor
+
+
+def load_segmenter(folder: str | Path, **settings: Any) -> ReasoningSegmenter:
+    """The model of a run with its mask head."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
+    if not (path / "mask_head.json").is_file():
+        raise CheckpointError(
+            f"--model {str(folder)!r} has no mask head (no mask_head.json); train stage 1 with train_sft.py, or pass "
+            "--skip_stage1 to train_grpo.py"
+        )
+    try:
+        return ReasoningSegmenter.from_pretrained(path, **settings)
+    except (OSError, ValueError) as error:
+        if isinstance(error, SegRLError):
+            raise
+        raise CheckpointError(f"--model {str(folder)!r}: {' '.join(str(error).split())}") from error
+
+
+def finished(folder: Path) -> bool:
+    """Whether a stage was trained to its end and saved in `folder`."""
+    return (folder / HISTORY).is_file()
+
+
+# ---- the two stages --------------------------------------------------------------------------------------------------
+
+
+def train_stage1(
+    example: ExampleArguments, config: SegSFTConfig, recipe: Recipe, model: Any, processor: Any, rows: Dataset
+) -> None:
+    """SFT with dense losses (`L_S1`); the model is saved in the config's output_dir."""
     trainer = SegSFTTrainer(
         model,
         config,
         train_dataset=rows,
         processing_class=processor,
         peft_config=_lora(recipe, model),
-        dense_losses=[DenseLoss("dice_ce", weight=example.dense_weight)] if example.dense_weight else None,
+        dense_losses=_dense_losses(example),
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(config))
-    return _finish(trainer, example, recipe)
+    _train(trainer, example, recipe)
 
 
 def train_stage2(
-    example: ExampleArguments, config: SegGRPOConfig, recipe: Recipe, train: Dataset, stage1: Path
-) -> Path:
-    """GRPO with mask rewards and dense losses from the model in `stage1`; returns the folder of the trained model."""
-    segmenter = ReasoningSegmenter.from_pretrained(stage1, device="cpu", trainable=True)
-    head = find_mask_head(segmenter.model)
-    if head is None:
-        raise SegRLError(f"--model {str(stage1)!r} has no mask head; train stage 1 with train_sft.py")
-    head.freeze_encoder = recipe.freeze_encoder[1]
+    example: ExampleArguments, config: SegGRPOConfig, recipe: Recipe, model: Any, processor: Any, rows: Dataset
+) -> None:
+    """GRPO with mask rewards and dense losses (`L_S2`); the model is saved in the config's output_dir."""
+    head = find_mask_head(model)
+    assert head is not None
+    assert example.rewards is not None
+    head.freeze_encoder = recipe.freeze_encoder[0 if example.skip_stage1 else 1]
     config.require_reasoning = example.reasoning
-    rows = rows_for(train, segmenter.processor, recipe, completions=False, reasoning=example.reasoning)
     trainer = SegGRPOTrainer(
-        segmenter.model,
-        list(example.rewards if example.rewards is not None else recipe.rewards),
+        model,
+        list(example.rewards),
         config,
         train_dataset=rows,
-        processing_class=segmenter.processor,
-        dense_losses=[DenseLoss("dice_ce", weight=example.dense_weight)] if example.dense_weight else None,
+        processing_class=processor,
+        peft_config=_lora(recipe, model) if example.skip_stage1 else None,
+        dense_losses=_dense_losses(example),
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(config))
-    return _finish(trainer, example, recipe)
+    _train(trainer, example, recipe)
 
 
-def _finish(trainer: Any, example: ExampleArguments, recipe: Recipe) -> Path:
+def check_batches(config: SegGRPOConfig, rows: Dataset) -> None:
+    """TRL drops the last, incomplete batch of questions; with fewer rows than that nothing would be trained."""
+    questions = (config.generation_batch_size or 0) // config.num_generations
+    if len(rows) < questions:
+        raise DataError(
+            f"{len(rows)} training rows, expected at least {questions}: one batch holds that many questions "
+            f"(generation_batch_size={config.generation_batch_size} / num_generations={config.num_generations}); "
+            "lower --per_device_train_batch_size or add rows"
+        )
+
+
+def _train(trainer: Any, example: ExampleArguments, recipe: Recipe) -> None:
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     folder = Path(trainer.args.output_dir)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        save_settings(folder, prompt_settings(example, recipe))
-        write_results(folder / "log_history.json", trainer.state.log_history)  # type: ignore[arg-type]
+        settings = {**recipe.prompt, "reasoning": example.reasoning, "max_new_tokens": recipe.max_new_tokens}
+        save_settings(folder, settings)
+        history: Any = [{key: _finite(value) for key, value in entry.items()} for entry in trainer.state.log_history]
+        write_results(folder / HISTORY, history)  # last: `finished` looks for it
     trainer.accelerator.wait_for_everyone()
-    return folder
+
+
+def _dense_losses(example: ExampleArguments) -> list[DenseLoss] | None:
+    return [DenseLoss("dice_ce", weight=example.dense_weight)] if example.dense_weight else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN, which the log gives a reward that applied to no row."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lora(recipe: Recipe, model: Any) -> Any:
@@ -198,21 +312,27 @@ def _lora(recipe: Recipe, model: Any) -> Any:
     )
 
 
-def _checkpoint(config: Any) -> Any:
-    """`--resume_from_checkpoint`: a folder, or `true` / `last` for the newest in output_dir."""
-    value = config.resume_from_checkpoint
-    return True if isinstance(value, str) and value.lower() in ("true", "last") else value
+# ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def score(folder: Path, test: Dataset, example: ExampleArguments) -> tuple[dict[str, Any], Any]:
-    """Summary of the model in `folder` on the held-out rows, and what the contact sheet shows of it."""
-    segmenter = ReasoningSegmenter.from_pretrained(folder)
+def score(segmenter: ReasoningSegmenter, test: Dataset, example: DataArguments) -> tuple[dict[str, Any], Any]:
+    """Summary of the model on the held-out rows, and what the contact sheet shows of it."""
     records, predictions, targets = evaluate(segmenter, test, batch_size=example.eval_batch_size)
     shown = [
         {"image": test[n]["image"], "prediction": predictions[n], "target": targets[n], "dice": records[n]["dice"]}
         for n in range(min(16, len(test)))
     ]
     return summarise(records), (records, shown)
+
+
+def score_run(folder: Path, test: Dataset, example: DataArguments) -> tuple[dict[str, Any], Any]:
+    """`score` of a run, loaded afresh, on the device that was trained on."""
+    return score(load_segmenter(folder, device=str(PartialState().device)), test, example)
+
+
+def baseline(train: Dataset, test: Dataset) -> dict[str, Any]:
+    """Summary of the best constant mask."""
+    return summarise(evaluate_constant_mask(train, test))
 
 
 def report(folder: Path, results: dict[str, Any], evaluated: Any) -> None:
@@ -223,17 +343,4 @@ def report(folder: Path, results: dict[str, Any], evaluated: Any) -> None:
     write_results(folder / "predictions.json", records)
     contact_sheet(shown, folder / "predictions.png")
     results_table(results)
-    Console().print(f"Written to {folder}: results.json, predictions.json, predictions.png, log_history.json")
-
-
-def baseline(train: Dataset, test: Dataset) -> dict[str, Any]:
-    return summarise(evaluate_constant_mask(train, test))
-
-
-def run(main: Any) -> None:
-    """Run a script's `main`; what the user can mend is one line on stderr and exit code 2."""
-    try:
-        main()
-    except SegRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    print(f"Written to {folder}: results.json, predictions.json, predictions.png")

@@ -4,30 +4,42 @@ accelerate launch examples/core_seg/train_sft.py --output_dir runs/core_seg_sft
 accelerate launch examples/core_seg/train_sft.py --preset core_seg_3b --data path/to/folder --output_dir runs/3b_sft
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from recipes import find_recipe
-from stages import baseline, claim, load_data, main_process, parse, report, run, score, train_stage1
+from accelerate import PartialState
+from arguments import parse, run
+from recipes import find_recipe, rows_for
+from stages import baseline, build_model, check_output, claim, load_data, report, score_run, train_stage1
 
 from segrl import SegSFTConfig
+from segrl.errors import SegRLError
 
 
-def main() -> None:
-    example, config = parse(SegSFTConfig, "sft", "runs/core_seg_sft")
+def check(argv: Sequence[str]) -> Callable[[], None]:
+    """Everything that can be wrong is found here, before anything is written; returns the work."""
+    example, config, given = parse(SegSFTConfig, "sft", "runs/core_seg_sft", argv)
+    for name in ("skip_stage1", "rewards", "sft_max_steps", "sft_learning_rate"):
+        if name in given:
+            raise SegRLError(f"--{name} is for train_grpo.py; drop it")
     recipe = find_recipe(example.preset)
     folder = Path(config.output_dir)
-    claim(folder, example, config.resume_from_checkpoint)
+    config.resume_from_checkpoint = check_output(folder, example, config.resume_from_checkpoint)
     train, test = load_data(example, recipe, config.seed)
-    train_stage1(example, config, recipe, train)
-    if main_process():
-        summary, evaluated = score(folder, test, example)
-        results = {
-            "baseline": baseline(train, test),
-            "stage1": summary,
-            "config": {**vars(example), "sft": config.to_dict()},
-        }
-        report(folder, results, evaluated)
+    model, processor = build_model(example, recipe, train)
+    rows = rows_for(train, processor, recipe, completions=True, reasoning=example.reasoning)
+
+    def work() -> None:
+        claim(folder, example, config.resume_from_checkpoint)
+        train_stage1(example, config, recipe, model, processor, rows)
+        if PartialState().is_main_process:
+            summary, evaluated = score_run(folder, test, example)
+            settings = {**asdict(example), "sft": config.to_dict()}
+            report(folder, {"baseline": baseline(train, test), "stage1": summary, "config": settings}, evaluated)
+
+    return work
 
 
 if __name__ == "__main__":
-    run(main)
+    run(check)

@@ -43,7 +43,9 @@ def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed:
         for index in range(len(dataset)):
             row = dataset[index]
             if copies and str(row.get("reasoning") or "").strip():
-                raise DataError(f"{row['name']}: has its own reasoning, which a turned image would contradict; use copies=0")
+                raise DataError(
+                    f"{row['name']}: has its own reasoning, which a turned image would contradict; use copies=0"
+                )
             image = ImageOps.exif_transpose(row["image"]).convert("RGB")
             mask = PILImage.fromarray(binarize(np.asarray(row["mask"]), str(row["name"])).astype(np.uint8) * 255)
             if max_edge is not None and max(image.size) > max_edge:
