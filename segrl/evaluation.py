@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from rich.progress import track
 
+from segrl.errors import DataError
 from segrl.inference import ReasoningSegmenter
 from segrl.masks import binarize, resize_mask
 from segrl.metrics import constant_mask_baseline, dice, failure, iou
@@ -33,7 +34,12 @@ def evaluate(
         model's text), predictions and targets, all in the order of the rows. A prediction without a mask counts as an
         empty one, so that an empty truth without a lesion is met by it; `fail` is Dice = 0 or an invalid format
         (CORE-Seg).
+
+    Raises:
+        DataError: `batch_size` is below 1, or a mask is not binary.
     """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
     records, predictions, targets = [], [], []
     starts: Iterable[int] = range(0, len(dataset), batch_size)
     for start in track(starts, "evaluate", disable=not progress):
@@ -50,7 +56,19 @@ def evaluate(
 
 
 def evaluate_constant_mask(train: Dataset, test: Dataset, *, size: int = 128) -> list[dict[str, Any]]:
-    """Records of the mask that is best on average over the training rows, resized to every test row."""
+    """Score the mask that is best on average over the training rows, the floor that a model must beat.
+
+    Args:
+        train: rows whose masks are averaged; see `segrl.metrics.constant_mask_baseline`.
+        test: rows that the mask, resized to each, is compared with.
+        size: side of the square in which the masks are averaged, pixels.
+
+    Returns:
+        Records for `segrl.metrics.summarise`, one per test row in order; `fail` is Dice = 0, since there is no text.
+
+    Raises:
+        DataError: no training rows, or a mask that is not binary.
+    """
     mask, _ = constant_mask_baseline((_target(row).mask for row in _without_images(train)), size=size)
     records = []
     for row in _without_images(test):

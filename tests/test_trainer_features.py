@@ -313,6 +313,7 @@ def test_states_of_a_rollout_function_that_generates(change, tmp_path):
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
         if change == "other-prompt":
             prompt_ids = [[*ids, trainer._tokenizer.convert_tokens_to_ids("<answer>")] for ids in prompt_ids]
+            fields["mm_token_type_ids"] = [[*row, 0] for row in fields["mm_token_type_ids"]]
         ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, trainer.num_generations)
         if change == "more":
             ids = [[*row, *trainer._tokenizer("More.")["input_ids"], trainer._tokenizer.eos_token_id] for row in ids]

@@ -1,10 +1,14 @@
 """`SegGRPOTrainer`: TRL bit for bit without masks, the joint gradient, and masks without forwards of their own."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from builders import grpo_args, seg_bias, tiny_headed_model, tiny_model, tiny_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from trainer_checks import (
     Calls,
     Collect,
@@ -26,6 +30,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from segrl.config import SegGRPOConfig
 from segrl.dense import DenseLoss
+from segrl.errors import DataError, FrameError, RewardError, SegRLError, UnknownNameError
+from segrl.rewards import register_reward
 from segrl.testing import tiny_causal_lm
 from segrl.trainer import SegGRPOTrainer
 
@@ -445,3 +451,169 @@ class TestStates:
         trainer.train()
         assert backbone.rows == [4, 4, 4, 4]  # each of the 8 completions once for its states and once for the loss
         assert same_masks(trainer.model, processor, rows, collect) == 6
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@register_reward("test_trainer_raises")
+def raises(prediction, target):
+    if target.name == "bad":
+        raise KeyError("no such organ")
+    return 1.0
+
+
+@register_reward("test_trainer_nan")
+def not_a_number(prediction, target):
+    return float("nan")
+
+
+class TestBadInput:
+    @staticmethod
+    def trainer(
+        tmp_path, rewards: Any = "format", *, model=None, processor=None, rows=None, settings=None, **arguments
+    ):
+        if model is None:
+            model, processor = tiny_headed_model()
+        rows = tiny_rows(4, processor, completions=False) if rows is None else rows
+        return SegGRPOTrainer(
+            model,
+            rewards,
+            grpo_args(tmp_path, max_steps=1, **(settings or {})),
+            train_dataset=rows,
+            processing_class=processor,
+            **arguments,
+        )
+
+    @pytest.mark.parametrize("rewards", ["box_f2", ["format", "box_f2"], [letters, "box_f2"]])
+    def test_unknown_reward_suggests_the_closest(self, rewards, tmp_path):
+        with pytest.raises(UnknownNameError, match="unknown reward 'box_f2'; did you mean 'box_f1'"):
+            self.trainer(tmp_path, rewards)
+
+    def test_path_is_a_reward_model_to_trl(self, tmp_path):
+        with pytest.raises(OSError, match="no-such-folder"):
+            self.trainer(tmp_path, str(tmp_path / "no-such-folder"))
+
+    def test_list_of_the_caller_is_left_alone(self, tmp_path):
+        rewards = ["format", letters]
+        trainer = self.trainer(tmp_path, rewards)
+        assert rewards == ["format", letters]
+        assert trainer.reward_func_names == ["format", "letters"]
+
+    def test_dense_losses_without_a_head(self, tmp_path):
+        model, processor = tiny_model()
+        with pytest.raises(
+            SegRLError, match=r"DenseLoss\('dice_ce', weight=1.0\).*no mask head; call attach_mask_head"
+        ):
+            self.trainer(tmp_path, model=model, processor=processor, dense_losses=[DenseLoss("dice_ce")])
+
+    @pytest.mark.parametrize(
+        ("losses_given", "message"),
+        [
+            (["dice_ce"], r"expected DenseLoss objects such as DenseLoss\('dice_ce'\), got 'dice_ce'"),
+            ([DenseLoss("dice"), DenseLoss("dice")], r"the names \['dice'\] occur twice"),
+        ],
+    )
+    def test_wrong_dense_losses(self, losses_given, message, tmp_path):
+        with pytest.raises(SegRLError, match=message):
+            self.trainer(tmp_path, dense_losses=losses_given)
+
+    @pytest.mark.parametrize("column", ["mask", "image"])
+    def test_missing_column_is_seen_before_training(self, column, tmp_path):
+        model, processor = tiny_headed_model()
+        rows = tiny_rows(4, processor, completions=False).remove_columns(column)
+        with pytest.raises(DataError, match=rf"train_dataset: no column \['{column}'\]"):
+            self.trainer(tmp_path, model=model, processor=processor, rows=rows)
+
+    def test_missing_column_of_the_evaluation_data(self, tmp_path):
+        model, processor = tiny_headed_model()
+        rows = tiny_rows(4, processor, completions=False)
+        with pytest.raises(DataError, match=r"eval_dataset\['far'\]: no column \['mask'\]"):
+            self.trainer(
+                tmp_path,
+                model=model,
+                processor=processor,
+                eval_dataset={"near": rows, "far": rows.remove_columns("mask")},
+            )
+
+    def test_missing_mask_in_a_stream_names_the_row(self, tmp_path):
+        model, processor = tiny_headed_model()
+        rows = tiny_rows(4, processor, completions=False).remove_columns("mask")
+        trainer = self.trainer(tmp_path, model=model, processor=processor, rows=rows.to_iterable_dataset())
+        with pytest.raises(DataError, match=f"{rows[0]['name']}: no mask"):
+            trainer.train()
+
+    def test_seg_absent_from_the_tokenizer(self, tmp_path):
+        model, processor = tiny_headed_model()
+        _, other = tiny_model(tag_tokens=["<think>", "</think>", "<answer>", "</answer>"])
+        with pytest.raises(SegRLError, match=r"SegTokenProbe\(token_id=\d+\): not an added token .*ensure_seg_token"):
+            self.trainer(tmp_path, model=model, processor=other, rows=tiny_rows(4, processor, completions=False))
+
+    def test_special_seg(self, tmp_path):
+        model, processor = tiny_headed_model()
+        processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<seg>"]})
+        with pytest.raises(SegRLError, match="'<seg>' is a special token: TRL drops those"):
+            self.trainer(tmp_path, model=model, processor=processor)
+
+    def test_reward_that_raises_names_reward_and_row(self, tmp_path):
+        model, processor = tiny_headed_model()
+        rows = tiny_rows(4, processor, completions=False)
+        rows = rows.remove_columns("name").add_column("name", ["bad"] * 4)  # type: ignore[call-arg]
+        trainer = self.trainer(tmp_path, "test_trainer_raises", model=model, processor=processor, rows=rows)
+        with pytest.raises(RewardError, match=r"'test_trainer_raises'.*row 0.*bad.*KeyError.*no such organ"):
+            trainer.train()
+
+    def test_reward_that_is_not_finite(self, tmp_path):
+        trainer = self.trainer(tmp_path, "test_trainer_nan")
+        with pytest.raises(RewardError, match=r"'test_trainer_nan'.*row 0.*nan; expected a finite number"):
+            trainer.train()
+
+    def test_reward_of_the_wrong_length(self, tmp_path):
+        def short(completions, **_):
+            return [1.0] * (len(completions) - 1)
+
+        trainer = self.trainer(tmp_path, short)
+        with pytest.raises(ValueError, match="The reward function 'short' returned 3 rewards, but 4 were expected"):
+            trainer.train()
+
+    def test_mask_that_is_not_binary(self, tmp_path):
+        model, processor = tiny_headed_model()
+        rows = tiny_rows(4, processor, completions=False)
+        grey = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
+        rows = rows.map(lambda row: {"mask": Image.fromarray(grey)})
+        trainer = self.trainer(tmp_path, model=model, processor=processor, rows=rows)
+        with pytest.raises(DataError, match=rows[0]["name"][:9]):
+            trainer.train()
+
+    def test_unknown_frame(self, tmp_path):
+        trainer = self.trainer(tmp_path, settings={"frame_kind": "millimetres"})
+        with pytest.raises(FrameError, match="frame kind 'millimetres'; expected one of original_px"):
+            trainer.train()
+
+    def test_failed_construction_keeps_the_head(self, tmp_path):
+        model, processor = tiny_headed_model()
+        head = model.mask_head
+        with pytest.raises(TypeError):
+            self.trainer(tmp_path, model=model, processor=processor, no_such_argument=1)
+        assert model.mask_head is head
+
+    def test_frozen_head_without_dense_losses(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        assert not any(p.requires_grad for p in trainer.mask_head.parameters())
+        trainer = self.trainer(tmp_path, dense_losses=[DenseLoss("dice", weight=0.0)])
+        assert any(p.requires_grad for p in trainer.mask_head.parameters())
+
+    def test_ablation_without_reasoning(self, tmp_path):
+        model, processor = tiny_headed_model()
+        kinds = {}
+        for required in (True, False):
+            trainer = self.trainer(
+                tmp_path,
+                model=model,
+                processor=processor,
+                settings={"require_reasoning": required, "max_completion_length": 64},
+                rollout_func=written_rollout(["<answer>The cyst is located at [1, 2, 3, 4].<seg></answer>"]),
+            )
+            trainer.train()
+            kinds[required] = trainer.state.log_history[0]["rollout/valid"]
+        assert kinds == {True: 0.0, False: 1.0}

@@ -252,7 +252,6 @@ def train_stage2(
     assert head is not None
     assert example.rewards is not None
     head.freeze_encoder = recipe.freeze_encoder[0 if example.skip_stage1 else 1]
-    config.require_reasoning = example.reasoning
     trainer = SegGRPOTrainer(
         model,
         list(example.rewards),

@@ -52,6 +52,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
     if config.frame_kind is not None:
         recipe = replace(recipe, prompt={**recipe.prompt, "frame_kind": config.frame_kind})
     config.frame_kind = recipe.prompt.get("frame_kind")
+    config.require_reasoning = example.reasoning
     folder = Path(config.output_dir)
     config.resume_from_checkpoint = check_output(folder, example, config.resume_from_checkpoint)
     train, test = load_data(example, recipe, config.seed)
