@@ -5,6 +5,7 @@ N masks, B rows of the micro-batch, h mask side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ class DenseLoss:
     def __init__(self, name: str, weight: float = 1.0, fn: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         if fn is None and name not in _NAMED:
             raise unknown_name("dense loss", name, _NAMED)
-        if not weight >= 0:
-            raise SegRLError(f"DenseLoss({name!r}, weight={weight}): expected a weight of at least 0")
+        if not 0 <= weight < math.inf:
+            raise SegRLError(f"DenseLoss({name!r}, weight={weight}): expected a finite weight of at least 0")
         self.name, self.weight, self.fn = name, float(weight), fn if fn is not None else _NAMED[name]
 
     def __call__(self, mask_logits: Tensor, target: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def _texts(target: Target) -> dict[str, str]:
     return {name: getattr(target, name) for name in _GROUPS}
 
 
-def _target(row: dict[str, Any]) -> Target:
+def _target(row: Any) -> Target:
     name = str(row.get("name") or "row")
     return Target.from_mask(
         binarize(np.asarray(row["mask"]), name), **{key: str(row.get(key) or "") for key in _GROUPS}

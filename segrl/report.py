@@ -49,9 +49,9 @@ def results_table(results: Mapping[str, Any], console: Console | None = None) ->
     """Print the stages of a run with 95 % intervals, over all samples and then by modality and by anatomy.
 
     Args:
-        results: Summaries as `segrl.metrics.summarise` returns them (fractions) under "baseline", "stage1", "stage2" and
-            "model" (one that is only evaluated). Any stage may be absent, and so may "ci95" and "groups"; other keys are
-            ignored.
+        results: Summaries as `segrl.metrics.summarise` returns them (fractions) under "baseline", "stage1", "stage2"
+            and "model" (one that is only evaluated). Any of them may be absent, and so may "ci95" and "groups"; other
+            keys are ignored.
         console: Where to print; standard output by default.
 
     Raises:

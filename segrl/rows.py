@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from segrl.errors import DataError
-from segrl.frames import Frame, frame_for
+from segrl.frames import Frame, FrameKind, frame_for
 from segrl.heads.mask_head import SegInput
 from segrl.masks import binarize, soft_target
 from segrl.prediction import Target
@@ -37,7 +37,7 @@ class RowReader:
         frame_kind: overrides the frame that the processor implies.
     """
 
-    def __init__(self, processor, segmenter=None, frame_kind: str | None = None) -> None:
+    def __init__(self, processor, segmenter=None, frame_kind: FrameKind | None = None) -> None:
         self.processor, self.segmenter, self.frame_kind = processor, segmenter, frame_kind
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[SegRow]:
@@ -61,8 +61,9 @@ class RowReader:
             key = digest.digest()
             if key not in known:
                 known[key] = self._read(image, mask, name, fields, first.get(image_key))
-                if known[key].seg_input is not None:
-                    first.setdefault(image_key, known[key].seg_input)
+                own = known[key].seg_input
+                if own is not None:
+                    first.setdefault(image_key, own)
             result.append(known[key])
         return result
 

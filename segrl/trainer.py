@@ -31,9 +31,8 @@ from segrl.dense import DenseLoss
 from segrl.errors import SegRLError, unknown_name
 from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import MaskHead, SegInput
-from segrl.heads.probes import SegTokenProbe
 from segrl.joint import JointTraining, head_detached
-from segrl.parsing import parse_completion
+from segrl.parsing import SEG_TOKEN, parse_completion
 from segrl.prediction import Prediction
 from segrl.rewards import list_rewards, make_reward
 from segrl.rewards.registry import Reward
@@ -237,7 +236,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         prompt_ids, images, multimodal = self._tokenize_prompts(prompts)
         if self._rollout is not None and self._rollout.prompt_ids is not None:
             prompt_ids = self._rollout.prompt_ids
-        device, pad = self.accelerator.device, int(self._tokenizer.pad_token_id)
+        tokenizer: Any = self._tokenizer
+        device, pad = self.accelerator.device, int(tokenizer.pad_token_id)
         longest = max(len(ids) for ids in prompt_ids)
 
         def left(values: Sequence[Sequence[int]], filler: int) -> Tensor:
@@ -315,10 +315,10 @@ def _check_token(head: MaskHead, tokenizer: Any) -> None:
     if token_id is None:
         return
     known = tokenizer.added_tokens_decoder.get(token_id)
-    if known is None or token_id >= len(tokenizer):
-        name = "SegTokenProbe" if isinstance(head.probe, SegTokenProbe) else type(head.probe).__name__
+    if known is None or known.content != SEG_TOKEN:
+        found = "no added token" if known is None else repr(known.content)
         raise SegRLError(
-            f"{name}(token_id={token_id}): not an added token of this tokenizer; "
+            f"{type(head.probe).__name__}(token_id={token_id}): {found} of this tokenizer, expected {SEG_TOKEN!r}; "
             "add it with segrl.loading.ensure_seg_token(model, processor) and build the head with the id it returns"
         )
     if known.special:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from segrl.config import SegGRPOConfig, SegSFTConfig
 from segrl.data import make_synthetic, prepare
 from segrl.heads import MaskHead, attach_mask_head
 from segrl.loading import seg_token_id
+from segrl.prediction import Prediction
 from segrl.segmenters import Sam2Config, Sam2Segmenter
 from segrl.testing import tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl
 
@@ -87,17 +87,17 @@ def tiny_headed_model(
     return add_head(model, processor, freeze_encoder=freeze_encoder, adapter=adapter, probe=probe), processor
 
 
-def tiny_rows(n: int, processor: Any, completions: bool = True, *, size: int = 64, seed: int = 0) -> Dataset:
+def tiny_rows(n: int, processor: Any, completions: bool = True, *, size: int = 64, seed: int = 0) -> Any:
     """Synthetic rows with prompts, and with answers for SFT."""
     return prepare(
         make_synthetic(n, size=size, seed=seed), processor, completions=completions, instruction="Answer.", brief=True
     )
 
 
-def with_answers(rows: Dataset, texts: Sequence[str]) -> Dataset:
+def with_answers(rows: Any, texts: Sequence[str]) -> Any:
     """`rows` with other assistant texts, repeated as needed, for example some without a `<seg>`."""
     completions = [[{"role": "assistant", "content": texts[n % len(texts)]}] for n in range(len(rows))]
-    return rows.remove_columns("completion").add_column("completion", completions)  # type: ignore[call-arg]
+    return rows.remove_columns("completion").add_column("completion", completions)
 
 
 def _training(**settings: Any) -> dict[str, Any]:
@@ -138,3 +138,17 @@ def seg_bias(processor: Any, bias: float = 5.0) -> dict[str, Any]:
         "sequence_bias": [[[seg_token_id(processor)], bias], [[tokenizer.eos_token_id], 4.0]],
         "suppress_tokens": [tokenizer.convert_tokens_to_ids(name) for name in names],
     }
+
+
+def questions(n: int = 3) -> tuple[list[Any], list[str]]:
+    """Synthetic images of 64 px and one question each."""
+    rows = make_synthetic(n, size=64)
+    return list(rows["image"]), list(rows["query"])
+
+
+def as_data(predictions: Sequence[Prediction]) -> list[list[Any]]:
+    """Everything in predictions that have a mask, to be compared bit for bit, also after a trip through JSON."""
+    return [
+        [p.text, p.status.value, p.boxes.tolist(), np.packbits(np.asarray(p.mask)).tolist(), list(np.shape(p.mask))]
+        for p in predictions
+    ]

@@ -57,7 +57,9 @@ def slow_scores(prediction: np.ndarray | None, truth: np.ndarray) -> tuple[float
 
 def with_masks(rows: Dataset, masks: list[np.ndarray]) -> Dataset:
     pictures = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
-    return Dataset.from_list([{**row, "mask": mask} for row, mask in zip(rows, pictures, strict=True)], rows.features)
+    return Dataset.from_list(
+        [{**dict(row), "mask": mask} for row, mask in zip(rows, pictures, strict=True)], rows.features
+    )
 
 
 def test_records_equal_a_slow_recomputation():
@@ -125,7 +127,7 @@ def test_no_rows_give_no_records_and_bad_input_is_named():
         with pytest.raises(DataError, match=f"batch_size={size}: expected 1 or more"):
             evaluate(Thresholding(), rows, batch_size=size)
     grey = Dataset.from_list(
-        [{**row, "mask": Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32))} for row in rows],
+        [{**dict(row), "mask": Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32))} for row in rows],
         rows.features,
     )
     with pytest.raises(DataError, match=rows[0]["name"]):
@@ -135,13 +137,13 @@ def test_no_rows_give_no_records_and_bad_input_is_named():
 
 
 def test_the_constant_mask_equals_a_slow_search():
-    rows = make_synthetic(12, size=24)
+    rows = make_synthetic(12, size=32)
     train, test = rows.select(range(8)), rows.select(range(8, 12))
     masks = [np.asarray(mask) > 0 for mask in train["mask"]]
     average = np.mean(masks, axis=0)
     best = max(np.mean([slow_scores(average > level, mask)[0] for mask in masks]) for level in np.unique(average))
-    records = evaluate_constant_mask(train, test, size=24)
-    assert np.mean([r["dice"] for r in evaluate_constant_mask(train, train, size=24)]) == pytest.approx(best)
+    records = evaluate_constant_mask(train, test, size=32)
+    assert np.mean([r["dice"] for r in evaluate_constant_mask(train, train, size=32)]) == pytest.approx(best)
     guesses = [level for level in np.unique(average)]
     for index, record in enumerate(records):
         truth = np.asarray(test[index]["mask"]) > 0

@@ -238,7 +238,9 @@ def test_stage1_on_a_folder(sft_run, data):
 
 def test_stage2_from_a_stage1_run_on_a_data_set_on_disk(sft_run, data, tmp_path, example):
     rows = make_synthetic(24, size=64).remove_columns(["modality", "name"])
-    DatasetDict(train=rows.select(range(16)), test=rows.select(range(16, 24))).save_to_disk(str(tmp_path / "data"))
+    DatasetDict({"train": rows.select(range(16)), "test": rows.select(range(16, 24))}).save_to_disk(
+        str(tmp_path / "data")
+    )
     out = tmp_path / "run"
     assert example("train_grpo", "--model", sft_run[0], "--data", tmp_path / "data", *QUICK, "--output_dir", out) == 0
     assert not (out / "stage1").exists()
@@ -495,8 +497,8 @@ def test_bad_data(example, capsys, tmp_path, data, spoil, message):
 def test_bad_data_sets_on_disk(example, capsys, tmp_path):
     rows = make_synthetic(4, size=64)
     rows.save_to_disk(str(tmp_path / "one"))
-    DatasetDict(train=rows, tset=rows).save_to_disk(str(tmp_path / "split"))
-    DatasetDict(train=rows.remove_columns("query"), test=rows).save_to_disk(str(tmp_path / "query"))
+    DatasetDict({"train": rows, "tset": rows}).save_to_disk(str(tmp_path / "split"))
+    DatasetDict({"train": rows.remove_columns("query"), "test": rows}).save_to_disk(str(tmp_path / "query"))
     for name, message in [
         ("one", "is one data set; expected the splits train and test"),
         ("split", "'test'; did you mean 'tset'?"),
@@ -589,7 +591,7 @@ def test_errors_and_interruptions_of_a_run(modules, capsys, monkeypatch):
     def outcome(check) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stop:
             modules["arguments"].run(check, [])
-        return stop.value.code, capsys.readouterr().err
+        return int(stop.value.code or 0), capsys.readouterr().err
 
     assert outcome(fail) == (2, "error: broken\n")
     code, said = outcome(lambda argv: interrupt)

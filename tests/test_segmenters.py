@@ -32,7 +32,7 @@ def picture(size=(64, 64), seed=0):
 
 def published(file, image_size):
     """The `sam2` package's own model of one of its YAML files."""
-    config: Any = OmegaConf.load(Path(sam2.__file__).parent / "configs" / "sam2.1" / file)
+    config: Any = OmegaConf.load(Path(str(sam2.__file__)).parent / "configs" / "sam2.1" / file)
     config.model.image_size = image_size
     side = image_size // 16
     for name in ("self_attention", "cross_attention"):

@@ -73,6 +73,7 @@ async def slow_letters(completions, **_):
 
 def reward_model(tokenizer):
     torch.manual_seed(5)
+    settings: dict[str, Any] = {"num_labels": 1}
     config = Qwen2Config(
         vocab_size=len(tokenizer) + 32,
         hidden_size=16,
@@ -80,7 +81,7 @@ def reward_model(tokenizer):
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
-        num_labels=1,
+        **settings,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForSequenceClassification(config)
@@ -434,5 +435,6 @@ def test_prewrapped_lora_keeps_its_reference(tmp_path):
         rollout_func=written_rollout([FINAL]),
     )
     trainer.train()
+    trained: Any = trainer.model
     assert trainer.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert same_masks(trainer.model.get_base_model(), processor, rows, collect) == 4
+    assert same_masks(trained.get_base_model(), processor, rows, collect) == 4

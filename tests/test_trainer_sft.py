@@ -1,5 +1,7 @@
 """`SegSFTTrainer`: TRL bit for bit without masks, the joint gradient, and the data it needs."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ pytestmark = [
 ]
 
 
-def text_rows(n=8) -> Dataset:
+def text_rows(n=8) -> Any:
     return Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": f"Find lesion {number}."}] for number in range(n)],
@@ -193,7 +195,7 @@ class TestJointGradient:
         model, processor = tiny_headed_model()
         rows = with_answers(tiny_rows(4, processor), ["<think>nothing</think>"])
         asked = [[{"role": "user", "content": "End with <seg>."}]] * len(rows)
-        rows = rows.remove_columns("prompt").add_column("prompt", asked)  # type: ignore[call-arg]
+        rows = rows.remove_columns("prompt").add_column("prompt", asked)
         before = weights(model.mask_head)
         trainer = SegSFTTrainer(
             model,
@@ -281,7 +283,8 @@ class TestTraining:
         changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
         assert changed
         assert all(name.startswith("mask_head.") for name in changed)
-        params = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        optimizer: Any = trainer.optimizer
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         assert len(params) == len({id(p) for p in params}) == sum(p.requires_grad for p in model.parameters())
 
     @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ class TestTraining:
             rows = rows.map(lambda row: {"images": [row["image"]]}, remove_columns="image")
         elif layout == "messages":
             messages = [row["prompt"] + row["completion"] for row in rows]
-            rows = rows.remove_columns(["prompt", "completion"]).add_column("messages", messages)  # type: ignore[call-arg]
+            rows = rows.remove_columns(["prompt", "completion"]).add_column("messages", messages)
         else:
             rows = rows.to_iterable_dataset()
         trainer = SegSFTTrainer(

@@ -18,7 +18,7 @@ from segrl.loading import seg_token_id
 TIMES = ("step_time", "runtime", "samples_per_second", "steps_per_second")
 
 
-def letters(completions, **_):
+def letters(completions, **_) -> Any:
     """A reward that tells any two texts apart."""
     texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
     return [sum(map(ord, text)) % 101 / 100 for text in texts]
@@ -29,7 +29,7 @@ def history(trainer) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in trainer.state.log_history]
 
 
-def text_rows(n=8) -> Dataset:
+def text_rows(n=8) -> Any:
     questions = [f"Find every lesion, number {number}." for number in range(n)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]})
 

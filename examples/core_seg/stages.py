@@ -121,7 +121,7 @@ def load_split(example: DataArguments, recipe: Recipe, seed: int, split: str) ->
     elif (Path(example.data) / "dataset_info.json").is_file():
         raise DataError(
             f"--data {example.data!r} is one data set; expected the splits train and test: save "
-            "DatasetDict(train=..., test=...)"
+            "DatasetDict({'train': ..., 'test': ...})"
         )
     elif Path(example.data).is_dir():
         rows = load_folder(example.data, split)
@@ -266,7 +266,7 @@ def train_stage2(
 
 def check_batches(config: SegGRPOConfig, rows: Dataset) -> None:
     """TRL drops the last, incomplete batch of questions; with fewer rows than that nothing would be trained."""
-    questions = (config.generation_batch_size or 0) // config.num_generations
+    questions = (config.generation_batch_size or 0) // (config.num_generations or 1)
     if len(rows) < questions:
         raise DataError(
             f"{len(rows)} training rows, expected at least {questions}: one batch holds that many questions "
