@@ -67,6 +67,7 @@ class ReasoningSegmenter:
             raise CheckpointError(
                 f"model folder {str(folder)!r} does not exist; pass an output directory of a segrl run"
             )
+        model: Any
         if (path / "adapter_config.json").is_file():
             model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
         else:

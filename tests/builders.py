@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from segrl.config import SegGRPOConfig, SegSFTConfig
@@ -149,6 +150,12 @@ def questions(n: int = 3) -> tuple[list[Any], list[str]]:
 def as_data(predictions: Sequence[Prediction]) -> list[list[Any]]:
     """Everything in predictions that have a mask, to be compared bit for bit, also after a trip through JSON."""
     return [
-        [p.text, p.status.value, p.boxes.tolist(), np.packbits(np.asarray(p.mask)).tolist(), list(np.shape(p.mask))]
+        [
+            p.text,
+            p.status.value,
+            p.boxes.tolist(),
+            np.packbits(np.asarray(p.mask)).tolist(),
+            list(np.asarray(p.mask).shape),
+        ]
         for p in predictions
     ]

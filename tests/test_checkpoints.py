@@ -45,11 +45,11 @@ COMMON: dict[str, Any] = {
 }
 
 
-def length_reward(completions, **_):
+def length_reward(completions, **_) -> list[float | None]:
     return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
 
 
-def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None, dense=True, **settings):
+def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None, **settings) -> Any:
     return SegSFTTrainer(
         model,
         SegSFTConfig(str(folder), **{"max_length": None, **COMMON, **settings}),
@@ -57,16 +57,16 @@ def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None
         eval_dataset=eval_rows,
         processing_class=processor,
         peft_config=peft_config,
-        dense_losses=[DenseLoss("dice_ce")] if dense else None,
+        dense_losses=[DenseLoss("dice_ce")],
     )
 
 
-def grpo(folder, model, processor, *, rewards=None, peft_config=None, **settings):
+def grpo(folder, model, processor, *, peft_config=None, **settings) -> Any:
     often = {"sequence_bias": [[[seg_token_id(processor)], 4.0]]}
     sizes = {"num_generations": 4, "max_completion_length": 12, "generation_kwargs": often}
     return SegGRPOTrainer(
         model,
-        rewards or ["format", length_reward],
+        ["format", length_reward],
         SegGRPOConfig(str(folder), **{**sizes, **COMMON, **settings}),
         train_dataset=tiny_rows(8, processor, completions=False),
         processing_class=processor,
@@ -299,8 +299,7 @@ def adapter_run(request, tmp_path_factory):
     trainer.train()
     trainer.save_model()
     save_settings(folder, SETTINGS)
-    trained: Any = trainer.model
-    predictions = ReasoningSegmenter(trained.eval(), segmenter.processor, SETTINGS).predict_batch(*questions())
+    predictions = ReasoningSegmenter(trainer.model.eval(), segmenter.processor, SETTINGS).predict_batch(*questions())
     assert [p.text for p in predictions] == [OTHER] * 3
     return folder, as_data(predictions)
 

@@ -199,7 +199,8 @@ class TestImages:
         same(answer, segmenter.predict(upright, "Find it."), pixels=0)
 
     def test_max_edge_shrinks_what_is_shown_and_nothing_else(self, segmenter):
-        limited = ReasoningSegmenter(segmenter.model, segmenter.processor, {**SETTINGS, "max_edge": 112})
+        settings = {**SETTINGS, "max_edge": 112}
+        limited: Any = ReasoningSegmenter(segmenter.model, segmenter.processor, settings)
         image = picture((224, 112))
         answer = limited.predict(image, "Find it.")
         assert limited._shown(image).size == (112, 56)

@@ -46,16 +46,16 @@ class TestPlainTrl:
     """Without head and dense losses: the same logs and the same weights as TRL, exactly."""
 
     @pytest.mark.parametrize(
-        "settings",
+        ("kind", "settings"),
         [
-            {},
-            {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2, "beta": 0.0},
-            {"loss_type": "grpo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_p": 0.9},
-            {"eval_strategy": "steps", "eval_steps": 2, "num_generations_eval": 2, "per_device_eval_batch_size": 4},
+            ("text", {}),
+            ("text", {"loss_type": "grpo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_p": 0.9}),
+            ("vision", {}),
+            ("vision", {"eval_strategy": "steps", "eval_steps": 2, "num_generations_eval": 2}),
+            ("lora", {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}),
         ],
-        ids=["default", "several-iterations", "masked-grpo", "evaluation"],
+        ids=["text", "text-masked-grpo", "vision", "vision-evaluation", "lora-iterations"],
     )
-    @pytest.mark.parametrize("kind", ["text", "vision", "lora"])
     def test_logs_and_weights(self, kind, settings, tmp_path):
         def run(trainer_class, config_class):
             model, processor = tiny_causal_lm(hidden_size=64, vocab_size=640) if kind == "text" else tiny_model()
@@ -368,18 +368,19 @@ class TestForwards:
 
 class TestStates:
     @pytest.mark.parametrize(
-        "settings",
+        ("family", "settings"),
         [
-            {},
-            {"steps_per_generation": 2},
-            {"num_iterations": 2},
-            {"beta": 0.1},
-            {"activation_checkpointing": True},
-            {"pad_to_multiple_of": 8},
+            ("qwen2_5_vl", {}),
+            ("qwen2_5_vl", {"steps_per_generation": 2}),
+            ("qwen2_5_vl", {"num_iterations": 2}),
+            ("qwen2_5_vl", {"beta": 0.1}),
+            ("qwen2_5_vl", {"activation_checkpointing": True}),
+            ("qwen2_5_vl", {"pad_to_multiple_of": 8, "steps_per_generation": 2}),
+            ("qwen3_vl", {"pad_to_multiple_of": 8}),
+            ("llava", {"activation_checkpointing": True, "beta": 0.1}),
         ],
-        ids=["generation", "several-steps", "iterations", "reference", "checkpointing", "padded"],
+        ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
     )
-    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
     def test_masks_of_the_rollout_are_those_of_a_forward(self, family, settings, tmp_path):
         model, processor = tiny_headed_model(family)
         if "beta" in settings:

@@ -114,6 +114,8 @@ class MaskHead(nn.Module):
         freeze_encoder: train the image encoder or not. Features of a frozen encoder are computed once per unique image.
     """
 
+    _hook: Any  # handle of the backbone's hook while the head is attached
+
     def __init__(self, probe, adapter: nn.Module, segmenter: nn.Module, *, freeze_encoder: bool = True) -> None:
         super().__init__()
         if not isinstance(segmenter, Segmenter):

@@ -112,7 +112,7 @@ def build_sam2(config: Sam2Config) -> nn.Module:
     def sine(width: int) -> PositionEmbeddingSine:
         return PositionEmbeddingSine(num_pos_feats=width, normalize=True, scale=None, temperature=10000)
 
-    trunk = Hiera(
+    trunk: Any = Hiera(
         embed_dim=config.embed_dim,
         num_heads=config.num_heads,
         stages=config.stages,
@@ -197,6 +197,9 @@ class Sam2Segmenter(nn.Module):
     4. The projections `conv_s0` and `conv_s1` belong to the decoder and may train, so they run in `decode`, on unique
     images; features of a frozen encoder therefore never go stale.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: Sam2Config | None = None) -> None:
         super().__init__()
