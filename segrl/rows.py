@@ -38,7 +38,8 @@ class RowReader:
     """
 
     def __init__(self, processor, segmenter=None, frame_kind: FrameKind | None = None) -> None:
-        self.processor, self.segmenter, self.frame_kind = processor, segmenter, frame_kind
+        self.processor, self.segmenter = processor, segmenter
+        self.frame_kind: FrameKind | None = frame_kind
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[SegRow]:
         """Rows of a batch in order. Repeated rows (the G samples of a group) share one `SegRow`.

@@ -82,6 +82,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     _text_term = "policy"
     _tag_names = ("trl", "grpo", "segrl")
+    _reads_predictions = False
 
     def __init__(
         self,

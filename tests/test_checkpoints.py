@@ -62,7 +62,7 @@ def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None
 
 
 def grpo(folder, model, processor, *, peft_config=None, **settings) -> Any:
-    often = {"sequence_bias": [[[seg_token_id(processor)], 4.0]]}
+    often = {"sequence_bias": [[[seg_token_id(processor)], 6.0]]}
     sizes = {"num_generations": 4, "max_completion_length": 12, "generation_kwargs": often}
     return SegGRPOTrainer(
         model,
@@ -119,9 +119,7 @@ class TestResume:
         assert largest_difference(*models) == 0.0
 
     @pytest.mark.parametrize("build", [sft, grpo])
-    @pytest.mark.parametrize(
-        ("family", "freeze_encoder"), [("qwen2_5_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", True), ("llava", True)]
-    )
+    @pytest.mark.parametrize(("family", "freeze_encoder"), [("qwen2_5_vl", True), ("llava", False)])
     def test_resumed_steps_equal_uninterrupted_ones(self, build, family, freeze_encoder, tmp_path):
         models, logs = [], []
         for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):

@@ -417,12 +417,13 @@ def test_text_model_with_segrl_rewards(tmp_path):
     assert collect.joined("prediction")[0].boxes.tolist() == [[0, 0, 8, 16]]
 
 
-def test_prewrapped_lora_keeps_its_reference(tmp_path):
-    """TRL copies a trained adapter as the reference "ref"; masks come from the policy's states, never from it."""
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_masks_are_never_those_of_the_lora_reference(wrapped, tmp_path):
+    """The reference pass runs the same model with adapters off, or with a copy: its states are not the policy's."""
     model, processor = tiny_model()
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = add_head(get_peft_model(model, config), processor)
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = add_head(get_peft_model(model, config) if wrapped else model, processor)
     rows = tiny_rows(4, processor, completions=False)
     collect = Collect()
     trainer = SegGRPOTrainer(
@@ -433,8 +434,10 @@ def test_prewrapped_lora_keeps_its_reference(tmp_path):
         processing_class=processor,
         dense_losses=[DenseLoss("dice_ce")],
         rollout_func=written_rollout([FINAL]),
+        peft_config=None if wrapped else config,
     )
     trainer.train()
     trained: Any = trainer.model
-    assert trainer.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    divergence = trainer.state.log_history[0]["kl"]
+    assert divergence == pytest.approx(0.0, abs=1e-5) if wrapped else divergence > 1e-3
     assert same_masks(trained.get_base_model(), processor, rows, collect) == 4

@@ -277,7 +277,16 @@ def test_backbone_of_a_family(family):
 
 def test_every_override_exists_in_trl():
     """What `SegGRPOTrainer` defines under a private name is either its own or a name that TRL still has."""
-    own = {"_decode", "_log_masks", "_rollout", "_score_states", "_text_term", "_texts", "_with_predictions"}
+    own = {
+        "_decode",
+        "_log_masks",
+        "_reads_predictions",
+        "_rollout",
+        "_score_states",
+        "_text_term",
+        "_texts",
+        "_with_predictions",
+    }
     defined = {name for name in vars(SegGRPOTrainer) if name.startswith("_") and not name.startswith("__")} - own
     inherited = {name for base in GRPOTrainer.__mro__ for name in vars(base)}
     assert "_compute_loss" in defined

@@ -57,7 +57,7 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool) -
         trainer = SegSFTTrainer(model, args, train_dataset=rows, **shared)
     else:
         # rank 1 cannot write the token
-        often = {"sequence_bias": [[[token], 5.0]]} if state.process_index == 0 else {"suppress_tokens": [token]}
+        often = {"sequence_bias": [[[token], 12.0]]} if state.process_index == 0 else {"suppress_tokens": [token]}
         beta = 0.05 if peft else 0.0  # without PEFT, TRL reads the reference model from a folder
         sizes: dict[str, Any] = {"num_generations": 4, "max_completion_length": 10}
         args = SegGRPOConfig(folder, generation_kwargs=often, beta=beta, **sizes, **common)

@@ -34,8 +34,13 @@ class Recipe:
         sft, grpo: trainer settings of the two stages.
         rewards: registered names.
         lora: settings of `peft.LoraConfig` for the language model; None trains it whole.
-        augment_to: fill a small training set up to about this many rows with augmented copies (at most 7 of each row, scaled to
-            `augmented_edge` pixels); 0 adds none. Rows with a reasoning of their own are left as they are.
+        text_warmup: trainer settings that differ in a first, text-only part of stage 1; None has no such part. It
+            stands in for pretraining: a random language model learns masks only after it has learned words, and by
+            then the
+                decoder
+            has learned to ignore its prompts.
+        augment_to: fill a small training set up to about this many rows with augmented copies (at most 7 of each row,
+            scaled to `prompt["max_edge"]`); 0 adds none. Rows with a reasoning of their own are left as they are.
         freeze_encoder: image encoder of the segmenter in stage 1 and stage 2.
         max_new_tokens: of evaluation and inference.
     """
@@ -50,16 +55,16 @@ class Recipe:
     max_new_tokens: int = 512
     brief: bool = False
     max_boxes: int | None = None
+    text_warmup: dict[str, Any] | None = None
     augment_to: int = 0
-    augmented_edge: int | None = None
-    synthetic: dict[str, int] = field(default_factory=lambda: {"train": 1600, "test": 160, "size": 112})
+    synthetic: dict[str, int] = field(default_factory=lambda: {"train": 3000, "test": 160, "size": 112})
 
 
 def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: bool, reasoning: bool = True) -> Dataset:
     """The data set with the prompts (and answers) of this recipe."""
     copies = min(7, recipe.augment_to // len(dataset) - 1)
     if copies > 0 and not any("reasoning" in name for name in dataset.column_names):
-        dataset = augment(dataset, copies, max_edge=recipe.augmented_edge)
+        dataset = augment(dataset, copies, max_edge=recipe.prompt["max_edge"])
     settings = {key: value for key, value in recipe.prompt.items() if key in ("max_edge", "instruction", "frame_kind")}
     return prepare(
         dataset,
@@ -77,7 +82,7 @@ def _build_tiny(train: Dataset, model_path: str | None, segmenter_path: str | No
     from segrl.testing.tiny import tiny_qwen2_5_vl
 
     sample = train.select(range(min(400, len(train)))).remove_columns("image")
-    corpus = [str(row[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]
+    corpus = [str(dict(row)[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]
     model, processor = load_vlm(model_path) if model_path else tiny_qwen2_5_vl(corpus=corpus)
     if segmenter_path:
         segmenter = Sam2Segmenter.from_pretrained(segmenter_path, _TINY_SAM2)
@@ -116,13 +121,14 @@ def _build_3b(train: Dataset, model_path: str | None, segmenter_path: str | None
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         build=_build_tiny,
-        prompt={"instruction": "Think, then answer.", "max_edge": None},
+        prompt={"instruction": "", "max_edge": 160},
         sft={
             "per_device_train_batch_size": 16,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-4,
+            "head_learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 10,
-            "max_steps": 400,
+            "max_steps": 500,
             "logging_steps": 20,
             "save_strategy": "no",
             "bf16": False,
@@ -136,9 +142,9 @@ RECIPES: dict[str, Recipe] = {
             "max_completion_length": 112,
             "learning_rate": 1e-4,
             "head_learning_rate": 3e-4,
-            "lr_scheduler_type": "constant_with_warmup",
+            "lr_scheduler_type": "cosine",
             "warmup_steps": 5,
-            "max_steps": 60,
+            "max_steps": 80,
             "logging_steps": 5,
             "save_strategy": "no",
             "bf16": False,
@@ -151,8 +157,8 @@ RECIPES: dict[str, Recipe] = {
         max_new_tokens=112,
         brief=True,
         max_boxes=4,
+        text_warmup={"learning_rate": 2e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 150},
         augment_to=3200,
-        augmented_edge=160,
     ),
     "core_seg_3b": Recipe(
         build=_build_3b,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,12 @@ def train_stage1(
     example: ExampleArguments, config: SegSFTConfig, recipe: Recipe, model: Any, processor: Any, rows: Dataset
 ) -> None:
     """SFT with dense losses (`L_S1`); the model is saved in the config's output_dir."""
+    if recipe.text_warmup and example.model is None and not config.resume_from_checkpoint:
+        changes = dict(recipe.text_warmup)
+        if config.max_steps > 0:
+            changes["max_steps"] = min(changes["max_steps"], config.max_steps)
+        warmup = replace(config, **changes, save_strategy="no", eval_strategy="no")
+        SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
     trainer = SegSFTTrainer(
         model,
         config,

@@ -20,9 +20,9 @@ from segrl.masks import binarize
 def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed: int = 0) -> Dataset:
     """The rows of a data set and `copies` changed copies of each, in one data set that lives in memory.
 
-    A copy is flipped and turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in brightness,
-    contrast and gamma; its mask moves along. A crop that would cut the lesion away altogether is not made. Texts stay, so do
-    not use this where a query or a given reasoning says left, right, above or below.
+    A copy is flipped and turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in
+    brightness, contrast and gamma; its mask moves along. A crop that would cut the lesion away altogether is not
+    made. Texts stay, so do not use this where a query or a given reasoning says left, right, above or below.
 
     Args:
         dataset: columns image, mask and name; others are copied. A filled reasoning column is refused.

@@ -66,6 +66,8 @@ class SemanticGuidedAdapter(nn.Module):
         self.attention = nn.MultiheadAttention(attention, num_heads, kdim=input_dim, vdim=input_dim, batch_first=True)
         self.norm = nn.LayerNorm(attention)
         self.projection = nn.Linear(attention, prompt_dim)
+        nn.init.normal_(self.projection.weight, std=attention**-0.5)  # unit variance, as SAM's own prompt embeddings
+        nn.init.zeros_(self.projection.bias)
 
     def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
         for block in self.blocks:
