@@ -88,7 +88,9 @@ def _build_tiny(train: Dataset, model_path: str | None, segmenter_path: str | No
         segmenter = Sam2Segmenter.from_pretrained(segmenter_path, _TINY_SAM2)
     else:
         segmenter = Sam2Segmenter(_TINY_SAM2)
-    head = MaskHead.build(model, segmenter, token_id=ensure_seg_token(model, processor), freeze_encoder=False)
+    head = MaskHead.build(
+        model, segmenter, token_id=ensure_seg_token(model, processor), freeze_encoder=False, standardise=True
+    )
     return attach_mask_head(model, head), processor
 
 
@@ -124,11 +126,10 @@ RECIPES: dict[str, Recipe] = {
         prompt={"instruction": "", "max_edge": 160},
         sft={
             "per_device_train_batch_size": 16,
-            "learning_rate": 2e-4,
-            "head_learning_rate": 1e-3,
+            "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 10,
-            "max_steps": 500,
+            "max_steps": 650,
             "logging_steps": 20,
             "save_strategy": "no",
             "bf16": False,

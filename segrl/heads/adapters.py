@@ -7,12 +7,15 @@ All take `states` "N K D" and `state_mask` "N K" (True where a state exists; eac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from segrl.errors import SegRLError
+
+
+_MOMENTUM = 0.1  # of running statistics
 
 
 class SemanticGuidedAdapter(nn.Module):
@@ -30,6 +33,10 @@ class SemanticGuidedAdapter(nn.Module):
         attention_dim: width of the cross attention; `prompt_dim` when None.
         num_heads: heads of the cross attention; must divide `attention_dim`.
         num_queries: P, learned queries (1 in the paper).
+        standardise: subtract the running mean of the states and divide by their running deviation, per feature. What
+            `<seg>` states of different questions share is many times larger than what tells them apart; a decoder
+            that starts from random weights learns to ignore such prompts. Not in the paper, whose decoder is
+            pretrained.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class SemanticGuidedAdapter(nn.Module):
         attention_dim: int | None = None,
         num_heads: int = 8,
         num_queries: int = 1,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         hidden, attention = hidden_dim or input_dim, attention_dim or prompt_dim
@@ -55,7 +63,12 @@ class SemanticGuidedAdapter(nn.Module):
             "attention_dim": attention,
             "num_heads": num_heads,
             "num_queries": num_queries,
+            "standardise": standardise,
         }
+        self.standardise = standardise
+        if standardise:
+            self.register_buffer("mean", torch.zeros(input_dim))
+            self.register_buffer("variance", torch.ones(input_dim))
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(input_dim), nn.Linear(input_dim, hidden), nn.GELU(), nn.Linear(hidden, input_dim)
@@ -69,7 +82,28 @@ class SemanticGuidedAdapter(nn.Module):
         nn.init.normal_(self.projection.weight, std=attention**-0.5)  # unit variance, as SAM's own prompt embeddings
         nn.init.zeros_(self.projection.bias)
 
+    @torch.no_grad()
+    def observe(self, states: Tensor) -> None:
+        """Update the running mean and variance with the states "M D" of a training batch, of all ranks together.
+
+        Every rank must call this for every batch, with M = 0 if it has none.
+        """
+        if not self.standardise:
+            return
+        mean, variance = cast(Tensor, self.mean), cast(Tensor, self.variance)
+        states = states.to(mean)
+        totals = torch.cat([mean.new_tensor([len(states)]), states.sum(0), (states - mean).square().sum(0)])
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(totals)
+        count = totals[0].clamp(min=1)
+        weight = _MOMENTUM * (totals[0] > 0)
+        step = weight * (totals[1 : 1 + len(mean)] / count - mean)
+        variance.add_(weight * (totals[1 + len(mean) :] / count - variance))
+        mean.add_(step)
+
     def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        if self.standardise:
+            states = (states - cast(Tensor, self.mean)) / (cast(Tensor, self.variance) + 1e-4).sqrt()
         for block in self.blocks:
             states = states + block(states)
         query = self.query.expand(len(states), -1, -1)

@@ -244,7 +244,10 @@ class MaskHead(nn.Module):
         index = request.index[anchor].unsqueeze(-1).expand(-1, -1, states.size(-1))
         valid = request.valid[anchor].clone()
         valid[:, 0] |= ~valid.any(1)
-        logits = self(states[anchor].gather(1, index), valid, [request.inputs[n] for n in anchor.tolist()])
+        chosen = states[anchor].gather(1, index)
+        if self.training and torch.is_grad_enabled() and hasattr(self.adapter, "observe"):
+            self.adapter.observe(chosen[request.valid[anchor]])
+        logits = self(chosen, valid, [request.inputs[n] for n in anchor.tolist()])
         request.rows, request.logits = rows, logits[: len(rows)]
         # every trainable parameter takes part in every forward, so that no rank waits for a gradient that never comes
         touch = sum((p.reshape(-1)[:1].sum() * 0 for p in self.parameters() if p.requires_grad), logits.sum() * 0)
