@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from segrl.errors import SegRLError
 
-
 _MOMENTUM = 0.1  # of running statistics
 
 
