@@ -729,3 +729,54 @@ class TestDecoding:
         (result,) = add_masks(head, predictions, pad_ids(ids, "cpu"), None, [seg_input(head)], [(48, 64)])
         assert result.mask is None
         assert head.encoded_images == 0
+
+
+class TestRunningStandardisation:
+    """`SemanticGuidedAdapter(standardise=True)`: running statistics of the states, against plain numpy."""
+
+    def test_follows_mean_and_variance_and_ignores_empty_batches(self):
+        adapter = SemanticGuidedAdapter(24, 16, standardise=True)
+        batches = [noise(5, 24, seed=1) * 3 + 2, noise(0, 24), noise(7, 24, seed=2)]
+        mean, variance = np.zeros(24), np.ones(24)
+        for batch in batches:
+            adapter.observe(batch)
+            if len(batch):
+                values = batch.double().numpy()
+                variance += 0.1 * (((values - mean) ** 2).mean(0) - variance)
+                mean += 0.1 * (values.mean(0) - mean)
+        np.testing.assert_allclose(adapter.mean, mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(adapter.variance, variance, rtol=1e-5)
+
+    def test_prompts_are_those_of_the_standardised_states(self):
+        torch.manual_seed(0)
+        adapter = SemanticGuidedAdapter(24, 16, standardise=True)
+        plain = SemanticGuidedAdapter(24, 16)
+        plain.load_state_dict({k: v for k, v in adapter.state_dict().items() if k not in ("mean", "variance")})
+        adapter.observe(noise(9, 24, seed=3) + 5)
+        states, valid = noise(4, 2, 24, seed=4), torch.ones(4, 2, dtype=torch.bool)
+        standardised = (states - adapter.mean) / (adapter.variance + 1e-4).sqrt()
+        torch.testing.assert_close(adapter(states, valid), plain(standardised, valid))
+
+    def test_only_training_batches_with_a_token_count(self):
+        """A row without `<seg>` decodes a stand-in state, which must not enter the statistics; nor does evaluation."""
+        model, processor = tiny_model("qwen2_5_vl")
+        model = add_head(model, processor, standardise=True)
+        head = find_mask_head(model)
+        assert head is not None
+        side = head.segmenter.image_size
+        inputs = [SegInput(torch.zeros(3, side, side))] * 2
+        states = noise(2, 6, model.config.get_text_config().hidden_size, seed=5)
+
+        def forward(valid):
+            with head.decode_next(torch.tensor([[3], [4]]), torch.tensor(valid), inputs):
+                head.on_backbone(states)
+
+        head.train()
+        forward([[False], [False]])
+        assert not head.adapter.mean.any()
+        head.eval()
+        forward([[True], [True]])
+        assert not head.adapter.mean.any()
+        head.train()
+        forward([[False], [True]])
+        torch.testing.assert_close(head.adapter.mean, 0.1 * states[1, 4])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from builders import tiny_headed_model, tiny_rows, with_answers
+from builders import add_head, tiny_model, tiny_rows, with_answers
 from peft import LoraConfig
 
 from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
@@ -25,7 +25,8 @@ def length_reward(completions, **_):
 def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool) -> dict[str, Any]:
     """Train three steps with `<seg>` in the batches of rank 0 only; hashes of all parameters, and what moved."""
     state = PartialState()
-    model, processor = tiny_headed_model(freeze_encoder=frozen, tie_word_embeddings=peft)
+    model, processor = tiny_model("qwen2_5_vl", tie_word_embeddings=peft)
+    model = add_head(model, processor, freeze_encoder=frozen, standardise=True)  # running statistics must agree as well
     token, seen = seg_token_id(processor), []
 
     def counted(logits, target):
@@ -70,6 +71,11 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool) -
         digests["head" if "mask_head." in name else "model"].update(parameter.detach().numpy().tobytes())
         if not torch.equal(parameter, before[name]):
             moved.append(name)
+    adapter = trainer.mask_head.adapter
+    for buffer in (adapter.mean, adapter.variance):
+        digests["head"].update(buffer.numpy().tobytes())
+    if adapter.mean.abs().max() > 0:
+        moved.append("running statistics")
     return {
         "rank": state.process_index,
         "world": state.num_processes,
