@@ -771,12 +771,13 @@ class TestRunningStandardisation:
             with head.decode_next(torch.tensor([[3], [4]]), torch.tensor(valid), inputs):
                 head.on_backbone(states)
 
+        adapter: Any = head.adapter
         head.train()
         forward([[False], [False]])
-        assert not head.adapter.mean.any()
+        assert not adapter.mean.any()
         head.eval()
         forward([[True], [True]])
-        assert not head.adapter.mean.any()
+        assert not adapter.mean.any()
         head.train()
         forward([[False], [True]])
-        torch.testing.assert_close(head.adapter.mean, 0.1 * states[1, 4])
+        torch.testing.assert_close(adapter.mean, 0.1 * states[1, 4])

@@ -7,7 +7,7 @@ All take `states` "N K D" and `state_mask` "N K" (True where a state exists; eac
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class SemanticGuidedAdapter(nn.Module):
             that starts from random weights learns to ignore such prompts. Not in the paper, whose decoder is
             pretrained.
     """
+
+    mean: Tensor  # buffers, only with `standardise`
+    variance: Tensor
 
     def __init__(
         self,
@@ -89,7 +92,7 @@ class SemanticGuidedAdapter(nn.Module):
         """
         if not self.standardise:
             return
-        mean, variance = cast(Tensor, self.mean), cast(Tensor, self.variance)
+        mean, variance = self.mean, self.variance
         states = states.to(mean)
         totals = torch.cat([mean.new_tensor([len(states)]), states.sum(0), (states - mean).square().sum(0)])
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -102,7 +105,7 @@ class SemanticGuidedAdapter(nn.Module):
 
     def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
         if self.standardise:
-            states = (states - cast(Tensor, self.mean)) / (cast(Tensor, self.variance) + 1e-4).sqrt()
+            states = (states - self.mean) / (self.variance + 1e-4).sqrt()
         for block in self.blocks:
             states = states + block(states)
         query = self.query.expand(len(states), -1, -1)

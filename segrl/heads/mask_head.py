@@ -245,8 +245,9 @@ class MaskHead(nn.Module):
         valid = request.valid[anchor].clone()
         valid[:, 0] |= ~valid.any(1)
         chosen = states[anchor].gather(1, index)
-        if self.training and torch.is_grad_enabled() and hasattr(self.adapter, "observe"):
-            self.adapter.observe(chosen[request.valid[anchor]])
+        observe: Any = getattr(self.adapter, "observe", None)
+        if observe is not None and self.training and torch.is_grad_enabled():
+            observe(chosen[request.valid[anchor]])
         logits = self(chosen, valid, [request.inputs[n] for n in anchor.tolist()])
         request.rows, request.logits = rows, logits[: len(rows)]
         # every trainable parameter takes part in every forward, so that no rank waits for a gradient that never comes
