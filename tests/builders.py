@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainingArguments
 
 from segrl.config import SegGRPOConfig, SegSFTConfig
 from segrl.data import make_synthetic, prepare
@@ -112,7 +114,12 @@ def _training(**settings: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "learning_rate": 1e-3,
     }
-    return {**defaults, **settings}
+    given = {**defaults, **settings}
+    if "activation_checkpointing" not in {
+        item.name for item in fields(TrainingArguments)
+    }:  # transformers before 5.23 may have the old name
+        given["gradient_checkpointing"] = given.pop("activation_checkpointing")
+    return given
 
 
 def grpo_args(folder: Any, kind: Any = SegGRPOConfig, **settings: Any) -> Any:

@@ -77,7 +77,11 @@ class TestSignatures:
         assert GRPOTrainer.loss_is_scaled_for_ga is True
         assert SFTTrainer.loss_is_scaled_for_ga is None
         source = inspect.getsource(Trainer.training_step)
-        assert "self.model_accepts_loss_kwargs and num_items_in_batch is not None" in source
+        # transformers 5.19 turned the condition around; both divide unless the tokens were counted
+        assert (
+            "self.model_accepts_loss_kwargs and num_items_in_batch is not None" in source
+            or "not self.model_accepts_loss_kwargs or num_items_in_batch is None" in source
+        )
 
     def test_tags_of_the_model_card(self):
         assert GRPOTrainer._tag_names == ["trl", "grpo"]
