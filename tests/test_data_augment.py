@@ -1,14 +1,22 @@
 """Augmented copies: masks follow their images, sizes, names, seeds, and what is refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from segrl.data import augment, make_synthetic
+from segrl import data
+from segrl.data import make_synthetic
 from segrl.errors import DataError
 
 FEATURES = Features({"image": Image(), "mask": Image(), "name": Value("string"), "reasoning": Value("string")})
+
+
+def augment(*arguments: Any, **settings: Any) -> Any:
+    """`segrl.data.augment`, without the types of `Dataset`, which know no rows."""
+    return data.augment(*arguments, **settings)
 
 
 def row(mask: np.ndarray, reasoning: str = "") -> Dataset:
@@ -71,7 +79,7 @@ def test_a_tiny_lesion_is_never_cropped_away():
 
 def test_an_empty_mask_stays_empty_and_no_copies_is_the_data_itself():
     assert not any(np.asarray(item["mask"]).any() for item in augment(row(np.zeros((30, 30), dtype=bool)), 3))
-    rows = make_synthetic(3)
+    rows: Any = make_synthetic(3)
     same = augment(rows, 0)
     assert [np.asarray(a["image"]).tobytes() for a in same] == [np.asarray(b["image"]).tobytes() for b in rows]
 
