@@ -30,11 +30,12 @@ SCORES = {"mdice", "miou", "fail"}
 
 
 def launch(script: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
-    """`accelerate launch --cpu examples/core_seg/<script> <flags>` from the root of the checkout."""
+    """`accelerate launch --cpu examples/core_seg/<script> <flags>` from the root; several processes by torchrun."""
     accelerate = Path(sys.executable).with_name("accelerate")
-    command = [accelerate, "launch", "--cpu", "--num_processes", processes, *PLAIN]
-    if processes > 1:
-        command += ["--main_process_port", 0]
+    command = [accelerate, "launch", "--cpu", "--num_processes", 1, *PLAIN]
+    if processes > 1:  # accelerate would start one
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        flags = (*flags, "--use_cpu", "true")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [str(part) for part in (*command, EXAMPLE / script, *flags)],
@@ -221,6 +222,17 @@ def test_two_processes_finish(data, tmp_path):
     done = launch("train_grpo.py", "--data", data, "--output_dir", tmp_path / "run", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: output_dir") == 1
+
+
+def test_a_process_that_waits_for_no_others_says_so(modules):
+    """`accelerate launch --cpu --num_processes 2` starts one process and sets an address for the others."""
+    alone = modules["arguments"].alone
+    launched = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
+    assert "torchrun --standalone --nproc_per_node 2" in alone(launched)
+    assert alone({**launched, "WORLD_SIZE": "2"}) is None
+    assert alone({**launched, "OMPI_COMM_WORLD_SIZE": "2"}) is None
+    assert alone({"ACCELERATE_USE_CPU": "True"}) is None
+    assert alone({}) is None
 
 
 # ---- data and models of one's own ------------------------------------------------------------------------------------

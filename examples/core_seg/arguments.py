@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -128,6 +128,8 @@ def run(check: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str
     """
     rank = int(os.environ.get("RANK", "0"))
     working = False
+    if (warning := alone(os.environ)) is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:
         work = check(sys.argv[1:] if argv is None else argv)
         working = True
@@ -140,6 +142,20 @@ def run(check: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str
         if rank == 0:
             print("interrupted; checkpoints written so far stay in the output directory", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def alone(environment: Mapping[str, str]) -> str | None:
+    """What to say when `accelerate launch --cpu --num_processes 2` was asked for several processes and started one.
+
+    accelerate leaves the others to MPI: it sets an address to meet at, and nobody else comes.
+    """
+    several = "MASTER_PORT" in environment and environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not several or {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & environment.keys():
+        return None
+    return (
+        "accelerate starts one process on a CPU, whatever --num_processes says, unless MPI starts the others; for two: "
+        f"torchrun --standalone --nproc_per_node 2 {sys.argv[0]} --use_cpu"
+    )
 
 
 def _unexpected(argument: str, options: Sequence[str] | dict[str, Any]) -> UnknownNameError:
