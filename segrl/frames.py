@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from segrl.boxes import validate_boxes
 from segrl.errors import FrameError
 
-__all__ = ["Frame", "FrameKind", "frame_for", "smart_resize_size"]
+__all__ = ["Frame", "FrameKind", "frame_for", "shrunk_size", "smart_resize_size"]
 
 FrameKind = Literal["original_px", "resized_px", "relative_1000"]
 Size = tuple[int, int]
@@ -150,6 +150,26 @@ def smart_resize_size(height: int, width: int, factor: int, min_pixels: int, max
         grow = math.sqrt(min_pixels / (height * width))
         rounded = [math.ceil(edge * grow / factor) * factor for edge in (height, width)]
     return rounded[0], rounded[1]
+
+
+def shrunk_size(size: Size, max_edge: int | None) -> Size:
+    """The size of an image shown with at most `max_edge` pixels on its longest edge: training and inference must agree.
+
+    Args:
+        size: (width, height), pixels.
+        max_edge: Longest edge allowed, pixels; `None` allows any.
+
+    Returns:
+        (width, height), the aspect kept up to rounding and no edge below 1; `size` itself if it fits.
+
+    Example:
+        >>> shrunk_size((1024, 512), 512)
+        (512, 256)
+    """
+    if not max_edge or max(size) <= max_edge:
+        return size
+    scale = max_edge / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def frame_for(

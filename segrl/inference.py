@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from segrl.data.prompts import ANSWER_ONLY_INSTRUCTION, INSTRUCTION, build_prompt
 from segrl.errors import CheckpointError, DataError
-from segrl.frames import frame_for
+from segrl.frames import frame_for, shrunk_size
 from segrl.heads.attach import attach_mask_head, base_instance, detach_mask_head, find_mask_head
 from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead, SegInput
@@ -191,10 +191,9 @@ class ReasoningSegmenter:
             raise DataError(f"expected a PIL image, got {type(image).__name__}")
         if image.mode == "F" or image.mode.startswith("I"):
             raise DataError(f"image of mode {image.mode!r}: expected 8 bits a channel; scale it to 0..255 first")
-        upright, edge = ImageOps.exif_transpose(image), self.settings.get("max_edge")
-        if edge and max(upright.size) > edge:
-            scale = edge / max(upright.size)
-            size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
+        upright = ImageOps.exif_transpose(image)
+        size = shrunk_size(upright.size, self.settings.get("max_edge"))
+        if size != upright.size:
             upright = upright.resize(size, Image.Resampling.BICUBIC)
         return upright.convert("RGB")
 

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from segrl.errors import DataError
+from segrl.frames import shrunk_size
 from segrl.masks import binarize
 
 
@@ -48,9 +49,8 @@ def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed:
                 )
             image = ImageOps.exif_transpose(row["image"]).convert("RGB")
             mask = PILImage.fromarray(binarize(np.asarray(row["mask"]), str(row["name"])).astype(np.uint8) * 255)
-            if max_edge is not None and max(image.size) > max_edge:
-                scale = max_edge / max(image.size)
-                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            size = shrunk_size(image.size, max_edge)
+            if size != image.size:
                 image = image.resize(size, PILImage.Resampling.BICUBIC)
                 mask = mask.resize(size, PILImage.Resampling.NEAREST)
             yield {**row, "image": _png(image), "mask": _png(mask)}

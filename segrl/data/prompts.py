@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from segrl.errors import DataError, SegRLError
-from segrl.frames import Frame, FrameKind, frame_for
+from segrl.frames import Frame, FrameKind, frame_for, shrunk_size
 from segrl.masks import binarize, boxes_from_mask
 from segrl.parsing import format_answer, format_completion, parse_completion
 from segrl.prediction import Status
@@ -217,9 +217,9 @@ def _row_columns(
     if not completions and max_edge is None:
         return columns
     with _open(row["image"]) as image:
-        original_size = image_size = _upright_size(image)
-        if max_edge is not None and max(original_size) > max_edge:
-            image_size = _shrunk(original_size, max_edge)
+        original_size = _upright_size(image)
+        image_size = shrunk_size(original_size, max_edge)
+        if image_size != original_size:
             smaller = ImageOps.exif_transpose(image).resize(image_size, PILImage.Resampling.BICUBIC)
             buffer = io.BytesIO()
             smaller.save(buffer, format="PNG", compress_level=1)
@@ -272,11 +272,6 @@ def _upright_size(image: PILImage.Image) -> tuple[int, int]:
     """(width, height) after the EXIF rotation, without decoding the pixels."""
     turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else (image.width, image.height)
-
-
-def _shrunk(size: tuple[int, int], max_edge: int) -> tuple[int, int]:
-    scale = max_edge / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _pick(templates: tuple[str, ...], key: str) -> str:
