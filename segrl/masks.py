@@ -10,12 +10,14 @@ is perfect (1.0), and if exactly one of the two is empty nothing agrees (0.0). T
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
+from segrl.boxes import validate_boxes
 from segrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,16 +28,20 @@ __all__ = [
     "ONE_EMPTY_SCORE",
     "binarize",
     "boxes_from_mask",
+    "deepest_points",
     "empty_score",
     "foreground",
     "mask_to_box",
+    "mask_to_rle",
     "resize_mask",
+    "rle_to_mask",
     "soft_target",
 ]
 
 BOTH_EMPTY_SCORE = 1.0
 ONE_EMPTY_SCORE = 0.0
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
+MAX_RLE_PIXELS = 2**28  # a few bytes of text must not ask for all memory
 
 
 def empty_score(pred_empty: bool, true_empty: bool) -> float | None:
@@ -144,6 +150,37 @@ def boxes_from_mask(mask: ArrayLike, min_area: int = 1) -> np.ndarray:
     return boxes[order[areas[order] >= min_area]]
 
 
+def deepest_points(mask: ArrayLike, boxes: ArrayLike) -> np.ndarray:
+    """One point per box, well inside the lesion: the foreground pixel of the box farthest from any background.
+
+    Args:
+        mask: (H, W) bool or integer.
+        boxes: (N, 4) xyxy half-open boxes in the pixels of the mask.
+
+    Returns:
+        (N, 2) float64 (x, y), the centre of that pixel (the first one in reading order); the centre of the box where it
+        holds no foreground. The border of the box counts as background. (0, 2) for no boxes.
+
+    Raises:
+        DataError: As `foreground`, or invalid boxes.
+
+    Example:
+        >>> deepest_points(np.ones((5, 5), dtype=bool), [[0, 0, 5, 3]]).tolist()
+        [[1.5, 1.5]]
+    """
+    inside = foreground(mask)
+    array = validate_boxes(boxes)
+    points = (array[:, :2] + array[:, 2:]) / 2
+    for n, (x1, y1, x2, y2) in enumerate(array):
+        left, top = max(int(np.floor(x1)), 0), max(int(np.floor(y1)), 0)
+        crop = inside[top : max(int(np.ceil(y2)), top), left : max(int(np.ceil(x2)), left)]
+        if crop.any():
+            depth = ndimage.distance_transform_edt(np.pad(crop, 1))
+            y, x = np.unravel_index(np.argmax(depth), (crop.shape[0] + 2, crop.shape[1] + 2))
+            points[n] = left + x - 0.5, top + y - 0.5
+    return points
+
+
 def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
     """Bounding box of the whole foreground.
 
@@ -157,10 +194,76 @@ def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
         DataError: As `foreground`.
     """
     inside = foreground(mask)
-    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+    rows = np.flatnonzero(inside.any(axis=1))
     if rows.size == 0:
         return None
+    columns = np.flatnonzero(inside[rows[0] : rows[-1] + 1].any(axis=0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
+    """Write a mask as run lengths, as COCO's uncompressed format has them, so that pycocotools reads them too.
+
+    The pixels are read column by column; `counts` are the lengths of the runs, background first (0 if the first pixel
+    is foreground).
+
+    Args:
+        mask: (H, W) bool or integer.
+
+    Returns:
+        `{"size": [H, W], "counts": [...]}`, which JSON and parquet can hold.
+
+    Raises:
+        DataError: As `foreground`.
+
+    Example:
+        >>> mask_to_rle(np.array([[0, 1, 1], [0, 1, 0]]))
+        {'size': [2, 3], 'counts': [2, 3, 1]}
+    """
+    inside = foreground(mask)
+    pixels = inside.T.ravel()
+    starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    counts = np.diff(starts, prepend=0, append=pixels.size).tolist()
+    return {"size": list(inside.shape), "counts": [0, *counts] if pixels.size and pixels[0] else counts}
+
+
+def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
+    """Read run lengths, see `mask_to_rle`.
+
+    Args:
+        rle: A mapping with `size`, the height and the width, and `counts`. Runs of length 0 are fine.
+        name: What the mask is called in the error message.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        DataError: A missing key, a size that is not two positive integers, or counts that are not whole numbers of 0 or
+            more with the sum H * W. Compressed counts (a text) are refused too.
+
+    Example:
+        >>> rle_to_mask({"size": [2, 3], "counts": [2, 3, 1]}).astype(int).tolist()
+        [[0, 1, 1], [0, 1, 0]]
+    """
+    if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
+        raise DataError(f"{name}: {rle!r:.100}; expected run lengths, such as {{'size': [2, 3], 'counts': [2, 3, 1]}}")
+    if isinstance(rle["counts"], str | bytes):
+        raise DataError(f"{name}: the run lengths are compressed; write them out, as segrl.masks.mask_to_rle does")
+    size, counts = _whole_numbers(rle["size"]), _whole_numbers(rle["counts"])
+    if size is None or size.shape != (2,) or size.min() < 1 or size.max() > MAX_RLE_PIXELS:
+        raise DataError(f"{name}: size {rle['size']!r:.100}; expected [height, width], two positive whole numbers")
+    pixels = int(size.prod())
+    if pixels > MAX_RLE_PIXELS:
+        raise DataError(f"{name}: size {size.tolist()}; expected at most {MAX_RLE_PIXELS} pixels")
+    if counts is None or counts.ndim != 1 or counts.size == 0 or counts.min() < 0:
+        raise DataError(f"{name}: counts {rle['counts']!r:.100}; expected a list of whole numbers, 0 or more")
+    total = sum(counts.tolist())  # of Python's integers, which do not overflow
+    if total != pixels:
+        raise DataError(
+            f"{name}: the counts cover {total} pixels; expected {pixels}, for the size {size.tolist()} (height, width)"
+        )
+    runs = np.repeat(np.arange(counts.size) % 2 == 1, counts)
+    return np.ascontiguousarray(runs.reshape(int(size[1]), int(size[0])).T)
 
 
 def resize_mask(mask: ArrayLike, size_hw: tuple[int, int]) -> np.ndarray:
@@ -208,6 +311,15 @@ def soft_target(mask: ArrayLike, size_hw: tuple[int, int], *, quantised: bool = 
     rows, columns = (_area_weights(old, new) for old, new in zip(inside.shape, size_hw, strict=True))
     share = np.clip(rows @ inside.astype(np.float32) @ columns.T, 0.0, 1.0)
     return torch.from_numpy(np.rint(share * 255).astype(np.uint8) if quantised else share)
+
+
+def _whole_numbers(values: Any) -> np.ndarray | None:
+    """`values` as int64, or None if they are anything else than whole numbers."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        return None
+    return array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) else None
 
 
 def _area_weights(old: int, new: int) -> np.ndarray:

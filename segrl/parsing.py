@@ -3,30 +3,35 @@
 The grammar, over the whole stripped text::
 
     <think>reasoning</think> <answer>The cyst is located at [x1, y1, x2, y2], [x1, y1, x2, y2].<seg></answer>
+
+or, with `answer_format="json"`, an answer in the schema of `segrl.json_answers`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from segrl.errors import DataError
 from segrl.frames import Frame
+from segrl.json_answers import Answer, read_json_answer
 from segrl.prediction import Prediction, Status
 
 __all__ = [
     "MAX_COORDINATE",
     "SEG_TOKEN",
+    "AnswerFormat",
     "completion_text",
     "format_answer",
     "format_completion",
     "parse_completion",
 ]
 
+AnswerFormat = Literal["text", "json"]
 SEG_TOKEN = "<seg>"
 MAX_COORDINATE = 1e6
 _MAX_DIGITS = 32
@@ -63,6 +68,7 @@ def parse_completion(
     seg_token: str = SEG_TOKEN,
     require_seg: bool = True,
     require_reasoning: bool = True,
+    answer_format: AnswerFormat = "text",
 ) -> Prediction:
     """Parse a completion (without its prompt).
 
@@ -77,7 +83,8 @@ def parse_completion(
     2. NO_REASONING: no closed, non-blank reasoning block (with `require_reasoning`).
     3. EXTRA_TEXT: text outside the blocks, blocks repeated, nested or swapped, or the segmentation token more than once
        in the whole text. With several answer blocks none is read: `answer` is None and `boxes` is empty.
-    4. MALFORMED_BOXES.
+    4. MALFORMED_BOXES, or MALFORMED_JSON with `answer_format="json"`: then the answer, up to a segmentation token at
+       its end, must be JSON in the schema of `segrl.json_answers`, which also holds points, confidences and a slice.
     5. NO_SEG_TOKEN: no segmentation token in the answer (with `require_seg`).
 
     Args:
@@ -88,15 +95,21 @@ def parse_completion(
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block. Without it the grammar is the answer block
             alone, and a reasoning block before it stays allowed.
+        answer_format: "text" reads boxes in brackets from any sentence, "json" reads JSON.
 
     Returns:
         The prediction, without a mask.
+
+    Raises:
+        DataError: For an unknown `answer_format`; never for a text.
 
     Example:
         >>> frame = Frame("original_px", (64, 64))
         >>> parse_completion("<think>Dark spot.</think><answer>At [1, 2, 9, 8].<seg></answer>", frame).status.value
         'valid'
     """
+    if answer_format not in get_args(AnswerFormat):
+        raise DataError(f"answer_format={answer_format!r}; expected one of {', '.join(get_args(AnswerFormat))}")
     body = text.strip()
     blocks, closed = _blocks(body)
     reasonings = [block.content for block in blocks if block.kind == "think"]
@@ -104,7 +117,11 @@ def parse_completion(
     reasoning = reasonings[0] if len(reasonings) == 1 else None
     answer = answers[0] if len(answers) == 1 else None
     has_seg = bool(seg_token) and seg_token in (answer or "")
-    boxes, well_formed = _read_boxes((answer or "").replace(seg_token or SEG_TOKEN, "|"), frame)  # it may hold brackets
+    token = seg_token or SEG_TOKEN
+    if answer_format == "json":
+        found = read_json_answer((answer or "").removesuffix(token), MAX_COORDINATE)
+    else:
+        found = _read_brackets((answer or "").replace(token, "|"))  # the token may hold brackets
 
     ordered = [block.kind for block in blocks] in (["think", "answer"], ["answer"])
     if not any(answers):
@@ -113,13 +130,23 @@ def parse_completion(
         status = Status.NO_REASONING
     elif not (closed and ordered) or _text_outside(body, blocks) or (seg_token and body.count(seg_token) > 1):
         status = Status.EXTRA_TEXT
-    elif not well_formed:
-        status = Status.MALFORMED_BOXES
+    elif not found.well_formed:
+        status = Status.MALFORMED_JSON if answer_format == "json" else Status.MALFORMED_BOXES
     elif require_seg and not has_seg:
         status = Status.NO_SEG_TOKEN
     else:
         status = Status.VALID
-    return Prediction(text=text, reasoning=reasoning, answer=answer, boxes=boxes, status=status, has_seg=has_seg)
+    return Prediction(
+        text=text,
+        reasoning=reasoning,
+        answer=answer,
+        boxes=_to_pixels(found.boxes, 4, frame),
+        status=status,
+        has_seg=has_seg,
+        points=_to_pixels(found.points, 2, frame),
+        scores=np.array(found.scores) if found.scores else None,
+        slice_index=found.slice_index,
+    )
 
 
 def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str = SEG_TOKEN) -> str:
@@ -200,10 +227,9 @@ def _text_outside(body: str, blocks: list[_Block]) -> bool:
     return any(body[end:start].strip() for end, start in zip(ends, starts, strict=True))
 
 
-def _read_boxes(answer: str, frame: Frame) -> tuple[np.ndarray, bool]:
-    """Return the boxes in original pixels, (N, 4), and whether every bracket was a box, a list of boxes or empty."""
-    boxes: list[list[float]] = []
-    well_formed = True
+def _read_brackets(answer: str) -> Answer:
+    """The boxes in brackets, in the model's frame; well formed if every bracket is a box, a list of boxes or empty."""
+    found = Answer()
     depth, start = 0, None  # start of the innermost open bracket's content
     for bracket in _BRACKET.finditer(answer):
         if bracket.group() == "[":
@@ -213,15 +239,22 @@ def _read_boxes(answer: str, frame: Frame) -> tuple[np.ndarray, bool]:
         content = "" if start is None else answer[start : bracket.start()]
         start = None
         if depth < 0:
-            depth, well_formed = 0, False
+            depth, found.well_formed = 0, False
         elif content.strip():
             box = _box(content)
-            well_formed = well_formed and box is not None
+            found.well_formed = found.well_formed and box is not None
             if box is not None:
-                boxes.append(box)
-    width, height = frame.original_size
-    found = frame.to_original(np.array(boxes, dtype=np.float64).reshape(-1, 4))
-    return np.clip(found, 0, [width, height, width, height]), well_formed and depth == 0
+                found.boxes.append(box)
+    found.well_formed = found.well_formed and depth == 0
+    return found
+
+
+def _to_pixels(numbers: list[list[float]], width: int, frame: Frame) -> np.ndarray:
+    """Boxes (N, 4) or points (N, 2) of the model's frame in original pixels, clipped to the image."""
+    size = np.array(frame.original_size, dtype=np.float64)
+    corners = np.array(numbers, dtype=np.float64).reshape(-1, width)
+    boxes = frame.to_original(np.concatenate([corners, corners], axis=1) if width == 2 else corners)
+    return np.clip(boxes, 0, np.concatenate([size, size]))[:, :width]
 
 
 def _box(content: str) -> list[float] | None:

@@ -7,43 +7,30 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from reward_cases import (
+    EMPTY,
+    GOOD,
+    HEIGHT,
+    TARGET,
+    TRUE_BOXES,
+    WHOLE,
+    WIDTH,
+    as_trl_calls,
+    mask_of,
+    read,
+    says,
+)
 from scipy.optimize import linear_sum_assignment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from segrl.errors import FrameError, RewardError, UnknownNameError
 from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion, parse_completion
+from segrl.parsing import format_answer, format_completion
 from segrl.prediction import Prediction, Status, Target
-from segrl.rewards import Reading, Reward, list_rewards, make_reward, register_reward, registry
-
-HEIGHT, WIDTH = 32, 40
-FRAME = Frame("original_px", (WIDTH, HEIGHT))
-TRUE_BOXES = [[4, 4, 16, 14], [22, 18, 34, 28]]
-WHOLE = [0, 0, WIDTH, HEIGHT]
-GOOD = "<think>Two dark spots.</think><answer>The cyst is located at [4, 4, 16, 14], [22, 18, 34, 28].<seg></answer>"
-
-
-def mask_of(*boxes):
-    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
-    for x1, y1, x2, y2 in boxes:
-        mask[y1:y2, x1:x2] = True
-    return mask
-
-
-TARGET = Target.from_mask(mask_of(*TRUE_BOXES), name="scan_7.png")
-EMPTY = Target.from_mask(mask_of())
-
-
-def says(*boxes, mask=None, reasoning="Dark."):
-    text = format_completion(reasoning, format_answer("cyst", boxes, FRAME))
-    return read(text) if mask is None else read(text).with_mask(mask)
-
-
-def read(text, **options):
-    return parse_completion(text, FRAME, **options)
+from segrl.rewards import Reading, list_rewards, make_reward, register_reward, registry
 
 
 def score(name, prediction, target=TARGET, **settings):
@@ -88,7 +75,8 @@ def test_box_f1_equals_a_slow_reading_of_the_paper(pred, true, min_iou):
     def cover(box):
         return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
 
-    iou = np.array([[len(cover(p) & cover(t)) / len(cover(p) | cover(t)) for t in true] for p in pred])
+    unique = [box for n, box in enumerate(pred) if pred[:n].count(box) < max(1, true.count(box))]
+    iou = np.array([[len(cover(p) & cover(t)) / len(cover(p) | cover(t)) for t in true] for p in unique])
     hits = [v for v in iou[linear_sum_assignment(1 - iou)] if v > min_iou] if pred and true else []
     expected = float(not pred and not true)
     if hits:
@@ -179,12 +167,13 @@ def test_duplicates_and_whole_image_boxes_only_cost():
 
 
 @given(box_lists(), st.sampled_from([0.0, 0.5]))
+@example([[0, 0, 27, 27]], 0.0)  # over both lesions: the copy could be the partner of the second one
 def test_repeating_a_box_never_pays(boxes, min_iou):
     once = score("box_f1", says(*boxes), min_iou=min_iou)
     again = score("box_f1", says(*boxes, *boxes), min_iou=min_iou)
     assert once is not None
     assert again is not None
-    assert again <= max(once, score("box_f1", says(*boxes[:1]), min_iou=min_iou) or 0.0) + 1e-9
+    assert again <= once + 1e-9
 
 
 def test_a_hallucination_where_nothing_is_scores_less_than_a_correct_empty_answer():
@@ -218,21 +207,6 @@ def test_a_mask_is_not_thresholded_at_128():
 
 
 # --- plain TRL trainers
-
-
-def as_trl_calls(reward, completions, **columns):
-    """The keywords with which TRL's GRPO trainer calls a reward function."""
-    logged = {}
-    result = reward(
-        prompts=[[{"role": "user", "content": "Where is the cyst? Answer with <seg>."}]] * len(completions),
-        completions=completions,
-        completion_ids=[[1, 2]] * len(completions),
-        trainer_state=object(),
-        log_extra=lambda column, values: None,
-        log_metric=logged.__setitem__,
-        **columns,
-    )
-    return result, logged
 
 
 COMPLETIONS = {
@@ -328,7 +302,7 @@ def fails_on_second(prediction, target, *, fail):
     ],
 )
 def test_a_failing_reward_names_itself_and_the_row(fail, message):
-    reward = Reward("mine", fails_on_second, {"fail": fail})
+    reward = make_reward(fails_on_second, fail=fail).named("mine")
     targets = [Target.from_mask(TARGET.mask, name=name) for name in ("a.png", "b.png")]
     with pytest.raises(RewardError, match=rf"reward 'mine', row 1 \(b\.png\).*{message}"):
         reward.score_batch([says(), says()], targets)
@@ -340,18 +314,27 @@ def test_a_failing_reward_names_itself_and_the_row(fail, message):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"query": ["q", "q"]}, r"reward 'format' needs a column 'mask' or 'target'; columns passed: .*query"),
-        ({"mask": [TARGET.mask, np.arange(9).reshape(3, 3)]}, r"'format', row 1 \(b\): cannot build the target: b"),
-        ({"mask": [TARGET.mask, None]}, r"'format', row 1 \(b\): cannot build the target"),
-        ({"mask": [TARGET.mask]}, r"'format', row 1 \(b\): cannot build the target: list index out of range"),
-        ({"mask": [TARGET.mask] * 2, "boxes": [None, [[3, 3, 1, 1]]]}, r"row 1 \(b\): .*Target\.boxes of 'b'\[0\]"),
-        ({"target": [TARGET]}, r"'format': column 'target' has 1 rows for 2 completions"),
-        ({"target": [TARGET] * 2, "prediction": [says()]}, r"'format': column 'prediction' has 1 rows for 2"),
+        ({"query": ["q", "q"]}, r"reward 'box_f1' needs a column 'mask' or 'target'; columns passed: .*query"),
+        (
+            {"mask": [TARGET.mask, np.arange(9).reshape(3, 3)]},
+            r"'box_f1', row 1 \(b\): cannot build the target from column 'mask': b",
+        ),
+        ({"mask": [TARGET.mask, None]}, r"'box_f1', row 1 \(b\): cannot build the target from column 'mask'"),
+        (
+            {"mask": [TARGET.mask]},
+            r"'box_f1', row 1 \(b\): cannot build the target from column 'mask': list index out of range",
+        ),
+        (
+            {"mask": [TARGET.mask] * 2, "boxes": [None, [[3, 3, 1, 1]]]},
+            r"row 1 \(b\): .*column 'boxes': Target\.boxes of 'b'\[0\]",
+        ),
+        ({"target": [TARGET]}, r"'box_f1': column 'target' has 1 rows for 2 completions"),
+        ({"target": [TARGET] * 2, "prediction": [says()]}, r"'box_f1': column 'prediction' has 1 rows for 2"),
     ],
 )
 def test_bad_rows_stop_the_run(columns, message):
     with pytest.raises(RewardError, match=message):
-        as_trl_calls(make_reward("format"), [GOOD, GOOD], name=["a", "b"], **columns)
+        as_trl_calls(make_reward("box_f1"), [GOOD, GOOD], name=["a", "b"], **columns)
 
 
 @pytest.mark.parametrize("completion", [None, 3, [{"role": "assistant"}], ["text"]])

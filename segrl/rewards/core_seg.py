@@ -13,32 +13,43 @@ from segrl.matching import match_boxes
 from segrl.metrics import dice
 from segrl.prediction import Prediction, Target
 from segrl.rewards.registry import register_reward
+from segrl.rewards.rules import without_copies
 
 __all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
 
 LOWEST_GIOU = -1.0
 
 
-@register_reward("format")
+@register_reward("format", needs_truth=False, range=(0.0, 1.0), invariant=("box_order", "flip", "rescale"),
+                 equation="1 if the text follows the grammar, else 0", source="CORE-Seg, r_fmt")  # fmt: skip
 def format_reward(prediction: Prediction, target: Target) -> float:
     """Return 1.0 if the whole text follows the grammar and its answer holds the segmentation token, else 0.0.
 
-    The truth does not matter; see `segrl.parsing.parse_completion` for the grammar (CORE-Seg, r_fmt).
+    The truth does not matter; see `segrl.parsing.parse_completion` for the grammar.
     """
     return float(prediction.valid)
 
 
-@register_reward("box_f1")
+@register_reward(
+    "box_f1",
+    range=(0.0, 1.0),
+    empty={"both": 1.0, "prediction": 0.0, "truth": 0.0},
+    invariant=("box_order", "flip", "rescale"),
+    monotone=("boxes",),
+    equation="mean IoU of matched pairs · F1, F1 = 2 · TP / (N + M), TP: matched pairs with IoU > min_iou",
+    source="CORE-Seg, r_bbox",
+)
 def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, require_valid: bool = True) -> float:
     """Mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
 
     Boxes are matched one-to-one for the largest total IoU. A pair whose IoU exceeds `min_iou` is a true positive; the
-    mean runs over those pairs. A duplicate stays unmatched and lowers the precision.
+    mean runs over those pairs. A repeated box is never matched and lowers the precision.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
-        min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent.
+        min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent. Below 0.5 a box may be a true
+            positive of a lesion that it hardly touches.
         require_valid: Pay 0.0 for boxes of a text that is not valid. The paper is silent.
 
     Returns:
@@ -55,13 +66,22 @@ def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, requ
     score = empty_score(n_pred == 0, n_true == 0)
     if score is not None:
         return score
-    matched = match_boxes(prediction.boxes, target.boxes, min_iou).iou
+    candidates = without_copies(prediction.boxes, target.boxes)
+    matched = match_boxes(prediction.boxes[candidates], target.boxes, min_iou).iou
     if len(matched) == 0:
         return 0.0
     return float(matched.mean()) * 2 * len(matched) / (n_pred + n_true)
 
 
-@register_reward("dual_granularity_mask", needs_mask=True)
+@register_reward(
+    "dual_granularity_mask",
+    needs_mask=True,
+    range=lambda dice_weight, **_: (LOWEST_GIOU, 1.0 + dice_weight),
+    empty=lambda dice_weight, **_: {"both": 1.0 + dice_weight, "prediction": LOWEST_GIOU, "truth": LOWEST_GIOU},
+    invariant=("box_order", "flip", "rescale"),
+    equation="GIoU(box of predicted mask, box of true mask) if Dice < dice_threshold, else 1 + dice_weight · Dice",
+    source="CORE-Seg, r_mask",
+)
 def dual_granularity_mask(
     prediction: Prediction,
     target: Target,
@@ -92,9 +112,11 @@ def dual_granularity_mask(
     if prediction.mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
         return LOWEST_GIOU
     overlap = dice(prediction.mask, target.mask)
+    if 0 < overlap >= dice_threshold:
+        return 1.0 + dice_weight * overlap
     pred_box, true_box = mask_to_box(prediction.mask), mask_to_box(target.mask)
     if (pred_box is None) != (true_box is None):
         return LOWEST_GIOU
-    if overlap >= dice_threshold or pred_box is None or true_box is None:
+    if pred_box is None or true_box is None or overlap >= dice_threshold:
         return 1.0 + dice_weight * overlap
     return float(giou(pred_box, true_box))

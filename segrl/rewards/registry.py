@@ -1,235 +1,185 @@
-"""Rewards by name: register a function, make a `Reward` of it, pass that to a trainer.
+"""The registry: rewards by name, what each declares about itself, and those that installed packages bring.
 
-A reward is a function ``(prediction, target, **settings) -> float | None``. A float is a score (0.0 means wrong), None
-means that the reward does not apply to this row, and an exception means bad data or a bug: it stops the run with a
-`RewardError` that names the reward and the row, and is never turned into a score.
+A reward has one of three forms:
+
+- a function ``(prediction, target, **settings) -> float | None``,
+- a class with ``score_batch(predictions, targets)``, or with ``score_group(predictions, targets)`` for the answers to
+  one prompt; its settings are the arguments of its constructor,
+- a TRL reward function ``(completions, ..., **columns) -> list``; recognised by its parameter `completions`.
+
+Each may be `async`. In functions, a parameter named `log_metric` or `progress` is filled in and is not a setting.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import numpy as np
+from segrl.errors import RewardError, unknown_name
 
-from segrl.errors import FrameError, RewardError, unknown_name
-from segrl.frames import Frame, FrameKind
-from segrl.parsing import SEG_TOKEN, completion_text, parse_completion
-from segrl.prediction import Prediction, Target
-
-__all__ = ["ENTRY_POINT_GROUP", "Reading", "Reward", "list_rewards", "make_reward", "register_reward"]
+__all__ = ["ENTRY_POINT_GROUP", "RewardInfo", "list_rewards", "register_preset", "register_reward", "reward_info"]
 
 ENTRY_POINT_GROUP = "segrl.rewards"
-RewardFunction = Callable[..., float | None]
-_Function = TypeVar("_Function", bound=RewardFunction)
-_TEXT_COLUMNS = ("query", "modality", "anatomy", "lesion", "name")
-_registered: dict[str, tuple[RewardFunction, bool]] = {}
+FILLED_IN = frozenset({"log_metric", "progress"})
+READING_SETTINGS = frozenset({"frame", "seg_token", "require_seg", "require_reasoning", "answer_format"})
+CLAIMS = {"invariant": ("box_order", "flip", "rescale"), "monotone": ("boxes", "mask")}
+EMPTY_SIDES = ("both", "prediction", "truth")
+
+Form = Literal["function", "batch", "group", "trl", "preset", "composition"]
+Range = tuple[float, float]
+_Registered = TypeVar("_Registered", bound=Callable[..., Any])
+_registered: dict[str, RewardInfo] = {}
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a reward reads completions when the trainer does not pass predictions (a plain TRL `GRPOTrainer`).
-
-    Attributes:
-        frame: Frame kind in which the model writes boxes, or a function ``(image_size, original_size) -> Frame`` of
-            (width, height) pairs, such as ``functools.partial(frame_for, processor)``.
-        seg_token: See `segrl.parsing.parse_completion`, as the rest.
-        require_seg: Whether a valid text needs the token.
-        require_reasoning: Whether a valid text needs a reasoning block.
-    """
-
-    frame: FrameKind | Callable[..., Frame] = "relative_1000"
-    seg_token: str = SEG_TOKEN
-    require_seg: bool = True
-    require_reasoning: bool = True
-
-
-_READING_SETTINGS = frozenset(option.name for option in fields(Reading))
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward function with its settings; pass it to `reward_funcs` of any TRL GRPO trainer.
-
-    It pickles if its function does, that is, if the function is defined at the top of a module.
+@dataclass(frozen=True, eq=False)
+class RewardInfo:
+    """What a reward declares; `segrl.testing.check_reward` tests the claims and `segrl rewards describe` prints them.
 
     Attributes:
-        name: Name used in logs and errors.
-        function: ``(prediction, target, **settings) -> float | None``.
-        settings: Keyword arguments of the function.
-        needs_mask: Whether the function reads `Prediction.mask`.
-        reading: How completions are read without a `prediction` column.
+        name: Name in the registry.
+        function: The function or class; None where a package's reward could not be imported.
+        form: "function", "batch", "group" (classes), "trl", "preset" (a factory) or "composition".
+        needs_mask: It reads `Prediction.mask`.
+        needs_truth: It looks at the target.
+        volume: Its target is a `VolumeTarget`.
+        range: (low, high) of the scores, or a function of all settings that returns it; None if not declared.
+        empty: Score of a valid answer when "both" sides are empty, only the "prediction", or only the "truth"; or a
+            function of all settings that returns it; None if not declared.
+        invariant: What does not change the score: "box_order", "flip" (mirroring image, boxes, points and masks),
+            "rescale" (enlarging all of them by a whole number).
+        monotone: In what more overlap with the truth never lowers the score: "boxes", "mask".
+        equation: The formula as text.
+        source: Paper and symbol.
+        origin: Package and version, or module, that it comes from.
+        settings: Its settings with their defaults; `inspect.Parameter.empty` where one must be given.
+        broken: Why it cannot be used, or None.
     """
 
     name: str
-    function: RewardFunction
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    function: Callable[..., Any] | None
+    form: Form = "function"
     needs_mask: bool = False
-    reading: Reading = Reading()
+    needs_truth: bool = True
+    volume: bool = False
+    range: Range | Callable[..., Range] | None = None
+    empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None
+    invariant: tuple[str, ...] = ()
+    monotone: tuple[str, ...] = ()
+    equation: str = ""
+    source: str = ""
+    origin: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    broken: str | None = None
 
     @property
-    def __name__(self) -> str:  # TRL logs a reward under this
-        return self.name
+    def summary(self) -> str:
+        """First line of the docstring, or why the reward is broken."""
+        if self.broken is not None:
+            return f"broken: {self.broken}"
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
-    def score(self, prediction: Prediction, target: Target) -> float | None:
-        """Score one prediction.
-
-        Returns:
-            A finite score, or None where the reward does not apply.
-
-        Raises:
-            RewardError: If the function raises or returns something that is not a finite number or None.
-        """
-        return self._score(prediction, target, _where(self.name, None, target.name))
-
-    def score_batch(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> list[float | None]:
-        """Score aligned predictions and targets, in order; no rows give an empty list.
-
-        Raises:
-            RewardError: As `score`, naming the row; also if the lengths differ.
-        """
-        if len(predictions) != len(targets):
-            raise RewardError(
-                f"reward {self.name!r}: {len(predictions)} predictions but {len(targets)} targets; "
-                "expected one target per prediction"
-            )
-        return [
-            self._score(prediction, target, _where(self.name, row, target.name))
-            for row, (prediction, target) in enumerate(zip(predictions, targets, strict=True))
-        ]
-
-    def __call__(
-        self,
-        *,
-        prompts: Any = None,
-        completions: Sequence[Any],
-        completion_ids: Any = None,
-        prediction: Sequence[Prediction] | None = None,
-        target: Sequence[Target] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """Score a batch as TRL's trainers ask for it.
-
-        Args:
-            prompts: Not read: what stands in the prompt never counts as the model's.
-            completions: One per row: a text, or a list of messages.
-            completion_ids: Not read.
-            prediction: Predictions, if the trainer has parsed them. Otherwise completions are parsed (see `Reading`)
-                and the share of valid ones is logged as `valid_completions`.
-            target: Targets, if the trainer has them. Otherwise they are built from the columns.
-            log_metric: TRL's function to log a number.
-            **columns: Data set columns, one value per row. `mask` (PIL image or (H, W) array) is needed without
-                `target`; `boxes` (original pixels), `query`, `modality`, `anatomy`, `lesion`, `name` and `image` or
-                `images` are read where present, and everything else is left alone.
-
-        Returns:
-            One score or None per completion.
-
-        Raises:
-            RewardError: If a row cannot be scored; it names the reward and the row.
-        """
-        if prediction is None and self.needs_mask:
-            raise RewardError(
-                f"reward {self.name!r} scores masks, and this trainer decodes none; use SegGRPOTrainer with a MaskHead"
-            )
-        if target is None:
-            target = [self._target(columns, row) for row in range(len(completions))]
-        if prediction is None:
-            self._check_length("target", target, completions)
-            prediction = [self._read(text, target[row], columns, row) for row, text in enumerate(completions)]
-            if log_metric is not None and prediction:
-                log_metric("valid_completions", sum(parsed.valid for parsed in prediction) / len(prediction))
-        self._check_length("prediction", prediction, completions)
-        return self.score_batch(prediction, target)
-
-    def _score(self, prediction: Prediction, target: Target, where: str) -> float | None:
-        try:
-            value = self.function(prediction, target, **self.settings)
-            score = None if value is None else float(value)
-        except Exception as error:  # any failure of foreign code, re-raised with the row it happened in
-            raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
-        if score is not None and not math.isfinite(score):
-            raise RewardError(f"{where} returned {score}; expected a finite number, or None where it does not apply")
-        return score
-
-    def _check_length(self, name: str, values: Sequence[Any], completions: Sequence[Any]) -> None:
-        if len(values) != len(completions):
-            raise RewardError(
-                f"reward {self.name!r}: column {name!r} has {len(values)} rows for {len(completions)} completions"
-            )
-
-    def _target(self, columns: Mapping[str, Any], row: int) -> Target:
-        if columns.get("mask") is None:
-            found = ", ".join(sorted(columns)) or "none"
-            raise RewardError(f"reward {self.name!r} needs a column 'mask' or 'target'; columns passed: {found}")
-        where = _where(self.name, row, "")
-        try:
-            texts = {name: str(columns[name][row] or "") for name in _TEXT_COLUMNS if columns.get(name) is not None}
-            where = _where(self.name, row, texts.get("name", ""))
-            target = Target.from_mask(columns["mask"][row], **texts)
-            boxes = None if columns.get("boxes") is None else columns["boxes"][row]
-            return target if boxes is None else Target(target.mask, np.asarray(boxes, dtype=np.float64), **texts)
-        except (ValueError, TypeError, LookupError, OSError) as error:
-            raise RewardError(f"{where}: cannot build the target: {error}") from error
-
-    def _read(self, completion: Any, target: Target, columns: Mapping[str, Any], row: int) -> Prediction:
-        where = _where(self.name, row, target.name)
-        original = (target.width, target.height)
-        reading = self.reading
-        try:
-            if callable(reading.frame):
-                frame = reading.frame(_image_size(columns, row) or original, original)
-            else:
-                frame = Frame(reading.frame, original)
-            text = completion_text(completion)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise RewardError(f"{where}: cannot read the completion: {error}") from error
-        return parse_completion(
-            text,
-            frame,
-            seg_token=reading.seg_token,
-            require_seg=reading.require_seg,
-            require_reasoning=reading.require_reasoning,
-        )
+    def resolved(self, settings: Mapping[str, Any]) -> RewardInfo:
+        """A copy in which `range` and `empty` are values: functions of the settings are called."""
+        known = {**self.settings, **settings}
+        scores = self.range(**known) if callable(self.range) else self.range
+        empty = self.empty(**known) if callable(self.empty) else self.empty
+        return replace(self, range=scores, empty=empty)
 
 
-def register_reward(name: str, *, needs_mask: bool = False) -> Callable[[_Function], _Function]:
-    """Register a reward function under a name.
+def register_reward(
+    name: str,
+    *,
+    needs_mask: bool = False,
+    needs_truth: bool = True,
+    volume: bool = False,
+    range: Range | Callable[..., Range] | None = None,
+    empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None,
+    invariant: Sequence[str] = (),
+    monotone: Sequence[str] = (),
+    equation: str = "",
+    source: str = "",
+) -> Callable[[_Registered], _Registered]:
+    """Register a reward function or class under a name.
 
     Args:
         name: Name for `make_reward`, for configuration files and for logs.
-        needs_mask: Whether the function reads `Prediction.mask`, so that a trainer without masks refuses it.
+        needs_mask: Whether it reads `Prediction.mask`, so that a trainer without masks refuses it.
+        needs_truth: False for rewards of the text alone, which then need no truth.
+        volume: Whether its target is a `VolumeTarget`.
+        range: See `RewardInfo`, as the rest.
+        empty: Declared scores of empty sides.
+        invariant: Declared invariances.
+        monotone: Declared monotonicity.
+        equation: The formula as text.
+        source: Paper and symbol.
 
     Returns:
-        A decorator that returns the function unchanged.
+        A decorator that returns the function or class unchanged.
 
     Raises:
-        RewardError: If the name is taken, or a parameter of the function has the name of a `Reading` setting.
+        RewardError: If the name is taken, the form is not one of the three, a claim does not exist, or a setting has
+            the name of a `Reading` setting.
 
     Example:
-        >>> @register_reward("brevity")
+        >>> from segrl.rewards import make_reward
+        >>> @register_reward("brevity", needs_truth=False, range=(0, 1))
         ... def brevity(prediction, target, *, limit=200):
         ...     return float(len(prediction.text) <= limit)
         >>> make_reward("brevity", limit=10).settings
         {'limit': 10}
     """
+    _check_claims(name, range, empty, {"invariant": invariant, "monotone": monotone})
 
-    def register(function: _Function) -> _Function:
-        if name in _registered and _registered[name][0] is not function:
-            raise RewardError(
-                f"reward {name!r} is registered already, by {_describe(_registered[name][0])}; choose another name"
+    def register(function: _Registered) -> _Registered:
+        form = form_of(function, name)
+        _add(
+            RewardInfo(
+                name=name,
+                function=function,
+                form=form,
+                needs_mask=needs_mask,
+                needs_truth=needs_truth and form != "trl",
+                volume=volume,
+                range=range,
+                empty=empty,
+                invariant=tuple(invariant),
+                monotone=tuple(monotone),
+                equation=equation,
+                source=source,
+                origin=_origin(function),
+                settings=settings_of(function, form),
             )
-        if clash := _READING_SETTINGS & inspect.signature(function).parameters.keys():
-            raise RewardError(
-                f"reward {name!r} has a parameter {min(clash)!r}, which is a setting of every reward; rename it"
-            )
-        _registered[name] = (function, needs_mask)
+        )
         return function
+
+    return register
+
+
+def register_preset(
+    name: str, *, equation: str = "", source: str = ""
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a factory ``(**settings) -> Reward``, usually a `weighted_sum`, under a name.
+
+    Args:
+        name: Name for `make_reward`, which calls the factory.
+        equation: The formula as text.
+        source: Paper and symbol.
+
+    Raises:
+        RewardError: If the name is taken, or a setting has the name of a `Reading` setting.
+    """
+
+    def register(factory: Callable[..., Any]) -> Callable[..., Any]:
+        settings = settings_of(factory, "preset")
+        _add(RewardInfo(name, factory, "preset", equation=equation, source=source, origin=_origin(factory),
+                        settings=settings))  # fmt: skip
+        return factory
 
     return register
 
@@ -239,71 +189,203 @@ def list_rewards() -> list[str]:
     return sorted({*_registered, *_plugins()})
 
 
-def make_reward(name: str, **settings: Any) -> Reward:
-    """Make a reward by name.
+def reward_info(name: str) -> RewardInfo:
+    """What a reward declares about itself; imports the package that brings it, if need be.
 
     Args:
-        name: A name from `list_rewards`.
-        **settings: Keyword arguments of the reward function, and those of `Reading` (`frame`, `seg_token`,
-            `require_seg`, `require_reasoning`).
+        name: A name from `list_rewards`, or "module:attribute".
+
+    Returns:
+        The record. A package's reward that cannot be used has `broken` set to the reason.
 
     Raises:
-        UnknownNameError: For a name or a setting that does not exist; it suggests the closest one.
-        FrameError: For a frame kind that does not exist, or that needs a processor.
-        RewardError: If a setting without a default is missing, or an installed reward cannot be imported.
-
-    Example:
-        >>> make_reward("box_f1", min_iou=0.3).name
-        'box_f1'
+        UnknownNameError: For a name that does not exist; it suggests the closest one.
     """
     if name not in _registered:
+        if ":" in name:
+            return _imported(name)
         plugins = _plugins()
         if name not in plugins:
             raise unknown_name("reward", name, list_rewards())
         _load(name, plugins[name])
-    function, needs_mask = _registered[name]
-    reading = Reading(**{key: settings.pop(key) for key in _READING_SETTINGS & settings.keys()})
-    if reading.frame == "resized_px":
-        raise FrameError(
-            "frame='resized_px' depends on the processor; pass frame=functools.partial(frame_for, processor)"
+    return _registered[name] if name in _registered else _broken[name]
+
+
+def all_reward_infos() -> list[RewardInfo]:
+    """Every reward by name; a package's reward whose name is taken is listed too, as broken."""
+    infos = [reward_info(name) for name in list_rewards()]
+    for name, plugins in _plugins().items():
+        info = reward_info(name)
+        for plugin in plugins:
+            if info.broken is None and info.origin != _plugin_origin(plugin):
+                taken = f"the name is taken by {info.origin}; use {plugin.value!r}"
+                infos.append(RewardInfo(name, None, origin=_plugin_origin(plugin), broken=taken))
+    return sorted(infos, key=lambda info: info.name)
+
+
+def info_of(function: Callable[..., Any], name: str) -> RewardInfo:
+    """The record of a function or class, registered under this name or not registered at all."""
+    known = _registered.get(name)
+    if known is not None and known.function is function:
+        return known
+    form = form_of(function, name)
+    return RewardInfo(
+        name, function, form, needs_truth=form != "trl", origin=_origin(function), settings=settings_of(function, form)
+    )
+
+
+def registered_name(function: Callable[..., Any]) -> str | None:
+    """The name under which a function or class is registered."""
+    return next((name for name, info in _registered.items() if info.function is function), None)
+
+
+@cache
+def form_of(function: Callable[..., Any], name: str) -> Form:
+    """Which of the forms a function or class has.
+
+    Raises:
+        RewardError: If it has none of them.
+    """
+    if inspect.isclass(function):
+        methods = [method for method in ("score_batch", "score_group") if callable(getattr(function, method, None))]
+        if len(methods) == 1:
+            return "batch" if methods == ["score_batch"] else "group"
+        raise RewardError(
+            f"reward {name!r}: class {function.__name__} has {' and '.join(methods) or 'neither'} of score_batch and "
+            "score_group; expected exactly one"
         )
-    if not callable(reading.frame):
-        Frame(reading.frame, (1, 1))  # raises for an unknown kind
-    parameters = list(inspect.signature(function).parameters.values())
-    own = [option for option in parameters[2:] if option.kind not in (option.VAR_KEYWORD, option.VAR_POSITIONAL)]
-    known = {option.name for option in own}
-    if not any(option.kind is option.VAR_KEYWORD for option in parameters):
-        for key in settings.keys() - known:
-            raise unknown_name(f"setting of reward {name!r}", key, known | _READING_SETTINGS)
-    for option in own:
-        if option.default is option.empty and option.name not in settings:
-            raise RewardError(f"reward {name!r} needs the setting {option.name!r}; pass make_reward({name!r}, ...)")
-    return Reward(name, function, settings, needs_mask, reading)
+    if not callable(function):
+        raise RewardError(f"reward {name!r} is a {type(function).__name__}; expected a function or a class")
+    parameters = _parameters(function)
+    if "completions" in parameters:
+        return "trl"
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        raise RewardError(
+            f"reward {name!r}: {_describe(function)}({', '.join(parameters)}) takes neither (prediction, target) nor "
+            "completions; expected def reward(prediction, target, *, setting=...) or a TRL reward function"
+        )
+    return "function"
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    return {plugin.name: plugin for plugin in entry_points(group=ENTRY_POINT_GROUP)}
+@cache
+def settings_of(function: Callable[..., Any], form: Form) -> dict[str, Any]:
+    """The settings of a function or class, with their defaults."""
+    parameters = list(_parameters(function).values())
+    if form == "function":
+        parameters = parameters[2:]
+    elif form == "trl":  # what has no default is a column
+        parameters = [p for p in parameters if p.default is not p.empty]
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {p.name: p.default for p in named if p.name not in FILLED_IN}
 
 
-def _load(name: str, plugin: EntryPoint) -> None:
+def takes_any_setting(function: Callable[..., Any], form: Form) -> bool:
+    """Whether unknown settings reach the function in its `**settings`."""
+    return form != "trl" and any(p.kind is p.VAR_KEYWORD for p in _parameters(function).values())
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    if inspect.isclass(function) and function.__init__ is object.__init__:
+        return {}
+    return inspect.signature(function).parameters
+
+
+def accepted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keyword arguments that a function takes."""
+    parameters = _parameters(function)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(values)
+    return {key: value for key, value in values.items() if key in parameters}
+
+
+def filled_in(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of `FILLED_IN` that a function takes as parameters of its own."""
+    return FILLED_IN & _parameters(function).keys()
+
+
+def _add(info: RewardInfo) -> None:
+    known = _registered.get(info.name)
+    if known is not None and known.function is not info.function:
+        raise RewardError(
+            f"reward {info.name!r} is registered already, by {_describe(known.function)}; choose another name"
+        )
+    if clash := READING_SETTINGS & info.settings.keys():
+        raise RewardError(
+            f"reward {info.name!r} has a parameter {min(clash)!r}, which is a setting of every reward; rename it"
+        )
+    _registered[info.name] = info
+
+
+def _check_claims(name: str, range: Any, empty: Any, claims: Mapping[str, Sequence[str]]) -> None:
+    for kind, given in claims.items():
+        for claim in given:
+            if claim not in CLAIMS[kind]:
+                raise unknown_name(f"{kind} claim of reward {name!r}", claim, CLAIMS[kind])
+    if range is not None and not callable(range) and (len(range) != 2 or not range[0] <= range[1]):
+        raise RewardError(f"reward {name!r}: range={range!r}; expected (low, high) with low <= high")
+    for side in empty if isinstance(empty, Mapping) else ():
+        if side not in EMPTY_SIDES:
+            raise unknown_name(f"empty case of reward {name!r}", side, EMPTY_SIDES)
+
+
+# --- rewards of installed packages
+
+_broken: dict[str, RewardInfo] = {}
+
+
+def _plugins() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for plugin in entry_points(group=ENTRY_POINT_GROUP):
+        known = found.setdefault(plugin.name, [])
+        if plugin not in known:
+            known.append(plugin)
+    return found
+
+
+def _load(name: str, plugins: list[EntryPoint]) -> None:
+    """Import the package's reward into `_registered`, or the reason why not into `_broken`."""
+    origins = [_plugin_origin(plugin) for plugin in plugins]
+    _broken.pop(name, None)
+    if len(plugins) > 1:
+        reason = f"{' and '.join(origins)} both bring it; uninstall one, or name one as {plugins[0].value!r}"
+        _broken[name] = RewardInfo(name, None, origin=", ".join(origins), broken=reason)
+        return
     try:
-        function = plugin.load()
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"reward {name!r} cannot be imported from {plugin.value!r}: {error}") from error
-    if name not in _registered:  # the module may have registered it itself while it was imported
-        register_reward(name)(function)
+        function = plugins[0].load()
+        if name not in _registered:  # the module may have registered it itself while it was imported
+            register_reward(name)(function)
+    except Exception as error:  # whatever a package's import raises: the other rewards must go on working
+        reason = f"cannot be imported from {plugins[0].value!r}: {type(error).__name__}: {error}"
+        _broken[name] = RewardInfo(name, None, origin=origins[0], broken=reason)
+        return
+    _registered[name] = replace(_registered[name], origin=origins[0])
 
 
-def _describe(function: RewardFunction) -> str:
-    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+def _plugin_origin(plugin: EntryPoint) -> str:
+    return f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist is not None else plugin.module
 
 
-def _where(name: str, row: int | None, row_name: str) -> str:
-    place = "" if row is None else f", row {row}"
-    return f"reward {name!r}{place}" + (f" ({row_name})" if row_name else "")
+def _imported(path: str) -> RewardInfo:
+    module, _, attribute = path.partition(":")
+    try:
+        function = importlib.import_module(module)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RewardError(f"reward {path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    known = registered_name(function)  # pyright: ignore[reportArgumentType]
+    name = known or attribute.rpartition(".")[2]
+    return info_of(function, name)  # pyright: ignore[reportArgumentType]
 
 
-def _image_size(columns: Mapping[str, Any], row: int) -> tuple[int, int] | None:
-    if columns.get("image") is not None:
-        return columns["image"][row].size
-    return columns["images"][row][0].size if columns.get("images") is not None else None
+def _origin(function: Callable[..., Any]) -> str:
+    module = getattr(function, "__module__", "") or ""
+    if module.partition(".")[0] == "segrl":
+        return f"segrl {sys.modules['segrl'].__version__}"
+    return f"module {module}"
+
+
+def _describe(function: Callable[..., Any] | None) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"

@@ -1,0 +1,128 @@
+"""Answers written as JSON: boxes, points, confidences and a key slice, each value checked, good ones never lost to bad.
+
+The schema: one object, or a list of objects, each with any of these keys (other keys are free)::
+
+    {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y], "score": 0.9}
+    {"slice": 12, "bbox_2d_list": [[x1, y1, x2, y2], ...]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Answer", "read_json_answer"]
+
+BOX_KEYS = frozenset({"bbox_2d", "bbox"})
+POINT_KEYS = frozenset({"point_2d", "point", "points_1", "points_2"})
+SCORE_KEYS = frozenset({"score", "confidence"})
+BOX_LIST_KEY, SLICE_KEY = "bbox_2d_list", "slice"
+
+
+@dataclass
+class Answer:
+    """What an answer holds, in the model's frame.
+
+    Attributes:
+        boxes: xyxy boxes in order.
+        points: (x, y) points in order.
+        scores: One confidence in [0, 1] per box, or empty.
+        slice_index: Counted from 0, or None.
+        objects: The objects of a JSON answer in order; None where one is not well formed.
+        well_formed: Whether the whole answer follows its format.
+    """
+
+    boxes: list[list[float]] = field(default_factory=list)
+    points: list[list[float]] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    slice_index: int | None = None
+    objects: list[dict[str, Any] | None] = field(default_factory=list)
+    well_formed: bool = True
+
+
+def read_json_answer(text: str, largest: float) -> Answer:
+    """Read an answer; never raises, linear in the text.
+
+    An object is bad if a key is in it twice, if it has none of the known keys, if a known value is not what the schema
+    says, or if it has both a box and a list of boxes. Bad values are dropped and the others are kept.
+
+    Args:
+        text: The answer without the segmentation token. `[]` and `{}` say that nothing was found.
+        largest: Coordinates beyond this are bad.
+
+    Returns:
+        What was read. Confidences count only if every box has one, and a slice only if all objects that name one agree.
+
+    Example:
+        >>> answer = read_json_answer('[{"bbox_2d": [1, 2, 9, 8], "score": 0.5}, {"bbox_2d": [3]}]', 1e6)
+        >>> answer.boxes, answer.scores, answer.well_formed
+        ([[1.0, 2.0, 9.0, 8.0]], [0.5], False)
+    """
+    answer = Answer()
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        answer.well_formed = False
+        return answer
+    if value == {}:
+        return answer
+    slices: set[int] = set()
+    for item in value if isinstance(value, list) else [value]:
+        good = isinstance(item, dict) and _read_object(item, answer, slices, largest)
+        answer.objects.append(item if isinstance(item, dict) and good else None)
+        answer.well_formed = answer.well_formed and good
+    if answer.scores and len(answer.scores) != len(answer.boxes):
+        answer.scores, answer.well_formed = [], False
+    if len(slices) > 1:
+        answer.well_formed = False
+    elif slices:
+        answer.slice_index = slices.pop()
+    return answer
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else None  # a key twice: which one counts?
+
+
+def _read_object(item: dict[str, Any], answer: Answer, slices: set[int], largest: float) -> bool:
+    boxes = [value for key, value in item.items() if key in BOX_KEYS]
+    listed = item.get(BOX_LIST_KEY, [])
+    points = [value for key, value in item.items() if key in POINT_KEYS]
+    scores = [value for key, value in item.items() if key in SCORE_KEYS]
+    known = bool(boxes or points) or BOX_LIST_KEY in item or SLICE_KEY in item
+    good = known and len(boxes) <= 1 and len(scores) <= len(boxes) and isinstance(listed, list)
+    good = good and not (boxes and BOX_LIST_KEY in item)
+    read_boxes = [_numbers(box, 4, largest) for box in [*boxes[:1], *(listed if isinstance(listed, list) else [])]]
+    read_points = [_numbers(point, 2, largest) for point in points]
+    read_scores = [_number(score, 1.0) for score in scores[:1]]
+    answer.boxes += [box for box in read_boxes if box is not None]
+    answer.points += [point for point in read_points if point is not None]
+    if boxes and read_boxes[0] is not None:
+        answer.scores += [score for score in read_scores if score is not None and score >= 0]
+    if SLICE_KEY in item:
+        index = item[SLICE_KEY]
+        if isinstance(index, int) and not isinstance(index, bool) and 1 <= index <= largest:
+            slices.add(index - 1)
+        else:
+            good = False
+    bad_scores = any(score is None or score < 0 for score in read_scores)
+    return good and None not in read_boxes and None not in read_points and not bad_scores
+
+
+def _numbers(value: Any, count: int, largest: float) -> list[float] | None:
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    numbers = [_number(item, largest) for item in value]
+    if any(number is None for number in numbers):
+        return None
+    found = [number for number in numbers if number is not None]
+    return None if count == 4 and (found[0] > found[2] or found[1] > found[3]) else found
+
+
+def _number(value: Any, largest: float) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= largest and math.isfinite(value) else None

@@ -1,0 +1,377 @@
+"""`Reward`: one reward or a sum of several, with its steps; a callable for any TRL GRPO trainer.
+
+A float is a score (0.0 means wrong), None means that the reward does not apply to this row, and an exception means bad
+data or a bug: it stops the run with a `RewardError` that names the reward and the row, and never becomes a score.
+"""
+
+# n rows, G answers to one prompt
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from segrl.errors import RewardError
+from segrl.prediction import Prediction
+from segrl.rewards import registry
+from segrl.rewards.reading import AnyTarget, Reading, read_rows
+from segrl.rewards.registry import RewardInfo
+from segrl.rewards.sources import Batch, Leaf, Sum, ignore_metric
+from segrl.rewards.steps import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Scores, Step
+
+__all__ = ["AsyncReward", "Reward", "build"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward; pass it to `reward_funcs` of any TRL GRPO trainer. `make_reward` and `weighted_sum` build it.
+
+    It pickles if its functions do, that is, if they are defined at the top of a module.
+
+    Attributes:
+        name: Name used in logs and errors.
+        source: A function with its settings, or a sum.
+        steps: What is done to the scores, in order.
+        reading: How completions are read without a `prediction` column.
+    """
+
+    name: str
+    source: Leaf | Sum
+    steps: tuple[Step, ...] = ()
+    reading: Reading = field(default_factory=Reading)
+
+    @property
+    def __name__(self) -> str:  # TRL logs a reward under this
+        return self.name
+
+    # --- what it is
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Settings of the function; none for a sum."""
+        return self.source.settings if isinstance(self.source, Leaf) else {}
+
+    @property
+    def parts(self) -> tuple[tuple[Reward, float], ...]:
+        """The parts of a sum with their weights; a reward that is no sum, or has steps, is its own only part."""
+        return self.source.parts if isinstance(self.source, Sum) and not self.steps else ((self, 1.0),)
+
+    @property
+    def info(self) -> RewardInfo:
+        """What the reward declares; steps change its range and take back its other claims where they no longer hold."""
+        info = replace(self.source.info, name=self.name)
+        if not self.steps:
+            return info
+        gates = [step.reward.info for step in self.steps if isinstance(step, Gate)]
+        bounds, invariant = info.range, set(info.invariant)
+        assert not callable(bounds)
+        for step in self.steps:
+            bounds = step.bounds(bounds)
+        for gate in gates:
+            invariant &= set(gate.invariant)
+        return replace(
+            info,
+            form="composition",
+            range=bounds,
+            empty=None,
+            invariant=tuple(sorted(invariant)),
+            monotone=(),
+            needs_mask=info.needs_mask or any(gate.needs_mask for gate in gates),
+            needs_truth=info.needs_truth or any(gate.needs_truth for gate in gates),
+            volume=info.volume or any(gate.volume for gate in gates),
+        )
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether it reads `Prediction.mask`."""
+        return self.info.needs_mask
+
+    @property
+    def needs_truth(self) -> bool:
+        """Whether it looks at the target."""
+        return self.info.needs_truth
+
+    @property
+    def volume(self) -> bool:
+        """Whether its target is a `VolumeTarget`."""
+        return self.info.volume
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """(low, high) of the scores, if it is declared."""
+        bounds = self.info.range
+        assert not callable(bounds)
+        return bounds
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether an answer's score depends on the other answers to its prompt."""
+        if any(isinstance(step, GroupRelative) for step in self.steps):
+            return True
+        if any(isinstance(step, Gate) and step.reward.compares_answers for step in self.steps):
+            return True
+        if isinstance(self.source, Sum):
+            return any(part.compares_answers for part, _ in self.source.parts)
+        return registry.form_of(self.source.function, self.name) == "group"
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calling it gives a coroutine."""
+        gates = (step.reward for step in self.steps if isinstance(step, Gate))
+        return self.source.is_async or any(gate.is_async for gate in gates)
+
+    # --- scores
+
+    def score(self, prediction: Prediction, target: AnyTarget, *, progress: float = 1.0) -> float | None:
+        """Score one prediction.
+
+        Args:
+            prediction: What the model said.
+            target: The truth; None for a reward of the text alone.
+            progress: Training progress in [0, 1], for schedules.
+
+        Returns:
+            A finite score, or None where the reward does not apply.
+
+        Raises:
+            RewardError: If the reward fails or returns something that is not a finite number or None.
+        """
+        return self._run(self.evaluate(Batch([prediction], [target], progress=progress)))[0]
+
+    def score_batch(
+        self,
+        predictions: Sequence[Prediction],
+        targets: Sequence[AnyTarget],
+        *,
+        groups: Sequence[Hashable] | None = None,
+        progress: float = 1.0,
+    ) -> list[float | None]:
+        """Score aligned predictions and targets, in order; no rows give an empty list.
+
+        Args:
+            predictions: n predictions.
+            targets: n targets.
+            groups: n ids, equal for the answers to one prompt. By default consecutive rows with the same truth.
+            progress: Training progress in [0, 1], for schedules.
+
+        Raises:
+            RewardError: As `score`, naming the row; also if the lengths differ.
+        """
+        return self._run(self.evaluate(self._batch(predictions, targets, groups, progress)))
+
+    def components(
+        self,
+        predictions: Sequence[Prediction],
+        targets: Sequence[AnyTarget],
+        *,
+        groups: Sequence[Hashable] | None = None,
+        progress: float = 1.0,
+    ) -> dict[str, list[float | None]]:
+        """Scores by name: those of the parts of a sum before their weights, if it is one, then "total".
+
+        Args:
+            predictions: See `score_batch`, as the rest.
+            targets: n targets.
+            groups: n ids.
+            progress: Training progress.
+        """
+        batch = self._batch(predictions, targets, groups, progress)
+        parts: dict[str, Scores] = {}
+        if isinstance(self.source, Sum):
+            parts = self._run(self.source.components(batch))
+        return {**parts, "total": self._run(self.evaluate(batch))}
+
+    async def evaluate(self, batch: Batch) -> Scores:
+        """Score a batch; what every other method calls."""
+        scores = await self.source.evaluate(batch, self.name)
+        bounds = self.source.info.range if self.steps else None
+        for step in self.steps:
+            assert not callable(bounds)
+            scores = await step.apply(scores, batch, bounds)
+            bounds = step.bounds(bounds)
+        return scores
+
+    def __call__(
+        self,
+        *,
+        prompts: Any = None,
+        completions: Sequence[Any],
+        completion_ids: Any = None,
+        prediction: Sequence[Prediction] | None = None,
+        target: Sequence[AnyTarget] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        trainer_state: Any = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Score a batch as TRL's trainers ask for it.
+
+        Args:
+            prompts: One per row: what stands in the prompt never counts as the model's; it tells groups apart.
+            completions: One per row: a text, or a list of messages.
+            completion_ids: Passed on to TRL reward functions.
+            prediction: Predictions, if the trainer has parsed them. Otherwise completions are parsed (see `Reading`)
+                and the share of valid ones is logged as `valid_completions`.
+            target: Targets, if the trainer has them. Otherwise they are built from the columns.
+            log_metric: TRL's function to log a number.
+            trainer_state: The trainer's state, for schedules; without one the progress is 1.
+            **columns: Data set columns, one value per row. Without `target`, `mask` (PIL image or (H, W) array) is
+                needed, or `volume` ((D, H, W) array) where the truth is a volume; `boxes` (original pixels), `query`,
+                `modality`, `anatomy`, `lesion`, `name`, `spacing_mm` and `image` or `images` are read where present,
+                and everything else is left alone.
+
+        Returns:
+            One score or None per completion.
+
+        Raises:
+            RewardError: If a row cannot be scored; it names the reward, the row and the column.
+        """
+        call = {
+            "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
+            "prediction": prediction, "target": target, "log_metric": log_metric, "trainer_state": trainer_state,
+            **columns,
+        }  # fmt: skip
+        return self._run(self.evaluate(self._called(call)))
+
+    def _called(self, call: dict[str, Any]) -> Batch:
+        """The batch of a trainer's call."""
+        info, log = self.info, call["log_metric"]
+        if call["prediction"] is None and info.needs_mask:
+            raise RewardError(
+                f"reward {self.name!r} scores masks, and this trainer decodes none; use SegGRPOTrainer with a MaskHead"
+            )
+        own = info.form == "trl"  # it reads the columns as it likes
+        truth = info.needs_truth or (not own and (call.get("mask") is not None or call.get("volume") is not None))
+        predictions, targets = read_rows(call, self.reading, self.name, truth)
+        if call["prediction"] is None and log is not None and predictions and not own:
+            log("valid_completions", sum(parsed.valid for parsed in predictions) / len(predictions))
+        call = {key: value for key, value in call.items() if value is not None or key == "completion_ids"}
+        return Batch(predictions, targets, None, _progress(call.get("trainer_state")), log or ignore_metric, call)
+
+    def _batch(
+        self,
+        predictions: Sequence[Prediction],
+        targets: Sequence[AnyTarget],
+        groups: Sequence[Hashable] | None,
+        progress: float,
+    ) -> Batch:
+        if len(predictions) != len(targets):
+            raise RewardError(
+                f"reward {self.name!r}: {len(predictions)} predictions but {len(targets)} targets; "
+                "expected one target per prediction"
+            )
+        if groups is not None and len(groups) != len(predictions):
+            raise RewardError(f"reward {self.name!r}: {len(groups)} group ids for {len(predictions)} predictions")
+        return Batch(predictions, targets, groups, progress)
+
+    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        if not self.is_async:  # nothing in it waits
+            try:
+                coroutine.send(None)
+            except StopIteration as done:
+                return done.value
+            raise AssertionError("a reward that is not async waited")
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(coroutine)
+        with ThreadPoolExecutor(1) as pool:  # in a notebook, whose loop is running
+            return pool.submit(asyncio.run, coroutine).result()
+
+    # --- composition
+
+    def named(self, name: str) -> Reward:
+        """The same reward under another name, for logs and sums."""
+        return replace(self, name=name)
+
+    def clip(self, low: float, high: float) -> Reward:
+        """Limit the scores to [low, high]."""
+        return self._then(Clip(low, high))
+
+    def scale(self, factor: float, offset: float = 0.0) -> Reward:
+        """Map the scores to `factor * score + offset`."""
+        return self._then(Scale(factor, offset))
+
+    def schedule(self, points: Mapping[float, float]) -> Reward:
+        """Multiply the scores by a factor that depends on the training progress; see `segrl.rewards.steps.Schedule`."""
+        return self._then(Schedule(points))  # pyright: ignore[reportArgumentType]
+
+    def gate(self, other: Reward | str, above: float = 0.0, otherwise: float | None = None) -> Reward:
+        """Pay the score only where another reward exceeds `above`; see `segrl.rewards.steps.Gate`."""
+        from segrl.rewards.making import make_reward
+
+        return self._then(Gate(make_reward(other), above, otherwise))
+
+    def group_relative(self, mode: GroupMode = "rank", group_size: int | None = None) -> Reward:
+        """Score each answer relative to the others to the same prompt; see `segrl.rewards.steps.GroupRelative`."""
+        return self._then(GroupRelative(mode, group_size))
+
+    def _then(self, step: Step) -> Reward:
+        return build(self.name, self.source, (*self.steps, step), self.reading)
+
+    # --- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values from which `Reward.from_dict` builds an equal reward.
+
+        Raises:
+            RewardError: If a function can be found neither by its registered name nor by its module.
+        """
+        from segrl.rewards.files import to_dict
+
+        return to_dict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any] | str) -> Reward:
+        """Build a reward from plain values; see `segrl.rewards.load_reward` for their form."""
+        from segrl.rewards.files import from_dict
+
+        return from_dict(data)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The YAML text that `segrl.rewards.load_reward` reads, also written to a file if a path is given."""
+        from segrl.rewards.files import to_yaml
+
+        return to_yaml(self, path)
+
+
+class AsyncReward(Reward):
+    """A reward in which something waits, such as a judge behind a network; TRL runs it beside the others."""
+
+    async def __call__(self, **call: Any) -> list[float | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `Reward.__call__`."""
+        names = ("prompts", "completion_ids", "prediction", "target", "log_metric", "trainer_state")
+        return await self.evaluate(self._called({**dict.fromkeys(names), **call}))
+
+
+def build(name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: Reading | None = None) -> Reward:
+    """A `Reward`, or an `AsyncReward` where something in it waits.
+
+    Without a `reading` it takes that of its parts and gates.
+
+    Raises:
+        RewardError: If these read completions in different ways.
+    """
+    parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
+    inner = [*parts, *(step.reward for step in steps if isinstance(step, Gate))]
+    own = {part.reading for part in inner if part.reading != Reading()}
+    if reading is None or reading == Reading():
+        if len(own) > 1:
+            raise RewardError(
+                f"reward {name!r}: its parts read completions in {len(own)} ways; pass these settings to the whole only"
+            )
+        reading = own.pop() if own else Reading()
+    reward = Reward(name, source, steps, reading)
+    return AsyncReward(name, source, steps, reading) if reward.is_async else reward
+
+
+def _progress(state: Any) -> float:
+    if state is None:
+        return 1.0
+    step, last = getattr(state, "global_step", 0), getattr(state, "max_steps", 0)
+    return min(step / last, 1.0) if last > 0 else 0.0
