@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from segrl.errors import SegRLError, unknown_name
 from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import MaskHead, SegInput
 from segrl.joint import JointTraining, head_detached
-from segrl.parsing import SEG_TOKEN, parse_completion
+from segrl.parsing import SEG_TOKEN
 from segrl.prediction import Prediction
-from segrl.rewards import list_rewards, make_reward
-from segrl.rewards.registry import Reward
+from segrl.rewards import Reading, Reward, list_rewards, load_reward, make_reward
+from segrl.rewards.registry import is_reward_form
 from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
 
 
@@ -65,8 +65,9 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     Called as TRL's trainer. In addition:
 
-    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`) and
-      `Reward` objects.
+    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`), paths of
+      YAML files (`segrl.rewards.load_reward`), reward functions and classes, and `Reward` objects. These also decide
+      how completions are read (`Reading`: answer format, whether a `<seg>` is required); the frame is the processor's.
     - `dense_losses=[DenseLoss("dice_ce", weight=1.0)]` train the model and its mask head on the masks of all
       completions, jointly with the policy: `policy_weight * GRPO + sum_i weight_i * term_i` (CORE-Seg: `L_S2`).
     - A model with a mask head (`attach_mask_head`) gives every reward function the lists `prediction` and `target`.
@@ -101,7 +102,11 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         self._init_joint(
             model, dense_losses, lambda: GRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs)
         )
-        self._reads_predictions = self.mask_head is not None or any(isinstance(f, Reward) for f in self.reward_funcs)
+        rewards = [reward for reward in self.reward_funcs if isinstance(reward, Reward)]
+        self._reads_predictions = self.mask_head is not None or bool(rewards)
+        self._needs_probability = any(reward.info.needs_probability for reward in rewards)
+        self._reading = _common_reading(rewards, getattr(args, "require_reasoning", True))
+        _check_groups(rewards, self.args, self.num_generations)
         self._reader = RowReader(
             self.processing_class,
             self.mask_head.segmenter if self.mask_head is not None else None,
@@ -194,11 +199,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     ) -> list[dict[str, Any]]:
         """The rows with `prediction` and `target`, and the masks' metrics logged."""
         rows = self._reader(inputs)
-        require_reasoning = getattr(self.args, "require_reasoning", True)
-        predictions = [
-            parse_completion(text, row.frame, require_reasoning=require_reasoning)
-            for text, row in zip(self._texts(ids), rows, strict=True)
-        ]
+        predictions = [self._reading.parse(text, row.frame) for text, row in zip(self._texts(ids), rows, strict=True)]
         if self.mask_head is not None:
             predictions = self._decode(self.mask_head, rows, predictions, prompts, ids)
             self._log_masks(predictions, rows)
@@ -230,7 +231,9 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             tokens = tokens.masked_fill(_wide(rollout.foreign, tokens.size(1)), -1)
         sizes = [(row.target.height, row.target.width) for row in rows]
         with self.accelerator.autocast():
-            return add_masks(head, predictions, tokens, states, rollout.inputs, sizes)
+            return add_masks(
+                head, predictions, tokens, states, rollout.inputs, sizes, probabilities=self._needs_probability
+            )
 
     def _score_states(self, prompts: list, tokens: Tensor) -> Tensor:
         """States "B T D" by one forward, for rollouts of several turns or from outside, which leave none behind."""
@@ -297,18 +300,41 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
 
 def _resolve(reward_funcs: Any) -> Any:
-    """Registered names to `Reward` objects; anything else is TRL's business."""
+    """Registered names, files and reward functions to `Reward` objects; anything else is TRL's business."""
     if reward_funcs is None:
         return None
     single = not isinstance(reward_funcs, list)
     resolved = []
     for item in [reward_funcs] if single else reward_funcs:
-        if isinstance(item, str) and item in list_rewards():
+        if is_reward_form(item) or (isinstance(item, str) and item in list_rewards()):
             item = make_reward(item)
+        elif isinstance(item, str) and item.endswith((".yaml", ".yml")):
+            item = load_reward(item)
         elif isinstance(item, str) and "/" not in item and not Path(item).exists():
             raise unknown_name("reward", item, list_rewards())
         resolved.append(item)
     return resolved
+
+
+def _common_reading(rewards: list[Reward], require_reasoning: bool) -> Reading:
+    """How all rewards read completions, apart from the frame, which is the processor's."""
+    readings = {replace(reward.reading, frame="relative_1000") for reward in rewards} or {Reading()}
+    if len(readings) > 1:
+        listed = "; ".join(f"{reward.name!r}: {reward.reading}" for reward in rewards)
+        raise SegRLError(f"rewards read completions in different ways ({listed}); make them with the same settings")
+    reading = readings.pop()
+    return replace(reading, require_reasoning=reading.require_reasoning and require_reasoning)
+
+
+def _check_groups(rewards: list[Reward], args: Any, answers: int) -> None:
+    """A reward that compares the answers to a prompt needs all of them in one process."""
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    for reward in rewards:
+        if reward.compares_answers and rows % answers:
+            raise SegRLError(
+                f"reward {reward.name!r} compares the answers to a prompt, and {rows} completions per process are not a "
+                f"multiple of num_generations={answers}; change per_device_train_batch_size"
+            )
 
 
 def _check_token(head: MaskHead, tokenizer: Any) -> None:

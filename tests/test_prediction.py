@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from segrl.errors import DataError
-from segrl.prediction import Prediction, Status, Target
+from segrl.prediction import Prediction, Status, Target, VolumeTarget
 
 
 def make_prediction(**changes):
@@ -85,3 +85,68 @@ def test_records_pickle():
     prediction, target = pickle.loads(pickle.dumps((make_prediction(), Target.from_mask(two_lesions()))))
     assert prediction.valid
     assert np.array_equal(target.mask, two_lesions())
+
+
+def test_points_scores_and_probabilities_are_checked():
+    boxes = np.array([[0.0, 0, 2, 2]])
+    assert make_prediction(boxes=boxes).points.shape == (0, 2)
+    assert make_prediction(points=[]).points.shape == (0, 2)
+    with pytest.raises(DataError, match=r"Prediction\.points: expected finite numbers of shape \(P, 2\)"):
+        make_prediction(points=np.array([[1.0, np.nan]]))
+    with pytest.raises(DataError, match=r"Prediction\.scores: expected 1 numbers in \[0, 1\], one per box"):
+        make_prediction(boxes=boxes, scores=[0.5, 0.5])
+    with pytest.raises(DataError, match=r"Prediction\.scores"):
+        make_prediction(boxes=boxes, scores=[1.5])
+    mask = two_lesions()
+    assert make_prediction().with_mask(mask, mask.astype(np.float32)).probability is not None
+    with pytest.raises(DataError, match=r"Prediction\.probability: expected the shape of the mask \(6, 8\), got"):
+        make_prediction().with_mask(mask, np.zeros((2, 2), np.float32))
+
+
+def test_the_points_of_a_target_lie_in_its_lesions():
+    mask = np.zeros((9, 12), dtype=bool)
+    mask[1:6, 1:6] = True
+    mask[7, 11] = True
+    target = Target.from_mask(mask)
+    assert target.points.tolist() == [[3.5, 3.5], [11.5, 7.5]]
+    assert Target(mask, np.array([[6.0, 0, 10, 2]])).points.tolist() == [[8, 1]]
+    assert Target.from_mask(np.zeros((3, 3), bool)).points.shape == (0, 2)
+
+
+class TestVolume:
+    def volume(self):
+        mask = np.zeros((3, 6, 8), dtype=np.uint8)
+        mask[1:] = two_lesions()
+        mask[2, 0, 0] = 0
+        return VolumeTarget.from_mask(mask, (5.0, 0.7, 0.7), lesion="cyst", name="ct_1")
+
+    def test_slices(self):
+        volume = self.volume()
+        assert volume.slice_areas.tolist() == [0, 7, 6]
+        assert (volume.depth, volume.height, volume.width, volume.empty) == (3, 6, 8, False)
+        assert volume.at(1).boxes.tolist() == Target.from_mask(two_lesions()).boxes.tolist()
+        assert volume.at(0).empty
+        assert (volume.at(1).lesion, volume.at(1).name) == ("cyst", "ct_1")
+        assert volume.at(1) is volume.at(1)
+
+    def test_empty(self):
+        assert VolumeTarget.from_mask(np.zeros((2, 3, 3), bool)).empty
+
+    @pytest.mark.parametrize("index", [-1, 3])
+    def test_a_slice_outside(self, index):
+        with pytest.raises(DataError, match=rf"ct_1: slice {index}; expected 0 <= slice < 3"):
+            self.volume().at(index)
+
+    def test_what_is_no_volume(self):
+        with pytest.raises(DataError, match=r"a\.nii: expected 3 dimensions, got shape \(6, 8\)"):
+            VolumeTarget.from_mask(two_lesions(), name="a.nii")
+        with pytest.raises(DataError, match="threshold it first"):
+            VolumeTarget.from_mask(np.zeros((1, 2, 2)))
+        with pytest.raises(DataError, match=r"VolumeTarget\.mask of 'x' is a bool array .*expected a \(D, H, W\)"):
+            VolumeTarget(two_lesions(), name="x")
+        with pytest.raises(DataError, match=r"spacing_mm.*\(0, 1, 1\); expected three positive millimetres"):
+            VolumeTarget.from_mask(np.zeros((1, 2, 2), bool), (0, 1, 1))
+
+    def test_pickles(self):
+        volume = pickle.loads(pickle.dumps(self.volume()))
+        assert volume.at(2).boxes.tolist() == self.volume().at(2).boxes.tolist()

@@ -41,6 +41,8 @@ def add_masks(
     states: Tensor | None,
     inputs: Sequence[SegInput],
     sizes: Sequence[tuple[int, int]],
+    *,
+    probabilities: bool = False,
 ) -> list[Prediction]:
     """The predictions with masks in original pixels, decoded in one batched call.
 
@@ -52,12 +54,13 @@ def add_masks(
             cut-off completion was never fed back, its answer is not closed, and it gets no mask.
         inputs: the segmenter's input per row; the same object for the same image.
         sizes: (H, W) of each row's mask.
+        probabilities: whether predictions also carry the foreground probabilities of their masks.
 
     Returns:
         Predictions with `mask`, or without one and with `has_seg=False` where the token itself is not in the
         completion, even if its letters are.
     """
-    masks: dict[int, np.ndarray] = {}
+    found: dict[int, np.ndarray] = {}
     if states is not None:
         index, valid = head.probe(ids.clamp(min=0), ids >= 0)
         valid = valid & (index < states.size(1))
@@ -66,25 +69,28 @@ def add_masks(
             position = index[rows].clamp(max=states.size(1) - 1).unsqueeze(-1).expand(-1, -1, states.size(-1))
             chosen = states[rows].gather(1, position)
             logits = head(chosen, valid[rows], [inputs[n] for n in rows.tolist()])
-            masks = dict(zip(rows.tolist(), masks_at(logits, [sizes[n] for n in rows.tolist()]), strict=True))
-    return [_settled(prediction, masks.get(n)) for n, prediction in enumerate(predictions)]
+            full = masks_at(logits, [sizes[n] for n in rows.tolist()], probabilities=probabilities)
+            found = dict(zip(rows.tolist(), full, strict=True))
+    return [_settled(prediction, found.get(n)) for n, prediction in enumerate(predictions)]
 
 
-def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Mask logits "N h h" to boolean arrays "H W" in original pixels: bilinear, then logit > 0; one call per size."""
+def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]], *, probabilities: bool = False) -> list[np.ndarray]:
+    """Mask logits "N h h" in original pixels "H W": bilinear, then bool (logit > 0), or float32 probabilities.
+
+    One call per size.
+    """
     result: dict[int, np.ndarray] = {}
     for size in dict.fromkeys(sizes):
         rows = [n for n, other in enumerate(sizes) if other == size]
-        full = (
-            F.interpolate(logits[rows].float().unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0] > 0
-        )
-        result.update(zip(rows, full.cpu().numpy(), strict=True))
+        full = F.interpolate(logits[rows].float().unsqueeze(1), size=size, mode="bilinear", align_corners=False)[:, 0]
+        result.update(zip(rows, (full.sigmoid() if probabilities else full > 0).cpu().numpy(), strict=True))
     return [result[n] for n in range(len(sizes))]
 
 
-def _settled(prediction: Prediction, mask: np.ndarray | None) -> Prediction:
-    if mask is not None:
-        return prediction.with_mask(mask)
+def _settled(prediction: Prediction, found: np.ndarray | None) -> Prediction:
+    """The prediction with a mask, which is given as such or as probabilities."""
+    if found is not None:
+        return prediction.with_mask(found) if found.dtype == np.bool_ else prediction.with_mask(found > 0.5, found)
     if not prediction.has_seg:
         return prediction
     status = Status.NO_SEG_TOKEN if prediction.status is Status.VALID else prediction.status

@@ -47,6 +47,7 @@ class RewardInfo:
         form: "function", "batch", "group" (classes), "trl", "preset" (a factory) or "composition".
         needs_mask: It reads `Prediction.mask`.
         needs_truth: It looks at the target.
+        needs_probability: It reads `Prediction.probability` where there is one.
         volume: Its target is a `VolumeTarget`.
         range: (low, high) of the scores, or a function of all settings that returns it; None if not declared.
         empty: Score of a valid answer when "both" sides are empty, only the "prediction", or only the "truth"; or a
@@ -66,6 +67,7 @@ class RewardInfo:
     form: Form = "function"
     needs_mask: bool = False
     needs_truth: bool = True
+    needs_probability: bool = False
     volume: bool = False
     range: Range | Callable[..., Range] | None = None
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None
@@ -97,6 +99,7 @@ def register_reward(
     *,
     needs_mask: bool = False,
     needs_truth: bool = True,
+    needs_probability: bool = False,
     volume: bool = False,
     range: Range | Callable[..., Range] | None = None,
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None,
@@ -111,6 +114,7 @@ def register_reward(
         name: Name for `make_reward`, for configuration files and for logs.
         needs_mask: Whether it reads `Prediction.mask`, so that a trainer without masks refuses it.
         needs_truth: False for rewards of the text alone, which then need no truth.
+        needs_probability: Whether it reads `Prediction.probability`, so that trainers keep the probabilities.
         volume: Whether its target is a `VolumeTarget`.
         range: See `RewardInfo`, as the rest.
         empty: Declared scores of empty sides.
@@ -145,6 +149,7 @@ def register_reward(
                 form=form,
                 needs_mask=needs_mask,
                 needs_truth=needs_truth and form != "trl",
+                needs_probability=needs_probability,
                 volume=volume,
                 range=range,
                 empty=empty,
@@ -278,6 +283,17 @@ def settings_of(function: Callable[..., Any], form: Form) -> dict[str, Any]:
         parameters = [p for p in parameters if p.default is not p.empty]
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return {p.name: p.default for p in named if p.name not in FILLED_IN}
+
+
+def is_reward_form(value: Any) -> bool:
+    """Whether a trainer should make a `Reward` of this: TRL could not call it, or it is registered."""
+    if inspect.isclass(value):
+        return hasattr(value, "score_batch") or hasattr(value, "score_group")
+    if not inspect.isroutine(value):
+        return False
+    parameters = _parameters(value)
+    keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return registered_name(value) is not None or not (keywords or "completions" in parameters)
 
 
 def takes_any_setting(function: Callable[..., Any], form: Form) -> bool:

@@ -84,6 +84,7 @@ class Reward:
             monotone=(),
             needs_mask=info.needs_mask or any(gate.needs_mask for gate in gates),
             needs_truth=info.needs_truth or any(gate.needs_truth for gate in gates),
+            needs_probability=info.needs_probability or any(gate.needs_probability for gate in gates),
             volume=info.volume or any(gate.volume for gate in gates),
         )
 

@@ -237,6 +237,7 @@ class Sum:
             form="composition",
             needs_mask=any(info.needs_mask for info in infos),
             needs_truth=any(info.needs_truth for info in infos),
+            needs_probability=any(info.needs_probability for info in infos),
             volume=any(info.volume for info in infos),
             range=(low, high) if known else None,
             invariant=tuple(sorted(invariant)),

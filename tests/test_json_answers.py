@@ -1,0 +1,163 @@
+"""Answers in JSON: bad model text is data, and what is good in it is never lost."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segrl.errors import DataError
+from segrl.frames import Frame
+from segrl.json_answers import read_json_answer
+from segrl.parsing import parse_completion
+from segrl.prediction import Status
+
+FRAME = Frame("original_px", (64, 48))
+LARGEST = 1e6
+
+
+def read(answer, **options):
+    options = {"require_seg": False, "answer_format": "json", **options}
+    return parse_completion(f"<think>Dark.</think><answer>{answer}</answer>", FRAME, **options)
+
+
+def test_objects_with_boxes_points_and_confidences():
+    found = read(
+        '[{"bbox_2d": [1, 2, 9.5, 8], "point_2d": [3, 4], "score": 0.5}, {"bbox": [0, 0, 2, 2], "confidence": 1}]'
+    )
+    assert found.status is Status.VALID
+    assert found.boxes.tolist() == [[1, 2, 9.5, 8], [0, 0, 2, 2]]
+    assert found.points.tolist() == [[3, 4]]
+    assert found.scores is not None
+    assert found.scores.tolist() == [0.5, 1.0]
+    assert found.slice_index is None
+
+
+def test_one_object_a_slice_and_a_list_of_boxes():
+    found = read('{"slice": 12, "bbox_2d_list": [[1, 2, 9, 8], [0, 0, 2, 2]], "label": "liver"}')
+    assert found.valid
+    assert found.slice_index == 11
+    assert len(found.boxes) == 2
+    assert read('{"bbox": [1, 2, 9, 8], "points_1": [3, 4], "points_2": [5, 6]}').points.tolist() == [[3, 4], [5, 6]]
+    assert read('{"slice": 1, "bbox_2d_list": []}').valid
+
+
+@pytest.mark.parametrize("answer", ["[]", "{}", " [ ] "])
+def test_nothing_found_is_valid(answer):
+    found = read(answer)
+    assert found.valid
+    assert len(found.boxes) == len(found.points) == 0
+
+
+def test_numbers_are_converted_and_clipped_like_any_others():
+    text = '<answer>[{"bbox_2d": [500, 500, 2000, 1000], "point_2d": [250, 0]}]</answer>'
+    options = {"require_seg": False, "require_reasoning": False, "answer_format": "json"}
+    found = parse_completion(text, Frame("relative_1000", (64, 48)), **options)
+    assert found.boxes.tolist() == [[32, 24, 64, 48]]
+    assert found.points.tolist() == [[16, 0]]
+
+
+def test_the_token_may_follow_the_json_and_nothing_else():
+    assert read('[{"bbox_2d": [1, 2, 9, 8]}]<seg>', require_seg=True).valid
+    assert read('[{"bbox_2d": [1, 2, 9, 8]}]', require_seg=True).status is Status.NO_SEG_TOKEN
+    assert read('<seg>[{"bbox_2d": [1, 2, 9, 8]}]', require_seg=True).status is Status.MALFORMED_JSON
+    assert read('[{"bbox_2d": [1, 2, 9, 8]}] <seg>.', require_seg=True).status is Status.MALFORMED_JSON
+
+
+GOOD = '{"bbox_2d": [1, 2, 9, 8]}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "boxes"),
+    [
+        ("no json", 0),
+        ("```json\n[" + GOOD + "]\n```", 0),
+        (f"[{GOOD}] and text", 0),
+        (f"[{GOOD}", 0),
+        (f"[{GOOD}, {{}}]", 1),
+        (f"[{GOOD}, 3]", 1),
+        (f"[{GOOD}, [1, 2, 9, 8]]", 1),
+        (f'[{GOOD}, {{"label": "cyst"}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [1, 2, 9]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [9, 2, 1, 8]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": ["1", 2, 9, 8]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [true, 2, 9, 8]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [NaN, 2, 9, 8]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [1, 2, 1e999, 8]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [1, 2, 9, 8], "bbox_2d": [0, 0, 64, 48]}}]', 1),
+        (f'[{GOOD}, {{"bbox_2d": [1, 2, 9, 8], "bbox": [0, 0, 64, 48]}}]', 2),
+        (f'[{GOOD}, {{"point_2d": [1, 2, 3]}}]', 1),
+        (f'[{GOOD}, {{"slice": 0}}]', 1),
+        (f'[{GOOD}, {{"slice": 1.0}}]', 1),
+        (f'[{GOOD}, {{"slice": true}}]', 1),
+        (f'[{GOOD}, {{"slice": 1}}, {{"slice": 2}}]', 1),
+        ('[{"bbox_2d": [1, 2, 9, 8], "score": 0.5}, ' + GOOD + "]", 2),
+        ('[{"bbox_2d": [1, 2, 9, 8], "score": 1.5}]', 1),
+        ('[{"bbox_2d": [1, 2, 9, 8], "score": -0.5}]', 1),
+        ('{"bbox_2d_list": [[1, 2, 9, 8], [1]]}', 1),
+        ('{"bbox_2d_list": {"a": 1}}', 0),
+        ('{"bbox_2d": [1, 2, 9, 8], "bbox_2d_list": [[1, 2, 9, 8]]}', 2),
+        ("3", 0),
+        ("null", 0),
+        ("[null]", 0),
+        ("[" * 100_000, 0),
+        ('{"bbox_2d":' * 50_000, 0),
+        ("9" * 10_000, 0),
+    ],
+)
+def test_what_is_malformed_keeps_what_is_good(answer, boxes):
+    found = read(answer)
+    assert found.status is Status.MALFORMED_JSON
+    assert len(found.boxes) == boxes
+    assert found.scores is None or len(found.scores) == boxes
+
+
+def test_two_slices_are_no_slice():
+    assert read('[{"slice": 1}, {"slice": 2}]').slice_index is None
+    assert read('[{"slice": 3}, {"slice": 3}]').slice_index == 2
+
+
+numbers = st.integers(-10, 70) | st.floats(allow_nan=True, allow_infinity=True, width=32)
+keys = st.sampled_from(["bbox_2d", "bbox_2d_list", "point_2d", "score", "slice", "x"])
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(
+            st.sampled_from(["bbox_2d", "bbox_2d_list", "point_2d", "score", "slice", "x"]), inner, max_size=4
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(values)
+def test_any_json_is_read_and_what_is_read_is_sound(value):
+    found = read(json.dumps(value))
+    assert found.status in (Status.VALID, Status.MALFORMED_JSON, Status.EXTRA_TEXT, Status.NO_ANSWER)
+    assert np.isfinite(found.boxes).all()
+    assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+    assert ((found.points >= 0) & (found.points <= [64, 48])).all()
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read(text):
+    read_json_answer(text, LARGEST)
+
+
+def test_a_megabyte_takes_linear_time():
+    def seconds(n):
+        text = "[" + ", ".join(['{"bbox_2d": [1, 2, 9, 8], "label": "x"}'] * (n // 40)) + "]"
+        start = time.perf_counter()
+        read_json_answer(text, LARGEST)
+        return time.perf_counter() - start
+
+    small, large = min(seconds(100_000) for _ in range(3)), min(seconds(1_000_000) for _ in range(3))
+    assert large < 40 * small
+
+
+def test_an_unknown_answer_format():
+    with pytest.raises(DataError, match="answer_format='xml'; expected one of text, json"):
+        read("[]", answer_format="xml")
