@@ -332,8 +332,8 @@ def _check_groups(rewards: list[Reward], args: Any, answers: int) -> None:
     for reward in rewards:
         if reward.compares_answers and rows % answers:
             raise SegRLError(
-                f"reward {reward.name!r} compares the answers to a prompt, and {rows} completions per process are not a "
-                f"multiple of num_generations={answers}; change per_device_train_batch_size"
+                f"reward {reward.name!r} compares the answers to a prompt, and {rows} completions per process are not "
+                f"a multiple of num_generations={answers}; change per_device_train_batch_size"
             )
 
 

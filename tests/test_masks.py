@@ -1,5 +1,7 @@
 """Masks against flood fill, rational area averages, PIL and torch."""
 
+import json
+
 import numpy as np
 import pytest
 import references
@@ -11,7 +13,17 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from segrl.errors import DataError
-from segrl.masks import binarize, boxes_from_mask, empty_score, foreground, mask_to_box, resize_mask, soft_target
+from segrl.masks import (
+    binarize,
+    boxes_from_mask,
+    empty_score,
+    foreground,
+    mask_to_box,
+    mask_to_rle,
+    resize_mask,
+    rle_to_mask,
+    soft_target,
+)
 
 masks = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=9))
 sizes = st.tuples(st.integers(1, 11), st.integers(1, 11))
@@ -167,3 +179,64 @@ def test_sizes_are_checked(resize):
         resize(np.ones((2, 2), dtype=bool), (0, 4))
     with pytest.raises(DataError, match=r"shape \(0, 2\) to \(3, 4\)"):
         resize(np.ones((0, 2), dtype=bool), (3, 4))
+
+
+# ---- run lengths
+
+
+def column_runs(mask: np.ndarray) -> list[int]:
+    """COCO's definition, pixel by pixel: columns from left to right, background first."""
+    counts, value = [0], False
+    for x in range(mask.shape[1]):
+        for y in range(mask.shape[0]):
+            if bool(mask[y, x]) != value:
+                counts.append(0)
+                value = not value
+            counts[-1] += 1
+    return counts
+
+
+@given(masks)
+def test_run_lengths_equal_cocos_definition_and_read_back(mask: np.ndarray):
+    rle = mask_to_rle(mask)
+    assert rle == {"size": list(mask.shape), "counts": column_runs(mask)}
+    np.testing.assert_array_equal(rle_to_mask(rle), mask)
+    assert json.loads(json.dumps(rle)) == rle
+    np.testing.assert_array_equal(rle_to_mask({key: np.array(value) for key, value in rle.items()}), mask)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_run_lengths_of_one_value(value: int):
+    assert mask_to_rle(np.full((2, 3), value))["counts"] == [0, 6][1 - value :]
+    assert (rle_to_mask(mask_to_rle(np.full((2, 3), value))) == value).all()
+
+
+def test_runs_of_length_0_are_read():
+    np.testing.assert_array_equal(rle_to_mask({"size": [1, 4], "counts": [1, 0, 1, 2, 0]}), [[0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("rle", "message"),
+    [
+        ([1, 2], r"truth: \[1, 2\]; expected run lengths"),
+        ({"size": [2, 2]}, "expected run lengths"),
+        ({"size": [2, 2], "counts": "01T2"}, "the run lengths are compressed; write them out"),
+        ({"size": [2, 2], "counts": b"01T2"}, "the run lengths are compressed"),
+        ({"size": [2], "counts": [2]}, r"size \[2\]; expected \[height, width\]"),
+        ({"size": [2, 0], "counts": [0]}, r"size \[2, 0\]"),
+        ({"size": [2, -2], "counts": [4]}, r"size \[2, -2\]"),
+        ({"size": [2.0, 2], "counts": [4]}, r"size \[2.0, 2\]"),
+        ({"size": [10**20, 2], "counts": [4]}, "two positive whole numbers"),
+        ({"size": [10**6, 10**6], "counts": [10**12]}, "expected at most 268435456 pixels"),
+        ({"size": [2, 2], "counts": []}, r"counts \[\]; expected a list of whole numbers"),
+        ({"size": [2, 2], "counts": [5, -1]}, r"counts \[5, -1\]"),
+        ({"size": [2, 2], "counts": [1.5, 2.5]}, r"counts \[1.5, 2.5\]"),
+        ({"size": [2, 2], "counts": [True, 3, [1]]}, "expected a list of whole numbers"),
+        ({"size": [2, 2], "counts": [[4]]}, "expected a list of whole numbers"),
+        ({"size": [2, 2], "counts": [3]}, r"cover 3 pixels; expected 4, for the size \[2, 2\]"),
+        ({"size": [2, 2], "counts": [2**62, 2**62, 2**62, 2**62, 4]}, "cover 18446744073709551620 pixels"),
+    ],
+)
+def test_run_lengths_are_checked(rle, message: str):
+    with pytest.raises(DataError, match=message):
+        rle_to_mask(rle, "truth")
