@@ -26,8 +26,8 @@ _EXPORTS = {
     ],
     "inference": ["ReasoningSegmenter"],
     "parsing": ["parse_completion"],
-    "prediction": ["Prediction", "Status", "Target"],
-    "rewards": ["list_rewards", "make_reward", "register_reward"],
+    "prediction": ["Prediction", "Status", "Target", "VolumeTarget"],
+    "rewards": ["Reward", "list_rewards", "load_reward", "make_reward", "register_reward", "weighted_sum"],
     "segmenters": ["Sam2Segmenter", "Segmenter"],
     "sft": ["SegSFTTrainer"],
     "trainer": ["SegGRPOTrainer"],
@@ -77,9 +77,13 @@ if TYPE_CHECKING:  # `X as X` marks a public re-export for type checkers
     from segrl.prediction import Prediction as Prediction
     from segrl.prediction import Status as Status
     from segrl.prediction import Target as Target
+    from segrl.prediction import VolumeTarget as VolumeTarget
+    from segrl.rewards import Reward as Reward
     from segrl.rewards import list_rewards as list_rewards
+    from segrl.rewards import load_reward as load_reward
     from segrl.rewards import make_reward as make_reward
     from segrl.rewards import register_reward as register_reward
+    from segrl.rewards import weighted_sum as weighted_sum
     from segrl.segmenters import Sam2Segmenter as Sam2Segmenter
     from segrl.segmenters import Segmenter as Segmenter
     from segrl.sft import SegSFTTrainer as SegSFTTrainer

@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "FrameError",
+    "RewardCheckError",
     "RewardError",
     "SegRLError",
     "UnknownNameError",
@@ -30,6 +31,27 @@ class FrameError(SegRLError):
 
 class RewardError(SegRLError):
     """A reward could not be computed; the message names the reward and the row."""
+
+
+class RewardCheckError(SegRLError, AssertionError):
+    """A reward does not do what it should; an `AssertionError`, so that test runners count a failed test.
+
+    Attributes:
+        reward: Name of the reward.
+        property: Name of the property that does not hold.
+        expected: What should have been.
+        found: What was.
+        example: The smallest example that was found, as text; "" where it is the text named in `found`.
+    """
+
+    def __init__(self, reward: str, property: str, expected: str, found: str, example: str = "") -> None:
+        message = f"reward {reward!r} fails {property!r}\nexpected: {expected}\nfound: {found}"
+        super().__init__(message + (f"\nsmallest example:\n{example}" if example else ""))
+        self.reward, self.property, self.expected = reward, property, expected
+        self.found, self.example = found, example
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.reward, self.property, self.expected, self.found, self.example)
 
 
 class UnknownNameError(SegRLError):

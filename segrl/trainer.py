@@ -14,6 +14,7 @@ What is overridden, and why (each calls `super()`):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ from segrl.prediction import Prediction
 from segrl.rewards import Reading, Reward, list_rewards, load_reward, make_reward
 from segrl.rewards.registry import is_reward_form
 from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
+
+_PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 
 
 @dataclass(eq=False)
@@ -65,9 +68,10 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     Called as TRL's trainer. In addition:
 
-    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`), paths of
-      YAML files (`segrl.rewards.load_reward`), reward functions and classes, and `Reward` objects. These also decide
-      how completions are read (`Reading`: answer format, whether a `<seg>` is required); the frame is the processor's.
+    - `reward_funcs` may hold registered names (`"format"`, `"box_f1"`, ...; see `segrl.rewards.list_rewards`),
+      `"module:attribute"`, paths of YAML files (`segrl.rewards.load_reward`), reward functions and classes, and
+      `Reward` objects. These also decide how completions are read (`Reading`: answer format, whether a `<seg>` is
+      required); the frame is the processor's.
     - `dense_losses=[DenseLoss("dice_ce", weight=1.0)]` train the model and its mask head on the masks of all
       completions, jointly with the policy: `policy_weight * GRPO + sum_i weight_i * term_i` (CORE-Seg: `L_S2`).
     - A model with a mask head (`attach_mask_head`) gives every reward function the lists `prediction` and `target`.
@@ -106,7 +110,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         self._reads_predictions = self.mask_head is not None or bool(rewards)
         self._needs_probability = any(reward.info.needs_probability for reward in rewards)
         self._reading = _common_reading(rewards, getattr(args, "require_reasoning", True))
-        _check_groups(rewards, self.args, self.num_generations)
+        _check_groups(rewards, self.args, self.num_generations or 1)
         self._reader = RowReader(
             self.processing_class,
             self.mask_head.segmenter if self.mask_head is not None else None,
@@ -306,7 +310,7 @@ def _resolve(reward_funcs: Any) -> Any:
     single = not isinstance(reward_funcs, list)
     resolved = []
     for item in [reward_funcs] if single else reward_funcs:
-        if is_reward_form(item) or (isinstance(item, str) and item in list_rewards()):
+        if is_reward_form(item) or (isinstance(item, str) and (item in list_rewards() or _PATH.fullmatch(item))):
             item = make_reward(item)
         elif isinstance(item, str) and item.endswith((".yaml", ".yml")):
             item = load_reward(item)

@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import segrl
+from segrl.rewards import make_reward
+from segrl.rewards.registry import all_reward_infos
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,5 +36,35 @@ def test_code_of_page_runs(page, tmp_path):
 def test_every_export_has_its_place_in_the_reference():
     reference = "\n".join(page.read_text() for page in PAGES if page.parent.name == "reference")
     listed = set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE))
-    exported = {f"segrl.{module}.{name}" for module, names in segrl._EXPORTS.items() for name in names}
-    assert exported - listed == set()
+    exported = {getattr(segrl, name) for names in segrl._EXPORTS.values() for name in names}
+    assert exported - {_imported(path) for path in listed} == set()
+
+
+def _imported(path):
+    module, name = path.rpartition(".")[::2]
+    return getattr(import_module(module), name)
+
+
+def reward_table() -> str:
+    """What the built-in rewards declare, as the table of the reference."""
+    lines = ["| name | equation | range | needs | source |", "| --- | --- | --- | --- | --- |"]
+    for info in all_reward_infos():
+        if info.form == "preset" or not info.origin.startswith("segrl "):
+            continue
+        scores = make_reward(info.name).range
+        assert scores is not None
+        needs = [word for word, wanted in (("mask", info.needs_mask), ("volume", info.volume)) if wanted]
+        cells = [f"`{info.name}`", info.equation, f"{scores[0]:g} to {scores[1]:g}", ", ".join(needs), info.source]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_reference_says_what_the_rewards_declare():
+    assert reward_table() in (ROOT / "docs" / "reference" / "rewards.md").read_text()
+
+
+def test_every_built_in_reward_has_its_place_in_the_reference():
+    reference = "\n".join(page.read_text() for page in PAGES if page.parent.name == "reference")
+    for info in all_reward_infos():
+        if info.origin.startswith("segrl ") and info.function is not None:
+            assert f"::: {info.function.__module__}.{info.function.__qualname__}\n" in reference

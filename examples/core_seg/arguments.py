@@ -12,8 +12,8 @@ from typing import Any
 from recipes import RECIPES, find_recipe
 from transformers import HfArgumentParser
 
-from segrl import list_rewards
-from segrl.errors import SegRLError, UnknownNameError, unknown_name
+from segrl import load_reward, make_reward
+from segrl.errors import SegRLError, UnknownNameError
 
 
 @dataclass
@@ -47,7 +47,9 @@ class ExampleArguments(DataArguments):
     )
     segmenter: str | None = field(default=None, metadata={"help": "SAM 2 weights: a .pt file or owner/repo:file.pt."})
     skip_stage1: bool = field(default=False, metadata={"help": "train_grpo without stage 1 (ablation)."})
-    rewards: list[str] | None = field(default=None, metadata={"help": "Registered rewards; default: the preset's."})
+    rewards: list[str] | None = field(
+        default=None, metadata={"help": "Registered rewards, module:attribute, or YAML files; default: the preset's."}
+    )
     dense_weight: float = field(default=1.0, metadata={"help": "Weight of DiceCE; 0 trains without it (ablation)."})
     reasoning: bool = field(default=True, metadata={"help": "Chain of thought on or off (ablation)."})
     adapter: str | None = field(
@@ -103,9 +105,8 @@ def parse(
     check_numbers(example)
     if example.rewards is None:
         example.rewards = list(recipe.rewards)
-    for name in example.rewards:
-        if name not in list_rewards():
-            raise unknown_name("reward", name, list_rewards())
+    for name in example.rewards:  # a wrong one should fail now, not after stage 1
+        load_reward(name) if name.endswith((".yaml", ".yml")) else make_reward(name)
     if len(set(example.rewards)) < len(example.rewards):
         raise SegRLError(f"--rewards {' '.join(example.rewards)}: a reward is named twice, expected each once")
     given = {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}

@@ -1,6 +1,11 @@
-"""Rewards: `make_reward("box_f1")`, or your own function under `@register_reward("name")`."""
+"""Rewards: `make_reward("box_f1")`, or your own function under `@register_reward("name")`.
 
-from segrl.rewards.core_seg import box_f1, dual_granularity_mask, format_reward
+The built-in ones are in `core_seg`, `mask`, `boxes`, `points`, `text` and `medvol_r1`, and `presets` adds them up as
+published systems do; importing these modules registers them. What makes a reward of a function is in `registry` (names
+and claims), `making`, `reward` and `sources` (scores), `steps` (composition), `reading` (columns) and `files` (YAML).
+"""
+
+from segrl.rewards import boxes, core_seg, mask, medvol_r1, points, presets, text  # noqa: F401  registers them
 from segrl.rewards.files import load_reward
 from segrl.rewards.making import make_reward, weighted_sum
 from segrl.rewards.reading import Reading
@@ -11,9 +16,6 @@ __all__ = [
     "Reading",
     "Reward",
     "RewardInfo",
-    "box_f1",
-    "dual_granularity_mask",
-    "format_reward",
     "list_rewards",
     "load_reward",
     "make_reward",

@@ -121,10 +121,11 @@ def to_dict(reward: Reward) -> dict[str, Any]:
         ]
     if reward.steps:
         data["steps"] = [{step.key: _step_values(step)} for step in reward.steps]
+    usual = Reading(**reward.source.info.reading)
     changed = {
         option.name: getattr(reward.reading, option.name)
         for option in fields(Reading)
-        if getattr(reward.reading, option.name) != option.default
+        if getattr(reward.reading, option.name) != getattr(usual, option.name)
     }
     if callable(changed.get("frame")):
         raise RewardError(

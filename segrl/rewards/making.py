@@ -57,7 +57,7 @@ def make_reward(reward: str | Callable[..., Any] | Reward, **settings: Any) -> R
     if info.form == "preset":
         preset = info.function(**settings)
         return build(info.name, preset.source, preset.steps, replace(preset.reading, **reading))
-    return build(info.name, Leaf(info.function, settings, info.name), (), Reading(**reading))
+    return build(info.name, Leaf(info.function, settings, info.name), (), Reading(**{**info.reading, **reading}))
 
 
 def weighted_sum(

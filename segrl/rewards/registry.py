@@ -55,6 +55,7 @@ class RewardInfo:
         invariant: What does not change the score: "box_order", "flip" (mirroring image, boxes, points and masks),
             "rescale" (enlarging all of them by a whole number).
         monotone: In what more overlap with the truth never lowers the score: "boxes", "mask".
+        reading: Settings of `Reading` that differ from its defaults, for rewards that other answers would leave blind.
         equation: The formula as text.
         source: Paper and symbol.
         origin: Package and version, or module, that it comes from.
@@ -73,6 +74,7 @@ class RewardInfo:
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None
     invariant: tuple[str, ...] = ()
     monotone: tuple[str, ...] = ()
+    reading: Mapping[str, Any] = field(default_factory=dict)
     equation: str = ""
     source: str = ""
     origin: str = ""
@@ -105,6 +107,7 @@ def register_reward(
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None,
     invariant: Sequence[str] = (),
     monotone: Sequence[str] = (),
+    reading: Mapping[str, Any] | None = None,
     equation: str = "",
     source: str = "",
 ) -> Callable[[_Registered], _Registered]:
@@ -120,6 +123,7 @@ def register_reward(
         empty: Declared scores of empty sides.
         invariant: Declared invariances.
         monotone: Declared monotonicity.
+        reading: Default settings of `Reading`, such as ``{"answer_format": "json"}``.
         equation: The formula as text.
         source: Paper and symbol.
 
@@ -139,6 +143,9 @@ def register_reward(
         {'limit': 10}
     """
     _check_claims(name, range, empty, {"invariant": invariant, "monotone": monotone})
+    for setting in reading or ():
+        if setting not in READING_SETTINGS:
+            raise unknown_name(f"reading setting of reward {name!r}", setting, READING_SETTINGS)
 
     def register(function: _Registered) -> _Registered:
         form = form_of(function, name)
@@ -155,6 +162,7 @@ def register_reward(
                 empty=empty,
                 invariant=tuple(invariant),
                 monotone=tuple(monotone),
+                reading=reading or {},
                 equation=equation,
                 source=source,
                 origin=_origin(function),

@@ -353,7 +353,7 @@ class AsyncReward(Reward):
 def build(name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: Reading | None = None) -> Reward:
     """A `Reward`, or an `AsyncReward` where something in it waits.
 
-    Without a `reading` it takes that of its parts and gates.
+    Without a `reading`, or with the default one, a composition takes that of its parts and gates.
 
     Raises:
         RewardError: If these read completions in different ways.
@@ -361,12 +361,13 @@ def build(name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: 
     parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
     inner = [*parts, *(step.reward for step in steps if isinstance(step, Gate))]
     own = {part.reading for part in inner if part.reading != Reading()}
-    if reading is None or reading == Reading():
+    if inner and (reading is None or reading == Reading()):
         if len(own) > 1:
             raise RewardError(
                 f"reward {name!r}: its parts read completions in {len(own)} ways; pass these settings to the whole only"
             )
         reading = own.pop() if own else Reading()
+    reading = reading or Reading()
     reward = Reward(name, source, steps, reading)
     return AsyncReward(name, source, steps, reading) if reward.is_async else reward
 

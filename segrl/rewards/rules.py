@@ -21,9 +21,20 @@ from segrl.masks import empty_score
 from segrl.matching import match
 from segrl.prediction import Prediction
 
-__all__ = ["BOTH_OR_NOTHING", "best_total", "check_setting", "settled", "without_copies"]
+__all__ = [
+    "ALL_INVARIANCES",
+    "BOTH_OR_NOTHING",
+    "JSON_ANSWERS",
+    "best_total",
+    "check_setting",
+    "settled",
+    "without_copies",
+]
 
+ALL_INVARIANCES = ("box_order", "flip", "rescale")
 BOTH_OR_NOTHING = {"both": 1.0, "prediction": 0.0, "truth": 0.0}
+# Points and slices stand in JSON answers only: read otherwise, a reward for them would be blind.
+JSON_ANSWERS = {"answer_format": "json", "require_seg": False}
 
 
 def check_setting(ok: bool, name: str, value: Any, expected: str) -> None:
@@ -59,12 +70,14 @@ def settled(
     return None if agreement is None else lowest + (highest - lowest) * agreement
 
 
-def without_copies(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
+def without_copies(pred: np.ndarray, true: np.ndarray, worth: np.ndarray | None = None) -> np.ndarray:
     """Indices of the predicted things that may be paired: all but repetitions (rule 3).
 
     Args:
         pred: (N, K) boxes or points.
         true: (M, K) boxes or points. Where several true things are the same, as many predicted ones may be that.
+        worth: (N,) in which copies may differ, such as confidence: those worth most are kept, so that the order does
+            not matter. All are worth the same by default.
 
     Returns:
         (at most N,) int64, increasing.
@@ -76,11 +89,12 @@ def without_copies(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     allowed = Counter(map(tuple, true.tolist()))
     seen: Counter[tuple[float, ...]] = Counter()
     kept = []
-    for index, thing in enumerate(map(tuple, pred.tolist())):
-        seen[thing] += 1
-        if seen[thing] <= max(1, allowed[thing]):
+    things = list(map(tuple, pred.tolist()))
+    for index in range(len(things)) if worth is None else np.argsort(-worth, kind="stable").tolist():
+        seen[things[index]] += 1
+        if seen[things[index]] <= max(1, allowed[things[index]]):
             kept.append(index)
-    return np.array(kept, dtype=np.int64)
+    return np.array(sorted(kept), dtype=np.int64)
 
 
 def best_total(gain: ArrayLike) -> float:

@@ -1,0 +1,288 @@
+"""Presets: the published sums, and that they no longer pay for what the originals paid for by mistake."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from answers import FAR, HEIGHT, LEFT, RIGHT, WIDTH, in_answer, mask_of, target_of
+
+from segrl.errors import RewardError
+from segrl.frames import Frame
+from segrl.parsing import format_answer, format_completion
+from segrl.prediction import VolumeTarget
+from segrl.rewards import Reward, make_reward, reward_info
+
+IMAGE_PRESETS = [
+    "core_seg",
+    "seg_zero",
+    "vision_reasoner",
+    "vlm_r1",
+    "vlm_r1_ovd",
+    "lens",
+    "med_reasoner",
+    "visual_rft",
+    "seg_r1",
+    "pixel_think",
+]
+PRESETS = [*IMAGE_PRESETS, "medvol_r1"]
+MAX = {
+    "core_seg": 5.0,
+    "seg_zero": 5.0,
+    "vision_reasoner": 7.0,
+    "vlm_r1": 2.0,
+    "vlm_r1_ovd": 2.0,
+    "lens": 3.0,
+    "med_reasoner": 4.0,
+    "visual_rft": 3.0,
+    "seg_r1": 2.0,
+    "pixel_think": 5.0,
+    "medvol_r1": 3.0,
+}
+BOTH, EMPTY = target_of(LEFT, RIGHT), target_of()
+FRAME = Frame("original_px", (WIDTH, HEIGHT))
+VOLUME = VolumeTarget.from_mask(np.stack([mask_of(), mask_of(LEFT), mask_of(LEFT, RIGHT)]))
+EMPTY_VOLUME = VolumeTarget.from_mask(np.zeros((3, HEIGHT, WIDTH), dtype=bool))
+each_preset = pytest.mark.parametrize("name", IMAGE_PRESETS)
+
+
+def text_of(reward, target, *boxes, reasoning="A dark spot.", points=None, score=1.0):
+    """The answer that names these boxes, as the preset's reading wants it; points are the truth's by default."""
+    token = reward.reading.seg_token if reward.reading.require_seg else ""
+    if reward.reading.answer_format == "text":
+        return format_completion(reasoning, format_answer("cyst", boxes, FRAME, token))
+    known = target.points.tolist() if points is None else points
+    objects = [
+        {"bbox_2d": list(box), "point_2d": known[min(n, len(known) - 1)] if known else [0, 0], "score": score}
+        for n, box in enumerate(boxes)
+    ]
+    return format_completion(reasoning, json.dumps(objects) + token)
+
+
+def pay(reward, target, *boxes, mask=None, text=None, **said):
+    """Score of an answer with these boxes, whose mask is the boxes unless given."""
+    prediction = reward.reading.parse(text_of(reward, target, *boxes, **said) if text is None else text, FRAME)
+    score = reward.score(prediction.with_mask(mask_of(*boxes) if mask is None else mask), target)
+    assert score is not None
+    return score
+
+
+# --- the sums
+
+
+@each_preset
+def test_the_truth_earns_the_published_maximum(name):
+    reward = make_reward(name)
+    assert reward.range is not None
+    assert reward.range[1] == MAX[name]
+    assert pay(reward, BOTH, LEFT, RIGHT) == pytest.approx(MAX[name])
+    assert pay(reward, EMPTY) == pytest.approx(MAX[name])
+
+
+def test_core_seg_is_the_sum_of_its_three_rewards():
+    reward = make_reward("core_seg")
+    half = [4, 4, 16, 9]
+    assert pay(reward, target_of(LEFT), half) == pytest.approx(1 + 0 + 1 + 2 * 2 / 3)
+    assert pay(make_reward("core_seg", min_iou=0.4), target_of(LEFT), half) == pytest.approx(1 + 0.5 + 1 + 2 * 2 / 3)
+    without_mask = make_reward("core_seg", weights=[1, 1, 0])
+    assert [part.name for part, _ in without_mask.parts] == ["format", "box_f1"]
+    assert not without_mask.needs_mask
+
+
+def test_seg_zero_thresholds_are_those_of_a_square_of_840():
+    reward = make_reward("seg_zero")
+    one = target_of(LEFT)
+    parts = [part.name for part, _ in reward.parts]
+    assert parts == ["think_answer_format", "json_format", "box_iou", "box_l1", "point_distance"]
+    off = [5, 4, 16, 14]  # 1 px of 40 is 21 px of 840: on average over the coordinates 5.25
+    assert pay(reward, one, off) == 5.0
+    off = [6, 4, 16, 14]
+    assert pay(reward, one, off) == 4.0
+    assert pay(make_reward("seg_zero", resized_to=None), one, off) == 5.0
+    assert pay(reward, one, [4, 4, 16, 9]) == 3.0  # IoU 0.5 is not above 0.5
+    x, y = one.points[0]
+    assert pay(reward, one, LEFT, points=[[x + 100 / 21 + 0.1, y]]) == 4.0
+    assert pay(reward, one, LEFT, points=[[x + 100 / 21 - 0.1, y]]) == 5.0
+    assert pay(reward, one, [4, 4, 16, 8], points=[[x, y + 1]]) == 2.0  # the point is not in the predicted box
+
+
+def test_vision_reasoner_pays_shares():
+    reward = make_reward("vision_reasoner")
+    assert pay(reward, BOTH, LEFT) == pytest.approx(1 + 2 + 1.5 + 1)
+    assert pay(reward, BOTH, LEFT, RIGHT, FAR) == pytest.approx(1 + 2 + 3 * 2 / 3 + 1)
+    repeats = "It is dark. It is dark. It is dark."
+    assert pay(reward, BOTH, LEFT, RIGHT, reasoning=repeats) == pytest.approx(6.0)
+    no_points = in_answer(json.dumps([{"bbox_2d": LEFT}, {"bbox_2d": RIGHT}]))
+    assert pay(reward, BOTH, text=no_points) == pytest.approx(1 + 1 + 2 + 0 + 1)
+
+
+def test_vlm_r1_pays_the_iou():
+    assert pay(make_reward("vlm_r1"), target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1.8)
+    ovd = make_reward("vlm_r1_ovd")
+    assert pay(ovd, target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1.7)
+    assert pay(ovd, target_of(LEFT), LEFT, FAR) == pytest.approx(1.5)
+
+
+def test_lens_squares_both_ious():
+    assert pay(make_reward("lens"), target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1 + 2 * 0.64)
+
+
+def test_med_reasoner_modes():
+    soft, hard = make_reward("med_reasoner"), make_reward("med_reasoner", mode="hard")
+    off = [4, 4, 16, 12]
+    assert pay(soft, target_of(LEFT), off) == pytest.approx(1 + 1 + 0.8 + 1)
+    assert pay(hard, target_of(LEFT), off) == pytest.approx(1 + 1 + 0.8 + 1 + (1 - 0.5 / 100) + 1)
+    assert pay(soft, target_of(LEFT), text="<answer>none</answer>") == 0.25
+
+
+def test_visual_rft_pays_hits_and_confidence_in_them():
+    reward = make_reward("visual_rft")
+    assert pay(reward, BOTH, [4, 4, 16, 12], RIGHT, score=0.5) == pytest.approx(1 + 0.9 + 0.5)
+    assert pay(reward, BOTH, FAR, [0, 0, 2, 2], score=0.0) == 1.0
+
+
+def test_seg_r1_weights_the_mask():
+    measure = make_reward("s_measure")
+    prediction = make_reward("seg_r1").reading.parse(text_of(make_reward("seg_r1"), BOTH, LEFT), FRAME)
+    shape = measure.score(prediction.with_mask(mask_of(LEFT)), BOTH)
+    assert shape is not None
+    assert pay(make_reward("seg_r1"), BOTH, LEFT) == pytest.approx(1 + 0.7 * 0.5 + 0.3 * shape)
+
+
+def test_pixel_think_pays_less_for_words_beyond_the_budget():
+    reward = make_reward("pixel_think", limit=100, margin=500)
+
+    def words(count, *boxes):
+        answer = text_of(reward, BOTH, *boxes)
+        said = len(answer.split())
+        return pay(reward, BOTH, text=answer.replace("A dark spot.", "word " * (count - said + 2)))
+
+    assert words(100, LEFT, RIGHT) == pytest.approx(5.0)
+    assert words(150, LEFT, RIGHT) == pytest.approx(4.5)
+    assert words(600, LEFT, RIGHT) == pytest.approx(0.0)
+    assert words(2000, LEFT, RIGHT) == 0.0
+    assert words(100, FAR) == pytest.approx(2.0)
+    assert pay(reward, BOTH, text=text_of(reward, BOTH, LEFT, RIGHT) + " Done.") == 1.0  # the JSON format
+    assert pay(reward, BOTH, text="") == 0.0
+
+
+def test_medvol_r1():
+    reward = make_reward("medvol_r1")
+
+    def volume(answer, target=VOLUME):
+        return reward.score(reward.reading.parse(in_answer(answer), FRAME), target)
+
+    assert volume('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}') == 3.0
+    assert volume('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14]]}') == 2.5
+    assert volume('{"slice": 1, "bbox_2d_list": []}') == 1.0
+    assert volume("{}", EMPTY_VOLUME) == 3.0
+    assert volume('{"slice": 1, "bbox_2d_list": []}', EMPTY_VOLUME) == 1.0
+    assert volume("none") == 0.0
+
+
+# --- traps: each earned as much as a good answer, or more, in one of the originals
+
+
+@each_preset
+def test_an_empty_text_earns_the_lowest_value(name):
+    reward = make_reward(name)
+    assert reward.range is not None
+    for text in ("", " ", "none", "<answer></answer>"):
+        for target in (BOTH, EMPTY):
+            assert pay(reward, target, text=text, mask=target.mask) == pytest.approx(reward.range[0])
+
+
+TRICKS = {
+    "every answer twice": lambda good: good * 2,
+    "JSON in the reasoning, no answer": lambda good: f"<think>{good.partition('<answer>')[2]}".replace(
+        "/answer", "/think"
+    ),
+    "text after the answer": lambda good: good + " " + good.partition("<answer>")[2],
+    "cut off": lambda good: good[: len(good) * 3 // 4],
+}
+
+
+@each_preset
+@pytest.mark.parametrize("trick", TRICKS.values(), ids=TRICKS.keys())
+@pytest.mark.parametrize("target", [BOTH, EMPTY], ids=["lesions", "no lesion"])
+def test_a_broken_text_earns_less_than_half(name, trick, target):
+    reward = make_reward(name)
+    good = text_of(reward, target, *target.boxes.tolist())
+    assert pay(reward, target, text=trick(good), mask=target.mask) < MAX[name] / 2
+
+
+@each_preset
+@pytest.mark.parametrize("copies", [2, 10])
+def test_duplicates_do_not_pay(name, copies):
+    reward = make_reward(name)
+    once = pay(reward, BOTH, LEFT, RIGHT, points=BOTH.points.tolist())
+    boxes = [LEFT, RIGHT] * copies
+    again = pay(reward, BOTH, *boxes, points=BOTH.points.tolist() * copies)
+    masks_only = name == "seg_r1"  # where boxes do not count at all
+    assert again == pytest.approx(once) if masks_only else again < once
+
+
+@each_preset
+def test_a_hallucination_earns_less_than_a_correct_empty_answer(name):
+    reward = make_reward(name)
+    assert pay(reward, EMPTY, LEFT) < pay(reward, EMPTY)
+    assert pay(reward, EMPTY, [7, 7, 7, 7], mask=mask_of([7, 7, 8, 8])) < pay(reward, EMPTY)
+
+
+@each_preset
+def test_whole_images_and_grids_earn_less_than_the_truth(name):
+    reward = make_reward(name)
+    grid = [[x, y, x + 8, y + 8] for x in range(0, WIDTH, 8) for y in range(0, HEIGHT, 8)]
+    honest = pay(reward, BOTH, LEFT, RIGHT)
+    assert pay(reward, BOTH, [0, 0, WIDTH, HEIGHT]) < 0.75 * honest
+    assert pay(reward, BOTH, *grid) < 0.75 * honest
+
+
+def test_one_missing_key_does_not_zero_the_rest():
+    text = in_answer(json.dumps([{"bbox_2d": LEFT}, {"bbox_2d": RIGHT, "point_2d": BOTH.points[1].tolist()}]))
+    assert pay(make_reward("vision_reasoner"), BOTH, text=text) == pytest.approx(1 + 1.5 + 1 + 1 + 0.5 + 1)
+
+
+# --- the registry
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_listed_described_pickled_and_written(name):
+    info = reward_info(name)
+    assert info.form == "preset"
+    assert info.source
+    assert info.equation
+    assert info.summary
+    reward = make_reward(name, frame="original_px")
+    assert reward.name == name
+    assert reward.reading.frame == "original_px"
+    assert (reward.reading.answer_format == "text") == (name == "core_seg")
+    assert reward.volume == (name == "medvol_r1")
+    assert reward.needs_mask == (name in ("core_seg", "lens", "seg_r1"))
+    assert pickle.loads(pickle.dumps(reward)) == reward
+    assert Reward.from_dict(reward.to_dict()) == reward
+
+
+def test_a_plain_trainer_can_call_a_preset():
+    reward = make_reward("vlm_r1", frame="original_px")
+    text = text_of(reward, BOTH, LEFT, RIGHT)
+    logged = {}
+    result = reward(completions=[text, "no"], mask=[BOTH.mask] * 2, log_metric=logged.__setitem__)
+    assert result == [2.0, 0.0]
+    assert logged["vlm_r1/box_iou"] == 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "pixel_think"])
+def test_weights_are_settings_and_checked(name):
+    reward = make_reward(name)
+    names, weights = [part.name for part, _ in reward.parts], [weight for _, weight in reward.parts]
+    doubled = make_reward(name, weights=[2 * weight for weight in weights])
+    assert [weight for _, weight in doubled.parts] == [2 * weight for weight in weights]
+    with pytest.raises(RewardError, match=rf"{name}: weights=\[1\]; expected {len(names)} numbers, for {names[0]}"):
+        make_reward(name, weights=[1])
+
+
+@pytest.mark.parametrize("name", ["seg_zero", "vision_reasoner", "vlm_r1", "med_reasoner", "visual_rft", "pixel_think"])
+def test_the_order_of_the_objects_does_not_matter(name):
+    reward = make_reward(name)
+    assert pay(reward, BOTH, RIGHT, LEFT, points=BOTH.points[::-1].tolist()) == pytest.approx(MAX[name])
