@@ -47,7 +47,8 @@ def validate_boxes(boxes: ArrayLike, name: str = "boxes") -> np.ndarray:
         raise DataError(f"{name}: expected shape (N, 4), got {array.shape}{hint}")
     if not (np.isfinite(array).all() and (array[:, 2:] >= array[:, :2]).all()):
         _raise_at_first(~np.isfinite(array), array, name, "expected finite coordinates")
-        _raise_at_first(array[:, 2:] < array[:, :2], array, name, "expected [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2")
+        reversed_ends = array[:, 2:] < array[:, :2]
+        _raise_at_first(reversed_ends, array, name, "expected [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2")
     return array
 
 

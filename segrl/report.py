@@ -30,6 +30,7 @@ from segrl.errors import DataError
 from segrl.masks import resize_mask
 from segrl.metrics import GROUPINGS
 from segrl.prediction import Prediction, Target
+from segrl.terminal import printable
 
 __all__ = ["contact_sheet", "results_table", "versions", "write_results"]
 
@@ -70,7 +71,7 @@ def results_table(results: Mapping[str, Any], console: Console | None = None) ->
         groups = {stage: results[stage].get("groups", {}).get(grouping, {}) for stage in present}
         for name in sorted({name for members in groups.values() for name in members}):
             table.add_section()
-            table.add_row(Text(f"{grouping}: {_printable(name)}", style="bold"))
+            table.add_row(Text(f"{grouping}: {printable(name)}", style="bold"))
             for stage in present:
                 if name in groups[stage]:
                     table.add_row(f"  {stage}", *_cells(groups[stage][name], f"{stage}, {grouping} {name!r}"))
@@ -257,8 +258,3 @@ def _wrap(text: str, font: Any, width: int, most: int) -> list[str]:
     if len(lines) <= most:
         return lines
     return [*lines[: most - 3], "...", *lines[-2:]] if most > 3 else [*lines[: most - 1], "..."]
-
-
-def _printable(text: str) -> str:
-    """`text` with control and other unprintable characters escaped, safe for a terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

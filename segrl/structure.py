@@ -81,8 +81,9 @@ def s_measure(pred: ArrayLike, true: ArrayLike, alpha: float = 0.5) -> float:
         raise DataError(f"true: expected shape (H, W), got {truth.shape}; score a volume slice by slice")
     if empty is not None:
         return empty
+    ones = truth.astype(np.uint8)  # its sums are faster than those of bool
     # The pixel that holds the centroid belongs to the upper left part; halves are rounded up.
-    y, x = (math.floor(_mean_index(truth.view(np.uint8).sum(axis=axis, dtype=np.uint32)) + 1.5) for axis in (1, 0))
+    y, x = (math.floor(_mean_index(np.add.reduce(ones, axis=axis, dtype=np.uint32)) + 1.5) for axis in (1, 0))
     parts = [
         _sums(guess[up, left], truth[up, left])
         for up in (slice(None, y), slice(y, None))

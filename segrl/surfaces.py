@@ -215,7 +215,7 @@ def _both(pred: ArrayLike, true: ArrayLike) -> tuple[np.ndarray, tuple[int, ...]
         used = np.flatnonzero(either.any(axis=others))
         cut = (slice(None),) * axis + (slice(used[0], used[-1] + 1) if used.size else slice(0),)
         inside, truth, either = inside[cut], truth[cut], either[cut]
-    return inside.view(np.uint8) | (truth.view(np.uint8) << 1), shape
+    return inside.astype(np.uint8) | (truth.astype(np.uint8) << 1), shape  # a True read by PIL is a byte of 255
 
 
 def _empty(bits: np.ndarray) -> float | None:

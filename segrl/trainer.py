@@ -8,12 +8,14 @@ What is overridden, and why (each calls `super()`):
 - `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
 - `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
 - `_compute_loss`: adds the dense losses on masks decoded inside TRL's own forward.
+- `log`: with `log_completions`, writes the predictions and their truths beside TRL's table of completions.
 - `_generate`: keeps the recorded states only if the tokens are still the generated ones; hides the head from vLLM's
   weight sync.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -38,6 +41,7 @@ from segrl.prediction import Prediction
 from segrl.rewards import Reading, Reward, list_rewards, load_reward, make_reward
 from segrl.rewards.registry import is_reward_form
 from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
+from segrl.stored import answer_record
 
 _PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 
@@ -75,6 +79,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
     - `dense_losses=[DenseLoss("dice_ce", weight=1.0)]` train the model and its mask head on the masks of all
       completions, jointly with the policy: `policy_weight * GRPO + sum_i weight_i * term_i` (CORE-Seg: `L_S2`).
     - A model with a mask head (`attach_mask_head`) gives every reward function the lists `prediction` and `target`.
+    - `log_completions=True` also writes `completions/predictions_<step>.jsonl`, which `segrl rewards score` reads:
+      texts, masks and truths of the last batch, so that other rewards can be tried on them.
 
     Data set columns: `prompt`, `image` or `images` (the first is segmented), `mask`, and what your rewards read.
 
@@ -103,6 +109,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             args = SegGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-SegGRPO")
         reward_funcs = _resolve(reward_funcs)
         self._rollout: _Rollout | None = None
+        self._records: list[dict[str, Any]] = []
         self._init_joint(
             model, dense_losses, lambda: GRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs)
         )
@@ -207,6 +214,8 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         if self.mask_head is not None:
             predictions = self._decode(self.mask_head, rows, predictions, prompts, ids)
             self._log_masks(predictions, rows)
+        if self.log_completions:
+            self._keep_records(predictions, rows)
         return [
             {**row, "prediction": prediction, "target": read.target}
             for row, prediction, read in zip(inputs, predictions, rows, strict=True)
@@ -283,6 +292,23 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             self._log_metric("rollout/dice", metrics.dice(mask, true))
             self._log_metric("rollout/valid", float(prediction.valid))
             self._log_metric("rollout/fail", float(metrics.failure(prediction.mask, true, prediction.valid)))
+
+    def _keep_records(self, predictions: list[Prediction], rows: list[SegRow]) -> None:
+        """Keep the batch of all processes for `log`; the answers to one prompt have one group number."""
+        answers = (self.num_generations if self._mode() == "train" else self.num_generations_eval) or 1
+        records = [
+            answer_record(prediction, row.target, row.frame) for prediction, row in zip(predictions, rows, strict=True)
+        ]
+        gathered = gather_object(records)
+        step = self.state.global_step
+        self._records = [{"group": f"{step}/{n // answers}", **record} for n, record in enumerate(gathered)]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._records and self.log_completions and self.accelerator.is_main_process:
+            path = Path(str(self.args.output_dir), "completions", f"predictions_{self.state.global_step:05d}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in self._records), encoding="utf-8")
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 

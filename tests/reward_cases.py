@@ -7,6 +7,7 @@ import numpy as np
 from segrl.frames import Frame
 from segrl.parsing import format_answer, format_completion, parse_completion
 from segrl.prediction import Target
+from segrl.rewards import list_rewards, reward_info
 
 HEIGHT, WIDTH = 32, 40
 FRAME = Frame("original_px", (WIDTH, HEIGHT))
@@ -48,3 +49,8 @@ def as_trl_calls(reward, completions, **columns):
         **columns,
     )
     return result, logged
+
+
+def built_in() -> list[str]:
+    """The names of the rewards that segrl brings; other tests register more."""
+    return [name for name in list_rewards() if reward_info(name).origin.startswith("segrl ")]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reward_cases import EMPTY, GOOD, TARGET, as_trl_calls, mask_of, read, says
 
 from segrl.errors import FrameError, RewardError, UnknownNameError
-from segrl.rewards import Reading, Reward, load_reward, make_reward, weighted_sum
+from segrl.rewards import Reading, Reward, load_reward, make_reward, presets, weighted_sum
 from segrl.rewards.steps import Schedule
 
 finite = st.floats(-5, 5)
@@ -227,7 +227,7 @@ def test_a_whole_reads_completions_as_its_parts_do():
     pixels = make_reward("box_f1", frame="original_px")
     assert weighted_sum([(json, 1.0), ("box_f1", 1.0)]).reading == json.reading
     assert make_reward("box_f1").gate(json).reading == json.reading
-    with pytest.raises(RewardError, match="its parts read completions in 2 ways; pass these settings to the whole"):
+    with pytest.raises(RewardError, match="its parts read completions in different ways; pass these settings to"):
         weighted_sum([(json, 1.0), (pixels, 1.0)])
     assert weighted_sum([(json, 1.0), (pixels, 1.0)], reading=Reading(seg_token="<m>")).reading.seg_token == "<m>"
     assert make_reward(json, frame="original_px").reading == Reading(
@@ -396,3 +396,39 @@ def test_what_cannot_be_written_says_so():
         make_reward("format", frame=lambda shown, original: None).to_dict()
     assert make_reward(one_box).to_dict() == {"reward": f"{__name__}:one_box"}
     assert Reward.from_dict({"reward": f"{__name__}:one_box"}) == make_reward(one_box)
+
+
+def test_reading_settings_that_equal_the_defaults_are_kept():
+    json = make_reward("vision_reasoner")
+    assert json.reading.answer_format == "json"
+    text = make_reward(json, answer_format="text", require_seg=True)
+    assert text.reading == Reading()
+    assert Reward.from_dict(text.to_dict()) == text
+    assert Reward.from_dict(json.to_dict()) == json
+    assert weighted_sum([(json, 1.0)], reading=Reading()).reading == Reading()
+    assert make_reward("slice_boxes", answer_format="text", require_seg=True).reading == Reading()
+    assert make_reward("slice_boxes").reading.answer_format == "json"
+    assert make_reward("format").gate("slice_format").reading.answer_format == "json"
+    assert Reward.from_dict({"reward": "lens", "steps": [{"scale": 2}]}) == make_reward("lens").scale(2)
+    assert Reward.from_dict({"reward": "lens", "reading": {"frame": "original_px"}}).reading.answer_format == "json"
+
+
+@pytest.mark.parametrize("name", presets.__all__)
+def test_every_preset_round_trips(name):
+    reward = make_reward(name)
+    assert Reward.from_dict(reward.to_dict()) == reward
+
+
+def test_the_components_of_a_sum_are_scored_once():
+    class Counting:
+        calls = 0
+
+        def score_batch(self, predictions, targets):
+            Counting.calls += 1
+            return [1.0] * len(predictions)
+
+    total = weighted_sum([(Counting, 1.0), ("format", 1.0)]).scale(2)
+    assert total.components([says()], [TARGET]) == {"Counting": [1.0], "format": [1.0], "total": [4.0]}
+    assert Counting.calls == 1
+    with pytest.raises(RewardError, match=r"a part is named 'total', as the sum is; rename it with \.named"):
+        weighted_sum([(total, 1.0)])

@@ -102,6 +102,8 @@ def test_a_mask_and_its_certain_probabilities_score_the_same(pair):
     assert soft_dice(pred, true) == soft_dice(pred.astype(float), true) == metrics.dice(pred, true)
     assert s_measure(pred.astype(np.float32), true) == pytest.approx(s_measure(pred, true))
     assert s_measure(pred.astype(np.uint8) * 255, true.astype(int) * 7) == s_measure(pred, true)
+    bitmap = (true.astype(np.uint8) * np.uint8(255)).view(np.bool_)  # as PIL reads it
+    assert s_measure(pred, bitmap) == s_measure(pred, true)
 
 
 @given(pairs(soft=True))

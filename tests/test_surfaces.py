@@ -211,6 +211,15 @@ def test_empty_surroundings_change_no_distance(pair, margin):
     assert surface_dice(pred, true, 1.0) == surface_dice(pair[0], pair[1], 1.0)
 
 
+@measures
+@given(mask_pairs())
+def test_bools_of_any_byte_are_the_same(measure, pair):
+    # PIL reads a bitmap as bools whose byte is 255.
+    pred, true = ((mask.astype(np.uint8) * np.uint8(255)).view(np.bool_) for mask in pair)
+    assert measure(pred, pair[1]) == measure(pair[0], true) == measure(*pair)
+    np.testing.assert_array_equal(surface(pred), surface(pair[0]))
+
+
 @given(mask_pairs())
 def test_perfect_for_equal_outlines_only(pair):
     pred, true = pair

@@ -15,6 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from segrl.errors import SegRLError
 from segrl.frames import frame_for
 from segrl.rewards import Reading, make_reward, register_reward, weighted_sum
+from segrl.scoring import score_file, statistics
 from segrl.trainer import SegGRPOTrainer, _check_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -168,3 +169,25 @@ def test_probabilities_are_kept_for_rewards_that_read_them(tmp_path):
         if prediction.probability is not None:
             assert ((prediction.probability > 0.5) == prediction.mask).all()
             assert 0 <= prediction.probability.min() <= prediction.probability.max() <= 1
+
+
+def test_logged_predictions_can_be_scored_again(tmp_path):
+    total = weighted_sum({"box_giou": 1.0, "dual_granularity_mask": 2.0})
+    model, processor = tiny_headed_model()
+    trainer = SegGRPOTrainer(
+        model,
+        total,
+        grpo_args(tmp_path, log_completions=True, per_device_train_batch_size=8),
+        train_dataset=tiny_rows(4, processor, completions=False),
+        processing_class=processor,
+        rollout_func=written_rollout(TEXTS),
+    )
+    trainer.train()
+    logged = [entry["rewards/total/mean"] for entry in history(trainer) if "rewards/total/mean" in entry]
+    assert len(logged) == 2
+    for step, mean in enumerate(logged, 1):  # boxes are in the processor's frame, which the file has to say
+        scores = score_file(total, tmp_path / "completions" / f"predictions_{step:05d}.jsonl")
+        assert statistics(scores.columns["total"])["mean"] == pytest.approx(mean, abs=1e-5)
+        assert len(set(scores.columns["box_giou"])) > 2
+    best = score_file(make_reward(BoxesFound).group_relative("best"), tmp_path / "completions")
+    assert best.columns["test_in_trainer_class"] == [0.0, 0.0, 1.0, 0.0] * 4

@@ -283,6 +283,7 @@ def test_every_override_exists_in_trl():
     """What `SegGRPOTrainer` defines under a private name is either its own or a name that TRL still has."""
     own = {
         "_decode",
+        "_keep_records",
         "_log_masks",
         "_reads_predictions",
         "_rollout",

@@ -30,7 +30,7 @@ from segrl.errors import RewardError, SegRLError, unknown_name
 from segrl.rewards import registry
 from segrl.rewards.making import make_reward, weighted_sum
 from segrl.rewards.reading import Reading
-from segrl.rewards.reward import Reward, build
+from segrl.rewards.reward import Reward, build, usual_reading
 from segrl.rewards.sources import Leaf
 from segrl.rewards.steps import STEPS, Gate, Schedule, Step
 
@@ -71,21 +71,15 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
             raise unknown_name(f"key in {where}", str(key), KEYS)
     if ("reward" in data) == ("rewards" in data):
         raise RewardError(f"{where}: expected one of 'reward' (a name) and 'rewards' (a list), got {sorted(data)}")
-    reading = None
-    if data.get("reading") is not None:
-        options = _mapping(data["reading"], f"{where}.reading")
-        for key in options:
-            if key not in registry.READING_SETTINGS:
-                raise unknown_name(f"key in {where}.reading", str(key), registry.READING_SETTINGS)
-        reading = _placed(f"{where}.reading", Reading, **options)
+    given = _mapping(data.get("reading"), f"{where}.reading")
+    for key in given:
+        if key not in registry.READING_SETTINGS:
+            raise unknown_name(f"key in {where}.reading", str(key), registry.READING_SETTINGS)
     if "reward" in data:
         if not isinstance(data["reward"], str):
             raise RewardError(f"{where}.reward: {data['reward']!r:.100}; expected the name of a reward")
         settings = _mapping(data.get("settings"), f"{where}.settings")
         reward = _placed(where, make_reward, data["reward"], **settings)
-        if reading is not None:
-            given = {key: getattr(reading, key) for key in data["reading"]}
-            reward = build(reward.name, reward.source, reward.steps, replace(reward.reading, **given))
     else:
         if "settings" in data:
             raise RewardError(f"{where}: a sum has no 'settings'; give them to its rewards")
@@ -94,14 +88,21 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
             place = f"{where}.rewards[{n}]"
             weight = item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0
             parts.append((from_dict(item, place), weight))
-        reward = _placed(where, weighted_sum, parts, "total", reading=reading)
+        # How a sum reads completions is settled below, where all that is given is known.
+        reward = _placed(where, weighted_sum, parts, "total", reading=Reading() if given else None)
     steps = tuple(
         _step(item, f"{where}.steps[{n}]") for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
     )
+    steps = (*reward.steps, *steps)
+    told = reward.reading != usual_reading(reward.source, reward.steps) and "reward" in data  # by a preset
+    reading = reward.reading if told else None
+    if given:
+        reading = reading or usual_reading(reward.source, steps) or Reading()
+        reading = _placed(f"{where}.reading", replace, reading, **given)
     name = data.get("name", reward.name)
     if not isinstance(name, str) or not name:
         raise RewardError(f"{where}.name: {name!r}; expected a text")
-    return _placed(where, build, name, reward.source, (*reward.steps, *steps), reward.reading)
+    return _placed(where, build, name, reward.source, steps, reading)
 
 
 def to_dict(reward: Reward) -> dict[str, Any]:
@@ -121,11 +122,11 @@ def to_dict(reward: Reward) -> dict[str, Any]:
         ]
     if reward.steps:
         data["steps"] = [{step.key: _step_values(step)} for step in reward.steps]
-    usual = Reading(**reward.source.info.reading)
+    usual = usual_reading(reward.source, reward.steps)
     changed = {
         option.name: getattr(reward.reading, option.name)
         for option in fields(Reading)
-        if getattr(reward.reading, option.name) != getattr(usual, option.name)
+        if usual is None or getattr(reward.reading, option.name) != getattr(usual, option.name)
     }
     if callable(changed.get("frame")):
         raise RewardError(

@@ -71,14 +71,14 @@ def weighted_sum(
     Args:
         parts: Rewards (or their names, functions, classes) with their weights.
         name: Name of the sum.
-        reading: How completions are read; by default as the parts do.
+        reading: How completions are read; by default as those parts do that differ from `Reading()`.
 
     Returns:
         The sum. A part that does not apply to a row (None) is left out there.
 
     Raises:
-        RewardError: No parts, two parts with one name, a weight that is not finite, or parts that read completions in
-            different ways.
+        RewardError: No parts, two parts with one name, a part named "total", a weight that is not finite, or parts
+            that read completions in different ways.
 
     Example:
         >>> weighted_sum({"format": 1.0, "box_f1": 2.0}).range
@@ -90,6 +90,8 @@ def weighted_sum(
         raise RewardError(f"reward {name!r}: a sum of no parts; expected at least one")
     names = [part.name for part, _ in made]
     for part, weight in made:
+        if part.name == "total":
+            raise RewardError(f"reward {name!r}: a part is named 'total', as the sum is; rename it with .named('...')")
         if names.count(part.name) > 1:
             raise RewardError(f"reward {name!r}: two parts are named {part.name!r}; rename one with .named('...')")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):

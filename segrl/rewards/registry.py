@@ -380,7 +380,7 @@ def _load(name: str, plugins: list[EntryPoint]) -> None:
         function = plugins[0].load()
         if name not in _registered:  # the module may have registered it itself while it was imported
             register_reward(name)(function)
-    except Exception as error:  # whatever a package's import raises: the other rewards must go on working
+    except (Exception, SystemExit) as error:  # whatever a package's import raises: the others must go on working
         reason = f"cannot be imported from {plugins[0].value!r}: {type(error).__name__}: {error}"
         _broken[name] = RewardInfo(name, None, origin=origins[0], broken=reason)
         return

@@ -183,14 +183,15 @@ class Reward:
             progress: Training progress.
         """
         batch = self._batch(predictions, targets, groups, progress)
-        parts: dict[str, Scores] = {}
-        if isinstance(self.source, Sum):
-            parts = self._run(self.source.components(batch))
-        return {**parts, "total": self._run(self.evaluate(batch))}
+        parts = self._run(self.source.components(batch)) if isinstance(self.source, Sum) else {}
+        return {**parts, "total": self._run(self.evaluate(batch, parts))}
 
-    async def evaluate(self, batch: Batch) -> Scores:
-        """Score a batch; what every other method calls."""
-        scores = await self.source.evaluate(batch, self.name)
+    async def evaluate(self, batch: Batch, parts: Mapping[str, Scores] | None = None) -> Scores:
+        """Score a batch; what every other method calls. `parts`: the components of a sum, if they are known."""
+        if isinstance(self.source, Sum) and parts:
+            scores = self.source.total(parts)
+        else:
+            scores = await self.source.evaluate(batch, self.name)
         bounds = self.source.info.range if self.steps else None
         for step in self.steps:
             assert not callable(bounds)
@@ -313,7 +314,9 @@ class Reward:
         return self._then(GroupRelative(mode, group_size))
 
     def _then(self, step: Step) -> Reward:
-        return build(self.name, self.source, (*self.steps, step), self.reading)
+        steps = (*self.steps, step)
+        told = self.reading != usual_reading(self.source, self.steps)
+        return build(self.name, self.source, steps, self.reading if told else None)
 
     # --- files
 
@@ -353,23 +356,30 @@ class AsyncReward(Reward):
 def build(name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: Reading | None = None) -> Reward:
     """A `Reward`, or an `AsyncReward` where something in it waits.
 
-    Without a `reading`, or with the default one, a composition takes that of its parts and gates.
+    Without a `reading` it takes the usual one, see `usual_reading`.
 
     Raises:
-        RewardError: If these read completions in different ways.
+        RewardError: If it takes that of its parts and gates, and these read completions in different ways.
     """
-    parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
-    inner = [*parts, *(step.reward for step in steps if isinstance(step, Gate))]
-    own = {part.reading for part in inner if part.reading != Reading()}
-    if inner and (reading is None or reading == Reading()):
-        if len(own) > 1:
-            raise RewardError(
-                f"reward {name!r}: its parts read completions in {len(own)} ways; pass these settings to the whole only"
-            )
-        reading = own.pop() if own else Reading()
-    reading = reading or Reading()
+    if reading is None:
+        reading = usual_reading(source, steps)
+    if reading is None:
+        raise RewardError(
+            f"reward {name!r}: its parts read completions in different ways; pass these settings to the whole only"
+        )
     reward = Reward(name, source, steps, reading)
     return AsyncReward(name, source, steps, reading) if reward.is_async else reward
+
+
+def usual_reading(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> Reading | None:
+    """How a reward reads completions unless it is told: as it declares, or as those of its parts and gates do that
+    differ from the default; None if these differ from one another."""
+    parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
+    readings = {part.reading for part in parts} | {step.reward.reading for step in steps if isinstance(step, Gate)}
+    if isinstance(source, Leaf):
+        readings.add(Reading(**source.info.reading))
+    special = readings - {Reading()}
+    return None if len(special) > 1 else special.pop() if special else Reading()
 
 
 def _progress(state: Any) -> float:

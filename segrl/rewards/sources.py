@@ -201,6 +201,10 @@ class Sum:
             present = [score for score in scores if score is not None]
             if present:
                 batch.log_metric(f"{name}/{part}", sum(present) / len(present))
+        return self.total(columns)
+
+    def total(self, columns: Mapping[str, Scores]) -> Scores:
+        """The weighted sum of the scores of the parts, row by row."""
         weights = [weight for _, weight in self.parts]
         totals: Scores = []
         for row in zip(*columns.values(), strict=True):
