@@ -82,6 +82,7 @@ def mask_dice(prediction: Prediction, target: Target, *, require_valid: bool = T
 @register_reward(
     "soft_dice",
     needs_mask=True,
+    needs_probability=True,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=ALL_INVARIANCES,
