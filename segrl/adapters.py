@@ -27,6 +27,7 @@ from typing import Any
 from segrl.errors import RewardError, SegRLError
 from segrl.prediction import Prediction
 from segrl.rewards import Reward, make_reward
+from segrl.rewards.reward import progress_of
 from segrl.rewards.sources import Sum
 from segrl.stored import TEXT_COLUMNS, TRUTH_COLUMNS, read_answer, read_target
 
@@ -203,7 +204,7 @@ class SwiftORM:
             columns = [column for column in (*TRUTH_COLUMNS, *TEXT_COLUMNS) if kwargs.get(column) is not None]
             truths = [{column: kwargs[column][row] for column in columns} for row in range(len(completions))]
         predictions, targets, groups = _read(self.reward, completions, truths, [None] * len(completions))
-        progress = _progress(kwargs.get("trainer_state"))
+        progress = progress_of(kwargs.get("trainer_state"))
         scores = self.reward.score_batch(predictions, targets, groups=groups, progress=progress)
         return [self.none if score is None else score for score in scores]
 
@@ -277,11 +278,6 @@ def _key(truth: Any) -> str:
     if hasattr(truth, "tobytes"):  # an image or an array, which repr shortens
         return repr((getattr(truth, "shape", None) or truth.size, truth.tobytes()))
     return repr(truth)
-
-
-def _progress(state: Any) -> float:
-    step, last = getattr(state, "global_step", 0), getattr(state, "max_steps", 0)
-    return 1.0 if state is None else min(step / last, 1.0) if last > 0 else 0.0
 
 
 def _listed(columns: Mapping[str, Any]) -> str:

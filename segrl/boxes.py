@@ -45,11 +45,16 @@ def validate_boxes(boxes: ArrayLike, name: str = "boxes") -> np.ndarray:
     if array.ndim != 2 or array.shape[1] != 4:
         hint = "; for one box pass [[x1, y1, x2, y2]]" if array.shape == (4,) else ""
         raise DataError(f"{name}: expected shape (N, 4), got {array.shape}{hint}")
-    if not (np.isfinite(array).all() and (array[:, 2:] >= array[:, :2]).all()):
+    if not (_all(np.isfinite(array)) and _all(array[:, 2:] >= array[:, :2])):
         _raise_at_first(~np.isfinite(array), array, name, "expected finite coordinates")
         reversed_ends = array[:, 2:] < array[:, :2]
         _raise_at_first(reversed_ends, array, name, "expected [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2")
     return array
+
+
+def _all(true: np.ndarray) -> bool:
+    """As `true.all()`, in a third of the time for a few boxes."""
+    return np.count_nonzero(true) == true.size
 
 
 def _raise_at_first(wrong: np.ndarray, boxes: np.ndarray, name: str, expected: str) -> None:
@@ -84,7 +89,7 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     Raises:
         DataError: As `validate_boxes`.
     """
-    return _iou_and_union(validate_boxes(a, "a")[:, None], validate_boxes(b, "b")[None])[0]
+    return _iou_and_union(*_pairs(a, b))[0]
 
 
 def pairwise_giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
@@ -100,7 +105,7 @@ def pairwise_giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     Raises:
         DataError: As `validate_boxes`.
     """
-    return _giou(validate_boxes(a, "a")[:, None], validate_boxes(b, "b")[None])
+    return _giou(*_pairs(a, b))
 
 
 def giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
@@ -127,28 +132,26 @@ def giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
         if array.ndim == 0 or array.shape[-1] != 4:
             raise DataError(f"{name}: expected shape (..., 4), got {array.shape}")
         validate_boxes(array.reshape(-1, 4), name)
-        arrays.append(array)
+        arrays.append(np.moveaxis(array, -1, 0) if array.ndim > 1 else array)
     return _giou(*arrays)[()]
 
 
+# Below, coordinates come first, (4, ...): operations along the boxes are much faster than along their coordinates.
+
+
 def _iou_and_union(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # Coordinate by coordinate: an operation along a last axis of 2 or 4 takes several times as long.
-    (a1, b1, a2, b2), (c1, d1, c2, d2) = _coordinates(a), _coordinates(b)
-    width = np.minimum(a2, c2) - np.maximum(a1, c1)
-    height = np.minimum(b2, d2) - np.maximum(b1, d1)
-    intersection = np.maximum(width, 0.0) * np.maximum(height, 0.0)
-    union = (a2 - a1) * (b2 - b1) + (c2 - c1) * (d2 - d1) - intersection
-    if union.all():
+    intersection = _product(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0.0))
+    union = _product(a[2:] - a[:2]) + _product(b[2:] - b[:2]) - intersection
+    if _all(union):
         return intersection / union, union
     iou = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-    return np.where((a == b).all(axis=-1), 1.0, iou), union
+    return np.where((a == b).all(axis=0), 1.0, iou), union
 
 
 def _giou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     iou, union = _iou_and_union(a, b)
-    (a1, b1, a2, b2), (c1, d1, c2, d2) = _coordinates(a), _coordinates(b)
-    hull = (np.maximum(a2, c2) - np.minimum(a1, c1)) * (np.maximum(b2, d2) - np.minimum(b1, d1))
-    if hull.all():
+    hull = _product(np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2]))
+    if _all(hull):
         gap = (hull - union) / hull
     else:
         gap = np.divide(hull - union, hull, out=np.where(iou == 1.0, 0.0, 1.0), where=hull > 0)
@@ -156,5 +159,10 @@ def _giou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return iou - np.maximum(gap, 0.0)
 
 
-def _coordinates(boxes: np.ndarray) -> tuple[np.ndarray, ...]:
-    return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
+def _product(sides: np.ndarray) -> np.ndarray:
+    return sides[0] * sides[1]
+
+
+def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """(4, N, 1) and (4, 1, M)."""
+    return validate_boxes(a, "a").T[:, :, None], validate_boxes(b, "b").T[:, None]

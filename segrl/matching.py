@@ -75,7 +75,7 @@ def match_boxes(pred: ArrayLike, true: ArrayLike, min_iou: float = 0.0) -> Match
         [0.5]
     """
     iou = pairwise_iou(pred, true)
-    rows, columns = match(-iou)
+    rows, columns = linear_sum_assignment(iou, maximize=True)
     matched = iou[rows, columns]
     kept = matched > min_iou
     return Matching(rows[kept], columns[kept], matched[kept])

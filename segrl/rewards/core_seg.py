@@ -6,11 +6,12 @@ missing earns the lowest value of the reward, so that no text can gain by not an
 
 from __future__ import annotations
 
+import numpy as np
+
 from segrl.boxes import giou
-from segrl.errors import RewardError
+from segrl.errors import DataError, RewardError
 from segrl.masks import empty_score, mask_to_box
 from segrl.matching import match_boxes
-from segrl.metrics import dice
 from segrl.prediction import Prediction, Target
 from segrl.rewards.registry import register_reward
 from segrl.rewards.rules import without_copies
@@ -107,14 +108,16 @@ def dual_granularity_mask(
     Raises:
         DataError: If the masks differ in shape.
     """
-    if prediction.mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
+    mask, truth = prediction.mask, target.mask
+    if mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
         return LOWEST_GIOU
-    overlap = dice(prediction.mask, target.mask)
-    if 0 < overlap >= dice_threshold:
-        return 1.0 + dice_weight * overlap
-    pred_box, true_box = mask_to_box(prediction.mask), mask_to_box(target.mask)
-    if (pred_box is None) != (true_box is None):
-        return LOWEST_GIOU
-    if pred_box is None or true_box is None or overlap >= dice_threshold:
-        return 1.0 + dice_weight * overlap
-    return float(giou(pred_box, true_box))
+    if mask.shape != truth.shape:
+        raise DataError(f"the mask has shape {mask.shape}, but the truth {truth.shape}; resize the prediction")
+    both = int(np.count_nonzero(mask & truth))
+    dice = 2 * both / int(np.count_nonzero(mask) + np.count_nonzero(truth)) if both else 0.0
+    if 0 < dice >= dice_threshold:
+        return 1.0 + dice_weight * dice
+    pred_box, true_box = mask_to_box(mask), mask_to_box(truth)
+    if pred_box is None or true_box is None:
+        return 1.0 + dice_weight if pred_box is None and true_box is None else LOWEST_GIOU
+    return 1.0 if dice >= dice_threshold else float(giou(pred_box, true_box))

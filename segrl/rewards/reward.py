@@ -23,7 +23,7 @@ from segrl.rewards.registry import RewardInfo
 from segrl.rewards.sources import Batch, Leaf, Sum, ignore_metric
 from segrl.rewards.steps import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Scores, Step
 
-__all__ = ["AsyncReward", "Reward", "build"]
+__all__ = ["AsyncReward", "Reward", "build", "progress_of", "usual_reading"]
 
 _T = TypeVar("_T")
 
@@ -253,7 +253,7 @@ class Reward:
         if call["prediction"] is None and log is not None and predictions and not own:
             log("valid_completions", sum(parsed.valid for parsed in predictions) / len(predictions))
         call = {key: value for key, value in call.items() if value is not None or key == "completion_ids"}
-        return Batch(predictions, targets, None, _progress(call.get("trainer_state")), log or ignore_metric, call)
+        return Batch(predictions, targets, None, progress_of(call.get("trainer_state")), log or ignore_metric, call)
 
     def _batch(
         self,
@@ -382,7 +382,8 @@ def usual_reading(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> Reading |
     return None if len(special) > 1 else special.pop() if special else Reading()
 
 
-def _progress(state: Any) -> float:
+def progress_of(state: Any) -> float:
+    """Training progress in [0, 1] from a trainer's state; 1 without one."""
     if state is None:
         return 1.0
     step, last = getattr(state, "global_step", 0), getattr(state, "max_steps", 0)
