@@ -1,0 +1,226 @@
+"""`check_reward`: does a reward do what every reward must, and what this one declares?"""
+
+# H/W pixels
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segrl.errors import RewardCheckError
+from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.rewards.making import make_reward
+from segrl.rewards.reward import Reward
+from segrl.testing import strategies  # noqa: F401  first: it says what to install where hypothesis is missing
+from segrl.testing.claims import CLAIMS
+from segrl.testing.conformance import CONFORMANCE, check_hostile_text
+from segrl.testing.subject import Property, Rows, Subject, Violation
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings  # isort: skip
+from hypothesis import seed as with_seed  # isort: skip
+from hypothesis.errors import Flaky  # isort: skip
+
+__all__ = ["CheckReport", "check_reward"]
+
+HOSTILE_TEXT = "hostile text"
+ROUND = 6  # examples from one seed: hypothesis spends more on small changes of the first ones
+_SETTINGS = settings(
+    database=None,
+    deadline=None,
+    derandomize=False,
+    phases=(Phase.generate, Phase.shrink),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
+    verbosity=Verbosity.quiet,
+)
+DRAWN_EDGE = 40  # pixels: larger masks are told as runs
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_reward` found out about a reward that passed.
+
+    Attributes:
+        reward: Name of the reward.
+        outcomes: "passed", "not declared" or "not applicable: reason", by property.
+        examples: Number of examples.
+        seconds: Time that it took.
+    """
+
+    reward: str
+    outcomes: Mapping[str, str]
+    examples: int
+    seconds: float
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """Names of the properties that were tested."""
+        return tuple(name for name, outcome in self.outcomes.items() if outcome == "passed")
+
+    def __str__(self) -> str:
+        width = max(map(len, self.outcomes))
+        lines = [f"  {name:{width}}  {outcome}" for name, outcome in self.outcomes.items()]
+        return "\n".join([f"{self.reward}: {self.examples} examples, {self.seconds:.1f} s", *lines])
+
+
+def check_reward(
+    reward: str | Callable[..., Any] | Reward,
+    *,
+    max_examples: int = 50,
+    seed: int = 0,
+    columns: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> CheckReport:
+    """Test a reward with generated answers and truths; a plugin's whole test can be this one call.
+
+    Every reward must give one finite number or None per row, whatever the text; stay in its declared range; be
+    deterministic; not depend on the other rows or their order (a group-relative one: on other groups); leave its input
+    alone; work when TRL calls it, with columns that it does not know; pickle; survive YAML; and take texts of 1 MB, in
+    time that grows with their length only. One that looks at the truth must not pay more for an invalid text than for a
+    valid one that says the same, nor more for finding something where there is nothing than for saying so. Beyond that
+    it is held to what it declares, see `segrl.rewards.register_reward`:
+
+    - `empty`: exactly these scores.
+    - `invariant`: "box_order" shuffles the boxes of both sides (with confidences, and points where they are as many);
+      "flip" mirrors everything across, down or both; "rescale" enlarges everything two or three times. The text stays.
+    - `monotone`: "boxes" gives each of one to three lesions a box that is too large, too small or moved, then less so,
+      then right; "mask" corrects wrong pixels. The score never falls.
+
+    Truths are small images with up to several lesions, or volumes. Answers are mixed, see
+    `segrl.testing.strategies.predictions`, in words and in JSON; for a volume in the format that the reward reads,
+    which must be JSON to name a slice.
+
+    Args:
+        reward: Anything that `make_reward` takes: a name, function, class or `Reward`.
+        max_examples: Examples of each kind.
+        seed: Of the examples: the same seed gives the same ones.
+        columns: Values of the data set columns that a TRL reward function reads, other than segrl's own, the same for
+            all rows.
+        **settings: As in `make_reward`.
+
+    Returns:
+        What was tested; print it.
+
+    Raises:
+        RewardCheckError: An `AssertionError` with the property that fails, what was expected and found, and the
+            smallest example of it.
+        RewardError: If the reward cannot be made.
+
+    Example:
+        >>> def right_number(prediction, target):
+        ...     return float(prediction.valid and len(prediction.boxes) == len(target.boxes))
+        >>> "invalid text" in check_reward(right_number, max_examples=5).passed
+        True
+    """
+    start = time.perf_counter()
+    made = make_reward(reward, **settings)
+    if made.volume and made.reading.answer_format == "text":
+        made = make_reward(made, answer_format="json")
+    subject = Subject(made, columns or {})
+    properties = (*CONFORMANCE, *CLAIMS)
+    outcomes = {item.name: item.skipped(subject) or "passed" for item in properties}
+    batches: dict[Any, list[Property]] = {}
+    for item in properties:
+        if outcomes[item.name] == "passed":
+            batches.setdefault((item.examples, item.most), []).append(item)
+    examples = 0
+    for (kind, most), items in batches.items():
+        examples += _search(subject, kind(subject), items, min(max_examples, most), seed)
+    try:
+        check_hostile_text(subject)
+    except Violation as violation:
+        raise _error(subject, HOSTILE_TEXT, violation) from violation.__cause__
+    outcomes[HOSTILE_TEXT] = "passed"
+    return CheckReport(made.name, outcomes, examples, time.perf_counter() - start)
+
+
+def _search(subject: Subject, examples: Any, items: Sequence[Property], count: int, seed: int) -> int:
+    """Try the properties on examples; returns their number, or raises for the smallest that violates one."""
+    tried, failed = 0, (items[0].name, Violation("the same scores for the same rows", "other scores when repeated"))
+
+    def try_one(example: Any) -> None:
+        nonlocal tried, failed
+        tried += 1
+        for item in items:
+            try:
+                item.holds(subject, example)
+            except Violation as violation:
+                failed = item.name, violation
+                raise
+
+    rounds = -(-count // ROUND)
+    for n in range(rounds):
+        run = settings(_SETTINGS, max_examples=min(ROUND, count - n * ROUND))
+        try:
+            with_seed(seed * 1000 + n)(run(given(examples)(try_one)))()
+        except Violation:
+            name, violation = failed
+            raise _error(subject, name, violation) from violation.__cause__
+        except Flaky:  # the example did not fail again
+            name, violation = failed
+            found = f"{violation.found}; not when repeated"
+            flaky = Violation("the same scores for the same rows", found, violation.rows)
+            raise _error(subject, "deterministic", flaky) from None
+    return tried
+
+
+def _error(subject: Subject, name: str, violation: Violation) -> RewardCheckError:
+    return RewardCheckError(subject.reward.name, name, violation.expected, violation.found, _readable(violation.rows))
+
+
+def _readable(rows: Rows | None) -> str:
+    """An example as text."""
+    if rows is None:
+        return ""
+    lines = []
+    shown: Any = None
+    for n, (prediction, target) in enumerate(zip(rows.predictions, rows.targets, strict=True)):
+        lines += [f"row {n}", *_prediction_lines(prediction)]
+        lines += ["  truth: as above"] if target is shown else _target_lines(target)
+        shown = target
+    if rows.progress != 1.0:
+        lines.append(f"progress: {rows.progress}")
+    return "\n".join(lines)
+
+
+def _prediction_lines(prediction: Prediction) -> list[str]:
+    text = prediction.text if len(prediction.text) <= 400 else f"{prediction.text[:400]}..."
+    lines = [f"  text: {text!r} ({prediction.status.value})", f"  boxes: {prediction.boxes.tolist()}"]
+    if len(prediction.points):
+        lines.append(f"  points: {prediction.points.tolist()}")
+    if prediction.scores is not None:
+        lines.append(f"  scores: {prediction.scores.tolist()}")
+    if prediction.slice_index is not None:
+        lines.append(f"  slice_index: {prediction.slice_index}")
+    if prediction.mask is not None:
+        lines += ["  mask:", *_mask_lines(prediction.mask)]
+    if prediction.probability is not None:
+        inside = np.unique(prediction.probability).tolist()
+        lines.append(f"  probability: {inside}")
+    return lines
+
+
+def _target_lines(target: Any) -> list[str]:
+    if isinstance(target, Target):
+        return [f"  true boxes: {target.boxes.tolist()}", "  true mask:", *_mask_lines(target.mask)]
+    assert isinstance(target, VolumeTarget)
+    lines = []
+    for k, mask in enumerate(target.mask):
+        lines += [f"  true mask, slice {k}:", *_mask_lines(mask)]
+    return lines
+
+
+def _mask_lines(mask: np.ndarray) -> list[str]:
+    """A small mask as rows of `#` and `.`, a large one as the runs of foreground in each row."""
+    if max(mask.shape) <= DRAWN_EDGE:
+        return ["    " + "".join(".#"[int(pixel)] for pixel in row) for row in mask]
+    lines = []
+    for y, row in enumerate(mask):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row, [0]])))
+        if len(edges):
+            lines.append(f"    row {y}: " + ", ".join(f"{a} to {b - 1}" for a, b in edges.reshape(-1, 2).tolist()))
+    return lines or [f"    empty, {mask.shape}"]

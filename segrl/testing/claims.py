@@ -1,0 +1,344 @@
+"""Properties that a reward claims when it is registered, and two that follow from looking at the truth."""
+
+# H/W pixels, M lesions
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from segrl.frames import Frame
+from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.rewards.reading import Reading
+from segrl.testing import strategies
+from segrl.testing.answers import broken_completions, write_completion
+from segrl.testing.conformance import any_batch
+from segrl.testing.subject import TOLERANCE, AnyTarget, Property, Rows, Subject, Violation, same
+
+__all__ = ["CLAIMS"]
+
+CELL = 12  # pixels: one lesion and the answers to it
+STEPS = 4  # from the first answer to the right one
+_LOW = st.integers(1, CELL - 2)  # where a lesion begins: no lesion touches its neighbour
+KEEPS_CONTENT = (  # names of `broken_completions` whose texts mostly say what the valid one says
+    "trailing text",
+    "leading text",
+    "text between",
+    "two reasonings",
+    "answer first",
+    "no reasoning",
+    "blank reasoning",
+    "token twice",
+    "token in the reasoning",
+    "token behind the answer",
+    "no token",
+)
+
+
+def _claims(kind: str, claim: str) -> Callable[[Subject], str | None]:
+    return lambda subject: None if claim in getattr(subject.info, kind) else "not declared"
+
+
+# --- invariance, on any batch
+
+
+def _same_after(subject: Subject, rows: Rows, changed: Rows, how: str) -> None:
+    first, second = subject.paid(rows), subject.pay(changed)
+    if not same(first, second):
+        raise Violation(f"the same scores {how}, as declared", f"{first}, then {second}", rows)
+
+
+def _box_order(subject: Subject, rows: Rows) -> None:
+    def shuffle(prediction: Prediction, target: AnyTarget) -> tuple[Prediction, AnyTarget]:
+        order = _order(len(prediction.boxes), rows.choice)
+        paired = len(prediction.points) == len(prediction.boxes)
+        shuffled = replace(
+            prediction,
+            boxes=prediction.boxes[order],
+            points=prediction.points[order] if paired else prediction.points,
+            scores=None if prediction.scores is None else prediction.scores[order],
+        )
+        if isinstance(target, Target):
+            target = replace(target, boxes=target.boxes[_order(len(target.boxes), rows.choice)])
+        return shuffled, target
+
+    _same_after(subject, rows, rows.changed(shuffle), "for predicted and true boxes in another order")
+
+
+def _order(count: int, choice: int) -> list[int]:
+    order = list(range(count))[::-1]
+    if choice > 1:
+        random.Random(choice).shuffle(order)
+    return order
+
+
+def _flip(subject: Subject, rows: Rows) -> None:
+    across, down = ((True, False), (False, True), (True, True))[rows.choice % 3]
+
+    def mirror(prediction: Prediction, target: AnyTarget) -> tuple[Prediction, AnyTarget]:
+        def pixels(array: np.ndarray) -> np.ndarray:
+            array = array[..., ::-1] if across else array
+            return np.ascontiguousarray(array[..., ::-1, :] if down else array)
+
+        def corners(boxes: np.ndarray) -> np.ndarray:
+            x1, y1, x2, y2 = boxes.T
+            x1, x2 = (target.width - x2, target.width - x1) if across else (x1, x2)
+            y1, y2 = (target.height - y2, target.height - y1) if down else (y1, y2)
+            return np.stack([x1, y1, x2, y2], axis=1)
+
+        return _moved(prediction, target, pixels, corners)
+
+    _same_after(subject, rows, rows.changed(mirror), "for mirrored images, boxes, points and masks")
+
+
+def _rescale(subject: Subject, rows: Rows) -> None:
+    factor = 2 + rows.choice % 2
+
+    def enlarge(prediction: Prediction, target: AnyTarget) -> tuple[Prediction, AnyTarget]:
+        def pixels(array: np.ndarray) -> np.ndarray:
+            return array.repeat(factor, axis=-1).repeat(factor, axis=-2)
+
+        return _moved(prediction, target, pixels, lambda boxes: boxes * factor)
+
+    _same_after(subject, rows, rows.changed(enlarge), f"for images, boxes, points and masks {factor} times as large")
+
+
+def _moved(
+    prediction: Prediction,
+    target: AnyTarget,
+    pixels: Callable[[np.ndarray], np.ndarray],
+    corners: Callable[[np.ndarray], np.ndarray],
+) -> tuple[Prediction, AnyTarget]:
+    moved = replace(
+        prediction,
+        boxes=corners(prediction.boxes),
+        points=corners(np.hstack([prediction.points, prediction.points]))[:, :2],
+        mask=None if prediction.mask is None else pixels(prediction.mask),
+        probability=None if prediction.probability is None else pixels(prediction.probability),
+    )
+    if isinstance(target, Target):
+        return moved, replace(target, mask=pixels(target.mask), boxes=corners(target.boxes))
+    return moved, replace(target, mask=pixels(target.mask))
+
+
+# --- more overlap is never paid less
+
+
+@dataclass(eq=False)
+class _Better:
+    """Answers to one truth, each at least as close to it as the one before."""
+
+    target: AnyTarget
+    answers: list[Prediction]
+
+
+def _never_falls(subject: Subject, example: _Better) -> None:
+    scores = subject.pay_group([(answer, example.target) for answer in example.answers])
+    known = [(n, score) for n, score in enumerate(scores) if score is not None]
+    for (n, before), (m, after) in pairwise(known):
+        if after < before - TOLERANCE:
+            raise Violation(
+                "never less for more overlap, as declared",
+                f"{before:g} for the first answer, {after:g} for the second, whose overlap is at least as large",
+                Rows([example.answers[n], example.answers[m]], [example.target] * 2, [0, 0]),
+            )
+
+
+@st.composite
+def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
+    """Boxes that are all too large, all too small or all moved, then less and less so, then right; a cell for each."""
+    reading = draw(st.sampled_from(subject.readings))
+    count = draw(st.integers(1, 3))
+    mask = np.zeros((CELL, count * CELL), dtype=bool)
+    kind = draw(st.sampled_from(["moved", "larger", "smaller"]))
+    steps: list[list[list[int]]] = [[] for _ in range(STEPS + 1)]
+    for n in range(count):
+        (x1, x2), (y1, y2) = ((low, draw(st.integers(low + 1, CELL - 1))) for low in (draw(_LOW), draw(_LOW)))
+        mask[y1:y2, n * CELL + x1 : n * CELL + x2] = True
+        columns, rows = _closer_spans(draw, x1, x2, kind), _closer_spans(draw, y1, y2, kind)
+        for found, (left, right), (top, bottom) in zip(steps, columns, rows, strict=True):
+            found.append([n * CELL + left, top, n * CELL + right, bottom])
+    target: AnyTarget = Target.from_mask(mask)
+    slice_index = None
+    if subject.info.volume:
+        slice_index = draw(st.integers(0, 1))
+        target = VolumeTarget.from_mask(np.stack([mask if k == slice_index else mask & False for k in range(2)]))
+    frame = Frame("original_px", (count * CELL, CELL))
+    answers = []
+    for found in steps:
+        text = write_completion(found, frame, reading, slice_index=slice_index, rounding=False)
+        answer = reading.parse(text, frame)
+        answers.append(answer.with_mask(mask.copy()) if subject.info.needs_mask and answer.has_seg else answer)
+    return _Better(target, answers)
+
+
+def _closer_spans(draw: st.DrawFn, low: int, high: int, kind: str) -> list[tuple[int, int]]:
+    """One side of a box inside its cell, wrong in one way and then less and less so, and right at last."""
+    if kind == "moved":
+        moves = [draw(st.integers(-low, CELL - high))]
+        for _ in range(STEPS - 1):
+            moves.append(draw(st.integers(min(moves[-1], 0), max(moves[-1], 0))))
+        return [(low + move, high + move) for move in (*moves, 0)]
+    sign = 1 if kind == "larger" else -1
+    before = [draw(st.integers(0, low if sign > 0 else high - low))]
+    after = [draw(st.integers(0, CELL - high if sign > 0 else high - low - before[0]))]
+    for _ in range(STEPS - 1):
+        before.append(draw(st.integers(0, before[-1])))
+        after.append(draw(st.integers(0, after[-1])))
+    return [(low - sign * a, high + sign * b) for a, b in zip((*before, 0), (*after, 0), strict=True)]
+
+
+@st.composite
+def _closer_masks(draw: st.DrawFn, subject: Subject) -> _Better:
+    """A mask, then with more and more of its wrong pixels corrected, then right."""
+    reading = draw(st.sampled_from(subject.readings))
+    target = draw(strategies.targets(empty=draw(st.sampled_from([False, None]))))
+    steps = [draw(strategies.masks(near=target.mask))]
+    for _ in range(STEPS):
+        top, left = draw(st.integers(0, target.height - 1)), draw(st.integers(0, target.width - 1))
+        part = np.s_[top : top + draw(st.integers(1, 4)), left : left + draw(st.integers(1, 4))]
+        steps.append(steps[-1].copy())
+        steps[-1][part] = target.mask[part]
+    frame = Frame("original_px", (target.width, target.height))
+    answer = reading.parse(write_completion(target.boxes, frame, reading, rounding=False), frame)
+    return _Better(target, [answer.with_mask(mask) for mask in (*steps, target.mask.copy())])
+
+
+def _no_mask_claim(subject: Subject) -> str | None:
+    if subject.info.volume or not all(reading.seg_token for reading in subject.readings):
+        return "not applicable: no mask of the truth's shape can be asked for"
+    return _claims("monotone", "mask")(subject)
+
+
+# --- empty sides
+
+
+@dataclass(eq=False)
+class _Empty:
+    """A truth with lesions and one without; an answer that finds something and one that says there is nothing."""
+
+    full: AnyTarget
+    empty: AnyTarget
+    finds: Prediction
+    nothing: Prediction
+
+    def side(self, side: str) -> tuple[Prediction, AnyTarget]:
+        return {
+            "both": (self.nothing, self.empty),
+            "prediction": (self.nothing, self.full),
+            "truth": (self.finds, self.empty),
+        }[side]
+
+
+@st.composite
+def _empty_sides(draw: st.DrawFn, subject: Subject) -> _Empty:
+    needs_mask = subject.info.needs_mask
+    full = draw((strategies.volume_targets if subject.info.volume else strategies.targets)(empty=False))
+    reading = draw(st.sampled_from(subject.readings))
+    finds = draw(strategies.predictions(full, valid=True, empty=False, mask=needs_mask, reading=reading))
+    frame = Frame("original_px", (full.width, full.height))
+    # The same reasoning, so that a reward for its length or its words sees no difference.
+    text = write_completion([], frame, reading, reasoning=finds.reasoning or "")
+    nothing = reading.parse(text if finds.reasoning else text.partition("</think>")[2], frame)
+    if needs_mask and nothing.has_seg:
+        nothing = nothing.with_mask(np.zeros((full.height, full.width), dtype=bool))
+    none = np.zeros_like(full.mask)
+    empty = Target.from_mask(none) if isinstance(full, Target) else VolumeTarget.from_mask(none, full.spacing_mm)
+    return _Empty(full, empty, finds, nothing)
+
+
+def _as_declared(side: str) -> Callable[[Subject, _Empty], None]:
+    what = {"both": "both sides are", "prediction": "only the prediction is", "truth": "only the truth is"}[side]
+
+    def holds(subject: Subject, example: _Empty) -> None:
+        declared: Any = subject.info.empty
+        pair = example.side(side)
+        found = subject.pay_group([pair])
+        if not same(found, [declared[side]]):
+            raise Violation(
+                f"{declared[side]} for a valid answer where {what} empty, as declared",
+                str(found[0]),
+                Rows([pair[0]], [pair[1]], [0]),
+            )
+
+    return holds
+
+
+def _undeclared_side(side: str) -> Callable[[Subject], str | None]:
+    def skipped(subject: Subject) -> str | None:
+        declared = subject.info.empty
+        return None if not callable(declared) and side in (declared or {}) else "not declared"
+
+    return skipped
+
+
+def _honest(subject: Subject, example: _Empty) -> None:
+    pairs = [example.side("both"), example.side("truth")]
+    nothing, finds = subject.pay_group(pairs)
+    if nothing is not None and finds is not None and nothing < finds - TOLERANCE:
+        raise Violation(
+            "where there is nothing to find, no less for saying so than for finding something (a reward that never "
+            "looks at the truth declares needs_truth=False)",
+            f"{nothing:g} for the right answer, {finds:g} for the hallucination",
+            Rows([pair[0] for pair in pairs], [pair[1] for pair in pairs], [0, 0]),
+        )
+
+
+def _blind(subject: Subject) -> str | None:
+    return None if subject.info.needs_truth else "not applicable: it does not look at the truth"
+
+
+# --- invalid texts
+
+
+@st.composite
+def _broken_pairs(draw: st.DrawFn, subject: Subject) -> Rows:
+    """A valid answer, and an invalid text with the same content."""
+    reading: Reading = draw(st.sampled_from(subject.readings))
+    target = draw((strategies.volume_targets if subject.info.volume else strategies.targets)())
+    needs_mask = subject.info.needs_mask
+    valid = draw(strategies.predictions(target, valid=True, mask=needs_mask, reading=reading))
+    texts = broken_completions(valid.reasoning or "One spot.", valid.answer or "", reading)
+    frame = Frame("original_px", (target.width, target.height))
+    broken_ones = [reading.parse(texts[name], frame) for name in KEEPS_CONTENT if name in texts]
+    broken = draw(st.sampled_from([said for said in broken_ones if _says_the_same(said, valid)]))
+    if needs_mask and broken.has_seg and valid.mask is not None:
+        broken = broken.with_mask(valid.mask, valid.probability)
+    return Rows([valid, broken], [target, target], [0, 0])
+
+
+def _says_the_same(first: Prediction, second: Prediction) -> bool:
+    return first.slice_index == second.slice_index and all(
+        np.array_equal(one, other) for one, other in ((first.boxes, second.boxes), (first.points, second.points))
+    )
+
+
+def _invalid_is_no_gain(subject: Subject, rows: Rows) -> None:
+    valid, broken = subject.pay_group(list(zip(rows.predictions, rows.targets, strict=True)))
+    if valid is not None and broken is not None and broken > valid + TOLERANCE:
+        raise Violation(
+            "no more for an invalid text than for a valid one that says the same",
+            f"{valid:g} for the valid one, {broken:g} for the one that is {rows.predictions[1].status.value}",
+            rows,
+        )
+
+
+CLAIMS = (
+    Property("order of boxes", any_batch, _box_order, _claims("invariant", "box_order")),
+    Property("mirroring", any_batch, _flip, _claims("invariant", "flip")),
+    Property("enlarging", any_batch, _rescale, _claims("invariant", "rescale")),
+    Property("monotone in boxes", _closer_boxes, _never_falls, _claims("monotone", "boxes")),
+    Property("monotone in the mask", _closer_masks, _never_falls, _no_mask_claim),
+    *(
+        Property(f"empty: {side}", _empty_sides, _as_declared(side), _undeclared_side(side))
+        for side in ("both", "prediction", "truth")
+    ),
+    Property("honest about nothing", _empty_sides, _honest, _blind),
+    Property("invalid text", _broken_pairs, _invalid_is_no_gain, _blind),
+)

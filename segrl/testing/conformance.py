@@ -1,0 +1,240 @@
+"""Properties of every reward, whatever it declares: on any batch, as TRL's callable, as a file, on hostile text."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import sys
+import time
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import yaml
+from hypothesis import strategies as st
+
+from segrl.errors import RewardError
+from segrl.frames import Frame
+from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.rewards.reading import Reading
+from segrl.rewards.reward import Reward
+from segrl.testing import strategies
+from segrl.testing.answers import HOSTILE
+from segrl.testing.subject import TOLERANCE, Property, Rows, Subject, Violation, array_fields, leaves, same
+
+__all__ = ["CONFORMANCE", "any_batch", "check_hostile_text"]
+
+SIZES = tuple(2**power for power in (12, 14, 16, 18, 20))  # characters of hostile texts, up to 1 MB
+SLOWDOWN = 10.0  # most for a text four times as long: 4 is linear, 16 quadratic
+NOTICEABLE = 0.05  # seconds; less is not compared
+EDGE = 32  # pixels of the image that hostile texts are about
+
+
+def any_batch(subject: Subject) -> st.SearchStrategy[Rows]:
+    """Batches that the reward must be able to score."""
+    batch = strategies.batches(
+        volume=subject.info.volume,
+        mask=subject.info.needs_mask,
+        probability=subject.info.needs_mask,
+        group_size=subject.group_size,
+        readings=subject.readings,
+    )
+    return st.builds(_rows, batch, st.sampled_from([1.0, 0.0, 0.5]), st.integers(0, 5))
+
+
+def _rows(batch: Any, progress: float, choice: int) -> Rows:
+    predictions, targets, groups = batch
+    return Rows(predictions, targets, groups, progress, choice)
+
+
+def _scores(subject: Subject, rows: Rows) -> None:
+    found = subject.paid(rows)
+    if len(found) != len(rows.predictions):
+        raise Violation(f"{len(rows.predictions)} scores, one per row", f"{len(found)} scores", rows)
+
+
+def _leaves_input_alone(subject: Subject, rows: Rows) -> None:
+    subject.paid(rows)
+    for record, before in zip((*rows.predictions, *rows.targets), rows.before, strict=True):
+        for name, array in array_fields(record).items():
+            if not np.array_equal(array, before[name]):
+                place = f"{type(record).__name__}.{name}"
+                raise Violation(
+                    f"{place} left as it was", f"it was changed in place, from {before[name].tolist()}", rows
+                )
+
+
+def _in_range(subject: Subject, rows: Rows) -> None:
+    low, high = subject.reward.range or (-math.inf, math.inf)
+    for score in subject.paid(rows):
+        if score is not None and not low - TOLERANCE <= score <= high + TOLERANCE:
+            raise Violation(f"scores in [{low:g}, {high:g}], as declared", f"{score:g}", rows)
+
+
+def _deterministic(subject: Subject, rows: Rows) -> None:
+    first, second = subject.paid(rows), subject.pay(rows)
+    if first != second:
+        raise Violation("the same scores for the same rows", f"{first}, then {second}", rows)
+
+
+def _batch_equals_single(subject: Subject, rows: Rows) -> None:
+    whole = subject.paid(rows)
+    compares = subject.reward.compares_answers
+    keys = rows.groups if compares else range(len(whole))
+    for key in dict.fromkeys(keys):
+        members = [row for row, other in enumerate(keys) if other == key]
+        apart, together = subject.pay(rows.some(members)), [whole[row] for row in members]
+        if not same(apart, together):
+            what = "the answers to each prompt" if compares else "each row"
+            found = f"from row {members[0]} on {together} in the batch, {apart} alone"
+            raise Violation(f"the same scores for {what} alone as in the batch", found, rows)
+
+
+def _any_order(subject: Subject, rows: Rows) -> None:
+    backwards = range(len(rows.predictions))[::-1]
+    forwards, turned = subject.paid(rows), subject.pay(rows.some(backwards))[::-1]
+    if not same(turned, forwards):
+        raise Violation("the same scores in any order of the rows", f"{forwards}, in reversed order {turned}", rows)
+
+
+def _called_by_trl(subject: Subject, rows: Rows) -> None:
+    columns: dict[str, Any] = {}
+    expected: Any = "scores"
+    try:
+        if subject.info.needs_mask:  # as SegGRPOTrainer calls it
+            columns = {"prediction": list(rows.predictions), "target": list(rows.targets)}
+        else:  # as TRL's own trainer does: predictions are parsed from the text
+            column = "volume" if subject.info.volume else "mask"
+            columns = {column: [target.mask for target in rows.targets]}
+            if subject.info.volume:
+                columns["spacing_mm"] = [list(target.spacing_mm) for target in rows.targets]
+            rows = rows.changed(partial(_parsed_again, subject.reward.reading))
+        expected = subject.pay(rows)
+        found = subject.called(rows, **columns)
+    except Violation:
+        raise
+    except Exception as error:  # as in `Subject.pay`
+        found = f"{type(error).__name__}: {error}"
+    if not isinstance(found, list) or {*map(type, found)} - {float, type(None)} or not same(found, expected):
+        raise Violation(f"{expected} from TRL's call with unknown columns, as from score_batch", str(found), rows)
+
+
+def _parsed_again(reading: Reading, prediction: Prediction, target: Any) -> tuple[Prediction, Any]:
+    size = (target.width, target.height)
+    frame = reading.frame(size, size) if callable(reading.frame) else Frame(reading.frame, size)
+    return reading.parse(prediction.text, frame), target
+
+
+def _pickles(subject: Subject, rows: Rows) -> None:
+    try:
+        copy = pickle.loads(pickle.dumps(subject.reward))
+    except Exception as error:  # pickle raises what it likes
+        found = f"{type(error).__name__}: {error}"
+        raise Violation("a reward that pickles, as worker processes need it", found) from error
+    _equal_reward(subject, copy, rows, "unpickled")
+
+
+def _not_picklable(subject: Subject) -> str | None:
+    for leaf in leaves(subject.reward):
+        function = leaf.function
+        found: Any = sys.modules.get(function.__module__)
+        for part in getattr(function, "__qualname__", "").split("."):
+            found = getattr(found, part, None)
+        if found is not function and hasattr(function, "__qualname__"):
+            return f"not applicable: {function.__qualname__} is not at the top of a module"
+    return None
+
+
+def _survives_yaml(subject: Subject, rows: Rows) -> None:
+    try:
+        copy = Reward.from_dict(yaml.safe_load(subject.reward.to_yaml()))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise Violation("a reward that can be written as YAML and read from it", found) from error
+    _equal_reward(subject, copy, rows, "read from its YAML")
+
+
+def _not_writable(subject: Subject) -> str | None:
+    try:
+        subject.reward.to_dict()
+    except RewardError as error:
+        return f"not applicable: {error}"
+    return None
+
+
+def _equal_reward(subject: Subject, copy: Reward, rows: Rows, how: str) -> None:
+    if copy != subject.reward:
+        raise Violation(f"a reward that is equal when {how}", f"{subject.reward!r}, then {copy!r}")
+    first, second = subject.paid(rows), Subject(copy, subject.columns).pay(rows)
+    if not same(first, second):
+        raise Violation(f"the same scores when {how}", f"{first}, then {second}", rows)
+
+
+def _undeclared_range(subject: Subject) -> str | None:
+    return None if subject.reward.range else "not declared"
+
+
+CONFORMANCE = (
+    Property("scores", any_batch, _scores),
+    Property("input unchanged", any_batch, _leaves_input_alone),
+    Property("range", any_batch, _in_range, _undeclared_range),
+    Property("deterministic", any_batch, _deterministic),
+    Property("batch equals single", any_batch, _batch_equals_single),
+    Property("any order of rows", any_batch, _any_order),
+    Property("called by TRL", any_batch, _called_by_trl),
+    Property("pickles", any_batch, _pickles, _not_picklable, most=5),
+    Property("YAML", any_batch, _survives_yaml, _not_writable, most=5),
+)
+
+
+# --- hostile text
+
+
+def check_hostile_text(subject: Subject) -> None:
+    """Score texts of up to 1 MB: no exception, scores in the range, and time that grows with their length only.
+
+    Raises:
+        Violation: Naming the kind of text.
+    """
+    low, high = subject.reward.range or (-math.inf, math.inf)
+    for kind in HOSTILE:
+        before = math.inf
+        for size in SIZES:
+            where = f"{size} characters of {kind}"
+            try:
+                seconds, scores = _timed(subject, kind, size)
+                if 1 > seconds > SLOWDOWN * max(before, NOTICEABLE):  # once more: the machine may have been busy
+                    before = max(before, _timed(subject, kind, size // 4)[0])
+                    seconds = min(seconds, _timed(subject, kind, size)[0])
+            except Violation as violation:
+                raise Violation(violation.expected, f"{violation.found}, for {where}") from violation.__cause__
+            for score in scores:
+                if score is not None and not low - TOLERANCE <= score <= high + TOLERANCE:
+                    raise Violation(f"scores in [{low:g}, {high:g}], as declared", f"{score:g} for {where}")
+            if seconds > SLOWDOWN * max(before, NOTICEABLE):
+                found = f"{before:.2g} s of computing for {size // 4} characters of {kind}, {seconds:.2g} s for {size}"
+                raise Violation("time that grows with the length of the text", found)
+            before = seconds
+
+
+def _timed(subject: Subject, kind: str, size: int) -> tuple[float, list[float | None]]:
+    rows = _hostile_rows(subject, kind, size, subject.reward.reading)
+    start = time.process_time()
+    scores = subject.pay(rows)
+    return time.process_time() - start, scores
+
+
+def _hostile_rows(subject: Subject, kind: str, size: int, reading: Reading) -> Rows:
+    prediction = _hostile(kind, size, reading)
+    mask = np.zeros((EDGE, EDGE), dtype=bool)
+    mask[4:12, 6:20] = True
+    if subject.info.needs_mask and prediction.has_seg:
+        prediction = prediction.with_mask(np.roll(mask, 3))
+    target = VolumeTarget.from_mask(mask[None]) if subject.info.volume else Target.from_mask(mask)
+    n = subject.group_size or 1
+    return Rows([prediction] * n, [target] * n, [0] * n)
+
+
+@lru_cache(maxsize=len(HOSTILE) * len(SIZES))
+def _hostile(kind: str, size: int, reading: Reading) -> Prediction:
+    return reading.parse(HOSTILE[kind](size, reading), Frame("original_px", (EDGE, EDGE)))

@@ -1,0 +1,219 @@
+"""Hypothesis strategies for masks, boxes, completions, predictions and truths, to test rewards and metrics with.
+
+They shrink towards empty masks, boxes at the origin, no boxes and valid texts. Coordinates are whole numbers of
+original pixels, or half numbers for points, so that mirroring and enlarging them is exact.
+
+Example:
+    ```python
+    from hypothesis import given
+    from segrl.testing import strategies
+
+    @given(strategies.targets().flatmap(lambda target: strategies.predictions(target, mask=True)))
+    def test_my_metric(prediction): ...
+    ```
+"""
+
+# D slices, H/W pixels of the original image, N boxes, P points
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.frames import Frame
+from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.rewards.reading import Reading
+from segrl.testing.answers import REASONING, broken_completions, write_answer, write_completion
+from segrl.testing.shapes import MAX_SIZE, boxes, masks, points, st, volumes
+
+__all__ = [
+    "batches",
+    "boxes",
+    "completions",
+    "masks",
+    "points",
+    "predictions",
+    "targets",
+    "volume_targets",
+    "volumes",
+]
+
+Draw = st.DrawFn
+_SCORES = (0.5, 0.0, 0.25, 0.9, 1.0)
+_FREE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>[]{}"), min_size=1, max_size=12)
+_DECOYS = (
+    'The boxes are [{"bbox_2d": [1, 2, 9, 8]}].',
+    "Perhaps [1, 2, 9, 8].",
+    "Dark spot. " * 5,
+    "看 \u202e \U0001f9ff",
+)
+
+
+def targets(*, max_size: int = MAX_SIZE, empty: bool | None = None) -> st.SearchStrategy[Target]:
+    """Truths for images; their boxes are those of the mask's components.
+
+    Args:
+        max_size: Largest edge, pixels.
+        empty: True for images without a lesion, False for images with one or more; None for both.
+    """
+    return masks(max_size=max_size, empty=empty).map(lambda mask: Target.from_mask(mask, query="Where is the lesion?"))
+
+
+def volume_targets(
+    *, max_depth: int = 4, max_size: int = MAX_SIZE, empty: bool | None = None
+) -> st.SearchStrategy[VolumeTarget]:
+    """Truths for volumes, with cubic and with flat voxels.
+
+    Args:
+        max_depth: Largest number of slices.
+        max_size: Largest edge of a slice, pixels.
+        empty: True for volumes without foreground, False for volumes with some; None for both.
+    """
+    return st.builds(
+        lambda mask, spacing: VolumeTarget.from_mask(mask, spacing, query="Where is the lesion?"),
+        volumes(max_depth=max_depth, max_size=max_size, empty=empty),
+        st.sampled_from([(1.0, 1.0, 1.0), (5.0, 0.5, 0.5)]),
+    )
+
+
+@st.composite
+def completions(
+    draw: Draw,
+    frame: Frame,
+    *,
+    valid: bool | None = True,
+    near: ArrayLike = (),
+    depth: int | None = None,
+    reading: Reading | None = None,
+    empty: bool | None = None,
+) -> str:
+    """Completions in the grammar of `segrl.parsing`, or broken in one of the ways that published systems paid for.
+
+    Valid ones may reason in any script, with boxes in the reasoning too; in JSON they may hold points and confidences.
+    Broken ones: text around the blocks, two answers, an answer in the reasoning, blocks left open, a token that is
+    missing, repeated or in the wrong place, boxes with x2 < x1 or with NaN, malformed JSON, a copy of the prompt, and
+    more; see `segrl.testing.answers.broken_completions`.
+
+    Args:
+        draw: Given by hypothesis.
+        frame: The frame in which the model writes.
+        valid: False for broken completions; None mixes them in.
+        near: (M, 4) boxes in original pixels; many boxes are these or near them.
+        depth: Number of slices of a volume: a JSON answer names one of them, or one too many, with a list of boxes.
+        reading: How they will be read: `answer_format`, `seg_token`, `require_seg`, `require_reasoning`.
+        empty: True for answers that find nothing, False for answers with at least one box; None for both.
+
+    Returns:
+        Strategy for texts.
+    """
+    reading = reading or Reading()
+    width, height = frame.original_size
+    found = draw(boxes(width, height, near=near, min_boxes=int(empty is False), max_boxes=0 if empty else 4))
+    said: dict[str, Any] = {"rounding": frame.kind != "original_px"}
+    if reading.answer_format == "json" and not empty:
+        if depth is not None:
+            said["slice_index"] = draw(st.integers(0, depth if empty is None else depth - 1))
+        elif draw(st.booleans()):
+            centres = (found[:, :2] + found[:, 2:] - 1) / 2
+            said["points_px"] = draw(points(width, height, near=centres, max_points=4))
+        elif draw(st.booleans()):
+            said["scores"] = [draw(st.sampled_from(_SCORES)) for _ in found]
+    reasoning = draw(st.one_of(st.just(REASONING), st.sampled_from(_DECOYS), _FREE_TEXT).filter(str.strip))
+    if valid is None:
+        valid = draw(st.sampled_from([True, True, True, False]))
+    if not valid:
+        texts = broken_completions(reasoning, write_answer(found, frame, reading, **said), reading)
+        return texts[draw(st.sampled_from(list(texts)))]
+    if not reading.require_seg and reading.seg_token and draw(st.booleans()):
+        reading = Reading(seg_token="", require_seg=False, answer_format=reading.answer_format)
+    text = write_completion(found, frame, reading, reasoning=reasoning, **said)
+    if not reading.require_reasoning and draw(st.booleans()):
+        text = text.partition("</think>")[2]
+    return draw(st.sampled_from(["{}", "\n{}\n"])).format(text)
+
+
+@st.composite
+def predictions(
+    draw: Draw,
+    target: Target | VolumeTarget,
+    *,
+    valid: bool | None = None,
+    mask: bool = False,
+    probability: bool = False,
+    reading: Reading | None = None,
+    empty: bool | None = None,
+) -> Prediction:
+    """Predictions for a truth, read from `completions` in original pixels, many of them close to it.
+
+    Args:
+        draw: Given by hypothesis.
+        target: The truth.
+        valid: As in `completions`; None mixes broken ones in.
+        mask: Whether a mask is decoded. As in training, an answer without the segmentation token has none.
+        probability: Whether half of the masks have probabilities, which exceed 0.5 just inside the mask.
+        reading: As in `completions`; the frame is always original pixels.
+        empty: True for answers that find nothing, False for answers with a box and foreground; None for both.
+
+    Returns:
+        Strategy for predictions. For a volume the mask is that of one slice, (H, W).
+    """
+    reading = reading or Reading()
+    shown, depth = target, None
+    if isinstance(target, VolumeTarget):
+        depth = target.depth
+        shown = target.at(draw(st.integers(0, depth - 1)))
+    assert isinstance(shown, Target)
+    frame = Frame("original_px", (target.width, target.height))
+    text = draw(completions(frame, valid=valid, near=shown.boxes, depth=depth, reading=reading, empty=empty))
+    prediction = reading.parse(text, frame)
+    if not mask or not prediction.has_seg:
+        return prediction
+    decoded = draw(masks(near=shown.mask, empty=empty))
+    levels = None
+    if probability and draw(st.booleans()):
+        inside, outside = draw(st.sampled_from([1.0, 0.75])), draw(st.sampled_from([0.0, 0.25]))
+        levels = np.where(decoded, inside, outside).astype(np.float32)
+    return prediction.with_mask(decoded, levels)
+
+
+@st.composite
+def batches(
+    draw: Draw,
+    *,
+    volume: bool = False,
+    mask: bool = False,
+    probability: bool = False,
+    max_groups: int = 2,
+    group_size: int | None = None,
+    valid: bool | None = None,
+    readings: Sequence[Reading] = (Reading(), Reading(answer_format="json")),
+    max_size: int = MAX_SIZE,
+) -> tuple[list[Prediction], list[Target | VolumeTarget], list[Hashable]]:
+    """Batches as GRPO makes them: for each of some truths, several predictions in a row.
+
+    Args:
+        draw: Given by hypothesis.
+        volume: Truths are volumes.
+        mask: As in `predictions`, as the next and `valid`.
+        probability: Whether masks may have probabilities.
+        max_groups: Largest number of truths.
+        group_size: Predictions for each truth; 1 to 3 if None.
+        valid: Whether completions are valid.
+        readings: How completions are read: one of these for the whole batch.
+        max_size: Largest edge of an image, pixels.
+
+    Returns:
+        Strategy for (predictions, targets, groups), one of each per row; a group's rows share one target object.
+    """
+    reading = draw(st.sampled_from(list(readings)))
+    rows: list[tuple[Prediction, Target | VolumeTarget, Hashable]] = []
+    for group in range(draw(st.integers(1, max_groups))):
+        target = draw(volume_targets(max_size=max_size) if volume else targets(max_size=max_size))
+        for _ in range(draw(st.integers(1, 3)) if group_size is None else group_size):
+            given = draw(predictions(target, valid=valid, mask=mask, probability=probability, reading=reading))
+            rows.append((given, target, group))
+    found, truths, groups = zip(*rows, strict=True)
+    return list(found), list(truths), list(groups)

@@ -1,0 +1,233 @@
+"""What `check_reward` works with: the reward under test, batches as examples, and properties that can be violated."""
+
+# H/W pixels
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from segrl.errors import RewardError
+from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.rewards.reading import Reading
+from segrl.rewards.reward import Reward
+from segrl.rewards.steps import Gate, GroupRelative
+
+__all__ = ["AnyTarget", "Property", "Rows", "Subject", "Violation", "array_fields", "group_size", "leaves", "same"]
+
+AnyTarget = Target | VolumeTarget
+ARRAYS = {
+    Prediction: ("boxes", "points", "scores", "mask", "probability"),
+    Target: ("mask", "boxes"),
+    VolumeTarget: ("mask",),
+}
+TOLERANCE = 1e-5  # of scores computed in two ways: a reward may work in float32
+TRL_COLUMNS = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "prediction", "target",
+     "query", "modality", "anatomy", "lesion", "name", "mask", "boxes"}
+)  # fmt: skip
+
+
+class Violation(Exception):
+    """A property does not hold for an example."""
+
+    def __init__(self, expected: str, found: str, rows: Rows | None = None) -> None:
+        super().__init__(expected, found)
+        self.expected, self.found, self.rows = expected, found, rows
+
+
+@dataclass(eq=False)
+class Rows:
+    """An example: a batch, the training progress, and a number that picks how it is mirrored, enlarged and shuffled.
+
+    Attributes:
+        predictions: One per row.
+        targets: One per row.
+        groups: One id per row; the rows of a group are consecutive.
+        progress: Training progress in [0, 1].
+        choice: 0 to 5.
+        before: Copies of all arrays.
+        paid: The first scores of this example, see `Subject.paid`.
+    """
+
+    predictions: list[Prediction]
+    targets: list[Any]
+    groups: list[Hashable]
+    progress: float = 1.0
+    choice: int = 0
+    before: list[dict[str, np.ndarray]] = field(init=False)
+    paid: list[float | None] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.before = [array_fields(record, copied=True) for record in (*self.predictions, *self.targets)]
+
+    def some(self, rows: Sequence[int]) -> Rows:
+        """These rows, in this order."""
+        return Rows(
+            [self.predictions[row] for row in rows],
+            [self.targets[row] for row in rows],
+            [self.groups[row] for row in rows],
+            self.progress,
+            self.choice,
+        )
+
+    def changed(self, how: Callable[[Prediction, Any], tuple[Prediction, Any]]) -> Rows:
+        """Every row changed; rows that share their target go on sharing it."""
+        pairs = [how(*pair) for pair in zip(self.predictions, self.targets, strict=True)]
+        known: dict[int, Any] = {}
+        targets = [known.setdefault(id(old), new) for old, (_, new) in zip(self.targets, pairs, strict=True)]
+        return Rows([new for new, _ in pairs], targets, self.groups, self.progress, self.choice)
+
+
+def array_fields(record: Any, copied: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of a prediction or target by name."""
+    found = {name: getattr(record, name) for name in ARRAYS[type(record)]}
+    return {name: array.copy() if copied else array for name, array in found.items() if array is not None}
+
+
+@dataclass(eq=False)
+class Subject:
+    """The reward under test.
+
+    Attributes:
+        reward: The reward.
+        columns: Value of each further data set column that its TRL functions read, the same for all rows.
+    """
+
+    reward: Reward
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.info = self.reward.info
+        self.group_size = group_size(self.reward)
+        self.has_trl_function = False
+        for leaf in leaves(self.reward):
+            info = leaf.info
+            if info.form == "trl":
+                self.has_trl_function = True
+                self._check_columns(leaf.function, info.name)
+
+    def _check_columns(self, function: Callable[..., Any], name: str) -> None:
+        for parameter in inspect.signature(function).parameters.values():
+            named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if named and parameter.default is parameter.empty and parameter.name not in {*TRL_COLUMNS, *self.columns}:
+                raise RewardError(
+                    f"reward {name!r} reads the column {parameter.name!r}; "
+                    f"pass check_reward(..., columns={{{parameter.name!r}: value}})"
+                )
+
+    @cached_property
+    def readings(self) -> list[Reading]:
+        """How completions are read: in the reward's grammar, and, but for volumes, also in the other."""
+        own = self.reward.reading
+        other = "text" if own.answer_format == "json" else "json"
+        return [own] if self.info.volume else [own, replace(own, answer_format=other)]
+
+    def pay(self, rows: Rows) -> list[float | None]:
+        """The scores. Any exception is a violation: model text is data."""
+        predictions, targets = list(rows.predictions), list(rows.targets)
+        try:
+            if self.has_trl_function:
+                truth = {"mask": [target.mask for target in targets], "boxes": [_boxes(target) for target in targets]}
+                return self.called(rows, prediction=predictions, target=targets, **truth)
+            return self.reward.score_batch(predictions, targets, groups=list(rows.groups), progress=rows.progress)
+        except Exception as error:  # whatever foreign code raises is the finding
+            expected = "one finite number or None per row, and no exception, whatever the model says"
+            raise Violation(expected, f"{type(error).__name__}: {error}", rows) from error
+
+    def paid(self, rows: Rows) -> list[float | None]:
+        """The scores that this example got when it was first paid."""
+        if rows.paid is None:
+            rows.paid = self.pay(rows)
+        return rows.paid
+
+    def pay_group(self, pairs: Sequence[tuple[Prediction, Any]]) -> list[float | None]:
+        """The scores of the answers of one group, filled up with its first one to a size that the reward takes."""
+        filled = [*pairs, *[pairs[0]] * (-len(pairs) % (self.group_size or 1))]
+        rows = Rows([pair[0] for pair in filled], [pair[1] for pair in filled], [0] * len(filled))
+        return self.pay(rows)[: len(pairs)]
+
+    def called(self, rows: Rows, **columns: Any) -> Any:
+        """What the reward returns when TRL calls it, with these columns and some that it does not know."""
+        texts: list[Any] = [prediction.text for prediction in rows.predictions]
+        if rows.choice % 2 and not self.has_trl_function:
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        call: dict[str, Any] = {
+            "prompts": [f"{group}: where is the lesion?" for group in rows.groups],
+            "completions": texts,
+            "completion_ids": [list(prediction.text.encode()) for prediction in rows.predictions],
+            "query": [target.query for target in rows.targets],
+            "unknown_column": [None for _ in texts],
+            "trainer_state": SimpleNamespace(global_step=round(100 * rows.progress), max_steps=100),
+            "log_metric": lambda name, value: None,
+            "log_extra": lambda column, values: None,
+            **{name: [value] * len(texts) for name, value in self.columns.items()},
+            **columns,
+        }
+        found: Any = self.reward(**call)
+        if not self.reward.is_async:
+            return found
+        with ThreadPoolExecutor(1) as pool:  # this thread may have a running loop, in a notebook
+            return pool.submit(asyncio.run, found).result()
+
+
+def leaves(reward: Reward) -> Iterator[Any]:
+    """The functions and classes that a reward is made of, each with its settings."""
+    if hasattr(reward.source, "function"):
+        yield reward.source
+    for inner in _inner(reward):
+        yield from leaves(inner)
+
+
+def group_size(reward: Reward) -> int | None:
+    """The number of answers that a group must be a multiple of, if the reward asks for one."""
+    sizes = {step.group_size for step in reward.steps if isinstance(step, GroupRelative) and step.group_size}
+    sizes |= {size for inner in _inner(reward) if (size := group_size(inner))}
+    return math.lcm(*sizes) if sizes else None
+
+
+def _boxes(target: AnyTarget) -> Any:
+    return target.boxes if isinstance(target, Target) else []
+
+
+def _inner(reward: Reward) -> list[Reward]:
+    gates = [step.reward for step in reward.steps if isinstance(step, Gate)]
+    return [part for part, _ in getattr(reward.source, "parts", ())] + gates
+
+
+@dataclass(frozen=True)
+class Property:
+    """One thing that `check_reward` tests.
+
+    Attributes:
+        name: In the report.
+        examples: Strategy for the examples.
+        holds: Raises `Violation` for an example that it does not hold for.
+        skipped: Why it is not tested, beginning with "not declared" or "not applicable"; None if it is.
+        most: Number of examples that is enough.
+    """
+
+    name: str
+    examples: Callable[[Subject], Any]
+    holds: Callable[[Subject, Any], None]
+    skipped: Callable[[Subject], str | None] = lambda subject: None
+    most: int = 10**9
+
+
+def same(first: Sequence[float | None], second: Sequence[float | None]) -> bool:
+    """Whether two lists of scores agree."""
+    if len(first) != len(second):
+        return False
+    return all(
+        a is b if a is None or b is None else math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        for a, b in zip(first, second, strict=True)
+    )

@@ -1,0 +1,552 @@
+"""Every property of `check_reward` catches a reward that is wrong in this one way, and nothing that is right."""
+
+import asyncio
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segrl.errors import RewardCheckError, RewardError, SegRLError
+from segrl.frames import Frame
+from segrl.rewards import list_rewards, make_reward, register_reward, registry, weighted_sum
+from segrl.surfaces import boundary_iou
+from segrl.testing import CheckReport, check_reward
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+
+def failure(reward, name, **settings):
+    """The error for a reward that fails one property."""
+    with pytest.raises(RewardCheckError) as caught:
+        check_reward(reward, **settings)
+    assert caught.value.property == name, str(caught.value)
+    return caught.value
+
+
+def overlap(a, b):
+    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)
+    union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - np.prod(sides)
+    return float(np.prod(sides) / union) if union > 0 else 0.0
+
+
+def quality(prediction, target):
+    """IoU of the first boxes; nothing said where nothing is to be found is right."""
+    if not prediction.valid:
+        return 0.0
+    if len(prediction.boxes) == 0 or target.empty:
+        return float(len(prediction.boxes) == 0 and target.empty)
+    return overlap(prediction.boxes[0], target.boxes[0])
+
+
+# --- everything that is right passes
+
+
+@pytest.mark.parametrize("name", list_rewards())
+def test_built_in(name):
+    report = check_reward(name)
+    assert {"scores", "range", "deterministic", "batch equals single", "called by TRL", "YAML"} <= set(
+        report.passed
+    ) | ({"range"} if make_reward(name).range is None else set())
+    claimed = {"box_order": "order of boxes", "flip": "mirroring", "rescale": "enlarging"}
+    info = make_reward(name).info
+    assert {claimed[claim] for claim in info.invariant} <= set(report.passed)
+    assert info.needs_truth == ("honest about nothing" in report.passed)
+
+
+def test_a_plain_function():
+    report = check_reward(quality, max_examples=20)
+    assert isinstance(report, CheckReport)
+    assert report.outcomes["range"] == report.outcomes["empty: both"] == report.outcomes["mirroring"] == "not declared"
+    assert {"scores", "pickles", "YAML", "invalid text", "honest about nothing", "hostile text"} <= set(report.passed)
+    assert report.examples > 40
+    assert re.search(r"^quality: \d+ examples", str(report))
+    assert "  hostile text          passed" in str(report)
+
+
+class Vectorised:
+    """A class with a setting."""
+
+    def __init__(self, power: float = 2.0):
+        self.power = power
+
+    def score_batch(self, predictions, targets):
+        return np.array([quality(*pair) for pair in zip(predictions, targets, strict=True)]) ** self.power
+
+
+class Winner:
+    """1 for the best answers to a prompt."""
+
+    def score_group(self, predictions, targets):
+        scores = [quality(*pair) for pair in zip(predictions, targets, strict=True)]
+        return [float(score == max(scores)) for score in scores]
+
+
+def brevity(completions, **columns):
+    return [1 / (1 + len(text)) for text in completions]
+
+
+def thinks(completions, **columns):
+    return [float(text.strip().startswith("<think>")) for text in completions]
+
+
+def few_tokens(completions, completion_ids, solution, **columns):
+    rows = zip(completions, completion_ids, solution, strict=True)
+    return [float(len(ids) < 200 and wanted in text) for text, ids, wanted in rows]
+
+
+def in_original_pixels(shown, original):
+    return Frame("original_px", original)
+
+
+async def judged(prediction, target):
+    await asyncio.sleep(0)
+    return quality(prediction, target)
+
+
+def log_and_progress(prediction, target, *, log_metric, progress):
+    log_metric("seen", 1.0)
+    return progress * quality(prediction, target)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        Vectorised,
+        Winner,
+        brevity,
+        judged,
+        log_and_progress,
+        make_reward("box_f1").gate("format").clip(0.1, 0.9).scale(2.0, -1.0).schedule({0: 0, 0.5: 1}),
+        make_reward("box_iou").group_relative("rank"),
+        make_reward("box_iou").group_relative("zscore", group_size=3),
+        weighted_sum({"format": 1.0, judged: 2.0}, "mixed"),
+        weighted_sum({"slice_format": 1.0, "slice_boxes": 2.0}, "slices"),
+        weighted_sum([(thinks, 0.5), ("mask_iou", 1.0)], "with TRL's"),
+        make_reward("box_iou", seg_token="", require_seg=False, require_reasoning=False, answer_format="json"),
+        make_reward("mask_iou", frame=in_original_pixels),
+    ],
+    ids=lambda reward: getattr(reward, "name", getattr(reward, "__name__", "?")),
+)
+def test_every_form_of_a_reward(reward):
+    report = check_reward(reward, max_examples=15)
+    assert {"scores", "deterministic", "batch equals single", "called by TRL", "hostile text"} <= set(report.passed)
+
+
+def test_settings_are_those_of_make_reward():
+    assert check_reward("box_f1", min_iou=0.3, answer_format="json", max_examples=5).reward == "box_f1"
+    with pytest.raises(SegRLError, match="did you mean 'min_iou'"):
+        check_reward("box_f1", minimum_iou=0.3)
+
+
+def test_columns_of_a_trl_function():
+    assert "scores" in check_reward(few_tokens, columns={"solution": "[0, 0"}, max_examples=10).passed
+    with pytest.raises(RewardError, match=r"'few_tokens' reads the column 'solution'; pass check_reward\(\.\.\., col"):
+        check_reward(few_tokens)
+
+
+def test_what_is_not_at_the_top_of_a_module_need_not_pickle():
+    report = check_reward(lambda prediction, target: quality(prediction, target), max_examples=5)
+    assert report.outcomes["pickles"].startswith("not applicable: test_what_is_not")
+    assert report.outcomes["YAML"].startswith("not applicable: reward '<lambda>' cannot be written")
+
+
+def test_the_same_seed_gives_the_same_example():
+    errors = [failure(no_boxes_no_index, "scores", seed=seed) for seed in (1, 1)]
+    assert str(errors[0]) == str(errors[1])
+
+
+# --- scores
+
+
+def no_boxes_no_index(prediction, target):
+    return float(prediction.boxes[0, 0] >= 0)
+
+
+def mean_of_nothing(prediction, target):
+    return float(np.sum(prediction.boxes) / max(len(prediction.boxes), 1e-400))
+
+
+def verdict(prediction, target):
+    return "good" if prediction.valid else "bad"
+
+
+class OnlyTheValid:
+    def score_batch(self, predictions, targets):
+        return [1.0 for prediction in predictions if prediction.valid]
+
+
+def one_for_all(completions, **columns):
+    return [1.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        (no_boxes_no_index, "IndexError"),
+        (verdict, "could not convert string to float"),
+        (OnlyTheValid, "returned 0 scores for 1 rows"),
+        (one_for_all, "returned 1 scores for 2 rows"),
+        (lambda prediction, target: float("nan") if prediction.valid else 0.0, "returned nan"),
+        (lambda prediction, target: -np.inf if target.empty else 0.0, "returned -inf"),
+        (lambda prediction, target: 1.0 if prediction.mask[0, 0] else 0.0, "'NoneType' object is not subscriptable"),
+    ],
+)
+def test_scores(reward, found):
+    error = failure(reward, "scores")
+    assert found in error.found
+    assert error.expected == "one finite number or None per row, and no exception, whatever the model says"
+
+
+def test_the_message_holds_the_smallest_example_and_the_cause():
+    error = failure(no_boxes_no_index, "scores")
+    assert str(error) == (
+        "reward 'no_boxes_no_index' fails 'scores'\n"
+        "expected: one finite number or None per row, and no exception, whatever the model says\n"
+        "found: RewardError: reward 'no_boxes_no_index': IndexError: index 0 is out of bounds for axis 0 with size 0\n"
+        "smallest example:\n"
+        "row 0\n"
+        "  text: '<think>One region differs from the tissue around it.</think>"
+        "<answer>No lesion is visible.<seg></answer>' (valid)\n"
+        "  boxes: []\n"
+        "  true boxes: []\n"
+        "  true mask:\n"
+        "    ."
+    )
+    assert isinstance(error, AssertionError)
+    assert isinstance(error.__cause__, RewardError)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# --- any batch
+
+
+def dice_of_two(prediction, target):
+    """Twice the IoU is not Dice."""
+    if prediction.mask is None or not (prediction.mask | target.mask).any():
+        return 0.0
+    return 2 * float((prediction.mask & target.mask).sum() / (prediction.mask | target.mask).sum())
+
+
+def test_range():
+    register_reward("dice_of_two", needs_mask=True, range=(0, 1))(dice_of_two)
+    error = failure("dice_of_two", "range")
+    assert (error.expected, error.found) == ("scores in [0, 1], as declared", "2")
+    assert "  mask:\n    " in error.example
+    assert len(error.example) < 400, "a mask of a few pixels"
+
+
+def test_range_over_the_training_progress():
+    def late(prediction, target, *, progress):
+        return 1.0 - progress
+
+    register_reward("late", range=(0, 0.5))(late)
+    assert "progress: 0" in failure("late", "range").example
+
+
+def sorts_in_place(prediction, target):
+    prediction.boxes.sort(axis=0)
+    return quality(prediction, target)
+
+
+def crops_the_truth(prediction, target):
+    if prediction.mask is not None:
+        target.mask[:] &= prediction.mask
+    return 0.0
+
+
+def test_input_unchanged():
+    assert "Prediction.boxes left as it was" in failure(sorts_in_place, "input unchanged").expected
+    register_reward("crops_the_truth", needs_mask=True)(crops_the_truth)
+    assert "Target.mask left as it was" in failure("crops_the_truth", "input unchanged").expected
+
+
+def coin(prediction, target):
+    return float(np.random.default_rng().random())
+
+
+class Counter:
+    def __init__(self):
+        self.seen = 0
+
+    def score_batch(self, predictions, targets):
+        self.seen += len(predictions)
+        return [float(self.seen)] * len(predictions)
+
+
+class RunningBest:
+    """A group is compared with the groups before it."""
+
+    def __init__(self):
+        self.best = 0.0
+
+    def score_group(self, predictions, targets):
+        scores = [len(prediction.boxes) - self.best for prediction in predictions]
+        self.best = max(self.best, *scores)
+        return scores
+
+
+@pytest.mark.parametrize("reward", [coin, Counter, RunningBest])
+def test_deterministic(reward):
+    assert "the same scores" in failure(reward, "deterministic").expected
+
+
+class Standardised:
+    """Scores relative to whatever else is in the batch."""
+
+    def score_batch(self, predictions, targets):
+        lengths = np.array([len(prediction.text) for prediction in predictions], dtype=float)
+        return lengths - lengths.mean()
+
+
+class FirstIsBest:
+    """Of equal answers to a prompt the first one wins."""
+
+    def score_group(self, predictions, targets):
+        best = int(np.argmax([quality(*pair) for pair in zip(predictions, targets, strict=True)]))
+        return [float(row == best) for row in range(len(predictions))]
+
+
+def test_batch_equals_single():
+    error = failure(Standardised, "batch equals single")
+    assert error.expected == "the same scores for each row alone as in the batch"
+    assert error.example.count("row ") == 2
+
+
+def test_any_order_of_rows():
+    error = failure(FirstIsBest, "any order of rows")
+    assert error.found == "[1.0, 0.0], in reversed order [0.0, 1.0]"
+
+
+def only_squares(shown, original):
+    if shown[0] != shown[1]:
+        raise ValueError("the image is not square")
+    return Frame("relative_1000", original)
+
+
+def test_called_by_trl():
+    error = failure("box_f1", "called by TRL", frame=only_squares)
+    assert error.found == "ValueError: the image is not square"
+
+
+def test_called_by_trl_must_give_what_score_batch_gives():
+    def knows_boxes(prediction, target):
+        return float(len(prediction.boxes) == len(target.boxes))
+
+    def from_the_call(completions, target, query, boxes=None, **columns):
+        return [0.0 if boxes is None else 1.0 for _ in completions]
+
+    assert "called by TRL" in check_reward(knows_boxes, max_examples=5).passed
+    assert "[0.0]" in failure(from_the_call, "called by TRL").found
+
+
+def keyed(prediction, target, *, key=len):
+    return float(key(prediction.boxes))
+
+
+def from_a_folder(prediction, target, *, folder=None):
+    return float(folder is None)
+
+
+def test_pickles():
+    assert "lambda" in failure(keyed, "pickles", key=lambda boxes: 0).found
+
+
+def test_yaml():
+    error = failure(from_a_folder, "YAML", folder=Path("masks"))
+    assert error.expected == "a reward that can be written as YAML and read from it"
+
+
+# --- hostile text
+
+
+def lazy_pattern(prediction, target):
+    return float(re.search(r"\[.*?\]", prediction.text, re.DOTALL) is not None)
+
+
+def any_two_boxes_alike(prediction, target):
+    boxes = prediction.boxes
+    return float((boxes[:, None] == boxes[None]).all(axis=2).sum() == len(boxes))
+
+
+def counts_past_a_thousand(prediction, target):
+    if len(prediction.boxes) > 1000:
+        raise OverflowError("too many boxes")
+    return 0.0
+
+
+def nests(prediction, target):
+    def depth(text):
+        return 1 + depth(text[1:]) if text.startswith("<") else 0
+
+    return float(depth(prediction.text))
+
+
+def test_hostile_text_takes_time_in_proportion():
+    for function, kind in ((lazy_pattern, "open square brackets"), (any_two_boxes_alike, "many boxes")):
+        register_reward(function.__name__, needs_truth=False)(function)
+        assert f"characters of {kind}" in failure(function, "hostile text", max_examples=2).found
+
+
+def test_hostile_text_raises_nothing():
+    error = failure(counts_past_a_thousand, "hostile text", max_examples=2)
+    assert "OverflowError: too many boxes, for 65536 characters of many boxes" in error.found
+    register_reward("nests", needs_truth=False)(nests)
+    assert "RecursionError" in failure(nests, "hostile text", max_examples=2).found
+
+
+def test_hostile_text_stays_in_the_range():
+    register_reward("per_10_000", range=(0, 1), needs_truth=False)(
+        lambda prediction, target: len(prediction.text) / 10_000
+    )
+    assert "for 16384 characters of" in failure("per_10_000", "hostile text", max_examples=2).found
+
+
+# --- claims
+
+
+def claim(function, **claims):
+    register_reward("claimed", **claims)(function)
+    return "claimed"
+
+
+def boxes_in_order(prediction, target):
+    pairs = zip(prediction.boxes, target.boxes, strict=False)
+    return sum(overlap(*pair) for pair in pairs) / max(len(prediction.boxes), len(target.boxes), 1)
+
+
+def left_edge(prediction, target):
+    if len(prediction.boxes) == 0 or target.empty:
+        return 0.0
+    return float(prediction.boxes[:, 0].min() == target.boxes[:, 0].min())
+
+
+def within_two_pixels(prediction, target):
+    if len(prediction.boxes) == 0 or target.empty:
+        return 0.0
+    return float(np.abs(prediction.boxes[0] - target.boxes[0]).mean() < 2)
+
+
+def iou_of_the_hits(prediction, target):
+    """Mean over the hits only: a second hit lowers it."""
+    hits = [overlap(a, b) for a in prediction.boxes for b in target.boxes if overlap(a, b) > 0.3]
+    return float(np.mean(hits)) if hits else 0.0
+
+
+def centre_distance(prediction, target):
+    if len(prediction.boxes) == 0 or target.empty:
+        return -100.0
+    offset = prediction.boxes[0] - target.boxes[0]
+    return -float(np.abs(offset[:2] + offset[2:]).sum())
+
+
+def outline(prediction, target):
+    return 0.0 if prediction.mask is None else boundary_iou(prediction.mask, target.mask, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("reward", "claims", "name"),
+    [
+        (boxes_in_order, {"invariant": ["box_order"]}, "order of boxes"),
+        (left_edge, {"invariant": ["flip"]}, "mirroring"),
+        (within_two_pixels, {"invariant": ["rescale"]}, "enlarging"),
+        (iou_of_the_hits, {"monotone": ["boxes"]}, "monotone in boxes"),
+        (centre_distance, {"monotone": ["boxes"]}, "monotone in boxes"),
+        (outline, {"monotone": ["mask"], "needs_mask": True}, "monotone in the mask"),
+    ],
+)
+def test_claims(reward, claims, name):
+    assert "as declared" in failure(claim(reward, **claims), name).expected
+
+
+def test_claims_about_volumes():
+    def lowest_edge(prediction, target):
+        return float(max((box[3] for box in prediction.boxes), default=0.0))
+
+    def right_slice(prediction, target):
+        return float(target.slice_areas.any() and prediction.slice_index == int(np.argmax(target.slice_areas)))
+
+    register_reward("lowest_edge", volume=True, needs_truth=False, invariant=["flip"])(lowest_edge)
+    failure("lowest_edge", "mirroring")
+    register_reward("right_slice", volume=True, invariant=["flip", "rescale"], empty={"both": 0.0})(right_slice)
+    assert {"mirroring", "enlarging", "empty: both"} <= set(check_reward("right_slice", max_examples=20).passed)
+    register_reward("any_slice", volume=True, monotone=["boxes"])(
+        lambda prediction, target: float(not target.empty and len(prediction.boxes) > 0 and prediction.boxes[0, 0] == 0)
+    )
+    failure("any_slice", "monotone in boxes")
+
+
+@pytest.mark.parametrize(
+    ("declared", "side", "found"),
+    [
+        ({"both": 0.5, "prediction": 0.0, "truth": 0.0}, "both", "1.0"),
+        ({"both": 1.0, "prediction": -1.0, "truth": 0.0}, "prediction", "0.0"),
+        ({"both": 1.0, "prediction": 0.0, "truth": None}, "truth", "0.0"),
+    ],
+)
+def test_empty_sides(declared, side, found):
+    error = failure(claim(quality, empty=declared), f"empty: {side}")
+    assert error.found == found
+    assert error.expected.startswith(f"{declared[side]} for a valid answer")
+
+
+def test_an_empty_side_may_not_apply():
+    def only_lesions(prediction, target):
+        return None if target.empty else quality(prediction, target)
+
+    name = claim(only_lesions, empty={"both": None, "truth": None}, range=(0, 1))
+    report = check_reward(name)
+    assert {"empty: both", "empty: truth", "honest about nothing"} <= set(report.passed)
+    assert report.outcomes["empty: prediction"] == "not declared"
+
+
+def any_box_is_a_start(prediction, target):
+    if len(prediction.boxes) == 0:
+        return 0.0
+    return 0.5 + quality(prediction, target) / 2 if prediction.valid else 0.0
+
+
+def test_honest_about_nothing():
+    error = failure(any_box_is_a_start, "honest about nothing")
+    assert error.found == "0 for the right answer, 0.5 for the hallucination"
+    assert "needs_truth=False" in error.expected
+    register_reward("any_box", needs_truth=False)(any_box_is_a_start)
+    assert check_reward("any_box").outcomes["honest about nothing"].startswith("not applicable")
+
+
+def unreadable_is_empty(prediction, target):
+    """A text that cannot be parsed counts as one that finds nothing."""
+    if not prediction.valid:
+        return float(target.empty)
+    return quality(prediction, target)
+
+
+def test_invalid_text():
+    error = failure(unreadable_is_empty, "invalid text")
+    assert error.found.startswith("0 for the valid one, 1 for the one that is ")
+    assert error.example.count("truth: as above") == 1
+
+
+# --- what hypothesis is needed for
+
+
+def test_without_hypothesis(tmp_path):
+    code = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import segrl.testing, segrl.audit\n"
+        "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)\n"
+        "try: segrl.testing.check_reward\n"
+        "except ImportError as error: print(error)\n"
+        "try: segrl.testing.strategies\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("pip install 'segrl[testing]'" in line for line in lines)

@@ -1,0 +1,309 @@
+"""The public strategies give what they promise, reach what they should, and shrink to something that can be read."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, find, given, settings
+from hypothesis import strategies as st
+
+from segrl.boxes import pairwise_iou
+from segrl.errors import DataError
+from segrl.frames import Frame
+from segrl.prediction import Status, Target, VolumeTarget
+from segrl.rewards import Reading
+from segrl.testing import strategies
+from segrl.testing.answers import HOSTILE, broken_completions, write_answer, write_completion
+
+FRAME = Frame("original_px", (40, 30))
+BOXES = [[3, 2, 20, 10], [25, 15, 40, 30]]
+READINGS = {
+    "text": Reading(),
+    "json": Reading(answer_format="json"),
+    "json without token": Reading(answer_format="json", require_seg=False),
+    "answer only": Reading(seg_token="", require_seg=False, require_reasoning=False),
+    "token with brackets": Reading(seg_token="[SEG]"),
+}
+readings = pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+
+
+def smallest(strategy, condition=lambda found: True):
+    quick = settings(max_examples=2000, database=None, suppress_health_check=list(HealthCheck))  # pyright: ignore
+    return find(strategy, condition, settings=quick)
+
+
+def reached(strategy, label, count=300):
+    """The labels of many examples."""
+    seen = set()
+
+    @settings(max_examples=count, database=None, suppress_health_check=list(HealthCheck))  # pyright: ignore
+    @given(strategy)
+    def look(example):
+        seen.add(label(example))
+
+    look()
+    return seen
+
+
+# --- masks, volumes, boxes, points
+
+
+@given(strategies.masks(max_size=9))
+def test_masks(mask):
+    assert mask.dtype == np.bool_
+    assert mask.flags.writeable
+    assert 1 <= min(mask.shape) <= max(mask.shape) <= 9
+
+
+@given(strategies.masks(5, 7, empty=False))
+def test_masks_with_foreground(mask):
+    assert mask.shape == (5, 7)
+    assert mask.any()
+
+
+@given(st.data())
+def test_masks_near_another(data):
+    other = data.draw(strategies.masks(empty=False))
+    assert data.draw(strategies.masks(near=other)).shape == other.shape
+    assert not data.draw(strategies.masks(near=other, empty=True)).any()
+
+
+def test_masks_near_another_are_often_the_same():
+    other = np.eye(6, dtype=bool)
+    assert reached(strategies.masks(near=other), lambda mask: (mask == other).all()) == {True, False}
+    assert len(reached(strategies.masks(6, 6), lambda mask: int(mask.sum()))) > 10
+
+
+def test_masks_shrink():
+    assert smallest(strategies.masks()).tolist() == [[False]]
+    assert smallest(strategies.masks(8, 8), lambda mask: mask.sum() >= 3).sum() == 3
+
+
+@given(strategies.volumes(max_depth=3, max_size=5), strategies.volumes(empty=False), strategies.volumes(empty=True))
+def test_volumes(volume, full, empty):
+    assert volume.dtype == np.bool_
+    assert volume.ndim == 3
+    assert volume.shape[0] <= 3
+    assert full.any()
+    assert not empty.any()
+
+
+@given(strategies.boxes(12, 7), strategies.boxes(12, 7, near=BOXES[:1], min_boxes=2, max_boxes=3))
+def test_boxes(boxes, near):
+    for found in (boxes, near):
+        assert found.shape[1:] == (4,)
+        assert (found == np.rint(found)).all()
+        assert (found[:, :2] <= found[:, 2:]).all()
+        assert (found >= 0).all()
+        assert (found <= [12, 7, 12, 7]).all() or found is near  # `BOXES` is taller than the image
+    assert 2 <= len(near) <= 3
+
+
+def test_boxes_reach_repetitions_hits_and_no_area():
+    def label(boxes):
+        repeated = len(boxes) > len({*map(tuple, boxes)})
+        hit = len(boxes) > 0 and bool((pairwise_iou(boxes, BOXES) == 1).any())
+        flat = bool((boxes[:, :2] == boxes[:, 2:]).any())
+        return repeated, hit, flat
+
+    seen = reached(strategies.boxes(40, 30, near=BOXES), label)
+    assert all({True, False} == {found[part] for found in seen} for part in range(3))
+    assert smallest(strategies.boxes(40, 30, near=BOXES)).shape == (0, 4)
+    assert smallest(strategies.boxes(40, 30), len).tolist() == [[0, 0, 0, 0]]
+
+
+@given(strategies.points(5, 4, near=[[4.5, 0.5]], max_points=3))
+def test_points(points):
+    assert points.shape[1:] == (2,)
+    assert (points % 1 == 0.5).all()
+    assert ((points > 0) & (points < [5, 4])).all()
+
+
+# --- truths
+
+
+@given(strategies.targets(max_size=8), strategies.targets(empty=False), strategies.targets(empty=True))
+def test_targets(target, full, empty):
+    assert isinstance(target, Target)
+    assert max(target.width, target.height) <= 8
+    assert target.boxes.tolist() == Target.from_mask(target.mask).boxes.tolist()
+    assert len(full.boxes) > 0
+    assert empty.empty
+
+
+@given(strategies.volume_targets(), strategies.volume_targets(empty=False), strategies.volume_targets(empty=True))
+def test_volume_targets(target, full, empty):
+    assert isinstance(target, VolumeTarget)
+    assert not full.empty
+    assert empty.empty
+
+
+# --- completions
+
+
+@readings
+def test_valid_completions(reading):
+    @given(strategies.completions(FRAME, near=BOXES, reading=reading))
+    def check(text):
+        parsed = reading.parse(text, FRAME)
+        assert parsed.valid, parsed.status
+        assert (parsed.boxes <= [40, 30, 40, 30]).all()
+
+    check()
+
+
+@readings
+def test_broken_completions(reading):
+    @given(strategies.completions(FRAME, valid=False, reading=reading))
+    def check(text):
+        assert not reading.parse(text, FRAME).valid
+
+    check()
+
+
+@readings
+@pytest.mark.parametrize("boxes", [[], BOXES], ids=["nothing", "boxes"])
+def test_every_trap_is_invalid_and_named(reading, boxes):
+    texts = broken_completions("One spot.", write_answer(boxes, FRAME, reading), reading)
+    statuses = {name: reading.parse(text, FRAME).status for name, text in texts.items()}
+    assert Status.VALID not in statuses.values(), statuses
+    assert statuses["two answers"] is statuses["trailing text"] is Status.EXTRA_TEXT
+    assert statuses["empty"] is statuses["answer inside the reasoning"] is Status.NO_ANSWER
+    malformed = Status.MALFORMED_JSON if reading.answer_format == "json" else Status.MALFORMED_BOXES
+    assert statuses["box with x2 < x1"] is statuses["huge number in a box"] is statuses["NaN in a box"] is malformed
+    assert ("no token" in texts) == reading.require_seg
+    assert ("no reasoning" in texts) == reading.require_reasoning
+
+
+def test_completions_reach_every_status_and_both_sides():
+    for reading in (Reading(), Reading(answer_format="json")):
+        statuses = reached(
+            strategies.completions(FRAME, valid=False, reading=reading),
+            lambda text, reading=reading: reading.parse(text, FRAME).status,
+            600,
+        )
+        other = Status.MALFORMED_BOXES if reading.answer_format == "json" else Status.MALFORMED_JSON
+        assert statuses == set(Status) - {Status.VALID, other}
+    mixed = reached(strategies.completions(FRAME, valid=None), lambda text: Reading().parse(text, FRAME).valid)
+    assert mixed == {True, False}
+
+
+def test_json_completions_reach_points_confidences_and_slices():
+    reading = Reading(answer_format="json", require_seg=False)
+
+    def label(text):
+        said = reading.parse(text, FRAME)
+        return len(said.points) > 0, said.scores is not None, said.has_seg
+
+    seen = reached(strategies.completions(FRAME, reading=reading), label)
+    assert {(True, False, True), (False, True, False), (False, False, True)} <= seen
+    slices = reached(
+        strategies.completions(FRAME, depth=3, reading=reading), lambda text: reading.parse(text, FRAME).slice_index
+    )
+    assert slices == {0, 1, 2, 3}, "one slice too many, too"
+    assert reached(strategies.completions(FRAME, depth=3, reading=reading, empty=True), lambda text: (
+        reading.parse(text, FRAME).slice_index, len(reading.parse(text, FRAME).boxes)
+    )) == {(None, 0)}  # fmt: skip
+
+
+def test_completions_in_another_frame():
+    frame = Frame("relative_1000", (40, 30))
+
+    @given(strategies.completions(frame, near=BOXES, empty=False))
+    def check(text):
+        boxes = Reading().parse(text, frame).boxes
+        assert len(boxes) >= 1
+        assert (abs(boxes - np.rint(boxes)) <= 0.03).all(), "to a thousandth of the image"
+
+    check()
+
+
+def test_completions_shrink():
+    assert smallest(strategies.completions(FRAME)) == (
+        "<think>One region differs from the tissue around it.</think><answer>No lesion is visible.<seg></answer>"
+    )
+    some = smallest(strategies.completions(FRAME), lambda text: len(Reading().parse(text, FRAME).boxes) > 0)
+    assert "<answer>The lesion is located at [0, 0, 0, 0].<seg></answer>" in some
+
+
+# --- predictions and batches
+
+
+@given(st.data())
+def test_predictions(data):
+    target = data.draw(st.one_of(strategies.targets(), strategies.volume_targets()))
+    reading = data.draw(st.sampled_from(list(READINGS.values())))
+    said = data.draw(strategies.predictions(target, mask=True, probability=True, reading=reading))
+    assert (said.mask is not None) == said.has_seg
+    if said.mask is not None:
+        assert said.mask.shape == (target.height, target.width)
+    if said.probability is not None:
+        assert said.mask is not None
+        assert said.probability.dtype == np.float32
+        assert ((said.probability > 0.5) == said.mask).all()
+    assert (said.boxes == np.rint(said.boxes)).all()
+    assert (said.points % 1 == 0.5).all()
+
+
+@given(st.data())
+def test_predictions_that_find_nothing_or_something(data):
+    target = data.draw(st.one_of(strategies.targets(), strategies.volume_targets()))
+    reading = Reading(answer_format="json")
+    nothing = data.draw(strategies.predictions(target, valid=True, mask=True, empty=True, reading=reading))
+    assert nothing.valid
+    assert nothing.mask is not None
+    assert (len(nothing.boxes), len(nothing.points), nothing.slice_index, nothing.mask.any()) == (0, 0, None, False)
+    finds = data.draw(strategies.predictions(target, valid=True, mask=True, empty=False, reading=reading))
+    assert finds.mask is not None
+    assert (len(finds.boxes) > 0, finds.mask.any()) == (True, True)
+    if isinstance(target, VolumeTarget):
+        assert finds.slice_index in range(target.depth)
+
+
+@given(strategies.batches(max_groups=3), strategies.batches(group_size=4, volume=True, valid=True, max_size=6))
+def test_batches(batch, volumes):
+    for predictions, targets, groups in (batch, volumes):
+        assert len(predictions) == len(targets) == len(groups) > 0
+        for group in set(groups):
+            rows = [row for row, other in enumerate(groups) if other == group]
+            assert rows == list(range(rows[0], rows[-1] + 1))
+            assert len({id(targets[row]) for row in rows}) == 1
+    assert len(set(batch[2])) <= 3
+    assert len(volumes[0]) % 4 == 0
+    assert all(isinstance(target, VolumeTarget) for target in volumes[1])
+
+
+def test_batches_shrink():
+    predictions, targets, groups = smallest(
+        strategies.batches(mask=True), lambda batch: any(p.mask is not None and p.mask.any() for p in batch[0])
+    )
+    assert len(predictions) == 1
+    assert predictions[0].mask is not None
+    assert (predictions[0].mask.shape, targets[0].mask.shape, groups) == ((1, 1), (1, 1), [0])
+
+
+# --- texts
+
+
+def test_write_answer_round_trip():
+    reading = Reading(answer_format="json")
+    text = write_completion(BOXES, FRAME, reading, points_px=[[4.5, 5.5]], scores=[0.5, 1.0], rounding=False)
+    said = reading.parse(text, FRAME)
+    assert said.valid
+    assert said.scores is not None
+    assert (said.boxes.tolist(), said.points.tolist(), said.scores.tolist()) == (BOXES, [[4.5, 5.5]], [0.5, 1.0])
+    volume = reading.parse(write_completion(BOXES, FRAME, reading, slice_index=2, points_px=[[4, 5]]), FRAME)
+    assert (volume.slice_index, volume.boxes.tolist(), volume.points.tolist()) == (2, BOXES, [[4, 5]])
+    in_words = write_answer([[0.5, 1, 2, 3]], FRAME, rounding=False, lesion="cyst")
+    assert in_words == "The cyst is located at [0.5, 1, 2, 3].<seg>"
+    with pytest.raises(DataError, match="bracket"):
+        write_answer(BOXES, FRAME, lesion="[cyst]")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@readings
+def test_hostile_texts_have_their_length_and_status(kind, reading):
+    text = HOSTILE[kind](20_000, reading)
+    assert 15_000 <= len(text) <= 24_000
+    valid = list(HOSTILE).index(kind) < 5
+    said = reading.parse(text, FRAME)
+    assert said.valid or not valid
+    assert len(said.boxes) > 400 or kind != "many boxes"
