@@ -115,7 +115,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from segrl.describe import describe_info
+    from segrl.rewards.describe import describe_info
     from segrl.rewards.registry import all_reward_infos
     from segrl.terminal import console, limits, printable
 
@@ -135,7 +135,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from segrl.describe import describe_reward
+    from segrl.rewards.describe import describe_reward
     from segrl.terminal import console, limits, number, printable, printable_lines
 
     composed = Path(arguments.reward).suffix in YAML_SUFFIXES
@@ -172,7 +172,8 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from segrl.scoring import check_output, score_file
+    from segrl.scoring import score_file
+    from segrl.scoring.scores import check_output
 
     names = list(arguments.rewards)
     if arguments.predictions is None and len(names) > 1:  # they were written behind --rewards
@@ -194,7 +195,7 @@ def _score(arguments: argparse.Namespace) -> int:
         scores.write(arguments.output)
     if arguments.json:
         return _print_json(scores.summary(arguments.rows))
-    from segrl.score_report import print_scores
+    from segrl.scoring.report import print_scores
 
     print_scores(scores, arguments.rows)
     return OK

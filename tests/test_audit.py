@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from segrl.audit import COLUMNS, AuditReport, audit
+from segrl.audit import AuditReport, audit
+from segrl.audit.judging import COLUMNS
+from segrl.audit.policies import GRADES, POLICIES, answer
+from segrl.audit.scenes import KINDS, make_scenes
 from segrl.boxes import pairwise_iou
 from segrl.errors import RewardError, UnknownNameError
 from segrl.frames import Frame
 from segrl.masks import boxes_from_mask
 from segrl.metrics import iou
-from segrl.policies import GRADES, POLICIES, answer
 from segrl.prediction import Target, VolumeTarget
 from segrl.rewards import (
     Reading,
@@ -29,7 +31,6 @@ from segrl.rewards import (
     weighted_sum,
 )
 from segrl.rewards.boxes import box_iou
-from segrl.scenes import KINDS, make_scenes
 
 TEXT, JSON = Reading(), Reading(answer_format="json")
 BY_NAME = {policy.name: policy for policy in POLICIES}

@@ -550,3 +550,11 @@ def test_without_hypothesis(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert all("pip install 'segrl[testing]'" in line for line in lines)
+
+
+def test_a_claim_may_depend_on_the_settings():
+    """Of the hull of several boxes it is false: one box made exact can lower the IoU of the hulls."""
+    assert make_reward("box_iou").info.monotone == ("boxes",)
+    assert make_reward("box_iou", several="hull").info.monotone == ()
+    report = check_reward("box_iou", several="hull", threshold=0.3)
+    assert report.outcomes["monotone in boxes"] == "not declared"

@@ -14,7 +14,7 @@ from reward_cases import GOOD, TARGET, TRUE_BOXES, built_in, mask_of
 
 from segrl.cli import main
 from segrl.masks import mask_to_rle
-from segrl.rewards import list_rewards, make_reward, registry
+from segrl.rewards import list_rewards, make_reward, register_reward, registry
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "\x1b[31mred\x07 [bold]loud[/bold] [/oops] \x9b1m \u202e \ud800"
@@ -411,3 +411,18 @@ def test_audit_errors_are_status_2(arguments, message, run):
     status, out, err = run("rewards", "audit", *arguments)
     assert (status, out) == (2, "")
     assert message in err
+
+
+def test_a_reward_with_a_wrong_claim_does_not_stop_the_list(run, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+    @register_reward("test_wrong_claim", range=lambda high, **_: (0, high), monotone=lambda **_: {}["none"])
+    def wrong(prediction, target, *, high: float):
+        """Its claims cannot be resolved without settings."""
+        return 0.0
+
+    status, out, _ = run("rewards", "list", "--json")
+    listed = {reward["name"]: reward for reward in json.loads(out)}
+    assert status == 0
+    assert listed["test_wrong_claim"]["range"] is None
+    assert "box_f1" in listed

@@ -297,7 +297,7 @@ def fails_on_second(prediction, target, *, fail):
         (lambda: {}["boxes"], "KeyError: 'boxes'"),
         (lambda: float("nan"), "returned nan; expected a finite number"),
         (lambda: float("-inf"), "returned -inf"),
-        (lambda: "high", "could not convert string to float"),
+        (lambda: "0.5", "TypeError: the score is the text '0.5'; expected a number or None"),
         (lambda: [1.0], "TypeError"),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_class_may_score_the_answers_to_one_prompt_together():
         ([1.0], r"'wrong', rows 0 to 1: returned 1 scores for 2 rows; expected one per row"),
         ([1.0, float("nan")], r"'wrong', row 1 .*returned nan; expected a finite number"),
         ([float("inf"), 1.0], r"'wrong', row 0 .*returned inf"),
-        ([1.0, "high"], r"'wrong', row 1 .*ValueError: could not convert string to float: 'high'"),
+        ([1.0, "0.5"], r"'wrong', row 1 .*TypeError: the score is the text '0\.5'; expected a number or None"),
         ([1.0, [2.0]], r"'wrong', row 1 .*TypeError"),
         (None, r"'wrong', rows 0 to 1: TypeError: 'NoneType' object is not iterable"),
         (np.array([1.0, np.nan]), r"row 1 .*returned nan"),

@@ -21,7 +21,8 @@ from reward_cases import EMPTY, GOOD, HEIGHT, TARGET, TRUE_BOXES, WIDTH, mask_of
 from segrl.errors import DataError, RewardError, SegRLError
 from segrl.masks import mask_to_rle
 from segrl.rewards import Reading, make_reward, weighted_sum
-from segrl.scoring import CHUNK, histogram, score_file, statistics
+from segrl.scoring import histogram, score_file, statistics
+from segrl.scoring.scores import CHUNK
 from segrl.testing import tiny_causal_lm
 
 READ = Reading(frame="original_px")

@@ -26,7 +26,7 @@ COCO_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=ALL_INVARIANCES,
-    monotone=("boxes",),
+    monotone=lambda several, **_: ("boxes",) if several == "matched" else (),
     equation="Σ IoU^power / max(N, M); with threshold Σ [IoU > threshold] / max(N, M)",
     source="VLM-R1 (IoU), Seg-Zero (IoU > 0.5), LENS (IoU²)",
 )

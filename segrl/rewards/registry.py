@@ -54,7 +54,8 @@ class RewardInfo:
             function of all settings that returns it; None if not declared.
         invariant: What does not change the score: "box_order", "flip" (mirroring image, boxes, points and masks),
             "rescale" (enlarging all of them by a whole number).
-        monotone: In what more overlap with the truth never lowers the score: "boxes", "mask".
+        monotone: In what more overlap with the truth never lowers the score: "boxes", "mask"; or a function of all
+            settings that returns it.
         reading: Settings of `Reading` that differ from its defaults, for rewards that other answers would leave blind.
         equation: The formula as text.
         source: Paper and symbol.
@@ -73,7 +74,7 @@ class RewardInfo:
     range: Range | Callable[..., Range] | None = None
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None
     invariant: tuple[str, ...] = ()
-    monotone: tuple[str, ...] = ()
+    monotone: tuple[str, ...] | Callable[..., Sequence[str]] = ()
     reading: Mapping[str, Any] = field(default_factory=dict)
     equation: str = ""
     source: str = ""
@@ -89,11 +90,12 @@ class RewardInfo:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def resolved(self, settings: Mapping[str, Any]) -> RewardInfo:
-        """A copy in which `range` and `empty` are values: functions of the settings are called."""
+        """A copy in which `range`, `empty` and `monotone` are values: functions of the settings are called."""
         known = {**self.settings, **settings}
         scores = self.range(**known) if callable(self.range) else self.range
         empty = self.empty(**known) if callable(self.empty) else self.empty
-        return replace(self, range=scores, empty=empty)
+        monotone = self.monotone(**known) if callable(self.monotone) else self.monotone
+        return replace(self, range=scores, empty=empty, monotone=tuple(monotone))
 
 
 def register_reward(
@@ -106,7 +108,7 @@ def register_reward(
     range: Range | Callable[..., Range] | None = None,
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None,
     invariant: Sequence[str] = (),
-    monotone: Sequence[str] = (),
+    monotone: Sequence[str] | Callable[..., Sequence[str]] = (),
     reading: Mapping[str, Any] | None = None,
     equation: str = "",
     source: str = "",
@@ -142,7 +144,7 @@ def register_reward(
         >>> make_reward("brevity", limit=10).settings
         {'limit': 10}
     """
-    _check_claims(name, range, empty, {"invariant": invariant, "monotone": monotone})
+    _check_claims(name, range, empty, {"invariant": invariant, "monotone": () if callable(monotone) else monotone})
     for setting in reading or ():
         if setting not in READING_SETTINGS:
             raise unknown_name(f"reading setting of reward {name!r}", setting, READING_SETTINGS)
@@ -161,7 +163,7 @@ def register_reward(
                 range=range,
                 empty=empty,
                 invariant=tuple(invariant),
-                monotone=tuple(monotone),
+                monotone=monotone if callable(monotone) else tuple(monotone),
                 reading=reading or {},
                 equation=equation,
                 source=source,

@@ -252,6 +252,8 @@ class Sum:
 def _number(value: Any) -> float | None:
     if value is None:
         return None
+    if isinstance(value, str | bytes):
+        raise TypeError(f"the score is the text {value!r:.50}; expected a number or None")
     score = float(value)
     if not math.isfinite(score):
         raise ValueError(f"returned {score}; expected a finite number, or None where it does not apply")

@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 
+from segrl.audit.scenes import KINDS, Scene
 from segrl.frames import Frame
 from segrl.parsing import format_completion
 from segrl.prediction import Prediction, VolumeTarget
 from segrl.rewards.reading import Reading
-from segrl.scenes import KINDS, Scene
 from segrl.testing.answers import PROMPT, REASONING, write_answer
 
 __all__ = ["POLICIES", "Policy", "answer"]

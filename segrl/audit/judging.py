@@ -24,15 +24,15 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from segrl.audit.policies import POLICIES, answer
+from segrl.audit.scenes import Scene, make_scenes
 from segrl.errors import RewardError
-from segrl.policies import POLICIES, answer
 from segrl.prediction import Target, VolumeTarget
 from segrl.rewards.making import make_reward
 from segrl.rewards.reading import Reading
 from segrl.rewards.reward import Reward
 from segrl.rewards.sources import Sum
 from segrl.rewards.steps import Gate, GroupRelative
-from segrl.scenes import Scene, make_scenes
 from segrl.terminal import number, printable
 
 __all__ = ["AuditReport", "AuditRow", "Verdict", "audit"]
@@ -148,7 +148,7 @@ def audit(
     Each policy answers every scene in the grammar of the reward: as its `answer_format` says, or in JSON where a
     perfect answer earns more there (an answer in words holds neither points nor confidences nor a slice). Rewards that
     read masks get the mask that goes with the answer. All answers to a scene form one group, for rewards that compare
-    answers. The module docstring of `segrl.audit` has the rule of the verdict.
+    answers. The module docstring of `segrl.audit.judging` has the rule of the verdict.
 
     Args:
         rewards: A reward or several, each anything that `make_reward` takes; each is judged on its own.
@@ -164,8 +164,8 @@ def audit(
 
     Example:
         >>> report = audit(["format", "box_f1"], scenes=12)
-        >>> [verdict.gamed for verdict in report.verdicts]
-        [True, False]
+        >>> {verdict.reward: verdict.gamed for verdict in report.verdicts}
+        {'format': True, 'box_f1': False}
     """
     given = [rewards] if isinstance(rewards, str | Reward) or callable(rewards) else list(rewards)
     verdicts, count = [], 0

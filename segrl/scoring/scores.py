@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from segrl.answer_files import StoredRow, read_predictions, read_truths, truth_of
 from segrl.errors import DataError, RewardError, SegRLError
 from segrl.prediction import Prediction
 from segrl.rewards.reward import Reward
 from segrl.rewards.sources import Leaf, Sum
+from segrl.scoring.files import StoredRow, read_predictions, read_truths, truth_of
 from segrl.stored import (
     TEXT_COLUMNS,
     TRUTH_COLUMNS,

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from segrl.errors import RewardError
@@ -55,12 +56,13 @@ def describe_info(info: RewardInfo) -> dict[str, Any]:
             broken = f"cannot be made: {type(error).__name__}: {error}"
     try:
         claims = claims.resolved({})
-        bounds, empty = claims.range, claims.empty
-    except (TypeError, ValueError):  # a function of settings that have no default
-        bounds = empty = None
-    needs = {"mask": claims.needs_mask, "truth": claims.needs_truth, "volume": claims.volume}
-    assert not callable(empty)
+    except Exception:  # a function of settings that have no default, or one that a package got wrong
+        claims = replace(claims, range=None, empty=None, monotone=())
+    bounds, empty, monotone = claims.range, claims.empty, claims.monotone
     assert not callable(bounds)
+    assert not callable(empty)
+    assert not callable(monotone)
+    needs = {"mask": claims.needs_mask, "truth": claims.needs_truth, "volume": claims.volume}
     docs = _argument_docs(info.function)
     return {
         "name": info.name,
@@ -79,7 +81,7 @@ def describe_info(info: RewardInfo) -> dict[str, Any]:
         "range": None if bounds is None else [float(end) if math.isfinite(end) else None for end in bounds],
         "empty": None if empty is None else dict(empty),
         "invariant": list(claims.invariant),
-        "monotone": list(claims.monotone),
+        "monotone": list(monotone),
         "needs": [need for need, needed in needs.items() if needed],
         "source": info.source,
         "origin": info.origin,
