@@ -15,7 +15,7 @@ import numpy as np
 
 from segrl.boxes import validate_boxes
 from segrl.errors import DataError
-from segrl.masks import binarize, boxes_from_mask, deepest_points, foreground
+from segrl.masks import binarize, boxes_from_mask, deepest_points, foreground, mask_to_box
 
 __all__ = ["Prediction", "Status", "Target", "VolumeTarget"]
 
@@ -157,6 +157,16 @@ class Target:
         return not bool(self.mask.any())
 
     @cached_property
+    def area(self) -> int:
+        """Number of foreground pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def mask_box(self) -> np.ndarray | None:
+        """(4,) box around the whole foreground, or None without any; see `segrl.masks.mask_to_box`."""
+        return mask_to_box(self.mask)
+
+    @cached_property
     def points(self) -> np.ndarray:
         """(N, 2) float64, one point inside each box's lesion; see `segrl.masks.deepest_points`."""
         return deepest_points(self.mask, self.boxes)
@@ -218,7 +228,7 @@ class VolumeTarget:
     @cached_property
     def slice_areas(self) -> np.ndarray:
         """(D,) int64: foreground pixels of each slice."""
-        return np.count_nonzero(self.mask, axis=(1, 2))
+        return np.array([np.count_nonzero(section) for section in self.mask], dtype=np.int64)
 
     @property
     def empty(self) -> bool:

@@ -114,10 +114,10 @@ def dual_granularity_mask(
     if mask.shape != truth.shape:
         raise DataError(f"the mask has shape {mask.shape}, but the truth {truth.shape}; resize the prediction")
     both = int(np.count_nonzero(mask & truth))
-    dice = 2 * both / int(np.count_nonzero(mask) + np.count_nonzero(truth)) if both else 0.0
+    dice = 2 * both / (int(np.count_nonzero(mask)) + target.area) if both else 0.0
     if 0 < dice >= dice_threshold:
         return 1.0 + dice_weight * dice
-    pred_box, true_box = mask_to_box(mask), mask_to_box(truth)
+    pred_box, true_box = mask_to_box(mask), target.mask_box
     if pred_box is None or true_box is None:
         return 1.0 + dice_weight if pred_box is None and true_box is None else LOWEST_GIOU
     return 1.0 if dice >= dice_threshold else float(giou(pred_box, true_box))
