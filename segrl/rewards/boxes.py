@@ -14,7 +14,15 @@ import numpy as np
 from segrl.boxes import pairwise_giou, pairwise_iou
 from segrl.prediction import Prediction, Target
 from segrl.rewards.registry import register_reward
-from segrl.rewards.rules import ALL_INVARIANCES, BOTH_OR_NOTHING, best_total, check_setting, settled, without_copies
+from segrl.rewards.rules import (
+    ALL_INVARIANCES,
+    BOTH_OR_NOTHING,
+    JSON_ANSWERS,
+    best_total,
+    check_setting,
+    settled,
+    without_copies,
+)
 
 __all__ = ["box_ap", "box_confidence", "box_count", "box_giou", "box_hungarian", "box_iou", "box_l1"]
 
@@ -274,6 +282,7 @@ def box_ap(
 
 @register_reward(
     "box_confidence",
+    reading=JSON_ANSWERS,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=ALL_INVARIANCES,

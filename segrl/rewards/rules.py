@@ -33,7 +33,7 @@ __all__ = [
 
 ALL_INVARIANCES = ("box_order", "flip", "rescale")
 BOTH_OR_NOTHING = {"both": 1.0, "prediction": 0.0, "truth": 0.0}
-# Points and slices stand in JSON answers only: read otherwise, a reward for them would be blind.
+# Points, confidences and slices stand in JSON answers only: read otherwise, a reward for them would be blind.
 JSON_ANSWERS = {"answer_format": "json", "require_seg": False}
 
 
