@@ -133,8 +133,9 @@ def register_reward(
         A decorator that returns the function or class unchanged.
 
     Raises:
-        RewardError: If the name is taken, the form is not one of the three, a claim does not exist, or a setting has
-            the name of a `Reading` setting.
+        RewardError: If the name is taken (other than by the same function of the same module, which is replaced: a
+            notebook's cell may be run twice), the form is not one of the three, a claim does not exist, or a setting
+            has the name of a `Reading` setting.
 
     Example:
         >>> from segrl.rewards import make_reward
@@ -333,7 +334,7 @@ def filled_in(function: Callable[..., Any]) -> frozenset[str]:
 
 def _add(info: RewardInfo) -> None:
     known = _registered.get(info.name)
-    if known is not None and known.function is not info.function:
+    if known is not None and known.function is not info.function and not _redefined(known.function, info.function):
         raise RewardError(
             f"reward {info.name!r} is registered already, by {_describe(known.function)}; choose another name"
         )
@@ -342,6 +343,16 @@ def _add(info: RewardInfo) -> None:
             f"reward {info.name!r} has a parameter {min(clash)!r}, which is a setting of every reward; rename it"
         )
     _registered[info.name] = info
+
+
+def _redefined(old: Any, new: Any) -> bool:
+    """Whether a function was defined again in its place, as when a notebook's cell is run twice."""
+    place = (getattr(new, "__module__", None), getattr(new, "__qualname__", None))
+    return (
+        None not in place
+        and "<" not in str(place[1])
+        and place == (getattr(old, "__module__", None), getattr(old, "__qualname__", None))
+    )
 
 
 def _check_claims(name: str, range: Any, empty: Any, claims: Mapping[str, Sequence[str]]) -> None:
