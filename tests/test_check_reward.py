@@ -190,7 +190,7 @@ def one_for_all(completions, **columns):
     ("reward", "found"),
     [
         (no_boxes_no_index, "IndexError"),
-        (verdict, "could not convert string to float"),
+        (verdict, "the score is the text"),
         (OnlyTheValid, "returned 0 scores for 1 rows"),
         (one_for_all, "returned 1 scores for 2 rows"),
         (lambda prediction, target: float("nan") if prediction.valid else 0.0, "returned nan"),
