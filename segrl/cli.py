@@ -138,6 +138,8 @@ def _describe(arguments: argparse.Namespace) -> int:
     from segrl.rewards.describe import describe_reward
     from segrl.terminal import console, limits, number, printable, printable_lines
 
+    if ":" in arguments.reward:
+        _search_here()
     composed = Path(arguments.reward).suffix in YAML_SUFFIXES
     reward = describe_reward(_reward(arguments.reward) if composed else arguments.reward)
     if arguments.json:

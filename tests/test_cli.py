@@ -426,3 +426,10 @@ def test_a_reward_with_a_wrong_claim_does_not_stop_the_list(run, monkeypatch):
     assert status == 0
     assert listed["test_wrong_claim"]["range"] is None
     assert "box_f1" in listed
+
+
+def test_a_reward_of_the_current_folder_is_described(run, tmp_path):
+    (tmp_path / "described_here.py").write_text('def here(prediction, target):\n    """In this folder."""\n')
+    status, out, _ = run("rewards", "describe", "described_here:here", "--json")
+    assert status == 0
+    assert json.loads(out)["summary"] == "In this folder."

@@ -422,3 +422,21 @@ def test_a_completion_of_1_mb(tmp_path):
     scores = score_file(BOXES, write(tmp_path / "p.jsonl", rows))
     assert scores.columns["box_f1"] == [0.0] * 3
     assert all(len(row["text"]) <= 200 for row in scores.rows)
+
+
+def test_other_columns_reach_trl_functions(tmp_path):
+    def right(completions, prompts, solution, **columns):
+        assert prompts == ["Where?", "Where?"]
+        assert columns["hint"] == ["x", None]
+        return [float(text == truth) for text, truth in zip(completions, solution, strict=True)]
+
+    rows = [
+        {"completion": "left", "solution": "left", "prompt": "Where?", "hint": "x"},
+        {"completion": "left", "solution": "right", "prompt": "Where?"},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score_file(make_reward(right), path).columns == {"right": [1.0, 0.0]}
+    with pytest.raises(RewardError, match="column 'solution' has 1 rows for 2 predictions"):
+        reward = make_reward(right)
+        reward.score_batch([read("a")] * 2, [None, None], columns={"solution": ["a"]})

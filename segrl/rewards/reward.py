@@ -152,6 +152,7 @@ class Reward:
         *,
         groups: Sequence[Hashable] | None = None,
         progress: float = 1.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> list[float | None]:
         """Score aligned predictions and targets, in order; no rows give an empty list.
 
@@ -160,11 +161,12 @@ class Reward:
             targets: n targets.
             groups: n ids, equal for the answers to one prompt. By default consecutive rows with the same truth.
             progress: Training progress in [0, 1], for schedules.
+            columns: Columns of the data set that a TRL function reads, n values each.
 
         Raises:
             RewardError: As `score`, naming the row; also if the lengths differ.
         """
-        return self._run(self.evaluate(self._batch(predictions, targets, groups, progress)))
+        return self._run(self.evaluate(self._batch(predictions, targets, groups, progress, columns)))
 
     def components(
         self,
@@ -173,6 +175,7 @@ class Reward:
         *,
         groups: Sequence[Hashable] | None = None,
         progress: float = 1.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> dict[str, list[float | None]]:
         """Scores by name: those of the parts of a sum before their weights, if it is one, then "total".
 
@@ -181,8 +184,9 @@ class Reward:
             targets: n targets.
             groups: n ids.
             progress: Training progress.
+            columns: Columns.
         """
-        batch = self._batch(predictions, targets, groups, progress)
+        batch = self._batch(predictions, targets, groups, progress, columns)
         parts = self._run(self.source.components(batch)) if isinstance(self.source, Sum) else {}
         return {**parts, "total": self._run(self.evaluate(batch, parts))}
 
@@ -261,6 +265,7 @@ class Reward:
         targets: Sequence[AnyTarget],
         groups: Sequence[Hashable] | None,
         progress: float,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Batch:
         if len(predictions) != len(targets):
             raise RewardError(
@@ -269,7 +274,12 @@ class Reward:
             )
         if groups is not None and len(groups) != len(predictions):
             raise RewardError(f"reward {self.name!r}: {len(groups)} group ids for {len(predictions)} predictions")
-        return Batch(predictions, targets, groups, progress)
+        for name, values in (columns or {}).items():
+            if len(values) != len(predictions):
+                raise RewardError(
+                    f"reward {self.name!r}: column {name!r} has {len(values)} rows for {len(predictions)} predictions"
+                )
+        return Batch(predictions, targets, groups, progress, columns=columns or {})
 
     def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         if not self.is_async:  # nothing in it waits

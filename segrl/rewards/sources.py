@@ -40,6 +40,7 @@ class Batch:
         progress: Training progress in [0, 1].
         log_metric: TRL's function to log a number.
         call: TRL's keyword arguments; empty outside of a trainer.
+        columns: Data set columns for TRL functions outside of a trainer, one value per row.
     """
 
     predictions: Sequence[Prediction]
@@ -48,6 +49,7 @@ class Batch:
     progress: float = 1.0
     log_metric: Callable[[str, float], None] = ignore_metric
     call: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.predictions)
@@ -279,4 +281,5 @@ def _trl_call(batch: Batch) -> dict[str, Any]:
         "target": batch.targets,
         "log_metric": batch.log_metric,
         **{key: [getattr(target, key, None) for target in batch.targets] for key in fields},
+        **batch.columns,
     }

@@ -47,6 +47,9 @@ __all__ = ["Scores", "histogram", "score_file", "statistics"]
 CHUNK = 256  # rows in memory at once, as masks can be large
 SHOWN_CHARACTERS = 200  # of a completion, kept for display
 FEW = 8  # different values that a histogram counts one by one
+# What is read here, or is a keyword of TRL's call; every other column goes to TRL functions as it is.
+OWN_COLUMNS = frozenset({"completion", "predicted_mask", "probability", "frame", "group", *TRUTH_COLUMNS, *TEXT_COLUMNS,
+                         "prompts", "completions", "completion_ids", "prediction", "target", "log_metric"})  # fmt: skip
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
@@ -223,7 +226,7 @@ class _Chunk:
     def __init__(self, reward: Reward, progress: float, truths: dict[str, StoredRow] | None, on: str) -> None:
         self.reward, self.progress, self.truths, self.on = reward, progress, truths, on
         info = reward.info
-        columns = _reads_columns(reward)
+        self.reads_columns = columns = _reads_columns(reward)
         self.needs_truth, self.reads_truth = info.needs_truth, info.needs_truth or columns
         self.needs_mask, self.reads_mask = info.needs_mask, info.needs_mask or columns
         self.run = 0
@@ -235,6 +238,7 @@ class _Chunk:
         self.predictions: list[Prediction] = []
         self.targets: list[Any] = []
         self.groups: list[Hashable] = []
+        self.others: list[dict[str, Any]] = []
         self.known: dict[str, Any] = {}
 
     def add(self, row: StoredRow) -> None:
@@ -250,13 +254,16 @@ class _Chunk:
         self.predictions.append(prediction)
         self.targets.append(target)
         self.groups.append(group)
+        self.others.append({**source.values, **row.values} if self.reads_columns else {})
 
     def move_to(self, scores: Scores) -> None:
         """Score the rows and forget them."""
         if not self.rows:
             return
         try:
-            found = self.reward.components(self.predictions, self.targets, groups=self.groups, progress=self.progress)
+            found = self.reward.components(
+                self.predictions, self.targets, groups=self.groups, progress=self.progress, columns=self._columns()
+            )
         except RewardError as error:
             raise _at_row(error, self.rows) from error
         total = found.pop("total")
@@ -268,6 +275,12 @@ class _Chunk:
             text = prediction.text[:SHOWN_CHARACTERS]
             scores.rows.append({"where": row.where, "name": name, "status": status, "text": text})
         self._clear()
+
+    def _columns(self) -> dict[str, list[Any]]:
+        """The columns of the data set that TRL functions may read."""
+        names = dict.fromkeys(name for values in self.others for name in values)
+        columns = {name: [values.get(name) for values in self.others] for name in names if name not in OWN_COLUMNS}
+        return {"prompts" if name == "prompt" else name: values for name, values in columns.items()}
 
     def _target(self, row: StoredRow, source: StoredRow) -> Any:
         texts = {key: row.values[key] for key in TEXT_COLUMNS if row.values.get(key) is not None}
