@@ -437,6 +437,6 @@ def test_other_columns_reach_trl_functions(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert score_file(make_reward(right), path).columns == {"right": [1.0, 0.0]}
+    reward, both = make_reward(right), [read("a")] * 2
     with pytest.raises(RewardError, match="column 'solution' has 1 rows for 2 predictions"):
-        reward = make_reward(right)
-        reward.score_batch([read("a")] * 2, [None, None], columns={"solution": ["a"]})
+        reward.score_batch(both, [None, None], columns={"solution": ["a"]})
