@@ -117,6 +117,7 @@ def test_group_relative_known_values():
         v if v is None else pytest.approx(v) for v in expected
     ]
     assert pay(given_scores.group_relative("zscore"), [0.1] * 3) == [0.0] * 3
+    assert pay(given_scores.group_relative("zscore"), [0.0, 1e-200]) == [-1.0, 1.0]
     assert pay(given_scores.group_relative(), [7.0]) == [0.5]
     assert pay(given_scores.group_relative(), [None]) == [None]
     assert make_reward("box_f1").group_relative("center").range == (-1.0, 1.0)
@@ -146,6 +147,13 @@ def test_the_rank_depends_on_the_order_of_scores_only(values, random):
     shuffled = random.sample(values, len(values))
     assert pay(given_scores.group_relative(), shuffled) == [ranks[v] for v in shuffled]
     assert sum(pay(given_scores.group_relative(), values)) == pytest.approx(len(values) / 2)  # pyright: ignore
+
+
+def test_a_composition_that_overflows_names_the_row():
+    with pytest.raises(RewardError, match=r"reward 'Given', row 1 .*returned inf after its steps; expected a finite"):
+        pay(given_scores.scale(1e300), [1.0, 1e300])
+    with pytest.raises(RewardError, match=r"reward 'total', row 0 .*returned inf; expected a finite number"):
+        pay(weighted_sum([(given_scores, 1e300), ("format", 1.0)]), [1e300, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ data or a bug: it stops the run with a `RewardError` that names the reward and t
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -201,6 +202,10 @@ class Reward:
             assert not callable(bounds)
             scores = await step.apply(scores, batch, bounds)
             bounds = step.bounds(bounds)
+        for row, score in enumerate(scores):  # sums and steps of finite numbers can overflow
+            if score is not None and not math.isfinite(score):
+                after = " after its steps" if self.steps else ""
+                raise RewardError(f"{batch.where(self.name, row)} returned {score}{after}; expected a finite number")
         return scores
 
     def __call__(

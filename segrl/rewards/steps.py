@@ -220,11 +220,13 @@ class GroupRelative(Step):
                 return np.array([0.5])
             beaten = (scores[:, None] > scores).sum(1) + ((scores[:, None] == scores).sum(1) - 1) / 2
             return beaten / (len(scores) - 1)
+        if not np.ptp(scores):
+            return np.zeros_like(scores)
         centered = scores - scores.mean()
-        spread = float(scores.std())
-        if self.mode == "center" or not np.ptp(scores):
-            return centered if np.ptp(scores) else np.zeros_like(scores)
-        return centered / spread
+        if self.mode == "center":
+            return centered
+        unit = centered / np.abs(centered).max()  # the square of a tiny difference would be 0
+        return unit / unit.std()
 
 
 STEPS: dict[str, type[Step]] = {step.key: step for step in (Clip, Scale, Schedule, Gate, GroupRelative)}
