@@ -41,7 +41,10 @@ def test_every_export_has_its_place_in_the_reference():
 
 
 def _imported(path):
+    """The module or the attribute of a module that a page names."""
     module, name = path.rpartition(".")[::2]
+    if (ROOT / path.replace(".", "/")).with_suffix(".py").exists():
+        return import_module(path)
     return getattr(import_module(module), name)
 
 
