@@ -90,6 +90,12 @@ def test_an_async_reward_also_scores_inside_a_running_loop():
     assert asyncio.run(notebook()) == [1.0, None, 0.0]
 
 
+def test_a_function_that_hides_that_it_waits_is_refused():
+    hidden = make_reward(lambda prediction, target: slow_box_count(prediction, target)).named("hidden")
+    with pytest.raises(RewardError, match=r"reward 'hidden' \(scan_7\.png\): .*awaited; declare it with async def"):
+        hidden.score(says([1, 1, 2, 2]), TARGET)
+
+
 def test_async_rows_wait_side_by_side():
     running = []
 

@@ -31,8 +31,8 @@ __all__ = ["slice_boxes", "slice_format", "slice_visibility"]
 def slice_format(prediction: Prediction, target: Any) -> float:
     """Pay for a valid text whose answer names a key slice.
 
-    The answer is JSON, see `segrl.json_answers`. Whether the slice exists is not checked here:
-    the other two rewards pay nothing for one that does not.
+    The answer is JSON, see `segrl.json_answers`. Whether the slice exists is not checked here: the other two rewards
+    pay nothing for one that does not.
 
     Args:
         prediction: Its status and slice are read.

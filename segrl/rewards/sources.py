@@ -150,8 +150,7 @@ class Leaf:
             prediction, target = pairs[row]
             try:
                 value = self.function(prediction, target, **self.settings, **extra)
-                value = await value if inspect.isawaitable(value) else value
-                return _number(value)
+                return _number(await self._settled(value))
             except Exception as error:  # any failure of foreign code, re-raised with the row it happened in
                 raise _failure(batch.where(name, row), error) from error
 
@@ -169,7 +168,7 @@ class Leaf:
         where = f"reward {name!r}" + (f", rows {rows[0]} to {rows[-1]}" if len(rows) else "")
         try:
             values = function(**{**given, **extra})
-            values = list(await values if inspect.isawaitable(values) else values)
+            values = list(await self._settled(values))
         except Exception as error:  # as above
             raise _failure(where, error) from error
         if len(values) != len(rows):
@@ -181,6 +180,16 @@ class Leaf:
             except (TypeError, ValueError) as error:
                 raise _failure(batch.where(name, row), error) from error
         return scores
+
+    async def _settled(self, value: Any) -> Any:
+        """What a function returned, awaited if the function is async."""
+        if not inspect.isawaitable(value):
+            return value
+        if not self.is_async:  # then nobody runs a loop for it
+            if inspect.iscoroutine(value):
+                value.close()
+            raise TypeError("it returned something to be awaited; declare it with async def")
+        return await value
 
     @staticmethod
     def _filled_in(function: Callable[..., Any], batch: Batch) -> dict[str, Any]:
