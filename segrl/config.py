@@ -12,7 +12,8 @@ from trl.trainer.sft_config import SFTConfig
 class SegGRPOConfig(GRPOConfig):
     """`GRPOConfig` with the weight of the policy term, the head's learning rate and the frame of written boxes.
 
-    The defaults add nothing: without a mask head and dense losses `SegGRPOTrainer` is TRL's `GRPOTrainer` bit for bit.
+    With `share_prompt=False`, and without a mask head and dense losses, `SegGRPOTrainer` is TRL's `GRPOTrainer` bit for
+    bit; with the default it equals it up to rounding.
     """
 
     policy_weight: float = field(
@@ -32,6 +33,24 @@ class SegGRPOConfig(GRPOConfig):
     require_reasoning: bool = field(
         default=True, metadata={"help": "Whether a valid completion has a <think> block (False: ablation without CoT)."}
     )
+    share_prompt: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a prompt and its images once for the completions that answer it, in generation, scoring "
+            "and loss. Equal to TRL's passes up to rounding; False runs TRL's own."
+        },
+    )
+    feature_cache_memory: int = field(
+        default=2**30,
+        metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},
+    )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder where these features are also kept, for later runs and other processes."},
+    )
+    feature_cache_disk: int = field(
+        default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
+    )
 
 
 @dataclass
@@ -46,4 +65,15 @@ class SegSFTConfig(SFTConfig):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the mask head; None uses learning_rate."}
+    )
+    feature_cache_memory: int = field(
+        default=2**30,
+        metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},
+    )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder where these features are also kept, for later runs and other processes."},
+    )
+    feature_cache_disk: int = field(
+        default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
     )

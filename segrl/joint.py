@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from segrl.cache import FeatureCache
+from segrl.config import SegSFTConfig
 from segrl.dense import DenseLoss, check_dense_losses, dense_terms
 from segrl.errors import SegRLError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
@@ -65,6 +67,7 @@ class JointTraining:
             head.freeze()
             if not self.dense_losses:
                 head.requires_grad_(False)  # masks for rewards only
+            head.cache = _feature_cache(self.args, head.cache)  # type: ignore[attr-defined]
         self.mask_head = head
 
     def _mode(self) -> str:
@@ -149,6 +152,16 @@ class JointTraining:
                 load()
         if self.mask_head is not None:
             self.mask_head.load_weights(folder)
+
+
+def _feature_cache(args: Any, old: FeatureCache | None) -> FeatureCache:
+    """The cache that the settings ask for (TRL's own have none: then the defaults); `old` if it is just that."""
+    memory, folder, disk = (
+        getattr(args, f"feature_cache_{name}", getattr(SegSFTConfig, f"feature_cache_{name}"))
+        for name in ("memory", "dir", "disk")
+    )
+    new = FeatureCache(memory, folder, disk)
+    return old if old is not None and old.__reduce__() == new.__reduce__() else new
 
 
 def _name_missing_bias(model: Any) -> None:

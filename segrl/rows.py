@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class RowReader:
             digest.update(str((mask.shape, mask.dtype, fields)).encode() + mask.tobytes())
             key = digest.digest()
             if key not in known:
-                known[key] = self._read(image, mask, name, fields, first.get(image_key))
+                known[key] = self._read(image, mask, name, fields, first.get(image_key), image_key.hex())
                 own = known[key].seg_input
                 if own is not None:
                     first.setdefault(image_key, own)
@@ -69,7 +70,13 @@ class RowReader:
         return result
 
     def _read(
-        self, image: Image.Image | None, mask: np.ndarray, name: str, fields: dict[str, str], same: SegInput | None
+        self,
+        image: Image.Image | None,
+        mask: np.ndarray,
+        name: str,
+        fields: dict[str, str],
+        same: SegInput | None,
+        key: str,
     ) -> SegRow:
         target = Target.from_mask(binarize(mask, name), name=name, **fields)
         size = (target.width, target.height)
@@ -78,9 +85,9 @@ class RowReader:
         if self.segmenter is None:
             return SegRow(target, frame, None)
         side = self.segmenter.mask_size
-        pixels = self.segmenter.preprocess(image) if same is None else same.pixels
         truth = soft_target(target.mask, (side, side), quantised=True)
-        return SegRow(target, frame, SegInput(pixels, target=truth, same_image=same))
+        pixels = partial(self.segmenter.preprocess, image)  # called only if the image has to be encoded
+        return SegRow(target, frame, SegInput(pixels, target=truth, same_image=same, key=key))
 
 
 def check_columns(datasets: Mapping[str, Any], needed: Collection[str]) -> None:

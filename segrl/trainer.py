@@ -11,6 +11,8 @@ What is overridden, and why (each calls `super()`):
 - `log`: with `log_completions`, writes the predictions and their truths beside TRL's table of completions.
 - `_generate`: keeps the recorded states only if the tokens are still the generated ones; hides the head from vLLM's
   weight sync.
+
+With `share_prompt`, on by default, a prompt is computed once for the completions that answer it: see `shared_prompt`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from segrl import metrics
 from segrl.config import SegGRPOConfig
@@ -41,6 +42,7 @@ from segrl.prediction import Prediction
 from segrl.rewards import Reading, Reward, list_rewards, load_reward, make_reward
 from segrl.rewards.registry import is_reward_form
 from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
+from segrl.shared_prompt import SharedPromptGRPOTrainer
 from segrl.stored import answer_record
 
 _PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
@@ -67,7 +69,7 @@ class _Rollout:
     inputs: list[SegInput] = field(default_factory=list)
 
 
-class SegGRPOTrainer(JointTraining, GRPOTrainer):
+class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
     """`GRPOTrainer` for models that reason, write boxes and prompt a segmenter.
 
     Called as TRL's trainer. In addition:
@@ -84,7 +86,12 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
 
     Data set columns: `prompt`, `image` or `images` (the first is segmented), `mask`, and what your rewards read.
 
-    Without mask head, dense losses and segrl rewards this is TRL's trainer, bit for bit.
+    - `SegGRPOConfig(share_prompt=True)`, the default, computes a prompt and its images once for the G completions that
+      answer it. Everything equals TRL's passes up to rounding (1e-5 in float32). A model that cannot do it gets TRL's
+      passes and one warning that says why.
+
+    With `share_prompt=False` (or TRL's own `GRPOConfig`), without mask head, dense losses and segrl rewards, this is
+    TRL's trainer, bit for bit.
 
     Raises:
         SegRLError: before training, for an unknown reward name, dense losses without a mask head, a probe whose token
@@ -111,7 +118,9 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         self._rollout: _Rollout | None = None
         self._records: list[dict[str, Any]] = []
         self._init_joint(
-            model, dense_losses, lambda: GRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs)
+            model,
+            dense_losses,
+            lambda: SharedPromptGRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs),
         )
         rewards = [reward for reward in self.reward_funcs if isinstance(reward, Reward)]
         self._reads_predictions = self.mask_head is not None or bool(rewards)
@@ -274,8 +283,7 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
             extra["num_images"] = [len(group) if group else 0 for group in images]
         assert self.mask_head is not None
         with self.mask_head.record() as recording:
-            GRPOTrainer._get_per_token_logps_and_entropies(
-                self,
+            super()._get_per_token_logps_and_entropies(
                 self.model,
                 input_ids,
                 attention_mask,
@@ -318,13 +326,11 @@ class SegGRPOTrainer(JointTraining, GRPOTrainer):
         scale = 1.0 / self.current_gradient_accumulation_steps if mode == "train" else 1.0
         if not self.dense_losses or self.mask_head is None:
             return self._joint_loss(super()._compute_loss(model, inputs), weight, None, scale, mode)
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        written = inputs["completion_mask"]
+        ids, written = inputs["completion_ids"], inputs["completion_mask"]
         if "tool_mask" in inputs:
             written = written * inputs["tool_mask"]
-        completion = torch.cat([torch.zeros_like(inputs["prompt_mask"]), written], dim=1)
-        index, valid = self.mask_head.probe(ids, completion)
-        with self.mask_head.decode_next(index, valid, inputs["seg_inputs"]) as request:
+        index, valid = self.mask_head.probe(ids, written)
+        with self.mask_head.decode_next(index, valid, inputs["seg_inputs"], last=ids.size(1)) as request:
             loss = super()._compute_loss(model, inputs)
         return self._joint_loss(loss, weight, request, scale, mode)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segrl.cache import FeatureCache
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.heads.adapters import LinearAdapter, MLPAdapter, SemanticGuidedAdapter
 from segrl.heads.probes import AnswerProbe, SegTokenProbe
 from segrl.segmenters.base import ImageFeatures, Segmenter
+from segrl.segmenters.fingerprint import EncoderFingerprint
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
 
 _SEGMENTER_MEMBERS = (
@@ -42,22 +44,39 @@ _ADAPTERS: dict[str, type[nn.Module]] = {
 }
 
 
-@dataclass(eq=False)
 class SegInput:
     """What the segmenter needs of one image; shared by every completion on it, so that an image is encoded once.
 
-    Attributes:
-        pixels: the segmenter's input, "3 S S" (`Segmenter.preprocess`).
+    Args:
+        pixels: the segmenter's input, "3 S S" (`Segmenter.preprocess`), or a function that makes it, called once and
+            only if the image has to be encoded.
         features: features of this one image, kept when the encoder is frozen.
         target: what a dense loss compares with, "h h" uint8, 255 = foreground; None without truth.
-        same_image: the first `SegInput` of this image, where another question about it has another target; its
-            features serve both.
+        same_image: the first `SegInput` of this image, where another question about it has another target; its pixels
+            and features serve both.
+        key: hash of the image's content, under which `MaskHead.cache` keeps its features; None: this object only.
     """
 
-    pixels: Tensor
-    features: ImageFeatures | None = None
-    target: Tensor | None = None
-    same_image: SegInput | None = None
+    def __init__(
+        self,
+        pixels: Tensor | Callable[[], Tensor],
+        features: ImageFeatures | None = None,
+        target: Tensor | None = None,
+        same_image: SegInput | None = None,
+        key: str | None = None,
+    ) -> None:
+        self._pixels = pixels
+        self.features, self.target, self.same_image, self.key = features, target, same_image, key
+
+    @property
+    def pixels(self) -> Tensor:
+        if callable(self._pixels):
+            self._pixels = self._pixels() if self.same_image is None else self.same_image.pixels
+        return self._pixels
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: a data loader's worker sends pixels, not the segmenter that makes them."""
+        return {**self.__dict__, "_pixels": self.pixels}
 
 
 @dataclass(eq=False)
@@ -66,6 +85,7 @@ class MaskRequest:
 
     Attributes:
         index, valid: positions of the probe's states, "B K", and which of them exist.
+        last: positions count within the last so many tokens of each row; None: within all of them.
         inputs: the image of each row; the same object for the same image.
         rows: rows that have a mask, "N"; set by the forward.
         logits: mask logits "N h h" of these rows, with gradients; set by the forward.
@@ -74,6 +94,7 @@ class MaskRequest:
     index: Tensor
     valid: Tensor
     inputs: Sequence[SegInput]
+    last: int | None = None
     rows: Tensor | None = None
     logits: Tensor | None = None
 
@@ -112,11 +133,21 @@ class MaskHead(nn.Module):
         adapter: states "N K D" and their mask "N K" to prompt embeddings "N P C".
         segmenter: see `segrl.segmenters.Segmenter`.
         freeze_encoder: train the image encoder or not. Features of a frozen encoder are computed once per unique image.
+        cache: where features of a frozen encoder outlive the rows they were computed for; the trainers make one of
+            their settings. It is not saved with the head.
     """
 
     _hook: Any  # handle of the backbone's hook while the head is attached
 
-    def __init__(self, probe, adapter: nn.Module, segmenter: nn.Module, *, freeze_encoder: bool = True) -> None:
+    def __init__(
+        self,
+        probe,
+        adapter: nn.Module,
+        segmenter: nn.Module,
+        *,
+        freeze_encoder: bool = True,
+        cache: FeatureCache | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(segmenter, Segmenter):
             missing = [name for name in _SEGMENTER_MEMBERS if not hasattr(segmenter, name)]
@@ -126,6 +157,7 @@ class MaskHead(nn.Module):
         self.probe, self.adapter = probe, adapter
         self.segmenter: Any = segmenter
         self.freeze_encoder = freeze_encoder
+        self.cache, self._fingerprint = cache, EncoderFingerprint()
         self._request: MaskRequest | None = None
         self._recording: Recording | None = None
         self.encoded_images = 0  # how many images went through the encoder, for reports and tests
@@ -173,24 +205,47 @@ class MaskHead(nn.Module):
     def features(self, inputs: Sequence[SegInput]) -> tuple[ImageFeatures, Tensor]:
         """Features of the unique images among `inputs`, and for each input the row of its image.
 
-        A frozen encoder runs once per image, without gradients, and leaves its result in the `SegInput`.
+        A frozen encoder runs once per image, in evaluation mode and without gradients, and leaves its result in the
+        `SegInput` and in the cache.
         """
         inputs = [item.same_image or item for item in inputs]
-        unique = list({id(item): item for item in inputs}.values())
-        row = {id(item): n for n, item in enumerate(unique)}
+        unique: dict[Any, SegInput] = {}
+        for item in inputs:
+            unique.setdefault(item.key or id(item), item)
+        row = {name: n for n, name in enumerate(unique)}
         device = next(self.segmenter.parameters()).device
-        index = torch.tensor([row[id(item)] for item in inputs], device=device, dtype=torch.long)
-        if not self.freeze_encoder and torch.is_grad_enabled():
-            return self._encode(unique), index
-        todo = [item for item in unique if item.features is None] if self.freeze_encoder else unique
-        if todo:
-            with torch.no_grad():
-                encoded = self._encode(todo)
-            if not self.freeze_encoder:
-                return encoded, index
-            for n, item in enumerate(todo):
-                item.features = encoded[n : n + 1]
-        return ImageFeatures.cat([item.features for item in unique if item.features is not None]), index
+        index = torch.tensor([row[item.key or id(item)] for item in inputs], device=device, dtype=torch.long)
+        items = list(unique.values())
+        if not self.freeze_encoder:
+            return self._encode(items), index
+        self._fill(items, device)
+        return ImageFeatures.cat([item.features for item in items if item.features is not None]), index
+
+    def _fill(self, items: Sequence[SegInput], device: torch.device) -> None:
+        """Give every item the features of the frozen encoder: its own, the cache's, or new ones."""
+        todo = [item for item in items if item.features is None]
+        keys = self._cache_keys(todo, device.type)
+        for item, key in zip(todo, keys, strict=True):
+            found = self.cache.get(key, device) if self.cache is not None and key is not None else None
+            item.features = None if found is None else ImageFeatures(found)
+        missing = [(item, key) for item, key in zip(todo, keys, strict=True) if item.features is None]
+        if not missing:
+            return
+        with _evaluating(self.segmenter), torch.inference_mode(False), torch.no_grad():
+            encoded = self._encode([item for item, _ in missing])
+            for n, (item, key) in enumerate(missing):
+                # a copy, since a slice would keep the whole batch alive; contiguous, as it comes back from disk
+                one = (t[n : n + 1].clone(memory_format=torch.contiguous_format) for t in encoded.tensors)
+                item.features = ImageFeatures(tuple(one))
+                if self.cache is not None and key is not None:
+                    self.cache.put(key, item.features.tensors)
+
+    def _cache_keys(self, items: Sequence[SegInput], device: str) -> list[str | None]:
+        """What features of these images are kept under: image, encoder and precision; None where they are not kept."""
+        wanted = self.cache is not None and any(item.key is not None for item in items)
+        encoder = self._fingerprint(self.segmenter) if wanted else None
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return [None if encoder is None or i.key is None else f"{encoder} {precision} {i.key}" for i in items]
 
     def _encode(self, items: Sequence[SegInput]) -> ImageFeatures:
         parameter = next(self.segmenter.parameters())
@@ -208,9 +263,11 @@ class MaskHead(nn.Module):
     # ---- riding on the backbone --------------------------------------------------------------------------------------
 
     @contextmanager
-    def decode_next(self, index: Tensor, valid: Tensor, inputs: Sequence[SegInput]) -> Iterator[MaskRequest]:
+    def decode_next(
+        self, index: Tensor, valid: Tensor, inputs: Sequence[SegInput], last: int | None = None
+    ) -> Iterator[MaskRequest]:
         """Inside the context the next backbone forward decodes masks at positions `index` "B K"; see `MaskRequest`."""
-        self._request = request = MaskRequest(index, valid, inputs)
+        self._request = request = MaskRequest(index, valid, inputs, last)
         try:
             yield request
         finally:
@@ -241,7 +298,8 @@ class MaskHead(nn.Module):
             )
         rows = request.valid.any(1).nonzero()[:, 0]
         anchor = rows if len(rows) else rows.new_zeros(1)  # without any mask the head still runs, with weight zero
-        index = request.index[anchor].unsqueeze(-1).expand(-1, -1, states.size(-1))
+        skipped = 0 if request.last is None else states.size(1) - request.last
+        index = (request.index[anchor] + skipped).unsqueeze(-1).expand(-1, -1, states.size(-1))
         valid = request.valid[anchor].clone()
         valid[:, 0] |= ~valid.any(1)
         chosen = states[anchor].gather(1, index)
@@ -323,6 +381,18 @@ class MaskHead(nn.Module):
             self.load_state_dict(load_file(path))
         except RuntimeError as error:
             raise CheckpointError(f"{path}: does not fit this head: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: what is kept must not have dropped out, nor depend on the rest of the batch."""
+    trains = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in trains:
+            part.training = True
 
 
 def _build_probe(name: str, settings: dict[str, Any], tokenizer) -> Any:

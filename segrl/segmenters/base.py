@@ -36,7 +36,9 @@ class ImageFeatures:
 
     @staticmethod
     def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-        """Join features of several images along the first dimension. `parts` must not be empty."""
+        """Join features along the first dimension; a single part is returned as it is. `parts` must not be empty."""
+        if len(parts) == 1:
+            return parts[0]
         return ImageFeatures(tuple(torch.cat(tensors) for tensors in zip(*(p.tensors for p in parts), strict=True)))
 
 
@@ -59,7 +61,11 @@ class Segmenter(Protocol):
         ...
 
     def encode(self, images: Tensor) -> ImageFeatures:
-        """Images "B 3 S S" to features of B images."""
+        """Images "B 3 S S" to features of B images.
+
+        Features of a frozen encoder are kept, also beyond a run: nothing that trains while `freeze(encoder=True)` holds
+        may take part.
+        """
         ...
 
     def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,240 @@
+"""`FeatureCache`: tensors by key, in memory and in a folder, each within a budget of bytes.
+
+In memory the least recently used entries go first. In the folder every entry is one safetensors file, and the files
+that were not read or written for the longest time go first. A file is written when its entry is put, not when memory
+runs out of room: then a run that is killed loses nothing, and other processes find the entry at once.
+
+Several processes may share a folder. Only the holder of its lock writes, into a temporary file that then takes the
+name of the entry, so that the folder never grows past its budget and a reader, who needs no lock, sees a whole file or
+none. A file that is damaged or goes away meanwhile counts as not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from segrl.errors import SegRLError
+
+__all__ = ["FeatureCache"]
+
+_ENTRY, _TEMPORARY = ".features.safetensors", ".features.safetensors.tmp"  # no other file in the folder is touched
+_LOCK = "features.lock"
+_CHECKSUM = "crc32"
+_PATIENCE = 60.0  # seconds to wait for the lock; one entry takes a fraction of a second
+
+
+class FeatureCache:
+    """Tensors by key, in memory and on disk, each within a budget.
+
+    Args:
+        memory_bytes: budget in memory, where tensors stay on the device they come from; 0 keeps nothing there.
+        folder: where entries are also written, made when needed, to be shared with other processes and later runs.
+        disk_bytes: budget of the files in `folder`; with a folder it must be above 0.
+
+    Attributes:
+        hits: requests answered from memory.
+        disk_hits: requests answered from the folder.
+        misses: requests that found nothing.
+        nbytes: bytes in memory now.
+
+    A folder that cannot be written (full, read-only) is warned about once; what it holds can still be read. A copy,
+    also by pickle, has the same settings and nothing in memory.
+
+    Raises:
+        SegRLError: a budget below 0, or a folder without one.
+
+    Example:
+        >>> cache = FeatureCache(memory_bytes=100)
+        >>> cache.put("a", [torch.zeros(20)])
+        >>> cache.put("b", [torch.ones(20)])  # 160 bytes: the older entry goes
+        >>> cache.get("a"), len(cache.get("b"))
+        (None, 1)
+    """
+
+    def __init__(self, memory_bytes: int = 2**30, folder: str | Path | None = None, disk_bytes: int = 0) -> None:
+        for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            if value < 0:
+                raise SegRLError(f"{name}={value}: expected a number of bytes, 0 or more")
+        if folder is not None and not disk_bytes:
+            raise SegRLError(
+                f"folder={str(folder)!r} with disk_bytes=0: nothing would fit; give it a budget (feature_cache_disk in "
+                "the trainers' settings) or pass no folder"
+            )
+        self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.hits = self.disk_hits = self.misses = self.nbytes = 0
+        self._kept: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()  # from the oldest to the newest use
+        self._writable = self.folder is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.memory_bytes, self.folder, self.disk_bytes)
+
+    def get(self, key: str, device: torch.device | str | None = None) -> tuple[Tensor, ...] | None:
+        """The tensors of `key`, or None. They are the cache's own: do not change them in place.
+
+        Args:
+            key: what `put` was given.
+            device: where they are wanted, and kept from then on; None leaves them where they are, which is the CPU for
+                what comes from disk.
+        """
+        found = self._kept.get(key)
+        if found is not None:
+            self.hits += 1
+        else:
+            found = self._read(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self.disk_hits += 1
+        if device is not None:
+            found = tuple(tensor.to(device) for tensor in found)
+        self._keep(key, found)
+        return found
+
+    def put(self, key: str, tensors: Sequence[Tensor]) -> None:
+        """Keep detached `tensors` under `key` in place of what was there, exactly: dtype, shape and values."""
+        own = tuple(_own(tensor) for tensor in tensors)
+        self._keep(key, own)
+        if self._writable:
+            self._write(key, own)
+
+    def clear(self) -> None:
+        """Forget what is in memory. Files stay, and so do the counters."""
+        self._kept.clear()
+        self.nbytes = 0
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    def _keep(self, key: str, tensors: tuple[Tensor, ...]) -> None:
+        self.nbytes -= _size(self._kept.pop(key, ()))
+        if _size(tensors) > self.memory_bytes:
+            return
+        self._kept[key] = tensors
+        self.nbytes += _size(tensors)
+        while self.nbytes > self.memory_bytes:
+            self.nbytes -= _size(self._kept.popitem(last=False)[1])
+
+    # ---- disk --------------------------------------------------------------------------------------------------------
+
+    def _path(self, folder: Path, key: str) -> Path:
+        return folder / (hashlib.blake2b(key.encode(), digest_size=16).hexdigest() + _ENTRY)
+
+    def _read(self, key: str) -> tuple[Tensor, ...] | None:
+        if self.folder is None:
+            return None
+        path = self._path(self.folder, key)
+        try:
+            content = path.read_bytes()
+        except OSError:  # not there, or not any more
+            return None
+        tensors = _unpack(content)
+        with suppress(OSError):  # another process may be faster, and a folder to read only is fine here
+            path.unlink() if tensors is None else _mark_used(path)
+        return tensors
+
+    def _write(self, key: str, tensors: tuple[Tensor, ...]) -> None:
+        assert self.folder is not None
+        content = _pack(tensors)
+        if len(content) > self.disk_bytes:
+            return
+        path = self._path(self.folder, key)
+        temporary = path.with_name(path.name.removesuffix(_ENTRY) + _TEMPORARY)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / _LOCK, timeout=_PATIENCE).acquire(poll_interval=0.01):
+                path.unlink(missing_ok=True)
+                self._make_room(self.folder, len(content))
+                try:
+                    temporary.write_bytes(content)
+                    _mark_used(temporary)
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+        except OSError as error:
+            self._writable = False
+            warnings.warn(
+                f"cannot write features to {str(self.folder)!r} ({error}); check feature_cache_dir. We go on without "
+                "writing there: what does not fit into memory is computed again",
+                stacklevel=3,
+            )
+
+    def _make_room(self, folder: Path, size: int) -> None:
+        """Delete the oldest entries until `size` more bytes fit; whoever calls holds the lock."""
+        entries = []
+        for item in os.scandir(folder):
+            if item.name.endswith(_TEMPORARY):  # of a process that died: nobody else writes now
+                Path(item).unlink(missing_ok=True)
+            elif item.name.endswith(_ENTRY):
+                with suppress(FileNotFoundError):  # damaged, and removed by its reader
+                    entries.append((item.stat().st_mtime_ns, item.name, item.stat().st_size))
+        total = size + sum(bytes_ for *_, bytes_ in entries)
+        for _, name, bytes_ in sorted(entries):
+            if total <= self.disk_bytes:
+                break
+            (folder / name).unlink(missing_ok=True)
+            total -= bytes_
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, and without the rest of a batch that it is a part of."""
+    tensor = tensor.detach()
+    if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
+        with torch.inference_mode(False):
+            return tensor.clone()
+    return tensor
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _mark_used(path: Path) -> None:
+    """Set the time of the last access. Left to the file system it would be coarse, and often not changed by reading."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
+
+
+def _pack(tensors: Sequence[Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file, named "0", "1", ..., and their checksum."""
+    ready = [tensor.cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    state = {str(number): tensor for number, tensor in enumerate(ready)}
+    return save({**state, _CHECKSUM: torch.tensor(_checksum(ready))})
+
+
+def _unpack(content: bytes) -> tuple[Tensor, ...] | None:
+    """What `_pack` packed, or None if anything about it is not as it was."""
+    try:
+        state = load(content)
+        checksum = state.pop(_CHECKSUM).item()
+        tensors = tuple(state[str(number)] for number in range(len(state)))
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+    return tensors if _checksum(tensors) == checksum else None
+
+
+def _checksum(tensors: Sequence[Tensor]) -> int:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(raw_bytes(tensor), value)
+    return value
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor's values as a buffer, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

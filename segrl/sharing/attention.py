@@ -1,0 +1,171 @@
+"""Attention over a packed row, and the hooks that bring it into a transformers model.
+
+Every prompt attends to itself, causally, once. The completions of a prompt attend, as one batch, to the prompt's keys
+and to themselves. So the work is P*P/2 + G*T*(P + T/2) where G rows of their own cost G*(P + T)*(P + T)/2, and no mask
+over the whole row is ever built.
+
+The layout travels through the model's keyword arguments, not through a global: with activation checkpointing a layer
+runs again during backward, and must see the same layout then.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from segrl.errors import SegRLError
+from segrl.sharing.layout import Group, Layout
+
+KEYWORD = "shared_prompt"
+_NAME = "segrl_shared_prompt"
+_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what this attention does not compute
+
+
+def shared_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    shared_prompt: Layout | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls them, for one packed row.
+
+    Args:
+        module: the attention layer.
+        query: "1 H L D".
+        key, value: "1 K L D" with K key-value heads, a divisor of H.
+        attention_mask: ignored; the layout says it all.
+        shared_prompt: the layout.
+
+    Returns:
+        The output "1 L H D", and None for the weights.
+
+    Raises:
+        SegRLError: the layer asks for something that is not computed here (a sliding window, soft capping, sinks).
+    """
+    if shared_prompt is None or len(query) != 1 or query.size(2) != shared_prompt.tokens:
+        raise SegRLError(f"shared-prompt attention got queries of shape {tuple(query.shape)} and {shared_prompt}")
+    for name in _REFUSED:
+        if extra.get(name) is not None:
+            value = "" if isinstance(extra[name], Tensor) else f"={extra[name]}"
+            raise SegRLError(f"its attention layers use {name}{value}")
+    outputs = []
+    for group in shared_prompt.groups:
+        middle = group.start + group.prompt
+        own_key, own_value = key[:, :, group.start : middle], value[:, :, group.start : middle]
+        own_query = query[:, :, group.start : middle]
+        settings = {"dropout": dropout, "scale": scaling}
+        outputs.append(_sdpa(own_query, own_key, own_value, is_causal=group.prompt > 1, **settings))
+        if group.longest:
+            outputs.append(_completions(group, query, own_key, own_value, key, value, settings))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _completions(
+    group: Group,
+    query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Output "1 H S D" of a group's S completion tokens."""
+    first = group.start + group.prompt
+    rows, longest = len(group.lengths), group.longest
+
+    def batched(tensor: Tensor) -> Tensor:  # "1 H L D" -> "G H T D"
+        own = tensor[0, :, first : group.end]
+        if group.gather is not None:
+            own = own[:, group.gather.flatten()]
+        return own.unflatten(1, (rows, longest)).transpose(0, 1)
+
+    keys = torch.cat([prompt_key.expand(rows, -1, -1, -1), batched(key)], dim=2)
+    values = torch.cat([prompt_value.expand(rows, -1, -1, -1), batched(value)], dim=2)
+    output = _sdpa(batched(query), keys, values, prompt=group.prompt, **settings)
+    flat = output.transpose(0, 1).flatten(1, 2)  # "H G*T D"
+    return (flat if group.scatter is None else flat[:, group.scatter]).unsqueeze(0)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, prompt: int | None = None, **settings: Any) -> Tensor:
+    """Scaled dot-product attention with grouped key-value heads; with `prompt`, causal after that many open keys."""
+    mask: Any = None
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if prompt is not None:
+        shape = query.size(2), key.size(2)
+        if query.is_cuda and half and query.size(-1) % 8 == 0:
+            from torch.nn.attention.bias import causal_lower_right
+
+            mask = causal_lower_right(*shape)  # flash attention knows this one without a mask in memory
+        else:
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prompt)
+    repeats = query.size(1) // key.size(1)
+    if repeats > 1 and query.is_cuda and mask is not None:  # CUDA's fast kernels take no mask with fewer key heads
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        repeats = 1
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=settings["dropout"],
+        scale=settings["scale"],
+        is_causal=settings.get("is_causal", False),
+        enable_gqa=repeats > 1,
+    )
+
+
+class _Switch:
+    """Hooks of an attention layer: while it is called with a layout, its config names this attention.
+
+    The config of the model itself keeps its name, so that every other pass is untouched.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.own, self.shared = config, copy.copy(config)
+        self.shared._attn_implementation_internal = _NAME
+
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get(KEYWORD) is not None:
+            module.config = self.shared
+
+    def after(self, module: Any, args: Any, output: Any) -> None:
+        module.config = self.own
+
+
+def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook of the backbone: its last hidden states "1 L D" become "B T+1 D", one row per completion."""
+    layout = kwargs.get(KEYWORD)
+    if layout is None:
+        return None
+    states = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    unpacked = states[0][layout.rows]
+    if isinstance(output, tuple):
+        return (unpacked, *output[1:])
+    output["last_hidden_state"] = unpacked
+    return output
+
+
+def install(backbone: nn.Module, layers: list[Any]) -> None:
+    """Teach a backbone the keyword `shared_prompt`; `layers` are its attention layers. Twice is as good as once."""
+    if getattr(backbone, "_segrl_shares", False):
+        return
+    backbone.register_forward_hook(_unpack, with_kwargs=True, prepend=True)  # before a mask head listens
+    switches: dict[int, _Switch] = {}
+    for layer in layers:
+        switch = switches.setdefault(id(layer.config), _Switch(layer.config))
+        layer.register_forward_pre_hook(switch.before, with_kwargs=True)
+        layer.register_forward_hook(switch.after, always_call=True)
+    backbone._segrl_shares = True  # type: ignore[assignment]
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, shared_attention)

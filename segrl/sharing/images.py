@@ -1,0 +1,137 @@
+"""Images by content: the G rows of a group hold G decoded copies of the same picture."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, count
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class ImageKeys:
+    """Content of images as short strings; each object is read once in the life of this object.
+
+    What is no PIL image, array or tensor has a key of its own, so that nothing unknown is ever taken for equal.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, str]] = {}  # the image is kept, so that its id stays its own
+        self._unknown = count()
+
+    def __call__(self, image: Any) -> str:
+        known = self._known.get(id(image))
+        if known is None:
+            known = self._known[id(image)] = image, self._read(image)
+        return known[1]
+
+    def _read(self, image: Any) -> str:
+        if isinstance(image, Image.Image):
+            palette = image.getpalette() if image.mode == "P" else None
+            return _digest((image.mode, image.size, palette, sorted(image.getexif().items())), image.tobytes())
+        if isinstance(image, np.ndarray):
+            return _digest((image.dtype.str, image.shape), np.ascontiguousarray(image).tobytes())
+        if isinstance(image, Tensor):
+            return self._read(image.detach().cpu().numpy())
+        return f"unknown {next(self._unknown)}"
+
+
+def _digest(header: Any, content: bytes) -> str:
+    digest = hashlib.blake2b(repr(header).encode(), digest_size=16)
+    digest.update(content)
+    return digest.hexdigest()
+
+
+@contextmanager
+def preprocess_once(processor: Any, keys: ImageKeys) -> Iterator[None]:
+    """Inside the context `processor` prepares each image once, however often it is asked to.
+
+    Works for image processors that return `pixel_values`, and `image_grid_thw` if they cut images to patches; what
+    others return is passed on as it is.
+    """
+    inner = getattr(processor, "image_processor", None)
+    if inner is None:
+        yield
+        return
+    processor.image_processor = _Once(inner, keys)
+    try:
+        yield
+    finally:
+        processor.image_processor = inner
+
+
+class _Once:
+    """An image processor that remembers; every other attribute is the real one's."""
+
+    def __init__(self, inner: Any, keys: ImageKeys) -> None:
+        self._inner, self._keys = inner, keys
+        self._done: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, images: Any = None, **settings: Any) -> Any:
+        flat = _flat(images)
+        if len(flat) < 2 and not self._done:
+            return self._inner(images=images, **settings)
+        how = repr(sorted(settings.items(), key=lambda item: item[0]))
+        wanted = [(self._keys(image), how) for image in flat]
+        missing = {key: image for key, image in zip(wanted, flat, strict=True) if key not in self._done}
+        output = None
+        if missing:
+            output = self._inner(images=list(missing.values()), **settings)
+            parts = _split(output, len(missing))
+            if parts is None:
+                return output if len(missing) == len(flat) else self._inner(images=images, **settings)
+            self._done.update(zip(missing, parts, strict=True))
+        pieces = [self._done[key] for key in wanted]
+        data: dict[str, Any] = {"pixel_values": torch.cat([pixels for pixels, _ in pieces])}
+        grids = [grid for _, grid in pieces if grid is not None]
+        if grids:
+            data["image_grid_thw"] = torch.stack(grids)
+        from transformers import BatchFeature
+
+        return BatchFeature(data)
+
+
+def _flat(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        return [image for part in images if part is not None for image in _flat(part)]
+    return [images]
+
+
+def _split(output: Any, images: int) -> list[tuple[Tensor, Tensor | None]] | None:
+    """What an image processor returned, by image; None if it is of another form."""
+    pixels, grid = output.get("pixel_values"), output.get("image_grid_thw")
+    if not isinstance(pixels, Tensor) or set(output) - {"pixel_values", "image_grid_thw"}:
+        return None
+    if grid is None:
+        return [(one, None) for one in pixels.split(1)] if len(pixels) == images else None
+    if not isinstance(grid, Tensor) or len(grid) != images:
+        return None
+    return list(zip(pixels.split(grid.prod(-1).tolist()), grid, strict=True))
+
+
+def image_indices(rows: Sequence[int], num_images: Sequence[int]) -> list[int]:
+    """Places of the images of some rows among the images of all rows.
+
+    Args:
+        rows: which rows, in the order that is wanted.
+        num_images: images of each row.
+    """
+    bounds = [0, *accumulate(num_images)]
+    return [n for row in rows for n in range(bounds[row], bounds[row + 1])]
+
+
+def images_of(prompt: Any) -> list[Any]:
+    """The images in a conversation whose messages are lists of parts, in order."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return []
+    contents = [message.get("content") for message in prompt if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image"] for part in parts if part.get("type") == "image" and "image" in part]

@@ -1,0 +1,156 @@
+"""Features of the vision tower once per image: within a pass, and across passes while the tower is frozen.
+
+Shape legend: N images, n_i language-model tokens of image i, D language-model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segrl.cache import FeatureCache
+from segrl.sharing.images import image_indices
+
+KEYWORD = "image_keys"
+
+
+class VisionOnce:
+    """Stands before a backbone's `get_image_features` once `install_vision` has put it there.
+
+    A forward that is given `image_keys`, one key per image in the order of its pixels, encodes each key once. With a
+    frozen tower the features are kept (`cache`) and no graph is built for it. Any other forward is left alone.
+
+    Attributes:
+        cache: features "n_i D" of the language model's tokens, and of Qwen3-VL's deeper layers, by key.
+        encoded_images: images that really went through the tower, for reports and tests.
+    """
+
+    def __init__(self, backbone: Any, decoder: nn.Module, cache: FeatureCache) -> None:
+        self.cache, self.encoded_images = cache, 0
+        self._original = backbone.get_image_features
+        own = {id(parameter) for parameter in decoder.parameters()}
+        self._tower = [(name, p) for name, p in backbone.named_parameters() if id(p) not in own]
+        self._keys: list[str] | None = None
+        self._outside: list[str] | None = None
+        self._kind: Any = None
+        self._joined = False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no parameter outside the decoder is trained."""
+        return not any(parameter.requires_grad for _, parameter in self._tower)
+
+    @contextmanager
+    def expecting(self, keys: list[str]) -> Iterator[None]:
+        """Inside the context, images that are encoded outside a forward have these keys."""
+        self._outside = self._keys = keys
+        try:
+            yield
+        finally:
+            self._outside = self._keys = None
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._keys = kwargs.pop(KEYWORD, self._outside)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._keys = self._outside
+
+    def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
+        keys = self._keys
+        images = len(pixel_values) if image_grid_thw is None else len(image_grid_thw)
+        grid: dict[str, Tensor] = {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw}
+        if keys is None or len(keys) != images:
+            self.encoded_images += images
+            return self._original(pixel_values, **grid, **kwargs)
+        frozen = self.frozen
+        names = [self._name(key, pixel_values) for key in keys]
+        found: dict[str, tuple[Tensor, ...]] = {}
+        if frozen and self._kind is not None:
+            for name in dict.fromkeys(names):
+                kept = self.cache.get(name, device=pixel_values.device)
+                if kept is not None:
+                    found[name] = kept
+        missing = {name: names.index(name) for name in dict.fromkeys(names) if name not in found}
+        if missing:
+            self.encoded_images += len(missing)
+            with torch.no_grad() if frozen else nullcontext():
+                output = self._original(**_select(pixel_values, image_grid_thw, list(missing.values())), **kwargs)
+            parts = _by_image(output, len(missing))
+            if parts is None:  # of a form that is not known here
+                self.encoded_images += images - len(missing)
+                return self._original(pixel_values, **grid, **kwargs)
+            self._kind = type(output)
+            self._joined = _is_joined(output)
+            found.update(zip(missing, parts, strict=True))
+            if frozen:
+                for name in missing:
+                    self.cache.put(name, found[name])
+        pieces = [found[name] for name in names]
+        return _assembled(self._kind, pieces, self._joined)
+
+    def _name(self, key: str, pixels: Tensor) -> str:
+        device = pixels.device.type
+        mixed = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
+        return f"{key} {mixed}"
+
+
+def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> VisionOnce | None:
+    """Put a `VisionOnce` before the backbone's vision tower; None if it has none. The class stays what it is."""
+    if not hasattr(backbone, "get_image_features"):
+        return None
+    once = VisionOnce(backbone, decoder, cache)
+    backbone.get_image_features = once
+    backbone.register_forward_pre_hook(once.before, with_kwargs=True)
+    backbone.register_forward_hook(once.after, always_call=True)
+    return once
+
+
+def _select(pixels: Tensor, grid: Tensor | None, images: Sequence[int]) -> dict[str, Tensor]:
+    if grid is None:
+        return {"pixel_values": pixels[list(images)]}
+    parts = pixels.split(grid.prod(-1).tolist())
+    return {"pixel_values": torch.cat([parts[n] for n in images]), "image_grid_thw": grid[list(images)]}
+
+
+def select_features(output: Any, rows: Sequence[int], num_images: Sequence[int]) -> Any:
+    """What `get_image_features` returned for all rows, for some of them; None if it is of an unknown form.
+
+    Args:
+        output: features of all images.
+        rows: which rows.
+        num_images: images of each row.
+    """
+    parts = _by_image(output, sum(num_images))
+    if parts is None:
+        return None
+    chosen = [parts[n] for n in image_indices(rows, num_images)]
+    return _assembled(type(output), chosen, _is_joined(output))
+
+
+def _is_joined(output: Any) -> bool:
+    """Whether deeper layers come as one tensor (transformers before 5.20) or by image."""
+    return any(isinstance(level, Tensor) for level in getattr(output, "deepstack_features", None) or [])
+
+
+def _assembled(kind: Any, pieces: Sequence[tuple[Tensor, ...]], joined: bool) -> Any:
+    deeper = [list(level) for level in zip(*(piece[1:] for piece in pieces), strict=True)]
+    extra = {"deepstack_features": [torch.cat(d) if joined else d for d in deeper]} if deeper else {}
+    return kind(pooler_output=tuple(piece[0] for piece in pieces), **extra)
+
+
+def _by_image(output: Any, images: int) -> list[tuple[Tensor, ...]] | None:
+    """Features of each image, then those of deeper layers; None if `output` is of another form."""
+    pooled = getattr(output, "pooler_output", None)
+    if not isinstance(pooled, (list, tuple)) or len(pooled) != images:
+        return None
+    sizes = [len(part) for part in pooled]
+    levels = getattr(output, "deepstack_features", None) or []
+    split = [level.split(sizes) if isinstance(level, Tensor) else level for level in levels]
+    if any(len(level) != images for level in split):
+        return None
+    return [(part, *(level[n] for level in split)) for n, part in enumerate(pooled)]
