@@ -42,7 +42,10 @@ class SegGRPOConfig(GRPOConfig):
     )
     feature_cache_memory: int = field(
         default=2**30,
-        metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},
+        metadata={
+            "help": "Bytes for features of the mask head's frozen image encoder in memory, and as many for those of a "
+            "frozen vision tower; 0 keeps none."
+        },
     )
     feature_cache_dir: str | None = field(
         default=None,

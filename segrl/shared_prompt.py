@@ -50,6 +50,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         """Prepare policy and reference model for packed rows, or warn why they cannot take them."""
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         reason = "the router's auxiliary loss counts every token" if self.aux_loss_enabled else None
+        if self.args.torch_compile:
+            reason = "torch_compile=True would compile the model anew for every layout"
         for model in models:
             reason = reason or sharing.enable_sharing(model)
         if reason is not None:

@@ -158,6 +158,8 @@ def _pixels(
     if pixels is None or counts is None:
         return {}
     chosen = image_indices(rows, counts)
+    if not chosen:  # models do not take zero images
+        return {}
     if grid is None:
         return {"pixel_values": pixels[chosen]}
     parts = pixels.split(grid.prod(-1).tolist())
