@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 
+from segrl.cache import FeatureCache
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError
 from segrl.frames import Frame
 from segrl.heads import (
@@ -467,6 +468,111 @@ class TestFeatures:
         with torch.no_grad():
             head.features([item])
         assert item.features is None  # its weights change: nothing may be kept
+
+    def test_equal_images_share_a_row_and_the_cache(self):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        head.cache = FeatureCache()
+
+        def keyed(seed, key):
+            return SegInput(head.segmenter.preprocess(picture(seed)), key=key)
+
+        first, index = head.features([keyed(0, "a"), keyed(1, "b"), keyed(0, "a")])
+        assert (len(first), index.tolist(), head.encoded_images) == (2, [0, 1, 0], 2)
+        again, index = head.features([keyed(1, "b"), keyed(2, "c"), keyed(0, "a")])
+        assert (len(again), index.tolist(), head.encoded_images) == (3, [0, 1, 2], 3)
+        for old, new in zip(first.tensors, again.tensors, strict=True):
+            assert torch.equal(old, new[[2, 0]])
+        assert (head.cache.hits, head.cache.misses) == (2, 3)
+        assert head.cache.nbytes == sum(tensor.nbytes for tensor in again.tensors)
+        head.features([seg_input(head, 0)])  # without a key it is an image of its own
+        assert (head.encoded_images, head.cache.misses) == (4, 3)
+
+    @pytest.mark.parametrize("memory", [None, 0, 1000])
+    def test_an_input_keeps_its_features_even_where_the_cache_has_no_room(self, memory):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        head.cache = None if memory is None else FeatureCache(memory)
+        item = SegInput(head.segmenter.preprocess(picture()), key="a")
+        other = SegInput(item.pixels, same_image=item)
+        first, _ = head.features([item])
+        second, _ = head.features([other, item])
+        assert head.encoded_images == 1
+        assert all(torch.equal(a, b) for a, b in zip(first.tensors, second.tensors, strict=True))
+
+    def test_pixels_are_made_when_they_are_needed_and_once(self):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        head.cache, made = FeatureCache(), []
+
+        def pixels():
+            made.append(1)
+            return head.segmenter.preprocess(picture())
+
+        item = SegInput(pixels, key="a")
+        assert not made
+        head.features([item])
+        assert len(made) == 1
+        assert torch.equal(item.pixels, head.segmenter.preprocess(picture()))
+        assert len(made) == 1
+        head.features([SegInput(pixels, key="a")])
+        assert len(made) == 1
+
+    def test_an_input_is_sent_with_its_pixels_not_with_what_makes_them(self):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        item = SegInput(functools.partial(head.segmenter.preprocess, picture()), key="a", target=torch.ones(2, 2))
+        other = SegInput(functools.partial(head.segmenter.preprocess, picture()), same_image=item)
+        sent = pickle.dumps([item, other])
+        assert len(sent) < 2 * item.pixels.nbytes
+        first, second = pickle.loads(sent)
+        assert torch.equal(first.pixels, head.segmenter.preprocess(picture()))
+        assert second.same_image is first
+        assert second.pixels is first.pixels
+        assert (first.key, first.features, first.target.shape) == ("a", None, (2, 2))
+
+    def test_new_weights_are_encoded_anew(self):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        head.cache, pixels = FeatureCache(), head.segmenter.preprocess(picture())
+        head.features([SegInput(pixels, key="a")])
+        head.segmenter.load_state_dict(tiny_segmenter(seed=1).state_dict())
+        features, _ = head.features([SegInput(pixels, key="a")])
+        assert head.encoded_images == 2
+        for found, expected in zip(features.tensors, tiny_segmenter(seed=1).encode(pixels[None]).tensors, strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
+
+    def test_autocast_has_features_of_its_own(self):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        head.cache, pixels = FeatureCache(), head.segmenter.preprocess(picture())
+        for _ in range(2):
+            full, _ = head.features([SegInput(pixels, key="a")])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                half, _ = head.features([SegInput(pixels, key="a")])
+        assert head.encoded_images == 2
+        assert full.tensors[1].dtype == torch.float32
+        assert half.tensors[1].dtype == torch.bfloat16
+
+    def test_features_made_for_inference_can_be_trained_on(self):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        head.cache, pixels = FeatureCache(), head.segmenter.preprocess(picture())
+        item = SegInput(pixels, key="a")
+        with torch.inference_mode():
+            head.features([item])
+        for one in (item, SegInput(pixels, key="a")):
+            head(noise(1, 1, 64), torch.ones(1, 1).bool(), [one]).sum().backward()
+        assert head.encoded_images == 1
+
+    def test_a_copy_of_the_head_has_a_cache_of_its_own(self):
+        head: Any = detach_mask_head(tiny_headed_model()[0])
+        head.features([seg_input(head)])  # SAM 2 keeps its position encodings from the first image on
+        plain = len(pickle.dumps(head))
+        head.cache = FeatureCache(123_456_789)
+        head.features([SegInput(head.segmenter.preprocess(picture(n)), key=str(n)) for n in range(20)])
+        assert head.cache.nbytes > 500_000
+        assert len(pickle.dumps(head)) < plain + 1000
+        for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+            assert other.cache is not head.cache
+            assert (other.cache.memory_bytes, other.cache.nbytes) == (123_456_789, 0)
+            features, _ = other.features([SegInput(head.segmenter.preprocess(picture(0)), key="0")])
+            expected, _ = head.features([SegInput(head.segmenter.preprocess(picture(0)), key="0")])
+            assert torch.equal(features.tensors[0], expected.tensors[0])
+        assert head.state_dict().keys() == find_mask_head(pair()[0]).state_dict().keys()  # type: ignore[union-attr]
 
     def test_the_mask_is_that_of_its_own_image(self):
         head: Any = find_mask_head(pair()[0])

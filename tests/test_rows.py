@@ -9,6 +9,7 @@ from builders import tiny_model, tiny_rows, tiny_segmenter
 from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 
+from segrl.cache import FeatureCache
 from segrl.errors import DataError, FrameError
 from segrl.heads import MaskHead
 from segrl.heads.mask_head import SegInput
@@ -134,6 +135,36 @@ class TestSharing:
         assert reads[1].seg_input.pixels is first.pixels
         assert reads[1].target.boxes.tolist() == [[1, 1, 5, 5]]
         assert not torch.equal(reads[1].seg_input.target, first.target)
+
+    def test_the_key_says_what_the_image_holds(self, segmenter):
+        """The same in another batch, whatever the file's mode; another one for other pixels or another shape."""
+
+        def key(**changes):
+            (read,) = reader(None, segmenter, "original_px")([row(**changes)])
+            assert isinstance(read.seg_input.key, str)
+            return read.seg_input.key
+
+        assert key() == key(query="Which?", box=(0, 0, 3, 3)) == key(image=picture(0).convert("RGBA"))
+        changed = picture(0)
+        changed.putpixel((3, 3), (1, 2, 3))
+        tall = Image.frombytes("RGB", (30, 40), picture(0).tobytes())
+        assert len({key(), key(image=changed), key(image=tall), key(seed=1)}) == 4
+
+    def test_an_image_whose_features_are_cached_is_not_prepared(self):
+        prepared = []
+
+        class Counting(type(tiny_segmenter())):
+            def preprocess(self, image):
+                prepared.append(image.size)
+                return super().preprocess(image)
+
+        segmenter = Counting(tiny_segmenter().config)
+        head = MaskHead(SegTokenProbe(5), torch.nn.Linear(4, 4), segmenter, cache=FeatureCache())
+        for _ in range(2):
+            reads = reader(None, segmenter, "original_px")([row(0), row(0, query="Which?"), row(1), row(0)])
+            head.features([read.seg_input for read in reads])
+        assert len(prepared) == 2
+        assert head.encoded_images == 2
 
     def test_shared_image_is_encoded_once(self, segmenter):
         reads = reader(None, segmenter, "original_px")([row(0, box=(1, 1, 5, 5)), row(0), row(1)])
