@@ -87,17 +87,17 @@ def time_core_seg(rounds: int, completions: int = 64, size: int = 512) -> dict[s
 
 
 def time_step(rounds: int = 4, steps: int = 4) -> float:
-    """Seconds of a step of `bench_step.py` with masks: 16 completions of 64 tokens."""
-    from bench_step import trainer
-    from transformers import PrinterCallback
+    """Seconds of a step with masks of the size of the tiny preset: 16 completions of 64 tokens."""
+    from step_arms import Settings, take_turn
+    from step_shapes import ModelSize, Shape
 
+    model = ModelSize(128, 2, 4, 2, 384, 1056, 128, 4, 4, 256, (1, 3))
+    shape = Shape("tiny", 80, 64, 1, 112, prompts=4, model=model, sam="tiny", goals={})
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            run = trainer(True, 4 * steps, steps, 64, folder)
-            run.remove_callback(PrinterCallback)
-            run.train()
-            times += [log["step_time"] for log in run.state.log_history if "step_time" in log][1:]
+        for seed in range(rounds):
+            turn = take_turn("segrl", shape, 4, Settings(), warmup=1, steps=steps - 1, seed=seed, folder=folder)
+            times += [sum(step.values()) for step in turn.steps]
     return statistics.median(times)
 
 

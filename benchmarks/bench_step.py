@@ -1,111 +1,296 @@
-"""Cost of masks: TRL's `GRPOTrainer` with a box reward against `SegGRPOTrainer` with masks, three rewards and DiceCE.
+"""Cost of masks: a step of TRL's `GRPOTrainer` with a box reward (A) beside one of `SegGRPOTrainer` with masks (B).
 
-    python benchmarks/bench_step.py [--rounds 5] [--steps 4] [--json result.json]
+    python benchmarks/bench_step.py [--shape core_seg] [--generations 4 8 16] [--rounds 5] [--json result.json]
 
-Both train the same tiny Qwen2.5-VL on the same rows, in one process, in turn (A B A B ...), with completions of a fixed
-length in which nearly every text holds a `<seg>` (a generation bias gives an untrained model one). Printed: the median
-time of a step, which holds generation, rewards, loss and backward, and the ratio; then how often B encodes an image for
-its masks.
+One process, A and B in turn (A B A B ...), each turn with a new trainer from the same weights, on the same rows, with
+the same settings and tokens: generation runs at full cost with a fixed length, then both arms go on with the same
+prepared answers (`Answers`). A has the reward `box_f1`. B has a mask head on SAM 2, the rewards `format`, `box_f1` and
+`dual_granularity_mask`, and DiceCE.
+
+Printed for each shape and group size: medians of the time of every phase, their ratio beside the floor that follows
+from the arithmetic alone (`step_floor.py`), the peak of memory (on the CPU of a process of its own), and what ran how
+often in a step. No image occurs in two steps. `--quick` runs tiny models in seconds, to see that everything works.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import logging
+import os
+import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from transformers import PrinterCallback
-from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
+from step_arms import ARMS, Settings, Turn, take_turn
+from step_floor import arithmetic
+from step_probe import PHASES, total
+from step_shapes import FULL_SIZE, QUICK, SAM_SIZES, SHAPES, Shape, image_tokens
 
-from segrl import DenseLoss, MaskHead, Sam2Segmenter, SegGRPOConfig, SegGRPOTrainer, attach_mask_head, make_reward
-from segrl.data import make_synthetic, prepare
-from segrl.frames import Frame, frame_for
-from segrl.loading import seg_token_id
-from segrl.report import versions
-from segrl.segmenters import Sam2Config
-from segrl.testing.tiny import tiny_qwen2_5_vl
+from segrl.report import versions, write_results
 
-TINY_SAM2 = Sam2Config(
-    image_size=128, embed_dim=32, stages=(1, 2, 2, 1), global_att_blocks=(4,), window_spec=(8, 4, 8, 4),
-    pos_embed_size=(4, 4), hidden_dim=64, memory_dim=16, memory_layers=1, memory_feedforward=128,
-)  # fmt: skip
+GOAL_GROUP = 4  # the group size that the goals are for
 
 
-def trainer(masks: bool, rows: int, steps: int, tokens: int, folder: str) -> Any:
-    """A trainer with its own copy of the model: the same weights, rows and sampling seed for A and B."""
-    model, processor = tiny_qwen2_5_vl(seed=0)
-    token = seg_token_id(processor)
-    data = prepare(make_synthetic(rows, seed=0), processor, completions=False)
-    settings: dict[str, Any] = {
-        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 16, "num_generations": 4,
-        "max_completion_length": tokens, "beta": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
-        "generation_kwargs": {"min_new_tokens": tokens, "sequence_bias": {(token,): 4.0}},
+def measure(shape: Shape, group: int, settings: Settings, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Both arms in turn: medians, counts and memory."""
+    turns: dict[str, list[Turn]] = {arm: [] for arm in ARMS}
+    for number in range(options.rounds):
+        for arm in ARMS:
+            turn = take_turn(
+                arm, shape, group, settings, warmup=options.warmup, steps=options.steps, seed=number, folder=folder
+            )
+            turns[arm].append(turn)
+            seconds = ", ".join(f"{sum(step.values()):.2f}" for step in turn.steps)
+            print(f"# {shape.name} G={group} round {number + 1}/{options.rounds} {arm}: {seconds} s", file=sys.stderr)
+    arms = {arm: _summary(turns[arm]) for arm in ARMS}
+    floor = arithmetic(shape, group, settings)
+    for arm in ARMS:
+        rate = floor["flops"][arm]["loss"] / arms[arm]["seconds"]["loss"]
+        arms[arm]["loss_flop_per_s"] = rate
+        arms[arm]["mfu"] = rate / options.peak_flops if options.peak_flops else None
+    if settings.device == "cpu":
+        for arm in ARMS:
+            arms[arm]["memory"] = None if options.no_memory else _memory_of_process(arm, shape, group, options)
+    ratios: dict[str, float] = {
+        name: arms["segrl"]["seconds"][name] / arms["trl"]["seconds"][name] for name in ("loss", "generate", "step")
+    }
+    if all(arms[arm]["memory"] for arm in ARMS):
+        ratios["memory"] = arms["segrl"]["memory"]["peak"] / arms["trl"]["memory"]["peak"]
+    return {
+        "shape": {**asdict(shape), "image_tokens": image_tokens(shape)}, "generations": group, "arms": arms,
+        "ratio": ratios,
+        "floor": floor, "goals": _goals(shape, group, settings, ratios, arms["segrl"]),
     }  # fmt: skip
-    if not masks:
-
-        def frame(image_size: tuple[int, int], original_size: tuple[int, int]) -> Frame:
-            return frame_for(processor, image_size, original_size)
-
-        return GRPOTrainer(
-            model,
-            [make_reward("box_f1", frame=frame)],
-            GRPOConfig(**settings),
-            train_dataset=data,
-            processing_class=processor,
-        )
-    torch.manual_seed(0)
-    attach_mask_head(model, MaskHead.build(model, Sam2Segmenter(TINY_SAM2), token_id=token))
-    return SegGRPOTrainer(
-        model, ["format", "box_f1", "dual_granularity_mask"], SegGRPOConfig(**settings), train_dataset=data,
-        processing_class=processor, dense_losses=[DenseLoss("dice_ce")],
-    )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="times A and B take turns")
-    parser.add_argument("--steps", type=int, default=4, help="steps a turn; the first is a warm-up and not counted")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of every completion")
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    options = parser.parse_args()
-    if options.steps < 2 or options.rounds < 1:
-        parser.error("--steps must be at least 2 and --rounds at least 1")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    times: dict[str, list[float]] = {"trl": [], "segrl": []}
-    counts = {"encodes": 0, "steps": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for name in times:
-                run = trainer(name == "segrl", 4 * options.steps, options.steps, options.tokens, folder)
-                run.remove_callback(PrinterCallback)
-                run.train()
-                logs = [log for log in run.state.log_history if "step_time" in log]
-                times[name] += [log["step_time"] for log in logs[1:]]
-                if name == "segrl":
-                    counts["encodes"] += run.mask_head.encoded_images
-                    counts["steps"] += len(logs)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    result = {
-        "command": "benchmarks/bench_step.py", "shape": {"completions": 16, "generations": 4, "tokens": options.tokens},
-        "median_step_s": medians, "ratio": medians["segrl"] / medians["trl"], "measured_steps": len(times["trl"]),
-        "encodes_per_step": counts["encodes"] / counts["steps"], "unique_images_per_step": 4,
-        "threads": torch.get_num_threads(), "versions": versions(),
-    }  # fmt: skip
-    print(f"A  TRL without masks   {medians['trl']:.3f} s a step (median of {len(times['trl'])})")
-    print(f"B  segrl with masks    {medians['segrl']:.3f} s a step")
-    print(f"B / A                  {result['ratio']:.2f}")
-    print(f"image encodes a step   {result['encodes_per_step']:.1f} for 4 unique images and 16 completions")
+def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
+    steps = [_with_sums(step) for turn in turns for step in turn.steps]
+    counts = [count for turn in turns for count in turn.counts]
+    names = sorted({name for count in counts for name in count})
+    return {
+        "seconds": {name: statistics.median(step[name] for step in steps) for name in steps[0]},
+        "steps": steps,
+        "counts": {name: statistics.mean(count.get(name, 0) for count in counts) for name in names},
+        "memory": {key: max(turn.memory[key] for turn in turns) for key in turns[0].memory},
+        "parameters": turns[0].parameters,
+        "rewards": {name: statistics.mean(turn.rewards[name] for turn in turns) for name in turns[0].rewards},
+    }
+
+
+def _with_sums(step: Mapping[str, float]) -> dict[str, float]:
+    return {**step, "loss": step["forward"] + step["backward"], "step": sum(step[phase] for phase in PHASES)}
+
+
+def _memory_of_process(arm: str, shape: Shape, group: int, options: argparse.Namespace) -> dict[str, int]:
+    """Peak memory of a process that runs one step of one arm."""
+    given = [*options.given, "--peak-of", arm, "--shape", shape.name, "--generations", str(group)]
+    command = [sys.executable, str(Path(__file__).resolve()), *given]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- goals -----------------------------------------------------------------------------------------------------------
+
+
+def _goals(
+    shape: Shape, group: int, settings: Settings, ratios: Mapping[str, float], ours: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What is promised, what was found, and whether it was met."""
+    goals: list[tuple[str, float, float]] = []
+    if group == GOAL_GROUP:
+        goals += [(f"{name}, B / A", ratios[name], goal) for name, goal in shape.goals.items() if name in ratios]
+    counts, prompts = ours["counts"], shape.prompts * settings.rollouts
+    if settings.frozen_vision:  # a tower that is trained also runs in the loss
+        encodes = total(counts, "vision_images") / (prompts * shape.images)
+        goals.append(("vision-tower encodes per unique image", encodes, 1.0))
+    goals += [
+        ("SAM encodes per unique image", counts.get("sam_encodes", 0) / prompts, 1.0),
+        ("language-model forwards for masks", counts.get("lm_forwards/masks", 0), 0.0),
+        ("share of rewards in a step", ours["seconds"]["reward"] / ours["seconds"]["step"], 0.02),
+    ]
+    return [{"name": name, "value": value, "goal": goal, "met": value <= goal + 1e-9} for name, value, goal in goals]
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The table of one shape and group size."""
+    shape, arms = result["shape"], result["arms"]
+    ours, theirs = arms["segrl"], arms["trl"]
+    print(
+        f"\n{shape['name']}: {shape['prompts']} x {result['generations']} completions, about {shape['prompt_tokens']} "
+        f"+ {shape['completion_tokens']} tokens, {shape['images']} image(s) of {shape['image_px']} px a prompt"
+    )
+    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in ours["parameters"].items())
+    print(f"parameters: {sizes}; {len(ours['steps'])} measured steps each")
+    print(f"{'median s a step':24}{'A  TRL':>12}{'B  segrl':>12}{'B / A':>9}{'floor':>9}")
+    floor = result["floor"]["ratio"]
+    for name in (*PHASES, "loss", "step"):
+        a, b = theirs["seconds"][name], ours["seconds"][name]
+        if a or b:
+            ratio = f"{b / a:9.2f}" if a > 1e-4 else f"{'':9}"
+            print(f"{name:24}{a:12.3f}{b:12.3f}{ratio}" + (f"{floor[name]:9.2f}" if name in floor else ""))
+    if ours["memory"] and theirs["memory"]:
+        for name in ("peak", "start"):
+            a, b = theirs["memory"][name], ours["memory"][name]
+            print(f"{'memory, GiB: ' + name:24}{a / 2**30:12.3f}{b / 2**30:12.3f}{b / max(a, 1):9.2f}")
+    rates = [arms[arm]["loss_flop_per_s"] for arm in ARMS]
+    print(f"{'loss, TFLOP/s':24}{rates[0] / 1e12:12.3f}{rates[1] / 1e12:12.3f}{rates[1] / rates[0]:9.2f}")
+    if ours["mfu"]:
+        print(f"{'loss, MFU':24}{theirs['mfu']:12.1%}{ours['mfu']:12.1%}")
+    print("counts a step")
+    for name in sorted(set(ours["counts"]) | set(theirs["counts"])):
+        a, b = (arms[arm]["counts"].get(name, 0) for arm in ARMS)
+        print(f"  {name:22}{a:12.0f}{b:12.0f}" + (f"{b / a:9.2f}" if a else ""))
+    print("goals")
+    for goal in result["goals"]:
+        verdict = "PASS" if goal["met"] else "above the goal"
+        print(f"  {goal['name']:40}{goal['value']:8.3f}  <= {goal['goal']:.2f}  {verdict}")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--shape", nargs="+", choices=[*SHAPES, "all"], default=["core_seg"])
+    made.add_argument("--generations", type=int, nargs="+", default=[GOAL_GROUP], help="completions of a prompt")
+    made.add_argument("--rounds", type=int, default=5, help="times A and B take turns")
+    made.add_argument("--steps", type=int, default=1, help="measured steps of a turn")
+    made.add_argument("--warmup", type=int, default=1, help="steps of a turn that are not measured")
+    made.add_argument("--prompts", type=int, help="prompts of a micro-batch, in place of the shape's")
+    made.add_argument(
+        "--size", choices=["cpu", "3b"], default="cpu", help="model sizes: made for a CPU, or Qwen2.5-VL-3B's"
+    )
+    made.add_argument("--quick", action="store_true", help="tiny models and short texts")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda computes in bfloat16")
+    made.add_argument("--beta", type=float, default=0.0, help="above 0 the reference model's pass runs")
+    made.add_argument(
+        "--rollouts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches of a rollout (steps_per_generation); above 1 the old-log-prob pass runs",
+    )
+    made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    made.add_argument("--lora", type=int, default=0, metavar="R", help="LoRA of this rank; 0 trains the whole model")
+    made.add_argument("--vision", choices=["frozen", "trained"], default="frozen", help="the vision tower")
+    made.add_argument("--sam", choices=list(SAM_SIZES), help="SAM 2 of B, in place of the shape's")
+    made.add_argument("--no-share", action="store_true", help="B with share_prompt=False")
+    made.add_argument("--no-memory", action="store_true", help="do not measure memory in processes of its own (CPU)")
+    made.add_argument(
+        "--peak-flops", type=float, metavar="N", help="of the machine a second; prints the MFU of the loss"
+    )
+    made.add_argument("--json", type=Path, help="also write the result here")
+    made.add_argument(
+        "--peak-of", choices=list(ARMS), help="only print the peak memory of one step of this arm, as JSON"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if argv is None else argv)
+    command = parser()
+    options = command.parse_args(given)
+    options.given = given
+    for name in ("rounds", "steps", "rollouts", "prompts"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            command.error(f"--{name} {value}: expected 1 or more")
+    if min(options.generations) < 2 or options.warmup < 0:
+        command.error("--generations must be at least 2 and --warmup at least 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        command.error("--device cuda: torch sees no GPU; use --device cpu")
+    settings = Settings(
+        device=options.device,
+        beta=options.beta,
+        rollouts=options.rollouts,
+        checkpointing=options.checkpointing,
+        lora=options.lora,
+        vision=options.vision,
+        share=not options.no_share,
+        sam=options.sam,
+    )
+    shapes = chosen_shapes(options)
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        if options.peak_of:
+            turn = take_turn(
+                options.peak_of, shapes[0], options.generations[0], settings, warmup=0, steps=1, seed=0, folder=folder
+            )
+            print(json.dumps(turn.memory))
+            return
+        results = []
+        for shape in shapes:
+            for group in options.generations:
+                results.append(measure(shape, group, settings, options, folder))
+                print_result(results[-1])
+    report = {
+        "command": " ".join(["benchmarks/bench_step.py", *_without_paths(given)]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(settings.device),
+        "threads": torch.get_num_threads(),
+        "settings": asdict(settings),
+        "rounds": options.rounds,
+        "versions": versions(),
+        "results": results,
+    }
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_results(options.json, report)
+
+
+def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
+    """The shapes that the options name, in their sizes."""
+    known = QUICK if options.quick else FULL_SIZE if options.size == "3b" else SHAPES
+    names = known if "all" in options.shape else dict.fromkeys(options.shape)
+    shapes = [known[name] for name in names]
+    return [replace(shape, prompts=options.prompts) for shape in shapes] if options.prompts else shapes
+
+
+def machine(device: str) -> str:
+    """Kind of processor, and of GPU where that was used."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = f"{names[0] if names else platform.processor()}, {platform.machine()}, {os.cpu_count()} cores"
+    return f"{torch.cuda.get_device_name()}; {found}" if device == "cuda" else found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, log messages and progress bars of the trainers between the numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+            datasets.enable_progress_bars()
+
+
+def _without_paths(given: Sequence[str]) -> list[str]:
+    """The arguments without `--json FILE`, whose path says nothing about the result."""
+    kept, skip = [], False
+    for item in given:
+        if not skip and item != "--json" and not item.startswith("--json="):
+            kept.append(item)
+        skip = item == "--json"
+    return kept
 
 
 if __name__ == "__main__":
