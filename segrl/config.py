@@ -12,8 +12,8 @@ from trl.trainer.sft_config import SFTConfig
 class SegGRPOConfig(GRPOConfig):
     """`GRPOConfig` with the weight of the policy term, the head's learning rate and the frame of written boxes.
 
-    With `share_prompt=False`, and without a mask head and dense losses, `SegGRPOTrainer` is TRL's `GRPOTrainer` bit for
-    bit; with the default it equals it up to rounding.
+    The defaults add nothing: without a mask head, dense losses and segrl rewards `SegGRPOTrainer` is TRL's
+    `GRPOTrainer` bit for bit.
     """
 
     policy_weight: float = field(
@@ -33,11 +33,12 @@ class SegGRPOConfig(GRPOConfig):
     require_reasoning: bool = field(
         default=True, metadata={"help": "Whether a valid completion has a <think> block (False: ablation without CoT)."}
     )
-    share_prompt: bool = field(
-        default=True,
+    share_prompt: bool | None = field(
+        default=None,
         metadata={
             "help": "Compute a prompt and its images once for the completions that answer it, in generation, scoring "
-            "and loss. Equal to TRL's passes up to rounding; False runs TRL's own."
+            "and loss. Equal to TRL's passes up to rounding. None: yes, unless nothing of segrl is in the run (no mask "
+            "head, no dense losses, no registered rewards), which then is TRL's bit for bit. False: TRL's passes."
         },
     )
     feature_cache_memory: int = field(

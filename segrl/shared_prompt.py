@@ -30,13 +30,17 @@ from segrl.heads.attach import base_instance
 
 
 class SharedPromptGRPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` that takes `share_prompt` of its settings (`SegGRPOConfig`) to heart; off, it is `GRPOTrainer`."""
+    """`GRPOTrainer` that heeds `share_prompt` of `SegGRPOConfig` (None means yes); off, it is `GRPOTrainer`.
+
+    Also off with settings that do not have it, as TRL's own.
+    """
 
     args: Any
     _buffered_inputs: Any
     _prompt_keys: list[sharing.PromptKey] | None = None  # of the rows that are to be scored next
     _image_keys: sharing.ImageKeys | None = None  # of one rollout
     _shares = False
+    _share_by_default = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +48,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     @property
     def _wants_sharing(self) -> bool:
-        return bool(getattr(self.args, "share_prompt", False))
+        wanted = getattr(self.args, "share_prompt", False)
+        return self._share_by_default if wanted is None else wanted
 
     def _start_sharing(self) -> bool:
         """Prepare policy and reference model for packed rows, or warn why they cannot take them."""

@@ -12,7 +12,7 @@ What is overridden, and why (each calls `super()`):
 - `_generate`: keeps the recorded states only if the tokens are still the generated ones; hides the head from vLLM's
   weight sync.
 
-With `share_prompt`, on by default, a prompt is computed once for the completions that answer it: see `shared_prompt`.
+With `share_prompt` a prompt is computed once for the completions that answer it: see `shared_prompt`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from segrl import metrics
 from segrl.config import SegGRPOConfig
 from segrl.dense import DenseLoss
 from segrl.errors import SegRLError, unknown_name
+from segrl.heads.attach import find_mask_head
 from segrl.heads.decoding import add_masks, generation_states, pad_ids
 from segrl.heads.mask_head import MaskHead, SegInput
 from segrl.joint import JointTraining, head_detached
@@ -86,12 +87,11 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
 
     Data set columns: `prompt`, `image` or `images` (the first is segmented), `mask`, and what your rewards read.
 
-    - `SegGRPOConfig(share_prompt=True)`, the default, computes a prompt and its images once for the G completions that
-      answer it. Everything equals TRL's passes up to rounding (1e-5 in float32). A model that cannot do it gets TRL's
-      passes and one warning that says why.
+    - A prompt and its images are computed once for the G completions that answer it (`share_prompt` of the settings).
+      Everything equals TRL's passes up to rounding (1e-5 in float32). A model that cannot do it gets TRL's passes and
+      one warning that says why.
 
-    With `share_prompt=False` (or TRL's own `GRPOConfig`), without mask head, dense losses and segrl rewards, this is
-    TRL's trainer, bit for bit.
+    Without mask head, dense losses and segrl rewards this is TRL's trainer, bit for bit, unless `share_prompt=True`.
 
     Raises:
         SegRLError: before training, for an unknown reward name, dense losses without a mask head, a probe whose token
@@ -117,6 +117,11 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
         reward_funcs = _resolve(reward_funcs)
         self._rollout: _Rollout | None = None
         self._records: list[dict[str, Any]] = []
+        self._share_by_default = bool(
+            dense_losses
+            or (not isinstance(model, str) and find_mask_head(model) is not None)
+            or any(isinstance(item, Reward) for item in reward_funcs or [])
+        )
         self._init_joint(
             model,
             dense_losses,

@@ -19,6 +19,7 @@ CASES = [
         (True, False, True),
     )
 ]
+CASES.append({**CASES[7], "answers": 8})  # the answers to a prompt are spread over both processes
 NAMES = ["-".join(f"{key}={value}" for key, value in case.items()) for case in CASES]
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,8 @@ def test_replicas_are_trained_and_equal_bit_for_bit(results, number):
     assert first["wrapped"] == "DistributedDataParallel"
     assert first["digests"] == second["digests"]
     assert first["moved"] == second["moved"]
+    # in the loss, 4 answers to one prompt are one packed row; a prompt of its own has each row of SFT
+    assert first["rows"] == second["rows"] == [1 if CASES[number]["kind"] == "grpo" else 4] * 3
     for part in ("mask_head.adapter", "sam_mask_decoder", "lora_B" if CASES[number]["peft"] else "q_proj.weight"):
         assert any(part in name for name in first["moved"]), part
     assert any("image_encoder" in name for name in first["moved"]) is not CASES[number]["frozen"]

@@ -1,4 +1,7 @@
-"""`SegGRPOTrainer`: TRL bit for bit without masks, the joint gradient, and masks without forwards of their own."""
+"""`SegGRPOTrainer`: TRL bit for bit without masks, the joint gradient, and masks without forwards of their own.
+
+What shared prompts compute is compared in `test_trainer_sharing.py`.
+"""
 
 from typing import Any
 
@@ -425,8 +428,9 @@ class TestStates:
                 expected = model.model(**inputs).last_hidden_state[0, length:-1]
             torch.testing.assert_close(states["rollout"][n, : len(ids) - 1], expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("share_prompt", [True, False])
     @pytest.mark.parametrize("steps_per_generation", [1, 2])
-    def test_masks_of_a_rollout_from_outside(self, steps_per_generation, tmp_path):
+    def test_masks_of_a_rollout_from_outside(self, steps_per_generation, share_prompt, tmp_path):
         """As with vLLM, generation leaves no states: they come from the old-log-prob pass, or from one forward."""
         model, processor = tiny_headed_model()
         rows = tiny_rows(4, processor, completions=False)
@@ -437,6 +441,7 @@ class TestStates:
             learning_rate=0.0,
             per_device_train_batch_size=4,
             steps_per_generation=steps_per_generation,
+            share_prompt=share_prompt,
             max_completion_length=64,
         )
         trainer = SegGRPOTrainer(
@@ -450,7 +455,8 @@ class TestStates:
         )
         backbone = Calls(model.model)
         trainer.train()
-        assert backbone.rows == [4, 4, 4, 4]  # each of the 8 completions once for its states and once for the loss
+        # each of the 8 completions once for its states and once for the loss; 4 that share a prompt are one row
+        assert backbone.rows == [1 if share_prompt else 4] * 4
         assert same_masks(trainer.model, processor, rows, collect) == 6
 
 

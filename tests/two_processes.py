@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from builders import add_head, tiny_model, tiny_rows, with_answers
+from builders import add_head, seg_bias, tiny_model, tiny_rows, with_answers
 from peft import LoraConfig
 
 from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
@@ -22,12 +22,12 @@ def length_reward(completions, **_):
     return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
 
 
-def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool) -> dict[str, Any]:
+def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool, answers: int = 4) -> dict[str, Any]:
     """Train three steps with `<seg>` in the batches of rank 0 only; hashes of all parameters, and what moved."""
     state = PartialState()
     model, processor = tiny_model("qwen2_5_vl", tie_word_embeddings=peft)
     model = add_head(model, processor, freeze_encoder=frozen, standardise=True)  # running statistics must agree as well
-    token, seen = seg_token_id(processor), []
+    token, seen, rows_of = seg_token_id(processor), [], []
 
     def counted(logits, target):
         seen.append(len(logits))
@@ -57,13 +57,18 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool) -
         args: Any = SegSFTConfig(folder, max_length=None, train_sampling_strategy="sequential", **common)
         trainer = SegSFTTrainer(model, args, train_dataset=rows, **shared)
     else:
-        # rank 1 cannot write the token
-        often = {"sequence_bias": [[[token], 12.0]]} if state.process_index == 0 else {"suppress_tokens": [token]}
+        # rank 1 cannot write the token, and neither can write placeholders of pictures
+        never = seg_bias(processor)["suppress_tokens"]
+        often = {"suppress_tokens": never, "sequence_bias": [[[token], 12.0]]}
+        often = often if state.process_index == 0 else {"suppress_tokens": [*never, token]}
         beta = 0.05 if peft else 0.0  # without PEFT, TRL reads the reference model from a folder
-        sizes: dict[str, Any] = {"num_generations": 4, "max_completion_length": 10}
+        sizes: dict[str, Any] = {"num_generations": answers, "max_completion_length": 10}
         args = SegGRPOConfig(folder, generation_kwargs=often, beta=beta, **sizes, **common)
         rows = tiny_rows(12, processor, completions=False)
         trainer = SegGRPOTrainer(model, ["format", length_reward], args, train_dataset=rows, **shared)
+    model.get_decoder().register_forward_hook(
+        lambda module, args, output: rows_of.append(len(output[0])) if torch.is_grad_enabled() else None
+    )
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     digests, moved = {"model": hashlib.sha256(), "head": hashlib.sha256()}, []
@@ -83,6 +88,7 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool) -
         "digests": {part: digest.hexdigest() for part, digest in digests.items()},
         "moved": moved,
         "seen": seen,
+        "rows": rows_of,
         "logged": [entry["dense/dice_ce"] for entry in trainer.state.log_history if "dense/dice_ce" in entry],
     }
 

@@ -56,8 +56,8 @@ def shared_attention(
         raise SegRLError(f"shared-prompt attention got queries of shape {tuple(query.shape)} and {shared_prompt}")
     for name in _REFUSED:
         if extra.get(name) is not None:
-            value = "" if isinstance(extra[name], Tensor) else f"={extra[name]}"
-            raise SegRLError(f"its attention layers use {name}{value}")
+            given = "" if isinstance(extra[name], Tensor) else f"={extra[name]}"
+            raise SegRLError(f"its attention layers use {name}{given}")
     outputs = []
     for group in shared_prompt.groups:
         middle = group.start + group.prompt

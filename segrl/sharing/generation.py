@@ -97,9 +97,6 @@ class _Prefill:
         repeat = torch.tensor(self.repeat, device=device)
         output.past_key_values.batch_select_indices(repeat)
         output["last_hidden_state"] = output.last_hidden_state[:, -1:][repeat]
-        deltas = getattr(backbone, "rope_deltas", None)
-        if deltas is not None and len(deltas) == len(self.rows):
-            backbone.rope_deltas = deltas[repeat]
 
     def _understood(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -112,8 +109,15 @@ class _Prefill:
             and type(cache) is DynamicCache
             and cache.get_seq_length() == 0
             and not [name for name in others if kwargs[name].ndim > 1]  # one-dimensional ones are about tokens
-            and (self.num_images is not None or not (encoded or kwargs.get("pixel_values") is not None))
+            and (not encoded or self.num_images is not None)
+            and self._countable(kwargs.get("pixel_values"), kwargs.get("image_grid_thw"))
             and set(encoded) <= {"image"}
             and (not encoded or self._features(kwargs) is not None)
             and (positions is None or positions.size(-2) == len(ids))
         )
+
+    def _countable(self, pixels: Tensor | None, grid: Tensor | None) -> bool:
+        """Whether the pixels are those of `num_images`: some models cut images to tiles, and one cannot tell whose."""
+        if pixels is None:
+            return True
+        return self.num_images is not None and len(pixels if grid is None else grid) == sum(self.num_images)

@@ -73,16 +73,20 @@ class _Once:
         self._done: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while a copy is made
+            raise AttributeError(name)
         return getattr(self._inner, name)
 
     def __call__(self, images: Any = None, **settings: Any) -> Any:
-        flat = _flat(images)
-        if len(flat) < 2 and not self._done:
+        flat, form = _flat(images), settings.get("return_tensors")
+        if not flat or any(image is None for image in flat):
             return self._inner(images=images, **settings)
-        how = repr(sorted(settings.items(), key=lambda item: item[0]))
+        # TRL asks for no form with the tokens, for "pt" with the scores: the pixels are the same
+        how = repr(
+            sorted({**settings, "return_tensors": None if form == "pt" else form}.items(), key=lambda item: item[0])
+        )
         wanted = [(self._keys(image), how) for image in flat]
         missing = {key: image for key, image in zip(wanted, flat, strict=True) if key not in self._done}
-        output = None
         if missing:
             output = self._inner(images=list(missing.values()), **settings)
             parts = _split(output, len(missing))
@@ -90,13 +94,12 @@ class _Once:
                 return output if len(missing) == len(flat) else self._inner(images=images, **settings)
             self._done.update(zip(missing, parts, strict=True))
         pieces = [self._done[key] for key in wanted]
-        data: dict[str, Any] = {"pixel_values": torch.cat([pixels for pixels, _ in pieces])}
-        grids = [grid for _, grid in pieces if grid is not None]
-        if grids:
-            data["image_grid_thw"] = torch.stack(grids)
+        pixels, grids = [pixels for pixels, _ in pieces], [grid for _, grid in pieces if grid is not None]
         from transformers import BatchFeature
 
-        return BatchFeature(data)
+        if grids:
+            return BatchFeature({"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)})
+        return BatchFeature({"pixel_values": torch.cat(pixels) if form else [one[0] for one in pixels]})
 
 
 def _flat(images: Any) -> list[Any]:
@@ -108,6 +111,8 @@ def _flat(images: Any) -> list[Any]:
 def _split(output: Any, images: int) -> list[tuple[Tensor, Tensor | None]] | None:
     """What an image processor returned, by image; None if it is of another form."""
     pixels, grid = output.get("pixel_values"), output.get("image_grid_thw")
+    if isinstance(pixels, list) and all(isinstance(one, Tensor) for one in pixels):
+        pixels = torch.stack(pixels) if len({one.shape for one in pixels}) == 1 else None
     if not isinstance(pixels, Tensor) or set(output) - {"pixel_values", "image_grid_thw"}:
         return None
     if grid is None:

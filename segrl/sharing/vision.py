@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from segrl.cache import FeatureCache
@@ -22,7 +23,8 @@ class VisionOnce:
     """Stands before a backbone's `get_image_features` once `install_vision` has put it there.
 
     A forward that is given `image_keys`, one key per image in the order of its pixels, encodes each key once. With a
-    frozen tower the features are kept (`cache`) and no graph is built for it. Any other forward is left alone.
+    frozen tower the features are kept (`cache`) until a weight changes, and no graph is built for it. Any other forward
+    is left alone.
 
     Attributes:
         cache: features "n_i D" of the language model's tokens, and of Qwen3-VL's deeper layers, by key.
@@ -32,8 +34,8 @@ class VisionOnce:
     def __init__(self, backbone: Any, decoder: nn.Module, cache: FeatureCache) -> None:
         self.cache, self.encoded_images = cache, 0
         self._original = backbone.get_image_features
-        own = {id(parameter) for parameter in decoder.parameters()}
-        self._tower = [(name, p) for name, p in backbone.named_parameters() if id(p) not in own]
+        self._backbone, self._decoder = backbone, decoder
+        self._stamp: Any = None
         self._keys: list[str] | None = None
         self._outside: list[str] | None = None
         self._kind: Any = None
@@ -42,7 +44,27 @@ class VisionOnce:
     @property
     def frozen(self) -> bool:
         """Whether no parameter outside the decoder is trained."""
-        return not any(parameter.requires_grad for _, parameter in self._tower)
+        return not any(p.requires_grad for module in self._tower() for p in module.parameters(recurse=False))
+
+    def _tower(self) -> Iterator[nn.Module]:
+        """All modules of the backbone outside the decoder, as they are now: adapters may have come."""
+        waiting: list[nn.Module] = [self._backbone]
+        while waiting:
+            module = waiting.pop()
+            yield module
+            waiting += [child for child in module.children() if child is not self._decoder]
+
+    def _read_stamp(self) -> Any:
+        """What changes when a weight, a buffer or the choice of adapters does."""
+        parts: list[Any] = []
+        for module in self._tower():
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if type(tensor.data) is not Tensor or tensor.is_inference():
+                    return object()  # sharded or of another kind: nothing is known of its storage
+                parts.append((id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version))
+            if isinstance(module, BaseTunerLayer):
+                parts.append((module.disable_adapters, module.merged, tuple(module.active_adapters)))
+        return parts
 
     @contextmanager
     def expecting(self, keys: list[str]) -> Iterator[None]:
@@ -70,6 +92,11 @@ class VisionOnce:
         frozen = self.frozen
         names = [self._name(key, pixel_values) for key in keys]
         found: dict[str, tuple[Tensor, ...]] = {}
+        if frozen:
+            stamp = self._read_stamp()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self.cache.clear()
         if frozen and self._kind is not None:
             for name in dict.fromkeys(names):
                 kept = self.cache.get(name, device=pixel_values.device)
@@ -100,9 +127,16 @@ class VisionOnce:
 
 
 def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> VisionOnce | None:
-    """Put a `VisionOnce` before the backbone's vision tower; None if it has none. The class stays what it is."""
+    """Put a `VisionOnce` before the backbone's vision tower; None if it has none. The class stays what it is.
+
+    A backbone that has one already keeps it, with this cache.
+    """
     if not hasattr(backbone, "get_image_features"):
         return None
+    if isinstance(backbone.get_image_features, VisionOnce):
+        backbone.get_image_features.cache = cache
+        backbone.get_image_features.encoded_images = 0
+        return backbone.get_image_features
     once = VisionOnce(backbone, decoder, cache)
     backbone.get_image_features = once
     backbone.register_forward_pre_hook(once.before, with_kwargs=True)
