@@ -253,6 +253,16 @@ class TestTower:
         same_step(trainer, batch)
         assert not torch.allclose(scores(trainer, batch, shared=True)[0], before, atol=1e-4)
 
+    def test_buffers_written_by_ddp_change_nothing(self, family, tmp_path):
+        trainer, processor = frozen_trainer(family, tmp_path)
+        batch = batch_of(processor, PICTURES, ROWS)
+        with seen_by(tower_of(trainer.model)) as pictures:
+            scores(trainer, batch, shared=True)
+            for buffer in trainer.model.model.buffers():
+                buffer.copy_(buffer.clone())
+            scores(trainer, batch, shared=True)
+        assert pictures == [3]
+
     def test_trained_for_a_while(self, family, tmp_path):
         """Frozen, then trained, then frozen: what was kept belongs to weights of the past."""
         trainer, processor = frozen_trainer(family, tmp_path)

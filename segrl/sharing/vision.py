@@ -55,13 +55,16 @@ class VisionOnce:
             waiting += [child for child in module.children() if child is not self._decoder]
 
     def _read_stamp(self) -> Any:
-        """What changes when a weight, a buffer or the choice of adapters does."""
+        """What changes when a weight or the choice of adapters does.
+
+        Buffers do not count: DDP writes them, unchanged, before every forward.
+        """
         parts: list[Any] = []
         for module in self._tower():
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if type(tensor.data) is not Tensor or tensor.is_inference():
+            for parameter in module.parameters(recurse=False):
+                if type(parameter.data) is not Tensor or parameter.is_inference():
                     return object()  # sharded or of another kind: nothing is known of its storage
-                parts.append((id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version))
+                parts.append((id(parameter), parameter.data_ptr(), parameter.dtype, parameter._version))
             if isinstance(module, BaseTunerLayer):
                 parts.append((module.disable_adapters, module.merged, tuple(module.active_adapters)))
         return parts
