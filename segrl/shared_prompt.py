@@ -41,6 +41,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     _image_keys: sharing.ImageKeys | None = None  # of one rollout
     _shares = False
     _share_by_default = True
+    _told = False  # whether the warning about inputs has been given
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,11 +61,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         for model in models:
             reason = reason or sharing.enable_sharing(model)
         if reason is not None:
-            warnings.warn(
-                f"share_prompt: {reason}. Every completion is computed with a prompt of its own, as in TRL; "
-                "share_prompt=False says that this is meant.",
-                stacklevel=6,
-            )
+            _warn(reason)
             return False
         for model in models:
             base = base_instance(model)
@@ -92,7 +89,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             prompt_ids, completion_ids, images = output[0], output[1], output[6]
             shown = images if images is not None else [sharing.images_of(prompt) for prompt in prompts]
             self._prompt_keys = self._keys(prompt_ids, shown)
-            if self._image_tokens.intersection(token for row in completion_ids for token in row):
+            image = self._image_token  # TRL lets no model write it
+            if any(token == image for row in completion_ids for token in row):
                 self._prompt_keys = None  # tools answered with images, which are not the prompt's
         return output
 
@@ -113,10 +111,9 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         ]
 
     @property
-    def _image_tokens(self) -> set[int]:
+    def _image_token(self) -> int | None:
         config = base_instance(self.accelerator.unwrap_model(self.model)).config
-        tokens = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
-        return {token for token in tokens if token is not None}
+        return getattr(config, "image_token_id", None)
 
     # ---- scoring -----------------------------------------------------------------------------------------------------
 
@@ -135,6 +132,9 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         dense = super()._get_per_token_logps_and_entropies
         other = {name for name, value in images.items() if value is not None} - set(sharing.IMAGE_INPUTS)
         if not self._shares or keys is None or len(keys) != rows or compute_aux_loss or other:
+            if self._shares and other and not self._told:
+                self._told = True
+                _warn(f"the model takes {', '.join(sorted(other))}, which cannot be shared")
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
         backbone = sharing.backbone_of(base_instance(self.accelerator.unwrap_model(model)))
@@ -167,6 +167,14 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         finally:
             self._prompt_keys = None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"share_prompt: {reason}. Every completion is computed with a prompt of its own, as in TRL; "
+        "share_prompt=False says that this is meant.",
+        stacklevel=4,
+    )
 
 
 def _side_by_side(batches: list[dict[str, Any]]) -> list[Any]:

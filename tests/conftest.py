@@ -1,5 +1,7 @@
-"""What must hold before transformers is first imported: offline, no telemetry; and the hypothesis profiles."""
+"""What must hold before transformers is first imported: offline, no telemetry; hypothesis profiles; less garbage."""
 
+import atexit
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +16,9 @@ from hypothesis import settings
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_finish():
+    """accelerate collects garbage after every training run: what the imports left need not be looked at each time."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +24,6 @@ from segrl.sharing import ImageKeys, PromptKey, backbone_of
 from segrl.testing import tiny_causal_lm
 from segrl.trainer import SegGRPOTrainer
 
-gc.freeze()  # accelerate collects garbage after every run: what the imports left need not be looked at each time
-atexit.register(gc.unfreeze)
 
 KINDS = (*FAMILIES, "text")
 SIZES = ((64, 64), (90, 60), (56, 112), (40, 40))  # of the pictures that prompts show; the fifth has the first's size

@@ -1,5 +1,6 @@
 """Log-probabilities, entropies, loss, gradients and metrics with shared prompts are those of TRL's pass."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -57,6 +58,7 @@ class TestEqualsTrl:
 
         check()
         assert any(seen) or text
+        assert trainer._prompt_keys is None  # what is scored next has keys of its own, or none
 
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
     def test_scores_in_parts(self, kind, size, tmp_path):
@@ -281,7 +283,10 @@ def test_unknown_inputs_are_left_to_trl(tmp_path):
     batch = batch_of(processor, prompts_of("text"), ROWS)
     expected = loss_and_gradients(trainer, dense(batch))[0]
     batch["token_type_ids"] = torch.zeros(len(ROWS), batch["prompt_ids"].size(1) + batch["completion_ids"].size(1))
-    with counted(trainer) as tokens:
+    with counted(trainer) as tokens, pytest.warns(UserWarning, match="share_prompt: the model takes token_type_ids"):
         loss = loss_and_gradients(trainer, batch)[0]
     assert tokens == [batch["token_type_ids"].numel()]
     assert torch.equal(loss, expected)
+    with warnings.catch_warnings():  # said once
+        warnings.simplefilter("error", UserWarning)
+        loss_and_gradients(trainer, batch)

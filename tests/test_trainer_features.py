@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import FAMILIES, add_head, grpo_args, seg_bias, tiny_headed_model, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
-from trainer_checks import Collect, history, letters, same, same_masks, text_rows, weights, written_rollout
+from trainer_checks import Collect, history, letters, overfit, same, same_masks, text_rows, weights, written_rollout
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForSequenceClassification
 from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 from trl.trainer.grpo_config import GRPOConfig
@@ -200,23 +200,6 @@ def test_with_a_head(name, tmp_path):
         evaluations = [entry for entry in trainer.state.log_history if "eval_near_loss" in entry]
         assert len(evaluations) == 2
         assert {"eval_policy", "eval_dense/dice_ce", "eval_rollout/dice"} <= evaluations[0].keys()
-
-
-def overfit(model, processor, conversation, tools, steps=120):
-    """Teach a model one conversation by heart."""
-    batch = processor.apply_chat_template(
-        [conversation], tools=tools, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    loss = torch.tensor(0.0)
-    for _ in range(steps):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss.item() < 0.02:
-            break
-    return loss.item()
 
 
 @pytest.mark.parametrize(("kind", "steps_per_generation"), [("tools", 1), ("environment", 2)])

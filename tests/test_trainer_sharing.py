@@ -5,7 +5,6 @@ import warnings
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,11 +12,12 @@ from builders import FAMILIES, add_head, grpo_args, seg_bias, tiny_model, tiny_r
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sharing_checks import build, seen_by, tower_of
-from trainer_checks import Collect, Gradients, history, letters, text_rows, weights, written_rollout
-from trl.chat_template_utils import qwen3_chat_template
+from sharing_runs import run, same_runs
+from trainer_checks import history, letters, overfit, text_rows, weights, written_rollout
+from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 
 from segrl.dense import DenseLoss
-from segrl.heads.attach import attach_mask_head, base_instance, detach_mask_head
+from segrl.heads.attach import detach_mask_head
 from segrl.sharing import backbone_of
 from segrl.trainer import SegGRPOTrainer
 
@@ -26,128 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning"),
 ]
-
-
-class Watched(SegGRPOTrainer):
-    """The trainer, which keeps what its micro-batches were and what its language model computed."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.collect: Any = None
-        self.kept: Any = None
-        self.batches: list[dict[str, Any]] = []
-        self.passes: list[tuple[str, int]] = []  # what for, and tokens
-        self.states: list[torch.Tensor] = []
-        self._now = "generate"
-        super().__init__(*args, **kwargs)
-        decoder = base_instance(self.accelerator.unwrap_model(self.model)).get_decoder()
-        decoder.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        values = kwargs.get("inputs_embeds")
-        self.passes.append((self._now, (kwargs["input_ids"] if values is None else values[..., 0]).numel()))
-
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        self._now = "loss" if torch.is_grad_enabled() else "score"
-        try:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        finally:
-            self._now = "generate"
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        self.batches.append(inputs)
-        return super()._compute_loss(model, inputs)
-
-    def _calculate_rewards(self, *args: Any) -> Any:
-        rewards = super()._calculate_rewards(*args)
-        if self._rollout is not None and self._rollout.states is not None:
-            self.states.append(self._rollout.states)
-        return rewards
-
-    def tokens(self, what: str) -> list[int]:
-        return [tokens for kind, tokens in self.passes if kind == what]
-
-    def all_tokens(self) -> int:
-        return sum(tokens for _, tokens in self.passes)
-
-
-def saved(model: Any, folder: Any) -> Any:
-    """`model`, able to be loaded again as TRL's reference model, which is another one than the policy."""
-    head = detach_mask_head(model)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.05)
-    other.save_pretrained(folder)
-    model.config._name_or_path = str(folder)
-    if head is not None:
-        attach_mask_head(model, head)
-    return model
-
-
-def run(folder: Any, kind: str = "qwen2_5_vl", *, share: bool = True, head: bool = True, **settings: Any) -> Any:
-    """A trained trainer with `kept` gradients and `collect`ed rewards."""
-    rows, arguments = settings.pop("rows", None), settings.pop("arguments", {})
-    model, processor = settings.pop("model", None) or build(kind)
-    head = head and kind != "text"
-    if head:
-        add_head(model, processor)
-    if settings.get("beta") and "peft_config" not in arguments:
-        saved(model, folder / "reference")
-    collect, kept = Collect(), Gradients()
-    if rows is None:
-        rows = text_rows(4) if kind == "text" else tiny_rows(4, processor, completions=False)
-    defaults = {"share_prompt": share, "optim": "sgd", "max_grad_norm": 0.0, "generation_kwargs": seg_bias(processor)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="share_prompt")
-        trainer = Watched(
-            model,
-            [collect, "format"] if head else [collect],
-            grpo_args(folder, **{**defaults, **settings}),
-            train_dataset=rows,
-            processing_class=processor,
-            dense_losses=[DenseLoss("dice_ce")] if head else None,
-            callbacks=[kept],
-            **arguments,
-        )
-    trainer.collect, trainer.kept = collect, kept
-    assert trainer._shares is share
-    trainer.train()
-    return trainer
-
-
-def norm(values: Any) -> float:
-    return torch.stack([value.float().norm() for value in values]).norm().item()
-
-
-def same_runs(one: Any, other: Any, tolerance: float = 2e-5) -> None:
-    """Assert that two runs wrote the same texts and masks, and had the same states, logs, gradients and weights."""
-    assert one.collect.joined("completion_ids") == other.collect.joined("completion_ids")
-    if "prediction" in one.collect.calls[0]:
-        masks = [[p.mask for p in trainer.collect.joined("prediction")] for trainer in (one, other)]
-        assert any(mask is not None for mask in masks[0])
-        for mine, yours in zip(*masks, strict=True):
-            assert (mine is None) is (yours is None)
-            assert mine is None or np.mean(mine != yours) < 0.01
-    for mine, yours, call in zip(one.states, other.states, one.collect.calls, strict=False):
-        for row, ids in enumerate(call["completion_ids"]):  # what was fed back; a tool's or hidden text has no states
-            torch.testing.assert_close(mine[row, : len(ids) - 1], yours[row, : len(ids) - 1], rtol=1e-3, atol=1e-3)
-    assert len(one.states) == len(other.states)
-    alone = one.args.steps_per_generation == 1  # else means over micro-batches depend on which rows they hold
-    for mine, yours in zip(history(one), history(other), strict=True):
-        assert mine.keys() == yours.keys()
-        for name, value in mine.items():
-            if alone or not name.startswith(("mask/", "entropy")):
-                assert yours[name] == pytest.approx(value, rel=1e-3, abs=2e-4), name
-    for mine, yours in zip(one.kept.steps, other.kept.steps, strict=True):
-        assert mine.keys() == yours.keys()
-        whole = norm(yours.values())
-        assert whole > 1e-3
-        for name, gradient in yours.items():
-            difference = (mine[name] - gradient).norm().item()
-            assert difference <= tolerance * max(gradient.norm().item(), 0.05 * whole), (name, difference)
-    mine, yours = weights(one.model), weights(other.model)
-    for name, value in yours.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -248,6 +126,19 @@ def test_pictures_move_with_their_rows(tmp_path):
         same_runs(*(run(tmp_path, kind, share=share, rows=rows, max_steps=1, **settings) for share in (True, False)))
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_same_words_about_other_pictures(kind, tmp_path):
+    _, processor = tiny_model()
+    rows = tiny_rows(4, processor, completions=False)
+    rows = rows.remove_columns("prompt").add_column("prompt", [rows[0]["prompt"]] * 4)
+    settings: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 1, "rows": rows}
+    runs = [run(tmp_path, kind, share=share, **settings) for share in (True, False)]
+    same_runs(*runs)
+    (batch,) = runs[0].batches
+    assert len({key.tokens for key in batch["prompt_keys"]}) == 1
+    assert len(set(batch["prompt_keys"])) == 2
+
+
 def test_evaluation(tmp_path):
     results = []
     for share in (True, False):
@@ -338,6 +229,11 @@ def test_a_rollout_function_shares_as_well(tmp_path):
         assert 0 < shared.all_tokens() < 0.75 * dense.all_tokens()
 
 
+def places(completions: Any, **_: Any) -> list[float]:
+    """A reward that tells equal texts apart as well."""
+    return [float(n) for n in range(len(completions))]
+
+
 def measure(lesion: str) -> str:
     """Measure a lesion.
 
@@ -362,23 +258,58 @@ def test_tools(tmp_path):
         {"role": "tool", "name": "measure", "content": measure("cyst")},
         {"role": "assistant", "content": "It is small."},
     ]
-    batch = tokenizer.apply_chat_template(talk, tools=[measure], tokenize=True, return_dict=True, return_tensors="pt")
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    overfit(model, tokenizer, talk, [measure], steps=120)
     runs = []
     for share in (True, False):
-        settings: dict[str, Any] = {"temperature": 1.2, "max_completion_length": 120, "generation_kwargs": {}}
-        settings |= {"arguments": {"tools": [measure]}, "rows": rows, "max_steps": 1}
+        settings: dict[str, Any] = {"temperature": 0.8, "max_completion_length": 120, "generation_kwargs": {}}
+        settings |= {"arguments": {"tools": [measure]}, "rows": rows, "max_steps": 1, "score": places}
         runs.append(run(tmp_path, "text", share=share, model=(copy.deepcopy(model), tokenizer), **settings))
     same_runs(*runs)
-    assert runs[0].state.log_history[0]["tools/call_frequency"] >= 0.5
+    assert runs[0].state.log_history[0]["tools/call_frequency"] > 0
     (batch,) = runs[0].batches
     assert 0 < (batch["tool_mask"] * batch["completion_mask"]).sum() < batch["completion_mask"].sum()
     assert sum(runs[0].tokens("loss")) < 0.75 * sum(runs[1].tokens("loss"))
+
+
+def test_tools_that_answer_with_pictures(tmp_path):
+    """Their place is in the completion, where a packed row has only text: these rows are computed as in TRL."""
+    model, processor = build("qwen3_vl")
+    processor.chat_template = qwen3_vl_chat_template
+    rows = tiny_rows(1, processor, completions=False).select([0] * 4)
+    shown = [{"type": "image", "image": rows[0]["image"].transpose(0)}, {"type": "text", "text": "Enlarged."}]
+
+    def measure(lesion: str) -> list:
+        """Enlarge a lesion.
+
+        Args:
+            lesion: its name.
+
+        Returns:
+            The picture.
+        """
+        return shown
+
+    call = {"type": "function", "function": {"name": "measure", "arguments": {"lesion": "cyst"}}}
+    asked = [
+        {"type": "image", "image": rows[0]["image"]},
+        {"type": "text", "text": rows[0]["prompt"][0]["content"]},
+    ]
+    talk = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": ""}], "tool_calls": [call]},
+        {"role": "tool", "name": "measure", "content": shown},
+        {"role": "assistant", "content": [{"type": "text", "text": "<answer>It is small.<seg></answer>"}]},
+    ]
+    overfit(model, processor, talk, [measure])
+    runs = []
+    for share in (True, False):
+        settings: dict[str, Any] = {"temperature": 0.8, "max_completion_length": 160, "generation_kwargs": {}}
+        settings |= {"arguments": {"tools": [measure]}, "rows": rows, "max_steps": 1, "head": False, "score": places}
+        runs.append(run(tmp_path, share=share, model=(copy.deepcopy(model), processor), **settings))
+    same_runs(*runs)
+    assert runs[0].state.log_history[0]["tools/call_frequency"] > 0
+    assert runs[0].tokens("loss") == runs[1].tokens("loss")
+    assert sum(runs[0].tokens("generate")) < sum(runs[1].tokens("generate"))
 
 
 # ---- before and after ------------------------------------------------------------------------------------------------

@@ -173,6 +173,23 @@ def same_masks(model, processor, rows, collect, tolerance=1e-3, tools=None):
     return found
 
 
+def overfit(model, processor, conversation, tools, steps=120):
+    """Teach a model one conversation by heart."""
+    batch = processor.apply_chat_template(
+        [conversation], tools=tools, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    loss = torch.tensor(0.0)
+    for _ in range(steps):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    return loss.item()
+
+
 def written_rollout(texts):
     """A rollout function that answers with fixed texts, in turn."""
 

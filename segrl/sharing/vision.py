@@ -57,7 +57,7 @@ class VisionOnce:
     def _read_stamp(self) -> Any:
         """What changes when a weight or the choice of adapters does.
 
-        Buffers do not count: DDP writes them, unchanged, before every forward.
+        Buffers do not count: DDP may write them, unchanged, before every forward.
         """
         parts: list[Any] = []
         for module in self._tower():
