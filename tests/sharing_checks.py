@@ -24,7 +24,6 @@ from segrl.sharing import ImageKeys, PromptKey, backbone_of
 from segrl.testing import tiny_causal_lm
 from segrl.trainer import SegGRPOTrainer
 
-
 KINDS = (*FAMILIES, "text")
 SIZES = ((64, 64), (90, 60), (56, 112), (40, 40))  # of the pictures that prompts show; the fifth has the first's size
 
