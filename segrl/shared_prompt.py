@@ -173,7 +173,7 @@ def _warn(reason: str) -> None:
     warnings.warn(
         f"share_prompt: {reason}. Every completion is computed with a prompt of its own, as in TRL; "
         "share_prompt=False says that this is meant.",
-        stacklevel=4,
+        stacklevel=7,  # where the trainer is made
     )
 
 

@@ -299,8 +299,8 @@ def test_every_override_exists_in_trl():
         "_texts",
         "_with_predictions",
     }
-    own |= {"_image_keys", "_image_tokens", "_keys", "_prompt_keys", "_shares", "_start_sharing"}
-    own |= {"_share_by_default", "_wants_sharing"}
+    own |= {"_image_keys", "_image_token", "_keys", "_prompt_keys", "_shares", "_start_sharing"}
+    own |= {"_share_by_default", "_told", "_wants_sharing"}
     ours = {**vars(SegGRPOTrainer), **vars(SharedPromptGRPOTrainer)}
     defined = {name for name in ours if name.startswith("_") and not name.startswith("__")} - own
     inherited = {name for base in GRPOTrainer.__mro__ for name in vars(base)}
