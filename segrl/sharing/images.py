@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 
 class ImageKeys:
@@ -95,8 +96,6 @@ class _Once:
             self._done.update(zip(missing, parts, strict=True))
         pieces = [self._done[key] for key in wanted]
         pixels, grids = [pixels for pixels, _ in pieces], [grid for _, grid in pieces if grid is not None]
-        from transformers import BatchFeature
-
         if grids:
             return BatchFeature({"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)})
         return BatchFeature({"pixel_values": torch.cat(pixels) if form else [one[0] for one in pixels]})
@@ -131,6 +130,24 @@ def image_indices(rows: Sequence[int], num_images: Sequence[int]) -> list[int]:
     """
     bounds = [0, *accumulate(num_images)]
     return [n for row in rows for n in range(bounds[row], bounds[row + 1])]
+
+
+def pixels_of(images: Sequence[int], pixels: Tensor, grid: Tensor | None) -> dict[str, Tensor]:
+    """Some images, as keyword arguments of a backbone.
+
+    Args:
+        images: places of the images that are wanted, in order; at least one.
+        pixels: all images, flattened to patches ("patches D", Qwen-VL) or one per row ("N 3 H W").
+        grid: patches of each image along time, height and width, "N 3"; None for one row per image.
+
+    Returns:
+        `pixel_values`, and `image_grid_thw` if there is a grid.
+    """
+    chosen = list(images)
+    if grid is None:
+        return {"pixel_values": pixels[chosen]}
+    parts = pixels.split(grid.prod(-1).tolist())
+    return {"pixel_values": torch.cat([parts[n] for n in chosen]), "image_grid_thw": grid[chosen]}
 
 
 def images_of(prompt: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from segrl.sharing import attention, vision
-from segrl.sharing.images import image_indices
+from segrl.sharing.images import image_indices, pixels_of
 from segrl.sharing.layout import build_layout
 from segrl.sharing.support import no_mask
 
@@ -158,12 +158,7 @@ def _pixels(
     if pixels is None or counts is None:
         return {}
     chosen = image_indices(rows, counts)
-    if not chosen:  # models do not take zero images
-        return {}
-    if grid is None:
-        return {"pixel_values": pixels[chosen]}
-    parts = pixels.split(grid.prod(-1).tolist())
-    return {"pixel_values": torch.cat([parts[n] for n in chosen]), "image_grid_thw": grid[chosen]}
+    return pixels_of(chosen, pixels, grid) if chosen else {}  # models do not take zero images
 
 
 def _prompt_positions(

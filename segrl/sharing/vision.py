@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from segrl.cache import FeatureCache
-from segrl.sharing.images import image_indices
+from segrl.sharing.images import image_indices, pixels_of
 
 KEYWORD = "image_keys"
 
@@ -109,7 +109,7 @@ class VisionOnce:
         if missing:
             self.encoded_images += len(missing)
             with torch.no_grad() if frozen else nullcontext():
-                output = self._original(**_select(pixel_values, image_grid_thw, list(missing.values())), **kwargs)
+                output = self._original(**pixels_of(list(missing.values()), pixel_values, image_grid_thw), **kwargs)
             parts = _by_image(output, len(missing))
             if parts is None:  # of a form that is not known here
                 self.encoded_images += images - len(missing)
@@ -145,13 +145,6 @@ def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> Vi
     backbone.register_forward_pre_hook(once.before, with_kwargs=True)
     backbone.register_forward_hook(once.after, always_call=True)
     return once
-
-
-def _select(pixels: Tensor, grid: Tensor | None, images: Sequence[int]) -> dict[str, Tensor]:
-    if grid is None:
-        return {"pixel_values": pixels[list(images)]}
-    parts = pixels.split(grid.prod(-1).tolist())
-    return {"pixel_values": torch.cat([parts[n] for n in images]), "image_grid_thw": grid[list(images)]}
 
 
 def select_features(output: Any, rows: Sequence[int], num_images: Sequence[int]) -> Any:
