@@ -54,7 +54,8 @@ def pack_rows(
 
     Args:
         backbone: the model without its language-model head (`backbone_of`); it knows the positions of image tokens.
-        input_ids, attention_mask: "B P+T". A completion may be masked as a whole.
+        input_ids: "B P+T".
+        attention_mask: "B P+T"; a completion may be masked as a whole.
         keep: completion tokens T.
         keys: rows with equal keys have the same prompt and the same images.
         rows: the rows to pack; None packs all. Everything else describes the whole batch.
