@@ -6,6 +6,7 @@ parser and the prompt builder convert, and they do it here. Sizes are (width, he
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 from segrl.boxes import validate_boxes
 from segrl.errors import FrameError
 
-__all__ = ["Frame", "FrameKind", "frame_for", "shrunk_size", "smart_resize_size"]
+__all__ = ["NOT_SHOWN", "Frame", "FrameKind", "frame_for", "shrunk_size", "smart_resize_size"]
 
 FrameKind = Literal["original_px", "resized_px", "relative_1000"]
 Size = tuple[int, int]
@@ -24,6 +25,7 @@ Size = tuple[int, int]
 # Processors of models trained on absolute pixels of the resized image; all others write thousandths of the image.
 _RESIZED_PX_PROCESSORS = frozenset({"Qwen2_5_VLProcessor"})
 _MAX_ASPECT_RATIO = 200
+NOT_SHOWN = -1  # in place of the index of a slice that was not shown
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,12 @@ class Frame:
             saw) or `relative_1000` (thousandths of width and height).
         original_size: (width, height) of the original image.
         resized_size: (width, height) that the encoder saw; required for `resized_px`, unused otherwise.
+        slices: For a volume: the index in it of every slice that is shown, in the order of the numbers by which the
+            model calls them; None where the model sees all slices, or an image.
 
     Raises:
-        FrameError: For an unknown kind, a size that is not two positive integers, or a missing `resized_size`.
+        FrameError: For an unknown kind, a size that is not two positive integers, a missing `resized_size`, or slices
+            that are not increasing indices.
 
     Example:
         >>> frame = Frame("relative_1000", original_size=(200, 100))
@@ -48,6 +53,7 @@ class Frame:
     kind: FrameKind
     original_size: Size
     resized_size: Size | None = None
+    slices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_kind(self.kind)
@@ -58,6 +64,8 @@ class Frame:
             raise FrameError(
                 "frame 'resized_px' needs resized_size=(width, height); build it with frame_for(processor)."
             )
+        if self.slices is not None:
+            object.__setattr__(self, "slices", _check_slices(self.slices))
 
     @property
     def size(self) -> Size:
@@ -106,6 +114,25 @@ class Frame:
         vanished = (exact[:, 2:] > exact[:, :2]) & (high <= low)
         start = np.clip(np.floor(exact[:, :2]), 0, limit - 1).astype(np.int64)
         return np.concatenate([np.where(vanished, start, low), np.where(vanished, start + 1, high)], axis=1)
+
+    def original_slice(self, place: int) -> int:
+        """Index in the volume of a slice that the model names.
+
+        Args:
+            place: Its place among the slices that are shown, counted from 0: the written number minus 1.
+
+        Returns:
+            The index, or -1 (`NOT_SHOWN`) if no slice has that place. Without `slices` the place
+            itself, which is not compared with the depth of the volume.
+
+        Example:
+            >>> frame = Frame("original_px", (8, 8), slices=(0, 3, 7))
+            >>> frame.original_slice(2), frame.original_slice(3)
+            (7, -1)
+        """
+        if self.slices is None:
+            return place
+        return self.slices[place] if 0 <= place < len(self.slices) else NOT_SHOWN
 
     @staticmethod
     def _scale(to: Size, source: Size) -> np.ndarray:
@@ -215,6 +242,17 @@ def _check_kind(kind: str) -> str:
     if kind not in get_args(FrameKind):
         raise FrameError(f"frame kind {kind!r}; expected one of {', '.join(get_args(FrameKind))}.")
     return kind
+
+
+def _check_slices(slices: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(int(index) for index in slices)
+        exact = found == tuple(slices)
+    except (TypeError, ValueError):
+        found, exact = (), False
+    if not exact or not found or min(found) < 0 or any(a >= b for a, b in itertools.pairwise(found)):
+        raise FrameError(f"slices={slices!r:.100}; expected increasing indices of slices, 0 or more.")
+    return found
 
 
 def _check_size(size: Any, name: str) -> Size:

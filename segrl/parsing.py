@@ -145,7 +145,7 @@ def parse_completion(
         has_seg=has_seg,
         points=_to_pixels(found.points, 2, frame),
         scores=np.array(found.scores) if found.scores else None,
-        slice_index=found.slice_index,
+        slice_index=None if found.slice_index is None else frame.original_slice(found.slice_index),
     )
 
 

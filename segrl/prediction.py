@@ -43,11 +43,12 @@ class Prediction:
         boxes: (N, 4) float64, clipped to the image; (0, 4) when nothing was predicted. Duplicates are kept.
         status: `Status.VALID`, or what is wrong with the text.
         has_seg: Whether the answer holds the segmentation token.
-        mask: (H, W) bool in original pixels, or None while no mask was decoded.
+        mask: (H, W) bool in original pixels, of a volume (D, H, W), or None while no mask was decoded.
         points: (P, 2) float64, clipped to the image; (0, 2) when none was given. With as many points as boxes, the
             n-th point belongs to the n-th box.
         scores: (N,) float64 in [0, 1], the confidence of each box, or None when the answer gave none.
-        slice_index: Index of the slice that the answer names, counted from 0, or None. It may lie outside the volume.
+        slice_index: Index in the whole volume of the slice that the answer names, counted from 0; -1
+            (`segrl.frames.NOT_SHOWN`) for one that was not shown, None where none is named. Without `Frame.slices` it may lie outside the volume.
         probability: Foreground probabilities of `mask`, same shape, float in [0, 1]; None unless they were asked for.
     """
 
@@ -69,7 +70,7 @@ class Prediction:
         if self.scores is not None:
             object.__setattr__(self, "scores", _check_scores(self.scores, len(self.boxes)))
         if self.mask is not None:
-            _check_mask(self.mask, "Prediction.mask")
+            _check_mask(self.mask, "Prediction.mask", 3 if np.ndim(self.mask) == 3 else 2)
         if self.probability is not None and (self.mask is None or self.probability.shape != self.mask.shape):
             shape = None if self.mask is None else self.mask.shape
             raise DataError(
@@ -85,7 +86,7 @@ class Prediction:
         """Return a copy that carries a decoded mask.
 
         Args:
-            mask: (H, W) bool in original pixels; an all-False mask is a prediction of "nothing".
+            mask: (H, W) bool in original pixels, (D, H, W) for a volume; all False is a prediction of "nothing".
             probability: Foreground probabilities of the same shape, for rewards that read them.
 
         Raises:
@@ -177,7 +178,7 @@ class VolumeTarget:
     """The truth for one volume: a stack of slices of which an answer names one.
 
     Attributes:
-        mask: (D, H, W) bool in original pixels; D slices in the order in which the model saw them.
+        mask: (D, H, W) bool in original pixels; the D slices of the whole volume, of which the model may see fewer.
         spacing_mm: Size of a voxel along D, H and W in millimetres.
         query: What was asked, as the rest: see `Target`.
         modality: Imaging modality.

@@ -15,7 +15,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from segrl.errors import DataError, FrameError
-from segrl.frames import Frame, frame_for, smart_resize_size
+from segrl.frames import NOT_SHOWN, Frame, frame_for, smart_resize_size
+from segrl.parsing import parse_completion
 
 EDGE = st.integers(1, 3000)
 KINDS = ["original_px", "resized_px", "relative_1000"]
@@ -156,3 +157,29 @@ def test_frame_for_says_what_it_cannot_know():
         frame_for(None, (50, 40), kind="px")  # pyright: ignore[reportArgumentType]
     with pytest.raises(FrameError, match=r"image_size=\(50, 0\)"):
         frame_for(None, (50, 0))
+
+
+class TestSlices:
+    def test_a_place_is_the_number_minus_one(self):
+        frame = Frame("original_px", (8, 8), slices=(0, 3, 7))
+        assert [frame.original_slice(place) for place in (-1, 0, 1, 2, 3)] == [NOT_SHOWN, 0, 3, 7, NOT_SHOWN]
+
+    def test_without_slices_a_place_is_the_index(self):
+        assert Frame("original_px", (8, 8)).original_slice(12) == 12
+
+    def test_the_parser_gives_the_index_in_the_volume(self):
+        frame = Frame("relative_1000", (8, 8), slices=(0, 3, 7))
+        for number, index in ((1, 0), (3, 7), (4, NOT_SHOWN)):
+            text = f'<think>.</think><answer>{{"slice": {number}, "bbox_2d_list": []}}</answer>'
+            read = parse_completion(text, frame, require_seg=False, answer_format="json")
+            assert (read.slice_index, read.valid) == (index, True)
+
+    @given(st.lists(st.integers(0, 500), min_size=1, unique=True).map(sorted))
+    def test_every_shown_slice_has_one_number(self, slices):
+        frame = Frame("original_px", (8, 8), slices=tuple(slices))
+        assert [frame.original_slice(place) for place in range(len(slices))] == slices
+
+    @pytest.mark.parametrize("slices", [(), (1, 1), (2, 1), (-1, 0), (0.5,), "ab", 3])
+    def test_anything_else_is_refused(self, slices):
+        with pytest.raises(FrameError, match=r"slices=.*expected increasing indices of slices"):
+            Frame("original_px", (8, 8), slices=slices)

@@ -38,12 +38,23 @@ def test_with_mask_is_a_copy():
     assert masked.boxes.dtype == np.float64
 
 
-@pytest.mark.parametrize("mask", [np.zeros((4, 4)), np.zeros((4, 4), np.uint8), np.zeros((1, 4, 4), bool), [[True]]])
+@pytest.mark.parametrize("mask", [np.zeros((4, 4)), np.zeros((4, 4), np.uint8), np.zeros((1, 1, 4, 4), bool), [[True]]])
 def test_a_mask_of_logits_or_of_another_shape_is_refused(mask):
     with pytest.raises(DataError, match=r"Prediction\.mask is a .*expected an \(H, W\) bool numpy array"):
         make_prediction().with_mask(mask)
     with pytest.raises(DataError, match=r"Target\.mask of 'a\.png'"):
         Target(mask, np.zeros((0, 4)), name="a.png")
+
+
+def test_the_mask_of_a_volume():
+    volume = np.stack([two_lesions(), np.zeros_like(two_lesions())])
+    assert make_prediction().with_mask(volume).mask is volume
+    with pytest.raises(
+        DataError, match=r"Prediction\.mask is a float64 array.*expected a \(D, H, W\) bool numpy array"
+    ):
+        make_prediction().with_mask(np.zeros((2, 4, 4)))
+    with pytest.raises(DataError, match=r"Target\.mask"):
+        Target(volume, np.zeros((0, 4)))
 
 
 def test_frozen():
