@@ -1,6 +1,6 @@
 """Evaluation: mask overlap, failures, bootstrap intervals and the summary of a run.
 
-All scores are fractions in [0, 1]; reports multiply by 100. Masks are bool or integer arrays in which every nonzero
+Overlap scores are fractions in [0, 1]; reports multiply by 100. Masks are bool or integer arrays in which every nonzero
 pixel is foreground. Empty masks follow `segrl.masks.empty_score`: both empty 1.0, exactly one empty 0.0.
 """
 
@@ -8,7 +8,8 @@ pixel is foreground. Empty masks follow `segrl.masks.empty_score`: both empty 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,49 +164,77 @@ def _intervals(values: np.ndarray, level: float, n_resamples: int, seed: int) ->
     return np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
-def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    metrics: Mapping[str, str] = SUMMARY_METRICS,
+    groupings: Sequence[str] = GROUPINGS,
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
     """Means, 95% bootstrap intervals and breakdowns of per-sample results; plain Python values, ready for JSON.
 
     Args:
-        records: One mapping per sample with finite "dice", "iou" and "fail" (bool or 0/1), and optionally "modality"
-            and "anatomy" (missing or empty ones form the group "unspecified"). Other keys are ignored.
+        records: One mapping per sample with a finite number (or bool) for each metric, by default "dice", "iou" and
+            "fail". The keys in `groupings` are optional: missing or empty ones form the group "unspecified". Other keys
+            are ignored.
+        metrics: Names of the means, each with the key in the records of what is averaged.
+        groupings: Keys of the records that the breakdowns are by.
+        optional: Names of the metrics that do not apply to every sample: a record may hold None for them. Their mean is
+            over the other records, and None if there is none.
 
     Returns:
         `{"mdice", "miou", "fail", "n", "ci95": {"mdice": [low, high], "miou": ..., "fail": ...}, "groups": {"modality":
-        {name: the same without "groups"}, "anatomy": ...}}`; groups are in alphabetical order.
+        {name: the same without "groups"}, "anatomy": ...}}`; groups are in alphabetical order. With `optional` metrics
+        "n_scored" says for each over how many of the n records its mean is; its interval is None where that is 0.
 
     Raises:
-        DataError: No records, a missing key, or a value that is not finite; the record is named.
+        DataError: No records, a missing key, or a value that is not finite; the record is named. Also an `optional`
+            name that is no metric.
     """
     if len(records) == 0:
         raise DataError("records: expected at least one sample, got none")
-    values = np.array([_scores(index, record) for index, record in enumerate(records)])
+    unknown = sorted(set(optional) - set(metrics))
+    if unknown:
+        raise DataError(f"optional: {unknown}; expected some of the metrics {list(metrics)}")
+    keys, free = list(metrics.values()), [name in optional for name in metrics]
+    values = np.array([_scores(index, record, keys, free) for index, record in enumerate(records)])
     groups = {}
-    for grouping in GROUPINGS:
+    for grouping in groupings:
         names = np.array([str(record.get(grouping) or "unspecified") for record in records])
-        groups[grouping] = {str(name): _summary(values[names == name]) for name in np.unique(names)}
-    return {**_summary(values), "groups": groups}
+        groups[grouping] = {str(name): _summary(values[names == name], metrics, free) for name in np.unique(names)}
+    return {**_summary(values, metrics, free), "groups": groups}
 
 
-def _scores(index: int, record: Mapping[str, Any]) -> list[float]:
-    missing = [key for key in SUMMARY_METRICS.values() if key not in record]
+def _scores(index: int, record: Mapping[str, Any], keys: Sequence[str], free: Sequence[bool]) -> list[float]:
+    """The values of one record; NaN, which no record may hold, stands for a None where that is allowed."""
+    missing = [key for key in keys if key not in record]
     if missing:
         raise DataError(f"records[{index}]: missing {missing}, got the keys {sorted(record)}")
-    given = {key: record[key] for key in SUMMARY_METRICS.values()}
+    given = {key: record[key] for key in keys}
     try:
-        scores = [float(value) for value in given.values()]
+        scores = [
+            math.nan if may and record[key] is None else float(record[key]) for key, may in zip(keys, free, strict=True)
+        ]
     except (TypeError, ValueError) as error:
         raise DataError(f"records[{index}]: expected numbers, got {given}") from error
-    if not np.isfinite(scores).all():
+    if not all(record[key] is None or math.isfinite(score) for key, score in zip(keys, scores, strict=True)):
         raise DataError(f"records[{index}]: expected finite scores, got {given}")
     return scores
 
 
-def _summary(values: np.ndarray) -> dict[str, Any]:
-    means, intervals = values.mean(axis=0), _intervals(values, 0.95, 2000, 0)
-    summary: dict[str, Any] = {name: float(mean) for name, mean in zip(SUMMARY_METRICS, means, strict=True)}
-    ci95 = {name: ends.tolist() for name, ends in zip(SUMMARY_METRICS, intervals.T, strict=True)}
-    return {**summary, "n": len(values), "ci95": ci95}
+def _summary(values: np.ndarray, names: Iterable[str], free: Sequence[bool]) -> dict[str, Any]:
+    """The (n, k) values of the k named metrics; a column that is `free` leaves its NaN out."""
+    columns = dict(zip(names, values.T, strict=True))
+    scored = {name: column[~np.isnan(column)] for (name, column), may in zip(columns.items(), free, strict=True) if may}
+    always = np.ascontiguousarray(values[:, ~np.array(free)])
+    means = dict(zip([name for name in columns if name not in scored], always.mean(axis=0).tolist(), strict=True))
+    ends = dict(zip(means, _intervals(always, 0.95, 2000, 0).T.tolist(), strict=True))
+    means |= {name: float(column.mean()) if len(column) else None for name, column in scored.items()}
+    ends |= {name: list(bootstrap_ci(column)) if len(column) else None for name, column in scored.items()}
+    summary: dict[str, Any] = {**{name: means[name] for name in columns}, "n": len(values)}
+    if scored:
+        summary["n_scored"] = {name: len(column) for name, column in scored.items()}
+    return {**summary, "ci95": {name: ends[name] for name in columns}}
 
 
 def constant_mask_baseline(

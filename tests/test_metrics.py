@@ -172,6 +172,60 @@ def test_summary_errors(records: list, message: str):
         metrics.summarise(records)
 
 
+VOLUMES = {"mdice": "dice", "hd95_mm": "hd95_mm"}
+
+
+def test_summary_of_other_metrics_and_groupings():
+    records = [
+        {"dice": 0.5, "hd95_mm": 2.0, "lesion": "liver"},
+        {"dice": 0.0, "hd95_mm": None, "lesion": "liver"},
+        {"dice": 1.0, "hd95_mm": 0.0, "lesion": "kidney"},
+        {"dice": 0.0, "hd95_mm": None},
+    ]
+    summary = metrics.summarise(records, metrics=VOLUMES, groupings=["lesion"], optional=["hd95_mm"])
+    assert {key: value for key, value in summary.items() if key not in ("ci95", "groups")} == {
+        "mdice": 0.375,
+        "hd95_mm": 1.0,  # of two volumes, not (2 + 0) / 4
+        "n": 4,
+        "n_scored": {"hd95_mm": 2},
+    }
+    assert summary["ci95"]["hd95_mm"] == list(metrics.bootstrap_ci([2.0, 0.0]))
+    assert list(summary["groups"]) == ["lesion"]
+    assert list(summary["groups"]["lesion"]) == ["kidney", "liver", "unspecified"]
+    assert summary["groups"]["lesion"]["unspecified"] == {
+        "mdice": 0.0,
+        "hd95_mm": None,
+        "n": 1,
+        "n_scored": {"hd95_mm": 0},
+        "ci95": {"mdice": [0.0, 0.0], "hd95_mm": None},
+    }
+    assert json.loads(json.dumps(summary)) == summary
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.none() | st.floats(0, 300)), min_size=1, max_size=12))
+def test_summary_of_values_that_may_be_missing_equals_their_own_bootstrap(values: list):
+    records = [{"dice": dice, "hd95_mm": distance} for dice, distance in values]
+    summary = metrics.summarise(records, metrics=VOLUMES, groupings=(), optional={"hd95_mm"})
+    kept = [distance for _, distance in values if distance is not None]
+    assert summary["n_scored"]["hd95_mm"] == len(kept)
+    assert summary["mdice"] == pytest.approx(sum(dice for dice, _ in values) / len(values))
+    assert summary["hd95_mm"] == (pytest.approx(sum(kept) / len(kept)) if kept else None)
+    assert summary["ci95"]["hd95_mm"] == (list(metrics.bootstrap_ci(kept)) if kept else None)
+
+
+def test_summary_refuses_what_an_optional_metric_cannot_be():
+    record = {"dice": 0.5, "hd95_mm": None}
+    with pytest.raises(DataError, match=r"optional: \['nsd'\]; expected some of the metrics \['mdice', 'hd95_mm'\]"):
+        metrics.summarise([record], metrics=VOLUMES, optional=["nsd"])
+    with pytest.raises(DataError, match=r"records\[1\]: missing \['hd95_mm'\]"):
+        metrics.summarise([record, {"dice": 0.5}], metrics=VOLUMES, optional=["hd95_mm"])
+    with pytest.raises(DataError, match=r"records\[0\]: expected numbers, got {'dice': 0.5, 'hd95_mm': None}"):
+        metrics.summarise([record], metrics=VOLUMES)
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(DataError, match=r"records\[0\]: expected finite scores"):
+            metrics.summarise([{**record, "hd95_mm": value}], metrics=VOLUMES, optional=["hd95_mm"])
+
+
 @given(st.integers(0, 10**6), st.integers(1, 6), st.floats(0, 0.6))
 def test_constant_mask_is_the_best_cut(seed: int, count: int, density: float):
     rng = np.random.default_rng(seed)
