@@ -1,0 +1,111 @@
+"""Volumes in numpy's formats, as M3D-Seg stores them: a dense `.npy` scan and a sparse `.npz` with its label.
+
+Such files know neither spacing nor orientation. Their axes are taken to be those of a NIfTI file: (X, Y, Z), the slices
+last. An array of which the two last axes are equal and the first one is not holds its slices first, as the scans of
+KiTS do: `(num_slices, height, width)`, https://github.com/neheller/kits19. Nothing is ever unpickled.
+"""
+
+# X/Y/Z voxels along the axes of a file, C channels of a sparse label, N = X * Y * Z
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from segrl.errors import DataError
+
+__all__: list[str] = []
+
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error)
+_SLICES_LAST = np.eye(4)
+# As KiTS: slices from the top of the patient, rows from the front, columns from the patient's right.
+_SLICES_FIRST = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
+
+
+def array_affine(shape: tuple[int, ...]) -> np.ndarray:
+    """(4, 4) affine, in voxels of 1 mm, for an array that has none."""
+    first, second, third = shape
+    return (_SLICES_FIRST if second == third != first else _SLICES_LAST).copy()
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """The scan in a `.npy` file, (X, Y, Z), memory-mapped; a leading axis of length 1, as in M3D-Seg, is dropped.
+
+    Raises:
+        DataError: If the file is no numpy array or holds no volume of real numbers.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read as a numpy array ({error}); replace the file") from error
+    shape = array.shape
+    if array.ndim == 4 and shape[0] == 1:
+        array = array[0]
+    return array.reshape(array.shape[:3]) if array.ndim > 3 and set(array.shape[3:]) == {1} else array
+
+
+def sparse_label(path: Path, value: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """One channel of a sparse label, or the union of all channels.
+
+    Args:
+        path: A `.npz` file of `scipy.sparse.save_npz` with a matrix (C, N); its name ends in the shape `(C, X, Y, Z)`.
+        value: Number of the channel, from 1 as in the labels of M3D-Seg, or 0 for the union.
+
+    Returns:
+        bool (X, Y, Z), and the numbers of the channels that have foreground.
+
+    Raises:
+        DataError: If the file or its name is not of that form, or there is no such channel.
+    """
+    channels, *shape = _shape_in_name(path)
+    try:
+        matrix = sparse.csr_matrix(sparse.load_npz(path))
+        matrix.eliminate_zeros()
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read as a scipy sparse matrix ({error}); replace the file") from error
+    if matrix.shape != (channels, math.prod(shape)):
+        raise DataError(
+            f"{path}: the matrix is {matrix.shape[0]} x {matrix.shape[1]}, but the name says {channels} channels of "
+            f"{' x '.join(map(str, shape))} voxels; give the file its own name back"
+        )
+    present = tuple((np.flatnonzero(np.diff(matrix.indptr)) + 1).tolist())
+    mask = np.zeros(math.prod(shape), dtype=bool)
+    if value > 0:
+        mask[matrix[value - 1].indices if value <= channels else []] = True
+    elif value == 0:
+        mask[matrix.indices] = True
+    return mask.reshape(shape), present
+
+
+def sparse_channels(path: Path) -> tuple[int, ...]:
+    """Numbers of the channels with entries, from 1; reads only the row pointers, not the entries.
+
+    Raises:
+        DataError: If the file or its name is not of the form that `sparse_label` reads.
+    """
+    channels = _shape_in_name(path)[0]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            rows = np.diff(file["indptr"])
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read as a scipy sparse matrix ({error}); replace the file") from error
+    if len(rows) != channels:
+        raise DataError(
+            f"{path}: the matrix has {len(rows)} rows, but the name says {channels} channels; give the file its own "
+            "name back"
+        )
+    return tuple((np.flatnonzero(rows) + 1).tolist())
+
+
+def _shape_in_name(path: Path) -> tuple[int, ...]:
+    found = re.search(r"\((\d{1,6}(?:, ?\d{1,6}){3})\)\.npz$", path.name)
+    shape = tuple(int(edge) for edge in found[1].split(",")) if found else ()
+    if not shape or not all(shape):
+        raise DataError(f"{path}: expected a name that ends in the shape of the label, as 'mask_(1, 512, 512, 96).npz'")
+    return shape
