@@ -1,10 +1,8 @@
 """What a run found, for a person to read: the results table, the results file and a sheet of pictures.
 
-Scores are fractions in [0, 1] everywhere in the data; only the printed table multiplies by 100. Model text is drawn or
-printed as escaped plain text and never interpreted.
+Scores are fractions in [0, 1] everywhere in the data; only the printed table multiplies by 100. Distances are in
+millimetres. Model text is drawn or printed as escaped plain text and never interpreted.
 """
-
-# N boxes, H/W pixels of the original image, h/w pixels of the drawn image
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ import json
 import math
 import os
 import platform
-import textwrap
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,78 +20,124 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
-from scipy import ndimage
 
 import segrl
+from segrl.drawing import GROUND, INK, PALE, PAPER, draw_legend, draw_overlay, wrap_text
 from segrl.errors import DataError
-from segrl.masks import resize_mask
 from segrl.metrics import GROUPINGS
 from segrl.prediction import Prediction, Target
 from segrl.terminal import printable
 
-__all__ = ["contact_sheet", "results_table", "versions", "write_results"]
+__all__ = ["Column", "contact_sheet", "results_table", "versions", "write_results"]
 
 STAGES = ("baseline", "stage1", "stage2", "model")  # "model": one that is only evaluated
-COLUMNS = {"mdice": "mDice %", "miou": "mIoU %", "fail": "Failure Rate %"}
+VOLUME_STAGES = ("oracle", *STAGES[1:])  # "oracle": the segmenter prompted with the truth
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "sam2")
-PLAIN_WIDTH = 100  # columns, where the output is not a terminal: no cell of the table is broken
+PLAIN_WIDTH = 100  # columns at least, where the output is not a terminal
+WIDEST = 1000  # columns that are enough for every table
+_PLAIN = (1, sys.float_info.max, "a finite number of at least 0")
 
-TRUTH, PREDICTED, BOX = (40, 220, 90), (230, 40, 40), (255, 220, 0)
-INK, PALE, PAPER, FILL_ALPHA = (25, 25, 25), (95, 95, 95), (255, 255, 255), 0.4
 MARGIN, LINE, FONT_SIZE = 8, 14, 11
 QUERY_LINES, TEXT_LINES = 3, 8
-DRAWN_CHARACTERS = 1000  # of a text's start, and of its end: more never fits
 
 
-def results_table(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the stages of a run with 95 % intervals, over all samples and then by modality and by anatomy.
+@dataclass(frozen=True)
+class Column:
+    """A column of the results table.
+
+    Attributes:
+        title: What stands above it, with the unit.
+        percent: Whether the scores are fractions in [0, 1], printed times 100; else they are printed as they are and
+            are at least 0, such as a distance in millimetres.
+    """
+
+    title: str
+    percent: bool = True
+
+
+COLUMNS = {"mdice": Column("mDice %"), "miou": Column("mIoU %"), "fail": Column("Failure Rate %")}
+VOLUME_COLUMNS = {
+    "mdice": Column("Dice %"),
+    "miou": Column("IoU %"),
+    "hd95_mm": Column("HD95 mm", percent=False),
+    "nsd": Column("NSD %"),
+    "slice_visibility": Column("visibility %"),
+    "slice_boxes": Column("boxes %"),
+    "fail": Column("Failure Rate %"),
+}
+
+
+def results_table(
+    results: Mapping[str, Any],
+    console: Console | None = None,
+    *,
+    columns: Mapping[str, Column] = COLUMNS,
+    stages: Sequence[str] = STAGES,
+    groupings: Sequence[str] = GROUPINGS,
+) -> None:
+    """Print the stages of a run with 95 % intervals, over all samples and then by groups, such as modality and anatomy.
+
+    A mean that does not apply to every sample (see `optional` of `segrl.metrics.summarise`) stands with the number of
+    samples that it is over, where that is not all, and as a dash where it is over none.
 
     Args:
-        results: Summaries as `segrl.metrics.summarise` returns them (fractions) under "baseline", "stage1", "stage2"
-            and "model" (one that is only evaluated). Any of them may be absent, and so may "ci95" and "groups"; other
-            keys are ignored.
+        results: Summaries as `segrl.metrics.summarise` returns them, under the names in `stages`. Any of them may be
+            absent, and so may "ci95" and "groups"; other keys are ignored.
         console: Where to print; standard output by default.
+        columns: What to print of a summary, by its keys. For volumes pass `VOLUME_COLUMNS`, or some of it.
+        stages: Keys of `results`, in the order in which they are printed; for volumes `VOLUME_STAGES`.
+        groupings: Which of the summaries' "groups" to print, in this order; for volumes
+            `segrl.volume_evaluation.VOLUME_GROUPINGS`.
 
     Raises:
-        DataError: No stage at all, or a score that is missing or not a fraction; the stage and score are named.
+        DataError: No stage at all, or a score that is missing, not a fraction or, of a column that is not in percent,
+            below 0; the stage and score are named.
     """
-    present = [stage for stage in STAGES if stage in results]
+    present = [stage for stage in stages if stage in results]
     if not present:
-        raise DataError(f"results: expected at least one of {', '.join(STAGES)}, got the keys {sorted(results)}")
+        raise DataError(f"results: expected at least one of {', '.join(stages)}, got the keys {sorted(results)}")
     table = Table(title="Mean and 95 % interval", title_justify="left")
     table.add_column("")
-    for title in (*COLUMNS.values(), "n"):
+    for title in (*(column.title for column in columns.values()), "n"):
         table.add_column(title, justify="right")
     for stage in present:
-        table.add_row(stage, *_cells(results[stage], stage))
-    for grouping in GROUPINGS:
+        table.add_row(stage, *_cells(results[stage], stage, columns))
+    for grouping in groupings:
         groups = {stage: results[stage].get("groups", {}).get(grouping, {}) for stage in present}
         for name in sorted({name for members in groups.values() for name in members}):
             table.add_section()
             table.add_row(Text(f"{grouping}: {printable(name)}", style="bold"))
             for stage in present:
                 if name in groups[stage]:
-                    table.add_row(f"  {stage}", *_cells(groups[stage][name], f"{stage}, {grouping} {name!r}"))
+                    table.add_row(f"  {stage}", *_cells(groups[stage][name], f"{stage}, {grouping} {name!r}", columns))
     if console is None:
         console = Console()
-        if not console.is_terminal:
-            console = Console(width=PLAIN_WIDTH)
+        if not console.is_terminal:  # no cell of the table is broken
+            wide = Console(width=WIDEST)
+            console = Console(width=max(PLAIN_WIDTH, Measurement.get(wide, wide.options, table).maximum))
     console.print(table)
 
 
-def _cells(summary: Mapping[str, Any], where: str) -> list[Text]:
-    """The score cells and the sample count of one row, in percent."""
+def _cells(summary: Mapping[str, Any], where: str, columns: Mapping[str, Column]) -> list[Text]:
+    """The score cells and the sample count of one row."""
+    n, scored = summary.get("n", ""), summary.get("n_scored", {})
     cells = []
-    for key in COLUMNS:
+    for key, column in columns.items():
+        if scored.get(key) == 0:
+            cells.append("-")
+            continue
+        factor, most, expected = (100, 1.0, "a fraction in [0, 1], not a percentage") if column.percent else _PLAIN
         shown = [summary.get(key), *summary.get("ci95", {}).get(key, ())]
         for value in shown:
-            if value is None or not 0.0 <= value <= 1.0:
-                raise DataError(f"{where}: {key} is {value}; expected a fraction in [0, 1], not a percentage")
-        mean, *interval = (100 * float(value) for value in shown)
-        cells.append(Text(f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")))
-    return [*cells, Text(str(summary.get("n", "")))]
+            if value is None or not 0.0 <= value <= most:
+                raise DataError(f"{where}: {key} is {value}; expected {expected}")
+        mean, *interval = (factor * float(value) for value in shown)
+        text = f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
+        cells.append(text if scored.get(key, n) == n else f"{text} (n {scored[key]})")
+    return [Text(cell) for cell in (*cells, str(n))]
 
 
 def versions() -> dict[str, str | None]:
@@ -186,7 +231,7 @@ def contact_sheet(
         (MARGIN + columns * (cell + MARGIN), LINE + 2 * MARGIN + -(-len(rows) // columns) * (height + MARGIN)),
         PAPER,
     )
-    _draw_legend(ImageDraw.Draw(sheet))
+    draw_legend(ImageDraw.Draw(sheet), MARGIN, MARGIN, FONT_SIZE)
     for index, row in enumerate(rows):
         across, down = index % columns, index // columns
         picture = _draw_cell(row, f"rows[{index}]", cell, height)
@@ -197,25 +242,17 @@ def contact_sheet(
     return path
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw) -> None:
-    font, x = ImageFont.load_default(FONT_SIZE), float(MARGIN)
-    for colour, label in ((TRUTH, "truth"), (PREDICTED, "prediction"), (BOX, "boxes")):
-        draw.rectangle((x, MARGIN + 2, x + 10, MARGIN + 12), fill=colour, outline=INK)
-        draw.text((x + 14, MARGIN), label, fill=INK, font=font)
-        x += 28 + font.getlength(label)
-
-
 def _draw_cell(row: Mapping[str, Any], where: str, cell: int, height: int) -> Image.Image:
     prediction: Prediction = row["prediction"]
     target: Target = row["target"]
     picture = Image.new("RGB", (cell, height), PAPER)
     drawn = _draw_overlay(row["image"], prediction, target, where, cell)
-    picture.paste((20, 20, 20), (0, 0, cell, cell))
+    picture.paste(GROUND, (0, 0, cell, cell))
     picture.paste(drawn, ((cell - drawn.width) // 2, (cell - drawn.height) // 2))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
     lines = [
-        *((line, INK) for line in _wrap(target.query, font, cell, QUERY_LINES)),
-        *((line, PALE) for line in _wrap(prediction.text, font, cell, TEXT_LINES)),
+        *((line, INK) for line in wrap_text(target.query, font, cell, QUERY_LINES)),
+        *((line, PALE) for line in wrap_text(prediction.text, font, cell, TEXT_LINES)),
         (f"Dice {row['dice']:.2f}  {prediction.status.value}", INK),
     ]
     for index, (line, colour) in enumerate(lines):
@@ -225,36 +262,18 @@ def _draw_cell(row: Mapping[str, Any], where: str, cell: int, height: int) -> Im
 
 def _draw_overlay(image: Image.Image, prediction: Prediction, target: Target, where: str, cell: int) -> Image.Image:
     """The image at the size of a cell, with masks and boxes; those are in the pixels of the true mask."""
+    if prediction.mask is not None and prediction.mask.shape != target.mask.shape:
+        raise DataError(
+            f"{where}: the predicted mask has shape {prediction.mask.shape}, the true one {target.mask.shape}; "
+            "resize the prediction to original pixels"
+        )
     scale = cell / max(target.width, target.height)
-    w, h = max(1, round(target.width * scale)), max(1, round(target.height * scale))
-    pixels = np.array(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC))
-    if prediction.mask is not None:
-        if prediction.mask.shape != target.mask.shape:
-            raise DataError(
-                f"{where}: the predicted mask has shape {prediction.mask.shape}, the true one {target.mask.shape}; "
-                "resize the prediction to original pixels"
-            )
-        inside = resize_mask(prediction.mask, (h, w))
-        pixels[inside] = (1 - FILL_ALPHA) * pixels[inside] + FILL_ALPHA * np.array(PREDICTED)
-    truth = resize_mask(target.mask, (h, w))
-    pixels[truth & ~ndimage.binary_erosion(truth)] = TRUTH
-    drawn = Image.fromarray(pixels)
-    draw = ImageDraw.Draw(drawn)
-    for x1, y1, x2, y2 in prediction.boxes * (w / target.width, h / target.height, w / target.width, h / target.height):
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=BOX)
-    return drawn
-
-
-def _wrap(text: str, font: Any, width: int, most: int) -> list[str]:
-    """At most `most` lines of at most `width` pixels; the middle of a longer text is left out."""
-    if len(text) > 2 * DRAWN_CHARACTERS:
-        text = f"{text[:DRAWN_CHARACTERS]} ... {text[-DRAWN_CHARACTERS:]}"
-    text = text.encode("unicode_escape").decode("ascii")
-    characters = width // 4
-    lines = textwrap.wrap(text, characters)
-    while characters > 1 and any(font.getlength(line) > width for line in lines):
-        characters -= 1
-        lines = textwrap.wrap(text, characters)
-    if len(lines) <= most:
-        return lines
-    return [*lines[: most - 3], "...", *lines[-2:]] if most > 3 else [*lines[: most - 1], "..."]
+    size = max(1, round(target.width * scale)), max(1, round(target.height * scale))
+    return draw_overlay(
+        image,
+        size,
+        mask=prediction.mask,
+        truth=target.mask,
+        boxes=prediction.boxes,
+        pixels=(target.width, target.height),
+    )

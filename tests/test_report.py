@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image
 from rich.console import Console
 
 import segrl
-from segrl import metrics, report
+from segrl import drawing, metrics, report
 from segrl.errors import DataError, SegRLError
 from segrl.prediction import Prediction, Status, Target
 
@@ -83,6 +83,49 @@ def test_table_refuses_no_stage_and_values_that_are_no_fractions():
         printed({"stage2": {"mdice": 0.1, "n": 1, "fail": 0.0}})
     with pytest.raises(DataError, match="stage1, modality 'CT': fail is nan"):
         printed({"stage1": {**SUMMARY, "groups": {"modality": {"CT": {**SUMMARY, "fail": float("nan")}}}}})
+
+
+VOLUMES = {
+    **{"mdice": 0.8543, "miou": 0.75, "fail": 0.05, "nsd": 0.9, "slice_visibility": 0.875, "slice_boxes": 0.5, "n": 20},
+    **{"hd95_mm": 12.346, "n_scored": {"hd95_mm": 19}},
+    "ci95": {"mdice": [0.8, 0.9], "hd95_mm": [7.04, 21.5]},
+}
+FOR_VOLUMES = {"columns": report.VOLUME_COLUMNS, "stages": report.VOLUME_STAGES, "groupings": ("lesion",)}
+
+
+def test_table_of_volumes_has_millimetres_and_says_over_how_many(capsys):
+    report.results_table(
+        {
+            "stage2": {**VOLUMES, "groups": {"lesion": {"liver": VOLUMES}, "modality": {"CT": VOLUMES}}},
+            "oracle": VOLUMES,
+        },
+        **FOR_VOLUMES,
+    )
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = [line for line in lines if "HD95" in line]
+    assert [cell.strip() for cell in header.split("┃")[2:-1]] == [
+        "Dice %", "IoU %", "HD95 mm", "NSD %", "visibility %", "boxes %", "Failure Rate %", "n",
+    ]  # fmt: skip
+    rows = [cells(line) for line in lines if line.startswith("│")]
+    assert [row[0] for row in rows] == ["oracle", "stage2", "lesion: liver", "stage2"]
+    scores = ["85.43 [80.0, 90.0]", "75.00", "12.35 [7.0, 21.5] (n 19)", "90.00", "87.50", "50.00", "5.00", "20"]
+    assert rows[0][1:] == rows[1][1:] == rows[3][1:] == scores
+
+
+def test_table_of_volumes_shows_a_dash_for_what_applies_to_none():
+    nowhere = {**VOLUMES, "hd95_mm": None, "n_scored": {"hd95_mm": 0}, "ci95": {"hd95_mm": None}}
+    stream = io.StringIO()
+    report.results_table({"model": nowhere}, Console(file=stream, width=200), **FOR_VOLUMES)
+    (row,) = [line for line in stream.getvalue().splitlines() if "model" in line]
+    assert cells(row)[3] == "-"
+
+
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), None])
+def test_table_refuses_distances_that_are_none(value):
+    with pytest.raises(DataError, match=f"stage1: hd95_mm is {value}; expected a finite number of at least 0"):
+        report.results_table({"stage1": {**VOLUMES, "hd95_mm": value}}, Console(file=io.StringIO()), **FOR_VOLUMES)
+    with pytest.raises(DataError, match="expected at least one of oracle, stage1, stage2, model, got the keys"):
+        report.results_table({"baseline": SUMMARY}, **FOR_VOLUMES)
 
 
 def test_versions_names_what_a_result_depends_on():
@@ -158,7 +201,7 @@ def draw_first_cell(row, tmp_path, cell=192) -> np.ndarray:
 
 def test_sheet_outlines_the_truth_and_leaves_its_inside(tmp_path):
     drawn = draw_first_cell(make_row(), tmp_path)
-    green = (drawn == report.TRUTH).all(axis=2)
+    green = (drawn == drawing.TRUTH).all(axis=2)
     expected = np.zeros((192, 192), dtype=bool)
     expected[48:144, 48:144] = True
     expected[49:143, 49:143] = False
@@ -173,7 +216,7 @@ def test_sheet_tints_the_predicted_mask_and_frames_the_boxes(tmp_path):
     drawn = draw_first_cell(make_row(mask=mask, box=(40, 2, 46, 5), image_size=(30, 30)), tmp_path)
     tinted = (drawn[:24, :24].astype(int) - (168, 92, 92)).ravel()
     assert np.abs(tinted).max() <= 1  # 0.6 * 128 + 0.4 * (230, 40, 40)
-    rows, columns = np.nonzero((drawn == report.BOX).all(axis=2))
+    rows, columns = np.nonzero((drawn == drawing.BOX).all(axis=2))
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (160, 8, 184, 20)
     assert (drawn[12, 165] == 128).all()
 
@@ -184,7 +227,7 @@ def test_sheet_keeps_the_aspect_and_fills_the_grid(tmp_path):
     path = report.contact_sheet([{**row, "target": wide}] * 3, tmp_path / "new" / "sheet.png", columns=2, cell=100)
     sheet = np.array(Image.open(path))
     assert sheet.shape[1] == 3 * report.MARGIN + 200
-    green = (sheet == report.TRUTH).all(axis=2)
+    green = (sheet == drawing.TRUTH).all(axis=2)
     top = report.LINE + 2 * report.MARGIN
     rows, columns = np.nonzero(green[top : top + 100, report.MARGIN : report.MARGIN + 100])
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (0, 99, 25, 74)
@@ -193,25 +236,7 @@ def test_sheet_keeps_the_aspect_and_fills_the_grid(tmp_path):
 def test_sheet_draws_degenerate_boxes_and_hostile_text(tmp_path):
     row = make_row(box=(10, 10, 10, 10), text="\x1b[31m</think>\x00\ud800é漢\n" * 40_000, query="%s {0} \\ \u202e")
     drawn = draw_first_cell(row, tmp_path)
-    assert (drawn == report.BOX).all(axis=2).any()  # a box without area is still a dot
-
-
-@given(st.text(), st.integers(1, 9), st.integers(64, 400))
-def test_wrapped_text_is_plain_ascii_that_fits(text, most, width):
-    font = ImageFont.load_default(report.FONT_SIZE)
-    lines = report._wrap(text, font, width, most)
-    assert len(lines) <= most
-    assert all(line.isascii() and line.isprintable() and font.getlength(line) <= width for line in lines)
-
-
-def test_wrapped_text_keeps_both_ends():
-    font = ImageFont.load_default(report.FONT_SIZE)
-    lines = report._wrap("start " + "word " * 10_000 + "[1, 2, 3, 4].", font, 192, 6)
-    assert lines[0].startswith("start")
-    assert lines[3] == "..."
-    assert lines[-1].endswith("[1, 2, 3, 4].")
-    assert report._wrap("", font, 192, 6) == []
-    assert report._wrap("a\nb é", font, 192, 6) == [r"a\nb \xe9"]
+    assert (drawn == drawing.BOX).all(axis=2).any()  # a box without area is still a dot
 
 
 def test_sheet_refuses_what_it_cannot_draw(tmp_path):
