@@ -27,8 +27,8 @@ from segrl.cache import FeatureCache
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.heads.adapters import LinearAdapter, MLPAdapter, SemanticGuidedAdapter
 from segrl.heads.probes import AnswerProbe, SegTokenProbe
-from segrl.segmenters.base import ImageFeatures, Segmenter
-from segrl.segmenters.fingerprint import EncoderFingerprint
+from segrl.segmenters.base import ImageFeatures, Segmenter, evaluating
+from segrl.segmenters.fingerprint import EncoderFingerprint, feature_key
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
 
 _SEGMENTER_MEMBERS = (
@@ -231,7 +231,7 @@ class MaskHead(nn.Module):
         missing = [(item, key) for item, key in zip(todo, keys, strict=True) if item.features is None]
         if not missing:
             return
-        with _evaluating(self.segmenter), torch.inference_mode(False), torch.no_grad():
+        with evaluating(self.segmenter), torch.inference_mode(False), torch.no_grad():
             encoded = self._encode([item for item, _ in missing])
             for n, (item, key) in enumerate(missing):
                 # a copy, since a slice would keep the whole batch alive; contiguous, as it comes back from disk
@@ -244,8 +244,7 @@ class MaskHead(nn.Module):
         """What features of these images are kept under: image, encoder and precision; None where they are not kept."""
         wanted = self.cache is not None and any(item.key is not None for item in items)
         encoder = self._fingerprint(self.segmenter) if wanted else None
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return [None if encoder is None or i.key is None else f"{encoder} {precision} {i.key}" for i in items]
+        return [feature_key(encoder, item.key, device) for item in items]
 
     def _encode(self, items: Sequence[SegInput]) -> ImageFeatures:
         parameter = next(self.segmenter.parameters())
@@ -381,18 +380,6 @@ class MaskHead(nn.Module):
             self.load_state_dict(load_file(path))
         except RuntimeError as error:
             raise CheckpointError(f"{path}: does not fit this head: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside: what is kept must not have dropped out, nor depend on the rest of the batch."""
-    trains = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in trains:
-            part.training = True
 
 
 def _build_probe(name: str, settings: dict[str, Any], tokenizer) -> Any:

@@ -6,12 +6,13 @@ Shape legend: B unique images, N masks to decode, S input side in pixels, h = w 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,15 @@ class Segmenter(Protocol):
     def freeze(self, *, encoder: bool) -> None:
         """Set `requires_grad` of all parameters: on for what a mask loss trains; `encoder` freezes the encoder."""
         ...
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: what is kept must not have dropped out, nor depend on the rest of the batch."""
+    trains = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in trains:
+            part.training = True

@@ -1,4 +1,7 @@
-"""`EncoderFingerprint`: which frozen encoder a segmenter has, as text that is the same in every run."""
+"""`EncoderFingerprint`: which frozen encoder a segmenter has, as text that is the same in every run.
+
+`feature_key` makes a key for `segrl.cache.FeatureCache` of it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from segrl.cache import raw_bytes
@@ -16,22 +20,26 @@ class EncoderFingerprint:
 
     The weights are read once, and again when any of them was replaced or changed in place. A change through `.data`
     that keeps the storage is not seen.
+
+    Args:
+        whole: nothing trains: every weight counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = False) -> None:
+        self._whole = whole
         self._names: frozenset[str] = frozenset()
         self._stamp: Any = None
         self._value: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # a copy has weights of its own, and reads them
+        return type(self), (self._whole,)  # a copy has weights of its own, and reads them
 
     def __call__(self, segmenter: nn.Module) -> str | None:
         """The fingerprint, or None where the weights are not all here (sharded over processes)."""
         if any(type(tensor.data) is not Tensor or hasattr(tensor, "ds_id") for _, tensor in _tensors(segmenter)):
             return None
         if self._stamp is None or self._stamp != self._read_stamp(segmenter):
-            self._names = _frozen(segmenter)
+            self._names = frozenset(name for name, _ in _tensors(segmenter)) if self._whole else _frozen(segmenter)
             self._stamp, self._value = self._read_stamp(segmenter), self._hash(segmenter)
         return self._value
 
@@ -53,6 +61,16 @@ class EncoderFingerprint:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(raw_bytes(tensor))
         return digest.hexdigest()
+
+
+def feature_key(encoder: str | None, content: str | None, device: str) -> str | None:
+    """What features are kept under: encoder (its fingerprint), precision on this type of device, and content.
+
+    Returns:
+        None where they are not kept, since one of the two is not known.
+    """
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None if encoder is None or content is None else f"{encoder} {precision} {content}"
 
 
 def _tensors(segmenter: nn.Module) -> Iterator[tuple[str, Tensor]]:

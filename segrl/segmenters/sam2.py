@@ -267,9 +267,23 @@ class Sam2Segmenter(nn.Module):
         return (pixels - self.pixel_mean.cpu()) / self.pixel_std.cpu()
 
     def encode(self, images: Tensor) -> ImageFeatures:
-        levels = self.sam.image_encoder(images)["backbone_fpn"]
-        embedding = levels[2] + self.sam.no_mem_embed.view(1, -1, 1, 1)  # SAM 2 adds it to a frame without memory
-        return ImageFeatures((embedding, levels[1], levels[0]))
+        stride4, stride8, stride16 = self._levels(images)
+        embedding = stride16 + self.sam.no_mem_embed.view(1, -1, 1, 1)  # SAM 2 adds it to a frame without memory
+        return ImageFeatures((embedding, stride8, stride4))
+
+    def encode_frames(self, images: Tensor) -> ImageFeatures:
+        """Images "B 3 S S" to what `segrl.segmenters.tracking` reads: strides 16, 8 and 4.
+
+        Nothing is added to stride 16, since a frame meets the memory of others there. Strides 8 and 4 have gone through
+        the decoder's own projections, which makes them a fifth of the size of `encode`'s, and stale as soon as the
+        decoder trains.
+        """
+        stride4, stride8, stride16 = self._levels(images)
+        decoder = self.sam.sam_mask_decoder
+        return ImageFeatures((stride16, decoder.conv_s1(stride8), decoder.conv_s0(stride4)))
+
+    def _levels(self, images: Tensor) -> list[Tensor]:
+        return self.sam.image_encoder(images)["backbone_fpn"]
 
     def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:
         embedding, stride8, stride4 = features.tensors

@@ -1,0 +1,248 @@
+"""SAM 2 along a sequence of frames: one box on one frame, masks on this and on the frames that follow.
+
+`Tracker` follows many objects in lock step, each on a sequence of its own: SAM 2's memory knows frames only by their
+distance from the current one, so that objects prompted on different frames, and objects followed forwards and
+backwards, fit into one batch. `track_clip` trains a SAM 2 with it, `segrl.segmenters.propagation` takes a frozen one
+through volumes.
+
+Ravi et al., "SAM 2: Segment Anything in Images and Videos", arXiv:2408.00714.
+"""
+
+# N objects, B clips, T frames, M candidate masks (1 on a frame with a box, else 3), S input side, h = w = S / 4
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segrl.errors import SegRLError
+from segrl.losses import dice, focal
+from segrl.segmenters.base import ImageFeatures
+from segrl.segmenters.sam2 import Sam2Segmenter
+
+__all__ = ["FrameMasks", "Tracker", "track_clip", "tracking_loss"]
+
+
+@dataclass(frozen=True)
+class FrameMasks:
+    """What SAM 2 says about N objects on one frame each.
+
+    Attributes:
+        logits: (N, h, w) the candidate of the highest predicted IoU; -1024 everywhere where the object is not seen.
+        candidates: (N, M, h, w), blanked in the same way.
+        ious: (N, M) predicted IoU of each candidate, in 0..1.
+        object_scores: (N,) logits; the object is seen where they are above 0.
+    """
+
+    logits: Tensor
+    candidates: Tensor
+    ious: Tensor
+    object_scores: Tensor
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a frame leaves behind for later ones, under the names that SAM 2 looks for."""
+
+    maskmem_features: Tensor | None  # N C h/4 w/4; None where only the pointer can still be looked up
+    maskmem_pos_enc: list[Tensor]
+    obj_ptr: Tensor
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def rows(self, index: Tensor | slice) -> _Memory:
+        features = self.maskmem_features
+        count = len(self.obj_ptr[index])
+        return _Memory(
+            None if features is None else features[index],
+            [position[:1].expand(count, -1, -1, -1) for position in self.maskmem_pos_enc],
+            self.obj_ptr[index],
+        )
+
+
+class Tracker:
+    """N objects, each prompted by a box on its frame 0 and then followed frame by frame.
+
+    Call `start` once, `branch` where an object goes more than one way, and `step` for every further frame. What is
+    kept does not grow with the number of frames: memories that SAM 2 cannot look up any more are dropped.
+
+    Args:
+        segmenter: its `.sam` runs, in the mode (training or evaluation) and with the gradients that the caller set.
+        num_frames: length of the longest sequence. SAM 2 scales the distances of object pointers by it where it is
+            below 16: objects of one tracker must agree in `min(length, 16)`.
+    """
+
+    def __init__(self, segmenter: Sam2Segmenter, num_frames: int) -> None:
+        self._sam, self._num_frames = segmenter.sam, num_frames
+        self._prompted: _Memory | None = None
+        self._followed: dict[int, _Memory] = {}
+        self._frame = 0
+
+    def start(self, features: ImageFeatures, boxes: Tensor) -> FrameMasks:
+        """The prompted frames: features of N frames (`Sam2Segmenter.encode_frames`) and boxes "N 4" (xyxy, fractions of
+        width and height in 0..1)."""
+        corners = boxes.reshape(-1, 2, 2) * self._sam.image_size
+        labels = torch.tensor([[2, 3]], dtype=torch.int32, device=boxes.device).expand(len(corners), -1)
+        masks, self._prompted = self._run(features, {"point_coords": corners, "point_labels": labels})
+        return masks
+
+    def branch(self, rows: Tensor) -> Tracker:
+        """A tracker that goes on from frame 0 with the objects of these rows, in this order; rows may repeat."""
+        assert self._prompted is not None
+        assert not self._frame, "both ways start from the frame with the box"
+        other = object.__new__(Tracker)
+        other._sam, other._num_frames, other._followed, other._frame = self._sam, self._num_frames, {}, 0
+        other._prompted = self._prompted.rows(rows)
+        return other
+
+    def keep(self, count: int) -> None:
+        """Go on with the first `count` objects only."""
+        assert self._prompted is not None
+        if count == len(self._prompted.obj_ptr):
+            return
+        self._prompted = self._prompted.rows(slice(count))
+        self._followed = {frame: memory.rows(slice(count)) for frame, memory in self._followed.items()}
+
+    def step(self, features: ImageFeatures) -> FrameMasks:
+        """The next frame of every object."""
+        self._frame += 1
+        masks, self._followed[self._frame] = self._run(features, None)
+        self._forget()
+        return masks
+
+    def _run(self, features: ImageFeatures, points: dict[str, Tensor] | None) -> tuple[FrameMasks, _Memory]:
+        sam = self._sam
+        stride16, stride8, stride4 = features.tensors
+        levels = [stride4, stride8, stride16]
+        sizes = [tuple(level.shape[-2:]) for level in levels]
+        flat = [level.flatten(2).permute(2, 0, 1) for level in levels]
+        position = sam.image_encoder.neck.position_encoding(stride16).to(stride16.dtype)
+        _, outputs, _, _ = sam._track_step(
+            frame_idx=self._frame,
+            is_init_cond_frame=points is not None,
+            current_vision_feats=flat,
+            current_vision_pos_embeds=[position.flatten(2).permute(2, 0, 1)],
+            feat_sizes=sizes,
+            point_inputs=points,
+            mask_inputs=None,
+            output_dict={"cond_frame_outputs": {0: self._prompted}, "non_cond_frame_outputs": self._followed},
+            num_frames=self._num_frames,
+            track_in_reverse=False,  # backwards is the same computation: only distances from the current frame enter
+            prev_sam_mask_logits=None,
+        )
+        candidates, _, ious, chosen, chosen_high, pointer, scores = outputs
+        memory, positions = sam._encode_new_memory(
+            current_vision_feats=flat,
+            feat_sizes=sizes,
+            pred_masks_high_res=chosen_high,
+            object_score_logits=scores,
+            is_mask_from_pts=points is not None,
+        )
+        count = len(pointer)
+        positions = [level[:1].expand(count, -1, -1, -1) for level in positions]  # the same for every object
+        return FrameMasks(chosen[:, 0], candidates, ious, scores[:, 0]), _Memory(memory, positions, pointer)
+
+    def _forget(self) -> None:
+        """Keep what the next frame can look up: whole memories of the last frames, pointers of some more."""
+        sam = self._sam
+        oldest_pointer = self._frame + 1 - (min(self._num_frames, sam.max_obj_ptrs_in_encoder) - 1)
+        oldest_memory = self._frame + 1 - (sam.num_maskmem - 1)
+        for frame in list(self._followed):
+            memory = self._followed[frame]
+            if frame < min(oldest_pointer, oldest_memory):
+                del self._followed[frame]
+            elif frame < oldest_memory and memory.maskmem_features is not None:
+                self._followed[frame] = _Memory(None, [], memory.obj_ptr)
+
+
+def track_clip(segmenter: Sam2Segmenter, images: Tensor, boxes: Tensor, *, key: int = 0) -> list[FrameMasks]:
+    """Masks of one object per clip on every frame, from a box on frame `key`, with gradients.
+
+    Frames after `key` are reached forwards, frames before it backwards, both from the memory of frame `key` alone, as
+    `VolumePropagator` does.
+
+    Args:
+        segmenter: a SAM 2; its mode decides about dropout, `requires_grad` about what learns. Note that
+            `Sam2Segmenter.freeze` leaves the memory frozen: `segmenter.requires_grad_(True)` trains all of it.
+        images: (B, T, 3, S, S), from `segmenter.preprocess`.
+        boxes: (B, 4) xyxy on frame `key`, fractions of width and height in 0..1.
+        key: index of the frame with the box.
+
+    Returns:
+        T results of B objects each, in the order of the frames.
+
+    Raises:
+        SegRLError: a shape that does not fit, or `key` is no frame of the clip.
+    """
+    side = segmenter.image_size
+    if images.ndim != 5 or not images.size(1) or tuple(images.shape[2:]) != (3, side, side):
+        raise SegRLError(f"images: expected (B, T, 3, {side}, {side}) with T >= 1, got {tuple(images.shape)}")
+    count, frames = images.shape[:2]
+    if tuple(boxes.shape) != (count, 4):
+        raise SegRLError(f"boxes: expected ({count}, 4), one per clip, got {tuple(boxes.shape)}")
+    if not 0 <= key < frames:
+        raise SegRLError(f"key={key}: expected a frame of the clip, 0..{frames - 1}")
+    levels = [level.unflatten(0, (count, frames)) for level in segmenter.encode_frames(images.flatten(0, 1)).tensors]
+    features = [ImageFeatures(tuple(level[:, frame] for level in levels)) for frame in range(frames)]
+    start = Tracker(segmenter, frames)
+    found = {key: start.start(features[key], boxes)}
+    for way in (range(key + 1, frames), range(key - 1, -1, -1)):
+        tracker = start.branch(torch.arange(count, device=boxes.device))
+        found |= {frame: tracker.step(features[frame]) for frame in way}
+    return [found[frame] for frame in range(frames)]
+
+
+def tracking_loss(
+    clip: list[FrameMasks],
+    target: Tensor,
+    *,
+    mask_weight: float = 20.0,
+    dice_weight: float = 1.0,
+    iou_weight: float = 1.0,
+    object_weight: float = 1.0,
+) -> Tensor:
+    """SAM 2's training objective, averaged over frames (Ravi et al. 2024, appendix on training).
+
+    On a frame with the object: focal and Dice loss of the candidate for which their weighted sum is lowest, and the
+    mean absolute error of every candidate's predicted IoU. On every frame: cross-entropy of the object score. The
+    paper says nothing of the size at which masks are compared: here candidates are enlarged to that of the target.
+
+    Args:
+        clip: T results of `track_clip` for B clips.
+        target: (B, T, H, W) bool; an empty frame has no object.
+        mask_weight: weight of the focal loss (alpha 0.25, gamma 2).
+        dice_weight: weight of the Dice loss.
+        iou_weight: weight of the error of the predicted IoU.
+        object_weight: weight of the cross-entropy.
+
+    Returns:
+        (B,), at least 0.
+
+    Raises:
+        SegRLError: `target` does not have the clip's numbers of objects and frames, or is not bool.
+    """
+    shape = (len(clip[0].logits), len(clip)) if clip else (0, 0)
+    if target.ndim != 4 or tuple(target.shape[:2]) != shape or target.dtype != torch.bool:
+        raise SegRLError(
+            f"target: expected bool of shape {shape} + (H, W) for this clip, got {target.dtype} {tuple(target.shape)}"
+        )
+    total = target.new_zeros(shape[0], dtype=torch.float32)
+    for masks, truth in zip(clip, target.unbind(1), strict=True):
+        size = truth.shape[-2:]
+        candidates = F.interpolate(masks.candidates.float(), size=size, mode="bilinear", align_corners=False)
+        truths = truth[:, None].expand_as(candidates)
+        flat, flat_truths = candidates.flatten(0, 1), truths.flatten(0, 1)
+        each = mask_weight * focal(flat, flat_truths) + dice_weight * dice(flat, flat_truths)
+        predicted = candidates > 0
+        overlap, union = (predicted & truths).sum((2, 3)), (predicted | truths).sum((2, 3))
+        error = (masks.ious.float() - overlap / union.clamp(min=1)).abs().mean(1)
+        present = truth.flatten(1).any(1).float()
+        seen = F.binary_cross_entropy_with_logits(masks.object_scores.float(), present, reduction="none")
+        best = each.unflatten(0, candidates.shape[:2]).amin(1)
+        total = total + present * (best + iou_weight * error) + object_weight * seen
+    return total / max(1, len(clip))
