@@ -65,13 +65,15 @@ def sparse_label(path: Path, value: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """
     channels, *shape = _shape_in_name(path)
     try:
-        matrix = sparse.csr_matrix(sparse.load_npz(path))
+        with path.open("rb") as opened:  # numpy leaves a broken file open
+            matrix = sparse.csr_matrix(sparse.load_npz(opened))
         matrix.eliminate_zeros()
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a scipy sparse matrix ({error}); replace the file") from error
-    if matrix.shape != (channels, math.prod(shape)):
+    rows, columns = matrix.get_shape()
+    if (rows, columns) != (channels, math.prod(shape)):
         raise DataError(
-            f"{path}: the matrix is {matrix.shape[0]} x {matrix.shape[1]}, but the name says {channels} channels of "
+            f"{path}: the matrix is {rows} x {columns}, but the name says {channels} channels of "
             f"{' x '.join(map(str, shape))} voxels; give the file its own name back"
         )
     present = tuple((np.flatnonzero(np.diff(matrix.indptr)) + 1).tolist())
@@ -91,7 +93,7 @@ def sparse_channels(path: Path) -> tuple[int, ...]:
     """
     channels = _shape_in_name(path)[0]
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             rows = np.diff(file["indptr"])
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a scipy sparse matrix ({error}); replace the file") from error

@@ -16,6 +16,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
@@ -95,7 +96,7 @@ def read_volume(path: str | Path) -> Volume:
             "numpy.nan_to_num and save the scan again"
         )
     unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0) if header is not None else 1.0
-    edges = nib.affines.voxel_sizes(affine) * unit
+    edges = voxel_sizes(affine) * unit
     x, y, z = (float(edges[axis]) for axis in _file_axes(affine))
     return Volume(_to_slices(voxels, affine), (z, y, x), str(path), affine, tuple(array.shape), header)
 
@@ -226,11 +227,13 @@ def _open(path: Path, role: str) -> tuple[Any, np.ndarray, nib.Nifti1Header | No
             image = nib.load(path)
         except _UNREADABLE as error:
             raise DataError(
-                f"{path}: cannot be read as NIfTI ({error}); replace the file, or convert it (DICOM: dcm2niix)"
+                f"{path}: cannot be read as NIfTI ({error}): damaged, cut off, or another format; replace the file, or "
+                "convert it (DICOM: dcm2niix)"
             ) from error
         if not isinstance(image, nib.Nifti1Pair):
             raise DataError(f"{path}: is {type(image).__name__}, expected NIfTI; convert it to .nii.gz")
-        array, header = image.dataobj, image.header
+        array: Any = image.dataobj
+        header = image.header
     shape = tuple(array.shape)
     if np.dtype(array.dtype).kind not in "buif":
         raise DataError(f"{path}: has {array.dtype} voxels, expected one real number each; convert it to grey values")
@@ -300,7 +303,7 @@ def _check_fit(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume: V
     corners = np.array(np.meshgrid(*[(0, edge - 1) for edge in own[0][::-1]])).reshape(3, -1)
     apart = (own[1] - other[1])[:3]
     shift = np.linalg.norm(apart[:, :3] @ corners + apart[:, 3:], axis=0).max()
-    shift /= nib.affines.voxel_sizes(other[1]).min()
+    shift /= voxel_sizes(other[1]).min()
     if shift > _MAX_SHIFT:
         raise DataError(
             f"{path}: the label lies up to {shift:.3g} voxels away from {scan}: their affines differ; expected the "
