@@ -8,7 +8,6 @@ cost two hours, and fixing files one error at a time costs as many runs as there
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,12 +18,10 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from segrl.data.prompts import build_query
-from segrl.errors import DataError, unknown_name
+from segrl.data.manifest import TEXTS, raise_all, read_manifest
+from segrl.errors import DataError
 from segrl.masks import binarize
 
-_TEXTS = ("query", "modality", "anatomy", "lesion", "name")
-_LISTED = 10  # problems named in one error
 _BAD_FILE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what PIL raises for broken files
 
 
@@ -51,41 +48,13 @@ def load_folder(
         DataError: for a missing or unreadable manifest, a missing column, an unknown split, no rows, and, with all
             problems in one message, for bad rows and files.
     """
-    folder = Path(path)
-    manifest = folder / "manifest.csv"
-    header, lines = _read_manifest(manifest)
-    if split is not None:
-        lines = _of_split(manifest, header, lines, split)
-    if limit is not None:
-        if limit < 1:
-            raise DataError(f"limit={limit}: expected 1 or more rows, or None for all")
-        lines = lines[:limit]
-
-    extras = [column for column in header if column not in ("image", "mask", *_TEXTS)]
-    columns: dict[str, list[Any]] = {column: [] for column in ("image", "mask", *_TEXTS, *extras)}
-    problems: list[str] = []
-    places: list[str] = []
-    for number, cells in lines:
-        place = f"line {number} ({cells[header.index('image')] if cells else ''})"
-        if len(cells) != len(header):
-            problems.append(f"{place}: {len(cells)} cells, expected {len(header)}; quote cells that hold commas")
-            continue
-        row = dict.fromkeys(_TEXTS, "") | dict(zip(header, cells, strict=True))
-        row["name"] = row["name"] or row["image"]
-        empty = [c for c in ("image", "mask", "query" if "query" in header else "lesion") if not row[c].strip()]
-        if empty:
-            problems.append(f"{place}: column {empty[0]!r} is empty; fill the cell or delete the row")
-            continue
-        if "query" not in header:
-            row["query"] = build_query(row["lesion"], row["anatomy"], row["modality"], row["name"])
-        for column in columns:
-            columns[column].append(str(folder / row[column]) if column in ("image", "mask") else row[column])
-        places.append(place)
-    features = {column: Value("string") for column in columns} | {"image": Image(), "mask": Image()}
-    dataset = Dataset.from_dict(columns, features=Features({column: features[column] for column in columns}))
-    if validate:
-        problems += _problems(dataset, places)
-    _raise_all(problems, len(lines), str(manifest))
+    found = read_manifest(Path(path), ("image", "mask"), split, limit, noun="image")
+    names = list(found.rows[0]) if found.rows else ["image", "mask", *TEXTS]
+    columns = {name: [row[name] for row in found.rows] for name in names}
+    features = {name: Image() if name in ("image", "mask") else Value("string") for name in names}
+    dataset = Dataset.from_dict(columns, features=Features(features))
+    problems = [*found.problems, *(_problems(dataset, found.places) if validate else ())]
+    raise_all(problems, found.total, found.source)
     return dataset
 
 
@@ -120,43 +89,7 @@ def check_rows(dataset: Dataset) -> None:
         for place, query in zip(places, dataset["query"], strict=True)
         if not (query or "").strip()
     ]
-    _raise_all([*problems, *_problems(dataset, places)], len(dataset), "dataset")
-
-
-def _read_manifest(manifest: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and (line number in the file, cells) of every row that is not blank."""
-    if not manifest.is_file():
-        raise DataError(f"{manifest}: no such file; expected a CSV file with at least the columns image and mask")
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = [column.strip() for column in next(reader, [])]
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{manifest}: not a UTF-8 CSV file ({error}); save it as CSV in UTF-8") from error
-    missing = [column for column in ("image", "mask") if column not in header]
-    if missing:
-        raise DataError(f"{manifest}: no column {missing}; expected image and mask in the first line, found {header}")
-    if len(set(header)) < len(header):
-        raise DataError(f"{manifest}: a column is named twice in {header}; expected different names, rename one")
-    if "query" not in header and "lesion" not in header:
-        raise DataError(f"{manifest}: neither a query nor a lesion column in {header}; add one, to say what to segment")
-    if not lines:
-        raise DataError(f"{manifest}: no rows under the header; expected one line per image")
-    return header, lines
-
-
-def _of_split(manifest: Path, header: list[str], lines: list[tuple[int, list[str]]], split: str):
-    if "split" not in header:
-        raise DataError(
-            f"{manifest}: split={split!r} was asked for, but there is no split column; add it or drop split="
-        )
-    at = header.index("split")
-    known = dict.fromkeys(cells[at] for _, cells in lines if len(cells) == len(header))
-    if split not in known:
-        raise unknown_name(f"split of {manifest}", split, known)
-    # rows with a wrong number of cells stay, to be reported
-    return [(number, cells) for number, cells in lines if len(cells) != len(header) or cells[at] == split]
+    raise_all([*problems, *_problems(dataset, places)], len(dataset), "dataset")
 
 
 def _problems(dataset: Dataset, places: Iterable[str]) -> Iterator[str]:
@@ -201,11 +134,3 @@ def _reason(error: Exception, value: dict[str, Any] | None) -> str:
     if isinstance(error, FileNotFoundError):
         return f"no such file {path}; copy it there or delete the row"
     return f"cannot be decoded ({error}); replace the file {path}"
-
-
-def _raise_all(problems: list[str], total: int, source: str) -> None:
-    if not problems:
-        return
-    listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-    more = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-    raise DataError(f"{source}: {len(problems)} problems in {total} rows, expected none:{listed}{more}")

@@ -53,7 +53,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five")
 _SMALL, _MEDIUM = 0.02, 0.08  # area of the largest component as a fraction of the image
 
 
-def build_query(lesion: str, anatomy: str, modality: str, key: str) -> str:
+def build_query(lesion: str, anatomy: str, modality: str, key: str, *, noun: str = "image") -> str:
     """Builds the question for one row from one of six templates.
 
     Args:
@@ -61,6 +61,7 @@ def build_query(lesion: str, anatomy: str, modality: str, key: str) -> str:
         anatomy: for example "Breast"; may be empty.
         modality: for example "Ultrasound"; may be empty.
         key: the row's name; picks the template, so the same key always gives the same words.
+        noun: what is looked at, "image" or "scan".
 
     Returns:
         One sentence of about 8 to 14 words.
@@ -74,7 +75,7 @@ def build_query(lesion: str, anatomy: str, modality: str, key: str) -> str:
     """
     if not lesion.strip():
         raise DataError(f"lesion={lesion!r} of {key!r}: expected a name; fill the lesion column or give a query column")
-    place = "this image" if not modality.strip() else f"this {_lower(modality)} image"
+    place = f"this {_lower(modality)} {noun}" if modality.strip() else f"this {noun}"
     if anatomy.strip():
         place += f" of the {_lower(anatomy)}"
     return _pick(_QUERIES, key).format(lesion=lesion.strip(), place=place)
