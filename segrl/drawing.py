@@ -16,8 +16,10 @@ from segrl.masks import resize_mask
 
 __all__ = ["draw_legend", "draw_overlay", "wrap_text"]
 
+Colour = tuple[int, int, int]
 TRUTH, PREDICTED, BOX = (40, 220, 90), (230, 40, 40), (255, 220, 0)
 INK, PALE, PAPER, GROUND, FILL_ALPHA = (25, 25, 25), (95, 95, 95), (255, 255, 255), (20, 20, 20), 0.4
+LEGEND = ((TRUTH, "truth"), (PREDICTED, "prediction"), (BOX, "boxes"))
 DRAWN_CHARACTERS = 1000  # of a text's start, and of its end: more never fits
 
 
@@ -52,7 +54,7 @@ def draw_overlay(
         drawn[inside] = (1 - FILL_ALPHA) * drawn[inside] + FILL_ALPHA * np.array(PREDICTED)
     if truth is not None:
         inside = resize_mask(truth, (h, w))
-        drawn[inside & ~np.asarray(ndimage.binary_erosion(inside, iterations=line))] = TRUTH
+        drawn[np.logical_xor(inside, ndimage.binary_erosion(inside, iterations=line))] = TRUTH
     picture = Image.fromarray(drawn)
     draw = ImageDraw.Draw(picture)
     across, down = np.array(size) / (pixels or image.size)
@@ -61,10 +63,12 @@ def draw_overlay(
     return picture
 
 
-def draw_legend(draw: ImageDraw.ImageDraw, x: float, y: float, font_size: int) -> None:
-    """Name the colours, from left to right, beginning at (x, y)."""
+def draw_legend(
+    draw: ImageDraw.ImageDraw, x: float, y: float, font_size: int, entries: Sequence[tuple[Colour, str]] = LEGEND
+) -> None:
+    """Name colours, from left to right, beginning at (x, y)."""
     font = ImageFont.load_default(font_size)
-    for colour, label in ((TRUTH, "truth"), (PREDICTED, "prediction"), (BOX, "boxes")):
+    for colour, label in entries:
         draw.rectangle((x, y + 2, x + 10, y + 12), fill=colour, outline=INK)
         draw.text((x + 14, y), label, fill=INK, font=font)
         x += 28 + font.getlength(label)
