@@ -81,7 +81,8 @@ class Intensity:
         return ":".join([str(self.kind), *(str(float(end)).removesuffix(".0") for end in (self.low, self.high))])
 
 
-CT_WINDOW = Intensity("window", -160, 240)  # soft tissue: level 40, width 400 Hounsfield units
+CT_WINDOW = Intensity("window", -160, 240)
+"""The soft tissue window of CT: level 40, width 400 Hounsfield units."""
 _BYTES = Intensity("window", 0, 255)
 _UNIT = Intensity("window", 0, 1)
 _PERCENTILE = Intensity("percentile", 0.5, 99.5)
