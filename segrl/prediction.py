@@ -48,7 +48,8 @@ class Prediction:
             n-th point belongs to the n-th box.
         scores: (N,) float64 in [0, 1], the confidence of each box, or None when the answer gave none.
         slice_index: Index in the whole volume of the slice that the answer names, counted from 0; -1
-            (`segrl.frames.NOT_SHOWN`) for one that was not shown, None where none is named. Without `Frame.slices` it may lie outside the volume.
+            (`segrl.frames.NOT_SHOWN`) for one that was not shown, None where none is named. Without `Frame.slices` it
+            may lie outside the volume.
         probability: Foreground probabilities of `mask`, same shape, float in [0, 1]; None unless they were asked for.
     """
 
