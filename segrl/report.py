@@ -104,7 +104,7 @@ def results_table(
     for title in (*(column.title for column in columns.values()), "n"):
         table.add_column(title, justify="right")
     for stage in present:
-        table.add_row(stage, *_cells(results[stage], stage, columns))
+        table.add_row(Text(printable(stage)), *_cells(results[stage], stage, columns))
     for grouping in groupings:
         groups = {stage: results[stage].get("groups", {}).get(grouping, {}) for stage in present}
         for name in sorted({name for members in groups.values() for name in members}):
@@ -112,7 +112,8 @@ def results_table(
             table.add_row(Text(f"{grouping}: {printable(name)}", style="bold"))
             for stage in present:
                 if name in groups[stage]:
-                    table.add_row(f"  {stage}", *_cells(groups[stage][name], f"{stage}, {grouping} {name!r}", columns))
+                    cells = _cells(groups[stage][name], f"{stage}, {grouping} {name!r}", columns)
+                    table.add_row(Text(f"  {printable(stage)}"), *cells)
     if console is None:
         console = Console()
         if not console.is_terminal:  # no cell of the table is broken
@@ -130,9 +131,9 @@ def _cells(summary: Mapping[str, Any], where: str, columns: Mapping[str, Column]
             cells.append("-")
             continue
         factor, most, expected = (100, 1.0, "a fraction in [0, 1], not a percentage") if column.percent else _PLAIN
-        shown = [summary.get(key), *summary.get("ci95", {}).get(key, ())]
+        shown = [summary.get(key), *(summary.get("ci95", {}).get(key) or ())]
         for value in shown:
-            if value is None or not 0.0 <= value <= most:
+            if not isinstance(value, int | float | np.floating) or not 0.0 <= value <= most:
                 raise DataError(f"{where}: {key} is {value}; expected {expected}")
         mean, *interval = (factor * float(value) for value in shown)
         text = f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")

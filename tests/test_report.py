@@ -64,8 +64,13 @@ def test_table_of_a_real_summary():
 
 
 def test_table_escapes_names_from_the_data():
-    text = "\n".join(printed({"stage1": {**SUMMARY, "groups": {"modality": {"[red]C\x1b[31mT": SUMMARY}}}}))
+    name = "[red]C\x1b[31mT"
+    text = "\n".join(printed({"stage1": {**SUMMARY, "groups": {"modality": {name: SUMMARY}}}}))
     assert "[red]C\\x1b[31mT" in text
+    stream = io.StringIO()
+    report.results_table({name: SUMMARY}, Console(file=stream, width=100), stages=[name])
+    text += stream.getvalue()
+    assert text.count("[red]C\\x1b[31mT") == 2
     assert "\x1b" not in text
 
 
@@ -120,7 +125,7 @@ def test_table_of_volumes_shows_a_dash_for_what_applies_to_none():
     assert cells(row)[3] == "-"
 
 
-@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), None])
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), None, "3.5"])
 def test_table_refuses_distances_that_are_none(value):
     with pytest.raises(DataError, match=f"stage1: hd95_mm is {value}; expected a finite number of at least 0"):
         report.results_table({"stage1": {**VOLUMES, "hd95_mm": value}}, Console(file=io.StringIO()), **FOR_VOLUMES)
