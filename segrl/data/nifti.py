@@ -213,7 +213,9 @@ def _write(path: Path, slices: np.ndarray, like: Volume) -> None:
     image = kind(array, like.affine, header)
     if header is None:
         image.header.set_xyzt_units("mm")
-    nib.save(image, path)
+    unfinished = path.with_name(f".{path.name}")  # a name that ends in .nii.gz, or it would not be compressed
+    nib.save(image, unfinished)
+    unfinished.replace(path)
 
 
 def _open(path: Path, role: str) -> tuple[Any, np.ndarray, nib.Nifti1Header | None]:
