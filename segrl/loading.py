@@ -8,7 +8,8 @@ keys is registered per class, so a subclass of it would silently lose the langua
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from segrl.errors import CheckpointError, SegRLError
 
-__all__ = ["ensure_seg_token", "load_vlm", "restore_weights", "seg_token_id"]
+__all__ = ["ensure_seg_token", "language_model_lora", "load_vlm", "restore_weights", "seg_token_id"]
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -179,6 +180,44 @@ def seg_token_id(processor: Any, seg_token: str = "<seg>") -> int:
     raise SegRLError(
         f"seg_token {seg_token!r} {state} of {type(tokenizer).__name__}, which reads it as {pieces}, expected one "
         "token; call segrl.loading.ensure_seg_token(model, processor, seg_token) or load with load_vlm"
+    )
+
+
+def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), **settings: Any) -> Any:
+    """LoRA on every linear layer of the language model, and on nothing else: not on a vision tower, nor on a mask head.
+
+    Args:
+        model: Any transformers model; the language model in it is what `get_decoder()` returns.
+        tokens: Ids of tokens whose input embeddings are trained in full, such as that of `<seg>`.
+        **settings: More settings of `peft.LoraConfig`, for example ``r=64, lora_alpha=128``.
+
+    Returns:
+        A `peft.LoraConfig`, for the `peft_config` of a trainer.
+
+    Raises:
+        SegRLError: If there are no linear layers in the language model.
+    """
+    from peft import LoraConfig
+
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, layer in decoder.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not output
+    }
+    if not linear:
+        raise SegRLError(
+            f"{type(model).__name__} has no torch.nn.Linear in {type(decoder).__name__}, expected layers to adapt; "
+            "build the peft.LoraConfig yourself, with target_modules"
+        )
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    inside = re.escape(place) + r"\." if place else ""
+    if tokens:
+        rows = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is rows)
+        settings = {"trainable_token_indices": {name.rpartition(".")[2]: list(tokens)}, **settings}
+    return LoraConfig(
+        target_modules=rf"{inside}(.*\.)?({'|'.join(sorted(linear))})", **{"task_type": "CAUSAL_LM", **settings}
     )
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from segrl import ReasoningSegmenter, SegGRPOConfig, SegSFTConfig
 from segrl.data import make_synthetic, write_folder
-from segrl.errors import SegRLError
+from segrl.scripts import Parser, run_script
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "core_seg"
@@ -69,7 +69,7 @@ def example(modules):
     def run(script: str, *flags: object) -> int:
         flags = (*flags, "--use_cpu", "true") if script.startswith("train") else flags
         try:
-            modules["arguments"].run(modules[script].check, [str(flag) for flag in flags])
+            run_script(modules[script].check, [str(flag) for flag in flags])
         except SystemExit as stop:
             return int(stop.code or 0)
         return 0
@@ -224,17 +224,6 @@ def test_two_processes_finish(data, tmp_path):
     assert done.stderr.count("error: output_dir") == 1
 
 
-def test_a_process_that_waits_for_no_others_says_so(modules):
-    """`accelerate launch --cpu --num_processes 2` starts one process and sets an address for the others."""
-    alone = modules["arguments"].alone
-    launched = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
-    assert "torchrun --standalone --nproc_per_node 2" in alone(launched)
-    assert alone({**launched, "WORLD_SIZE": "2"}) is None
-    assert alone({**launched, "OMPI_COMM_WORLD_SIZE": "2"}) is None
-    assert alone({"ACCELERATE_USE_CPU": "True"}) is None
-    assert alone({}) is None
-
-
 # ---- data and models of one's own ------------------------------------------------------------------------------------
 
 
@@ -355,10 +344,10 @@ def test_the_documented_commands_are_understood(modules):
     for script, flags in commands:
         argv = flags.split("#")[0].split()
         if script == "evaluate":
-            modules["arguments"].Parser(modules["evaluate"].EvaluateArguments).read(argv)
+            Parser(modules["arguments"].EvaluateArguments).read(argv)
         else:
             config, stage = {"train_sft": (SegSFTConfig, "sft"), "train_grpo": (SegGRPOConfig, "grpo")}[script]
-            modules["arguments"].parse(config, stage, "runs/out", [*argv, "--bf16", "false"])
+            modules["arguments"].read(config, stage, "runs/out", [*argv, "--bf16", "false"])
 
 
 # ---- bad input: one clear message, exit code 2, nothing written or lost ----------------------------------------------
@@ -554,7 +543,7 @@ def test_overwrite_refuses_what_is_not_a_run(example, capsys, tmp_path, data):
     precious.mkdir()
     (precious / "chapter1.tex").write_text("words")
     flags = ("--data", data, "--overwrite", "--output_dir")
-    assert "was not written by this example" in refused(example, capsys, "train_sft", *flags, precious)
+    assert "was not written by a training script" in refused(example, capsys, "train_sft", *flags, precious)
     assert "is a file" in refused(example, capsys, "train_sft", *flags, precious / "chapter1.tex")
     assert (precious / "chapter1.tex").read_text() == "words"
 
@@ -591,34 +580,3 @@ def test_continuing_and_replacing_exclude_each_other(example, capsys, main_run, 
     flags = ("--data", data, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", lonely)
     assert "holds no stage 1; pass --model" in refused(example, capsys, "train_grpo", *flags)
     assert not (tmp_path / "other").exists()
-
-
-def test_errors_and_interruptions_of_a_run(modules, capsys, monkeypatch):
-    def fail(*_: object):
-        raise SegRLError("broken")
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    def outcome(check) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as stop:
-            modules["arguments"].run(check, [])
-        return int(stop.value.code or 0), capsys.readouterr().err
-
-    assert outcome(fail) == (2, "error: broken\n")
-    code, said = outcome(lambda argv: interrupt)
-    assert code == 130
-    assert said.startswith("interrupted; checkpoints")
-    monkeypatch.setenv("RANK", "1")  # the checks fail on all processes alike, and the first one says so
-    assert outcome(fail) == (2, "")
-    assert outcome(lambda argv: fail) == (2, "error on rank 1: broken\n")
-
-
-def test_a_log_with_nan_can_be_written(modules):
-    assert [modules["stages"]._finite(value) for value in (float("nan"), 0.5, 3, "x", None)] == [
-        None,
-        0.5,
-        3,
-        "x",
-        None,
-    ]

@@ -4,25 +4,18 @@ python examples/core_seg/evaluate.py --model runs/core_seg --data path/to/folder
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from arguments import DataArguments, Parser, check_numbers, run
+from arguments import EvaluateArguments
 from recipes import find_recipe
-from stages import baseline, check_output, claim, load_segmenter, load_split, report, score
+from stages import baseline, load_rows, load_segmenter, report, score
 
 from segrl.errors import SegRLError, UnknownNameError
-
-
-@dataclass
-class EvaluateArguments(DataArguments):
-    """What the evaluation adds."""
-
-    model: str | None = field(default=None, metadata={"help": "The run to evaluate: its output_dir."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: MODEL/evaluation."})
-    seed: int = field(default=42, metadata={"help": "Seed of the synthetic data; the trainers' default is 42."})
+from segrl.runs import check_output, claim_output
+from segrl.scripts import Parser, check_numbers, run_script
 
 
 def check(argv: Sequence[str]) -> Callable[[], None]:
@@ -33,16 +26,16 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
     if arguments.model is None:
         raise SegRLError("--model is missing: pass the folder of a run, such as runs/core_seg")
     folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
-    check_output(folder, arguments)
-    test = load_split(arguments, recipe, arguments.seed, "test")
+    check_output(folder, overwrite=arguments.overwrite, inputs=arguments.inputs())
+    test = load_rows(arguments, recipe, arguments.seed, "test")
     try:
-        train = load_split(arguments, recipe, arguments.seed, "train")
+        train = load_rows(arguments, recipe, arguments.seed, "train")
     except UnknownNameError:  # data of another source, only to test on
         train = None
     segmenter = load_segmenter(arguments.model, device=str(PartialState().device))
 
     def work() -> None:
-        claim(folder, arguments)
+        claim_output(folder, asdict(arguments))
         summary, evaluated = score(segmenter, test, arguments)
         results: dict[str, Any] = {"model": summary, "config": asdict(arguments)}
         if train is not None:
@@ -53,4 +46,4 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run(check)
+    run_script(check)

@@ -17,9 +17,9 @@ from typing import Any
 from datasets import Dataset
 
 from segrl.data import augment, prepare
-from segrl.errors import unknown_name
 from segrl.heads import MaskHead, attach_mask_head
 from segrl.loading import ensure_seg_token, load_vlm
+from segrl.scripts import find_preset
 from segrl.segmenters import Sam2Config, Sam2Segmenter
 from segrl.segmenters.sam2 import sam2_config
 
@@ -36,9 +36,7 @@ class Recipe:
         lora: settings of `peft.LoraConfig` for the language model; None trains it whole.
         text_warmup: trainer settings that differ in a first, text-only part of stage 1; None has no such part. It
             stands in for pretraining: a random language model learns masks only after it has learned words, and by
-            then the
-                decoder
-            has learned to ignore its prompts.
+            then the decoder has learned to ignore its prompts.
         augment_to: fill a small training set up to about this many rows with augmented copies (at most 7 of each row,
             scaled to `prompt["max_edge"]`); 0 adds none. Rows with a reasoning of their own are left as they are.
         freeze_encoder: image encoder of the segmenter in stage 1 and stage 2.
@@ -197,6 +195,4 @@ RECIPES: dict[str, Recipe] = {
 
 def find_recipe(name: str) -> Recipe:
     """The preset of this name; an unknown one is an error that suggests the closest."""
-    if name not in RECIPES:
-        raise unknown_name("preset", name, RECIPES)
-    return RECIPES[name]
+    return find_preset(name, RECIPES)

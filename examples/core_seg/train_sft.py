@@ -9,29 +9,33 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
-from arguments import parse, run
+from arguments import read
 from recipes import find_recipe, rows_for
-from stages import baseline, build_model, check_output, claim, load_data, report, score_run, train_stage1
+from stages import baseline, build_model, load_rows, report, score_run, train_stage1
 
 from segrl import SegSFTConfig
 from segrl.errors import SegRLError
+from segrl.runs import check_output, claim_output
+from segrl.scripts import run_script
 
 
 def check(argv: Sequence[str]) -> Callable[[], None]:
     """Everything that can be wrong is found here, before anything is written; returns the work."""
-    example, config, given = parse(SegSFTConfig, "sft", "runs/core_seg_sft", argv)
+    example, config, given = read(SegSFTConfig, "sft", "runs/core_seg_sft", argv)
     for name in ("skip_stage1", "rewards", "sft_max_steps", "sft_learning_rate"):
         if name in given:
             raise SegRLError(f"--{name} is for train_grpo.py; drop it")
     recipe = find_recipe(example.preset)
     folder = Path(config.output_dir)
-    config.resume_from_checkpoint = check_output(folder, example, config.resume_from_checkpoint)
-    train, test = load_data(example, recipe, config.seed)
+    config.resume_from_checkpoint = check_output(
+        folder, overwrite=example.overwrite, resume=config.resume_from_checkpoint, inputs=example.inputs()
+    )
+    train, test = (load_rows(example, recipe, config.seed, split) for split in ("train", "test"))
     model, processor = build_model(example, recipe, train)
     rows = rows_for(train, processor, recipe, completions=True, reasoning=example.reasoning)
 
     def work() -> None:
-        claim(folder, example, config.resume_from_checkpoint)
+        claim_output(folder, asdict(example), config.resume_from_checkpoint)
         train_stage1(example, config, recipe, model, processor, rows)
         if PartialState().is_main_process:
             summary, evaluated = score_run(folder, test, example)
@@ -42,4 +46,4 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run(check)
+    run_script(check)

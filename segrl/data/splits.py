@@ -1,0 +1,83 @@
+"""One split of a data set, wherever it is: a folder, a `DatasetDict` saved to disk, or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from segrl.data.folder import check_rows, load_folder
+from segrl.errors import DataError, unknown_name
+from segrl.hub import check_source, retold
+
+__all__ = ["load_split"]
+
+TEXTS = ("modality", "anatomy", "lesion", "name")
+
+
+def load_split(
+    source: str,
+    split: str,
+    *,
+    folder: Callable[[str, str], Dataset] = load_folder,
+    check: Callable[[Dataset], None] = check_rows,
+    texts: Sequence[str] = TEXTS,
+    argument: str = "--data",
+) -> Dataset:
+    """One split of `source`, checked in full.
+
+    Args:
+        source: A folder that holds `dataset_dict.json` (a `DatasetDict` saved to disk), any other folder, or a data set
+            `owner/name` on the hub.
+        split: For example "train" or "test".
+        folder: `folder(source, split)` reads and checks a split of a folder of files; by default images and masks with
+            a manifest.
+        check: Checks the rows of a data set that comes from elsewhere, and raises; by default those of images and
+            masks.
+        texts: Columns of text that such a data set gets where it lacks them: empty, but `name` becomes `row <index>`.
+        argument: What the user knows `source` by, for the errors.
+
+    Returns:
+        The rows, in the order of the source.
+
+    Raises:
+        UnknownNameError: The data has no such split; the closest is suggested.
+        DataError: No such data, one data set instead of splits, or bad rows, in the words of `folder` and `check`.
+    """
+    path = Path(source)
+    if (path / "dataset_dict.json").is_file():
+        return _of_columns(_load(load_from_disk, source, argument), source, split, check, texts)
+    if (path / "dataset_info.json").is_file():
+        raise DataError(
+            f"{argument} {source!r} is one data set; expected the splits train and test: save "
+            "DatasetDict({'train': ..., 'test': ...})"
+        )
+    if path.is_dir():
+        return folder(source, split)
+    check_source(argument, source, "data set", DataError)
+    return _of_columns(_load(load_dataset, source, argument), source, split, check, texts)
+
+
+def _load(load: Any, source: str, argument: str) -> DatasetDict:
+    with retold(f"{argument} {source!r} cannot be loaded", DataError):
+        return load(source)
+
+
+def _of_columns(
+    splits: DatasetDict, source: str, split: str, check: Callable[[Dataset], None], texts: Sequence[str]
+) -> Dataset:
+    if split not in splits:
+        raise unknown_name(f"split of {source}", split, map(str, splits))
+    rows = splits[split]
+    check(rows)
+    for column in texts:
+        given = rows[column] if column in rows.column_names else [None] * len(rows)
+        values = [str(text) if text is not None else "" for text in given]
+        if column == "name":
+            values = [text or f"row {number}" for number, text in enumerate(values)]
+        if column in rows.column_names:
+            rows = rows.remove_columns(column)
+        rows = rows.add_column(column, values)  # type: ignore[call-arg]
+    return rows
