@@ -33,6 +33,14 @@ class SegGRPOConfig(GRPOConfig):
     require_reasoning: bool = field(
         default=True, metadata={"help": "Whether a valid completion has a <think> block (False: ablation without CoT)."}
     )
+    prompt_boxes: str = field(
+        default="matched",
+        metadata={
+            "help": "Boxes that prompt the frozen segmenter of volumes during training: those matched to a true box on "
+            "the named slice (MedVol-R1), or all.",
+            "choices": ["matched", "all"],
+        },
+    )
     share_prompt: bool | None = field(
         default=None,
         metadata={

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image, ImageOps
@@ -24,14 +25,13 @@ from segrl.prediction import Prediction
 SETTINGS = "segrl.json"
 
 
-class ReasoningSegmenter:
-    """A trained model, its processor and how it is to be asked.
+class Answerer:
+    """A trained model, its processor and how it is to be asked: what asking about images and volumes has in common.
 
     Args:
-        model: a vision-language model with a mask head, or without (then predictions have no mask).
+        model: a vision-language model, with a mask head or without.
         processor: its processor.
-        settings: how the training data was built: `instruction`, `max_edge`, `reasoning`, `frame_kind`,
-            `max_new_tokens`. What is missing gets the defaults of `segrl.data.prepare` and 512 new tokens.
+        settings: how the training data was built; saved with the model.
     """
 
     def __init__(self, model: Any, processor: Any, settings: dict[str, Any] | None = None) -> None:
@@ -48,7 +48,7 @@ class ReasoningSegmenter:
         merge: bool = False,
         trainable: bool = False,
         **kwargs: Any,
-    ) -> ReasoningSegmenter:
+    ) -> Self:
         """Load what a segrl trainer saved: a full model or a PEFT adapter, the mask head, and the prompt settings.
 
         Args:
@@ -104,6 +104,72 @@ class ReasoningSegmenter:
             HfApi().create_repo(repository, exist_ok=True)
             return HfApi().upload_folder(repo_id=repository, folder_path=folder, **kwargs)
 
+    @torch.no_grad()
+    def _answer(
+        self, conversations: Sequence[Any], generation: dict[str, Any], head: MaskHead | None = None
+    ) -> tuple[list[list[int]], list[str], Any]:
+        """One answer for each conversation, in one batch; greedy unless `generation` says otherwise.
+
+        Args:
+            conversations: messages whose image blocks hold their images.
+            generation: to `model.generate`.
+            head: a mask head that listens.
+
+        Returns:
+            The tokens that were generated, the texts up to the first end token, and what the head recorded.
+        """
+        inputs = self._inputs(conversations)
+        options = {
+            "do_sample": False,
+            "max_new_tokens": self.settings.get("max_new_tokens") or 512,
+            "suppress_tokens": _image_tokens(self.model),
+            **generation,
+        }
+        if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
+            raise DataError(
+                "num_beams and num_return_sequences must be 1: states of several beams cannot be told apart"
+            )
+        if not options["do_sample"]:
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        with head.record(last_only=True) if head is not None else nullcontext() as recording:
+            output = self.model.generate(**inputs, **options)
+        written = output[:, inputs["input_ids"].size(1) :].tolist()
+        texts = self.processor.tokenizer.batch_decode([self._trimmed(row) for row in written], skip_special_tokens=True)
+        return written, texts, recording
+
+    def _inputs(self, conversations: Sequence[Any]) -> Any:
+        """Conversations as a padded batch on the model's device."""
+        self.processor.tokenizer.padding_side = "left"
+        batch = self.processor.apply_chat_template(
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        return batch.to(base_instance(self.model).device)
+
+    def _trimmed(self, ids: list[int]) -> list[int]:
+        """Completion tokens up to and with the first end token."""
+        configured = self.model.generation_config.eos_token_id
+        ends = set(configured if isinstance(configured, list) else [configured]) | {
+            self.processor.tokenizer.eos_token_id
+        }
+        stop = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
+        return ids[: stop + 1]
+
+
+class ReasoningSegmenter(Answerer):
+    """A trained model that segments images.
+
+    Args:
+        model: a vision-language model with a mask head, or without (then predictions have no mask).
+        processor: its processor.
+        settings: how the training data was built: `instruction`, `max_edge`, `reasoning`, `frame_kind`,
+            `max_new_tokens`. What is missing gets the defaults of `segrl.data.prepare` and 512 new tokens.
+    """
+
     def predict(self, image: Image.Image, query: str, **generation: Any) -> Prediction:
         """Answer one question about one image; see `predict_batch`."""
         return self.predict_batch([image], [query], **generation)[0]
@@ -141,28 +207,8 @@ class ReasoningSegmenter:
         if sizes is not None and len(sizes) != len(images):
             raise DataError(f"{len(sizes)} sizes for {len(images)} images; expected one (width, height) per image")
         original = list(sizes if sizes is not None else [ImageOps.exif_transpose(image).size for image in images])
-        inputs = self._tokenize(small, queries)
         head = find_mask_head(self.model)
-        options = {
-            "do_sample": False,
-            "max_new_tokens": self.settings.get("max_new_tokens") or 512,
-            "suppress_tokens": _image_tokens(self.model),
-            **generation,
-        }
-        if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
-            raise DataError(
-                "num_beams and num_return_sequences must be 1: states of several beams cannot be told apart"
-            )
-        if not options["do_sample"]:
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        if head is None:
-            output, recording = self.model.generate(**inputs, **options), None
-        else:
-            with head.record(last_only=True) as recording:
-                output = self.model.generate(**inputs, **options)
-        written = output[:, inputs["input_ids"].size(1) :].tolist()
-        ids = [self._trimmed(row) for row in written]
-        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        written, texts, recording = self._answer(self._conversations(small, queries), generation, head)
         kind, reasoning = self.settings.get("frame_kind"), self.settings.get("reasoning", True)
         predictions = [
             parse_completion(
@@ -179,7 +225,7 @@ class ReasoningSegmenter:
         return add_masks(
             head,
             predictions,
-            pad_ids(ids, output.device),
+            pad_ids([self._trimmed(row) for row in written], base_instance(self.model).device),
             generation_states(recording, written),
             [ready[id(image)] for image in images],
             [(height, width) for width, height in original],
@@ -197,7 +243,7 @@ class ReasoningSegmenter:
             upright = upright.resize(size, Image.Resampling.BICUBIC)
         return upright.convert("RGB")
 
-    def _tokenize(self, images: Sequence[Image.Image], queries: Sequence[str]) -> Any:
+    def _conversations(self, images: Sequence[Image.Image], queries: Sequence[str]) -> list[Any]:
         default = INSTRUCTION if self.settings.get("reasoning", True) else ANSWER_ONLY_INSTRUCTION
         instruction = self.settings.get("instruction")
         conversations = []
@@ -205,25 +251,7 @@ class ReasoningSegmenter:
             text = build_prompt(query, default if instruction is None else instruction)[0]["content"]
             content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
             conversations.append([{"role": "user", "content": content}])
-        self.processor.tokenizer.padding_side = "left"
-        batch = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-        return batch.to(base_instance(self.model).device)
-
-    def _trimmed(self, ids: list[int]) -> list[int]:
-        """Completion tokens up to and with the first end token."""
-        configured = self.model.generation_config.eos_token_id
-        ends = set(configured if isinstance(configured, list) else [configured]) | {
-            self.processor.tokenizer.eos_token_id
-        }
-        stop = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
-        return ids[: stop + 1]
+        return conversations
 
 
 def save_settings(folder: str | os.PathLike, settings: dict[str, Any]) -> None:

@@ -12,6 +12,9 @@ What is overridden, and why (each calls `super()`):
 - `_generate`: keeps the recorded states only if the tokens are still the generated ones; hides the head from vLLM's
   weight sync.
 
+A model that answers about volumes has no mask head: a frozen segmenter (`propagator`) turns its boxes into the masks
+that rewards read, and no loss reaches it.
+
 With `share_prompt` a prompt is computed once for the completions that answer it: see `shared_prompt`.
 """
 
@@ -43,8 +46,11 @@ from segrl.prediction import Prediction
 from segrl.rewards import Reading, Reward, list_rewards, load_reward, make_reward
 from segrl.rewards.registry import is_reward_form
 from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
+from segrl.segmenters import VolumePropagator
 from segrl.shared_prompt import SharedPromptGRPOTrainer
 from segrl.stored import answer_record
+from segrl.volume_masks import add_volume_masks
+from segrl.volume_rows import VOLUME_COLUMNS, VolumeReader, VolumeRow
 
 _PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 
@@ -85,6 +91,10 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
     - `log_completions=True` also writes `completions/predictions_<step>.jsonl`, which `segrl rewards score` reads:
       texts, masks and truths of the last batch, so that other rewards can be tried on them.
 
+    - Rewards of volumes (`make_reward(...).volume`) read rows of `segrl.data.prepare_volumes`. With
+      `propagator=VolumePropagator(segmenter)` the boxes of an answer become a mask of the volume, for rewards that read
+      one; `prompt_boxes` of the settings says which boxes.
+
     Data set columns: `prompt`, `image` or `images` (the first is segmented), `mask`, and what your rewards read.
 
     - A prompt and its images are computed once for the G completions that answer it (`share_prompt` of the settings).
@@ -95,7 +105,8 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
 
     Raises:
         SegRLError: before training, for an unknown reward name, dense losses without a mask head, a probe whose token
-            is not the tokenizer's, or data without the columns that masks need.
+            is not the tokenizer's, data without the columns that masks need, rewards of volumes beside rewards of
+            images or a mask head, or a reward that reads masks further than the propagator reaches.
     """
 
     _text_term = "policy"
@@ -109,6 +120,7 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
         args: Any = None,
         *positional: Any,
         dense_losses: Sequence[DenseLoss] | None = None,
+        propagator: VolumePropagator | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -132,21 +144,28 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
         self._needs_probability = any(reward.info.needs_probability for reward in rewards)
         self._reading = _common_reading(rewards, getattr(args, "require_reasoning", True))
         _check_groups(rewards, self.args, self.num_generations or 1)
-        self._reader = RowReader(
-            self.processing_class,
-            self.mask_head.segmenter if self.mask_head is not None else None,
-            getattr(args, "frame_kind", None),
-        )
+        self.propagator = propagator
+        self._volumes = propagator is not None or any(reward.volume for reward in rewards)
+        frame_kind = getattr(args, "frame_kind", None)
+        if self._volumes:
+            _check_volumes(rewards, self.mask_head, propagator)
+            self._reads_predictions = True
+            self._reader: Any = VolumeReader(self.processing_class, frame_kind)
+        else:
+            segmenter = self.mask_head.segmenter if self.mask_head is not None else None
+            self._reader = RowReader(self.processing_class, segmenter, frame_kind)
         if self._reads_predictions:
             datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-            check_columns(datasets, ("mask",) if self.mask_head is None else ("image", "mask"))
+            needed = ("mask",) if self.mask_head is None else ("image", "mask")
+            check_columns(datasets, ("images", *VOLUME_COLUMNS) if self._volumes else needed)
         if self.mask_head is not None:
             _check_token(self.mask_head, self._tokenizer)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._reads_predictions and "mask" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, *SEG_COLUMNS]
+            wanted = [*self._signature_columns, *SEG_COLUMNS, *(VOLUME_COLUMNS if self._volumes else ())]
+            self._signature_columns = list(dict.fromkeys(wanted))
 
     # ---- rollout -----------------------------------------------------------------------------------------------------
 
@@ -228,6 +247,8 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
         if self.mask_head is not None:
             predictions = self._decode(self.mask_head, rows, predictions, prompts, ids)
             self._log_masks(predictions, rows)
+        elif self.propagator is not None:
+            predictions = self._propagate(self.propagator, rows, predictions)
         if self.log_completions:
             self._keep_records(predictions, rows)
         return [
@@ -261,6 +282,26 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
             return add_masks(
                 head, predictions, tokens, states, rollout.inputs, sizes, probabilities=self._needs_probability
             )
+
+    def _propagate(
+        self, propagator: VolumePropagator, rows: list[VolumeRow], predictions: list[Prediction]
+    ) -> list[Prediction]:
+        """Predictions with masks of whole volumes; the G answers about a volume share its features."""
+        before = propagator.encoded_slices
+        propagator.segmenter.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            predictions = add_volume_masks(
+                propagator,
+                predictions,
+                [row.grey for row in rows],
+                [row.key for row in rows],
+                [row.target for row in rows],
+                prompt_boxes=getattr(self.args, "prompt_boxes", "matched"),
+            )
+        self._log_metric("rollout/encoded_slices", float(propagator.encoded_slices - before))
+        for prediction in predictions:
+            self._log_metric("rollout/valid", float(prediction.valid))
+        return predictions
 
     def _score_states(self, prompts: list, tokens: Tensor) -> Tensor:
         """States "B T D" by one forward, for rollouts of several turns or from outside, which leave none behind."""
@@ -365,6 +406,31 @@ def _common_reading(rewards: list[Reward], require_reasoning: bool) -> Reading:
         raise SegRLError(f"rewards read completions in different ways ({listed}); make them with the same settings")
     reading = readings.pop()
     return replace(reading, require_reasoning=reading.require_reasoning and require_reasoning)
+
+
+def _check_volumes(rewards: list[Reward], head: MaskHead | None, propagator: VolumePropagator | None) -> None:
+    """Volumes and images do not mix, and a reward must not read masks where nothing was propagated."""
+    if head is not None:
+        raise SegRLError("a mask head segments images; for volumes pass propagator=VolumePropagator(...) and no head")
+    for reward in rewards:
+        if reward.needs_truth and not reward.volume:
+            raise SegRLError(f"reward {reward.name!r} reads the truth of an image, and the others those of volumes")
+        if reward.needs_mask and propagator is None:
+            raise SegRLError(f"reward {reward.name!r} reads masks; pass propagator=VolumePropagator(segmenter)")
+        delta = _reads_within(reward)
+        if propagator is not None and propagator.reach is not None and delta > propagator.reach:
+            raise SegRLError(
+                f"reward {reward.name!r} reads masks up to {delta} slices from the named one, and the propagator goes "
+                f"reach={propagator.reach} slices; pass VolumePropagator(..., reach={delta})"
+            )
+
+
+def _reads_within(reward: Reward) -> int:
+    """How many slices from the named one a reward reads masks: the largest `delta` of its parts; 0 if there is none."""
+    if reward.parts != ((reward, 1.0),):
+        return max((_reads_within(part) for part, _ in reward.parts), default=0)
+    found = {**reward.info.settings, **reward.settings}.get("delta", 0) if reward.needs_mask else 0
+    return int(found)
 
 
 def _check_groups(rewards: list[Reward], args: Any, answers: int) -> None:

@@ -129,7 +129,7 @@ class TestPredict:
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs = segmenter._tokenize([image], [query])
+        inputs = segmenter._inputs(segmenter._conversations([image], [query]))
         assert processor.tokenizer.decode(inputs["input_ids"][0]).count(query) == prompt.count(query) == 1
         ids = torch.tensor([processor.tokenizer(ANSWER)["input_ids"]])
         whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids], 1)}

@@ -9,6 +9,8 @@ Ravi et al., "SAM 2: Segment Anything in Images and Videos", arXiv:2408.00714; M
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,11 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.segmenters.base import ImageFeatures
 
+SEGMENTER_CONFIG, SEGMENTER_WEIGHTS = "segmenter.json", "segmenter.safetensors"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -215,14 +220,16 @@ class Sam2Segmenter(nn.Module):
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, config: Sam2Config | None = None) -> Sam2Segmenter:
         """Load published weights: a `.pt` file in the layout `{"model": state_dict}`, or `owner/repo:file.pt` on the
-        hub.
+        hub; or what `save_pretrained` wrote into a folder, which brings its own config.
 
-        Read with `torch.load(weights_only=True)`: a pickle that holds anything but tensors is refused.
+        Pickles are read with `torch.load(weights_only=True)`: a pickle that holds anything but tensors is refused.
 
         Raises:
             CheckpointError: file missing, not a plain weights file, or any parameter of the model missing, unexpected
                 or of another shape (all named).
         """
+        if (Path(checkpoint) / SEGMENTER_CONFIG).is_file():
+            return cls._from_folder(Path(checkpoint))
         path = _fetch(checkpoint)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -236,7 +243,34 @@ class Sam2Segmenter(nn.Module):
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointError(f"{checkpoint}: expected a dict of tensors, or one under the key 'model'")
         segmenter = cls(config)
-        own = segmenter.sam.state_dict()
+        segmenter._load(state, str(checkpoint))
+        return segmenter
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Sam2Segmenter:
+        try:
+            config = Sam2Config(**json.loads((folder / SEGMENTER_CONFIG).read_text(encoding="utf-8")))
+            state = load_file(folder / SEGMENTER_WEIGHTS)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: {SEGMENTER_CONFIG} and {SEGMENTER_WEIGHTS} cannot be read: {error}"
+            ) from error
+        segmenter = cls(config)
+        segmenter._load(state, str(folder))
+        return segmenter
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `segmenter.json` and `segmenter.safetensors`, which `from_pretrained` reads from the folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in self.sam.state_dict().items()}
+        save_file(state, path / SEGMENTER_WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(self.to_config(), indent=2, sort_keys=True) + "\n"
+        (path / SEGMENTER_CONFIG).write_text(text, encoding="utf-8")
+
+    def _load(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Load weights, or name what does not fit."""
+        own = self.sam.state_dict()
         problems = [f"missing {key}" for key in own if key not in state]
         problems += [f"unexpected {key}" for key in state if key not in own]
         problems += [
@@ -247,11 +281,10 @@ class Sam2Segmenter(nn.Module):
         if problems:
             shown = "; ".join(problems[:8])
             raise CheckpointError(
-                f"{checkpoint}: does not fit {segmenter.config} ({len(problems)} parameters): {shown}. "
+                f"{name}: does not fit {self.config} ({len(problems)} parameters): {shown}. "
                 "Pass the config of the model that wrote the file."
             )
-        segmenter.sam.load_state_dict(state)
-        return segmenter
+        self.sam.load_state_dict(state)
 
     def freeze(self, *, encoder: bool) -> None:
         for name, parameter in self.sam.named_parameters():

@@ -1,0 +1,97 @@
+"""Data set rows about volumes to targets, frames and grey values; what was read is kept while there is room."""
+
+# D slices, H/W pixels of a slice
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segrl.data.nifti import read_label
+from segrl.data.volume_prompts import read_grey, shown_frame
+from segrl.errors import DataError
+from segrl.frames import Frame, FrameKind
+from segrl.prediction import VolumeTarget
+
+__all__ = ["VOLUME_COLUMNS", "VolumeReader", "VolumeRow"]
+
+VOLUME_COLUMNS = ("scan", "label", "label_value", "intensity", "slices")  # beside `images`
+_TEXTS = ("query", "modality", "anatomy", "lesion", "name")
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeRow:
+    """One data set row, read.
+
+    Attributes:
+        target: The truth.
+        frame: Of the boxes and of the numbers of slices that the model writes.
+        grey: (D, H, W) uint8, what a segmenter sees.
+        key: Content of `grey` as text: equal volumes have equal keys.
+    """
+
+    target: VolumeTarget
+    frame: Frame
+    grey: np.ndarray
+    key: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.grey.nbytes + self.target.mask.nbytes
+
+
+class VolumeReader:
+    """Reads rows with the columns of `VOLUME_COLUMNS`, as `segrl.data.prepare_volumes` makes them.
+
+    Args:
+        processor: The model's processor; it decides the frame of written boxes.
+        frame_kind: Overrides the frame that the processor implies.
+        memory_bytes: Volumes that were read last are kept within this budget, the last one in any case.
+    """
+
+    def __init__(self, processor: Any, frame_kind: FrameKind | None = None, *, memory_bytes: int = 2**31) -> None:
+        self.processor, self.memory_bytes = processor, memory_bytes
+        self.frame_kind: FrameKind | None = frame_kind
+        self._kept: OrderedDict[tuple[Any, ...], VolumeRow] = OrderedDict()
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[VolumeRow]:
+        """Rows of a batch in order. Equal rows (the G answers to a prompt) share one `VolumeRow`.
+
+        Raises:
+            DataError: A file cannot be read, label and scan differ, or the label has no foreground of that value.
+        """
+        return [self._row(row, number) for number, row in enumerate(rows)]
+
+    def _row(self, row: Mapping[str, Any], number: int) -> VolumeRow:
+        missing = [column for column in ("images", *VOLUME_COLUMNS) if row.get(column) is None]
+        if missing or not row["label"] or not row["images"]:
+            where = row.get("name") or f"row {number} of the batch"
+            raise DataError(
+                f"{where}: no value for {missing or ['label']}; expected rows of prepare_volumes with labels"
+            )
+        fields = {name: str(row.get(name) or "") for name in _TEXTS}
+        size = row["images"][0].size
+        key = (*(str(row[column]) for column in VOLUME_COLUMNS), size, *fields.values())
+        if key not in self._kept:
+            self._kept[key] = self._read(row, fields, size)
+            while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > self.memory_bytes:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _read(self, row: Mapping[str, Any], fields: dict[str, str], size: tuple[int, int]) -> VolumeRow:
+        volume, grey = read_grey(row["scan"], modality=fields["modality"], intensity=row["intensity"])
+        mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
+        frame = shown_frame(self.processor, grey.shape, row["slices"], size, self.frame_kind)
+        return VolumeRow(
+            VolumeTarget(mask, volume.spacing_mm, **fields),
+            frame,
+            grey,
+            hashlib.blake2b(grey.tobytes() + str(grey.shape).encode(), digest_size=16).hexdigest(),
+        )
