@@ -6,10 +6,11 @@ The empty-mask rule, `empty_score`, is used by every metric and reward of segrl:
 is perfect (1.0), and if exactly one of the two is empty nothing agrees (0.0). The losses tend to the same limits.
 """
 
-# N components, H/W pixels
+# N components, D slices, H/W pixels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ __all__ = [
 BOTH_EMPTY_SCORE = 1.0
 ONE_EMPTY_SCORE = 0.0
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
-MAX_RLE_PIXELS = 2**28  # a few bytes of text must not ask for all memory
+MAX_RLE_PIXELS = 2**28  # a few bytes of text must not ask for all memory; 1,024 slices of 512 x 512 are as many
 
 
 def empty_score(pred_empty: bool, true_empty: bool) -> float | None:
@@ -216,23 +217,23 @@ def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
     """Write a mask as run lengths, as COCO's uncompressed format has them, so that pycocotools reads them too.
 
     The pixels are read column by column; `counts` are the lengths of the runs, background first (0 if the first pixel
-    is foreground).
+    is foreground). Those of a volume are the counts of its slices side by side, (H, D * W).
 
     Args:
-        mask: (H, W) bool or integer.
+        mask: (H, W) or a volume (D, H, W), bool or integer.
 
     Returns:
-        `{"size": [H, W], "counts": [...]}`, which JSON and parquet can hold.
+        `{"size": [H, W], "counts": [...]}` or `{"size": [D, H, W], "counts": [...]}`, which JSON and parquet can hold.
 
     Raises:
-        DataError: As `foreground`.
+        DataError: Another number of dimensions, or a float mask.
 
     Example:
         >>> mask_to_rle(np.array([[0, 1, 1], [0, 1, 0]]))
         {'size': [2, 3], 'counts': [2, 3, 1]}
     """
-    inside = foreground(mask)
-    pixels = inside.T.ravel()
+    inside = foreground(mask, ndim=3 if np.ndim(mask) == 3 else 2)
+    pixels = inside.swapaxes(-1, -2).ravel()
     starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     counts = np.diff(starts, prepend=0, append=pixels.size).tolist()
     return {"size": list(inside.shape), "counts": [0, *counts] if pixels.size and pixels[0] else counts}
@@ -242,15 +243,17 @@ def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
     """Read run lengths, see `mask_to_rle`.
 
     Args:
-        rle: A mapping with `size`, the height and the width, and `counts`. Runs of length 0 are fine.
+        rle: A mapping with `size`, the height and the width, for a volume after the number of slices, and `counts`.
+            Runs of length 0 are fine.
         name: What the mask is called in the error message.
 
     Returns:
-        (H, W) bool.
+        (H, W) or (D, H, W) bool, as the size says.
 
     Raises:
-        DataError: A missing key, a size that is not two positive integers, or counts that are not whole numbers of 0 or
-            more with the sum H * W. Compressed counts (a text) are refused too.
+        DataError: A missing key, a size that is not two or three positive integers, more than 2**28 pixels, or counts
+            that are not whole numbers of 0 or more with the sum H * W or D * H * W. Compressed counts (a text) are
+            refused too.
 
     Example:
         >>> rle_to_mask({"size": [2, 3], "counts": [2, 3, 1]}).astype(int).tolist()
@@ -261,20 +264,25 @@ def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
     if isinstance(rle["counts"], str | bytes):
         raise DataError(f"{name}: the run lengths are compressed; write them out, as segrl.masks.mask_to_rle does")
     size, counts = _whole_numbers(rle["size"]), _whole_numbers(rle["counts"])
-    if size is None or size.shape != (2,) or size.min() < 1 or size.max() > MAX_RLE_PIXELS:
-        raise DataError(f"{name}: size {rle['size']!r:.100}; expected [height, width], two positive whole numbers")
-    pixels = int(size.prod())
+    if size is None or size.shape not in ((2,), (3,)) or size.min() < 1 or size.max() > MAX_RLE_PIXELS:
+        raise DataError(
+            f"{name}: size {rle['size']!r:.100}; expected [height, width], two positive whole numbers, or for a volume "
+            "[slices, height, width]"
+        )
+    pixels = math.prod(size.tolist())  # of Python's integers, which do not overflow
     if pixels > MAX_RLE_PIXELS:
         raise DataError(f"{name}: size {size.tolist()}; expected at most {MAX_RLE_PIXELS} pixels")
     if counts is None or counts.ndim != 1 or counts.size == 0 or counts.min() < 0:
         raise DataError(f"{name}: counts {rle['counts']!r:.100}; expected a list of whole numbers, 0 or more")
-    total = sum(counts.tolist())  # of Python's integers, which do not overflow
+    total = sum(counts.tolist())
     if total != pixels:
         raise DataError(
-            f"{name}: the counts cover {total} pixels; expected {pixels}, for the size {size.tolist()} (height, width)"
+            f"{name}: the counts cover {total} pixels; expected {pixels}, for the size {size.tolist()} (height, width; "
+            "for a volume after the slices)"
         )
     runs = np.repeat(np.arange(counts.size) % 2 == 1, counts)
-    return np.ascontiguousarray(runs.reshape(int(size[1]), int(size[0])).T)
+    *depth, height, width = size.tolist()
+    return np.ascontiguousarray(runs.reshape(*depth, width, height).swapaxes(-1, -2))
 
 
 def resize_mask(mask: ArrayLike, size_hw: tuple[int, int]) -> np.ndarray:

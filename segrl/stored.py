@@ -6,11 +6,11 @@ Columns of a truth:
   encoded image `{"bytes": ...}`, a PIL image or an array, (H, W);
 - `boxes`: [[x1, y1, x2, y2], ...] in original pixels. With `mask` they replace the boxes of its components. Without it
   `size`, [width, height], is needed, and the inside of the boxes stands for the mask;
-- `volume`: a path to a .npy file or an array, (D, H, W), with `spacing_mm`, [z, y, x];
+- `volume`: a path to a .npy file, run lengths or an array, (D, H, W), with `spacing_mm`, [z, y, x];
 - `query`, `modality`, `anatomy`, `lesion`, `name`: texts.
 
-An answer has the columns `completion`, `predicted_mask`, `probability`, and `frame` where the frame of its boxes is
-known: the attributes of a `Frame`.
+An answer has the columns `completion`, `predicted_mask` (of a volume in the forms of `volume`), `probability`, and
+`frame` where the frame of its boxes, and which slices of a volume were shown, is known: the attributes of a `Frame`.
 
 None and "" stand for a missing value.
 """
@@ -34,7 +34,7 @@ from segrl.boxes import validate_boxes
 from segrl.errors import DataError, SegRLError
 from segrl.frames import Frame
 from segrl.masks import MAX_RLE_PIXELS as MAX_PIXELS
-from segrl.masks import binarize, mask_to_rle, rle_to_mask
+from segrl.masks import binarize, foreground, mask_to_rle, rle_to_mask
 from segrl.parsing import completion_text
 from segrl.prediction import Prediction, Target, VolumeTarget
 from segrl.rewards.reading import Reading
@@ -56,27 +56,31 @@ UNKNOWN_SIZE = (1000, 1000)  # of an image of which nothing is known; only boxes
 _BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # of PIL and numpy
 
 
-def answer_record(prediction: Prediction, target: Target, frame: Frame) -> dict[str, Any]:
+def answer_record(prediction: Prediction, target: Target | VolumeTarget, frame: Frame) -> dict[str, Any]:
     """A prediction with its truth as plain values that JSON can hold, from which `segrl rewards score` reads both back.
 
     Args:
         prediction: Its text and mask are kept; what the text says is parsed again when it is read.
         target: Its mask and texts are kept.
-        frame: The frame in which the model wrote boxes.
+        frame: The frame in which the model wrote boxes, with the slices of a volume that were shown.
 
     Returns:
-        The columns `completion`, `predicted_mask` (None where no mask was decoded), `frame`, `target_mask`, `boxes` and
-        the texts that are there.
+        The columns `completion`, `predicted_mask` (None where no mask was decoded), `frame`, the truth and the texts
+        that are there. The truth is `target_mask` and `boxes`, of a volume `volume` and `spacing_mm`. Masks are run
+        lengths, so a volume takes space for its foreground only.
     """
-    mask = prediction.mask
-    texts = {key: getattr(target, key) for key in TEXT_COLUMNS if getattr(target, key)}
+    mask, truth = prediction.mask, mask_to_rle(target.mask)
+    volume = isinstance(target, VolumeTarget)
     return {
-        **texts,
+        **{key: getattr(target, key) for key in TEXT_COLUMNS if getattr(target, key)},
         "completion": prediction.text,
         "predicted_mask": None if mask is None else mask_to_rle(mask),
         "frame": asdict(frame),
-        "target_mask": mask_to_rle(target.mask),
-        "boxes": target.boxes.tolist(),
+        **(
+            {"volume": truth, "spacing_mm": [float(size) for size in target.spacing_mm]}
+            if volume
+            else {"target_mask": truth, "boxes": target.boxes.tolist()}
+        ),
     }
 
 
@@ -115,7 +119,7 @@ def read_target(value: Any, folder: Path | None = None) -> Target | VolumeTarget
     texts = {key: str(row[key]) for key in TEXT_COLUMNS if _given(row, key)}
     if _given(row, "volume"):
         spacing = _numbers(row["spacing_mm"], "spacing_mm", (3,)) if _given(row, "spacing_mm") else np.ones(3)
-        volume = _volume(row["volume"], folder)
+        volume = read_mask(row["volume"], "column 'volume'", folder, volume=True)
         return _named("column 'volume'", VolumeTarget.from_mask, volume, tuple(spacing.tolist()), **texts)
     column = next((column for column in ("mask", "target_mask") if _given(row, column)), None)
     boxes = _numbers(row["boxes"], "boxes", (-1, 4)) if _given(row, "boxes") else None
@@ -139,27 +143,30 @@ def read_target(value: Any, folder: Path | None = None) -> Target | VolumeTarget
     return _named("column 'boxes'", Target, mask, boxes, **texts)
 
 
-def read_mask(value: Any, name: str = "mask", folder: Path | None = None) -> np.ndarray:
+def read_mask(value: Any, name: str = "mask", folder: Path | None = None, *, volume: bool = False) -> np.ndarray:
     """Read a mask in any of its forms; see the module's docstring.
 
     Args:
         value: The mask.
         name: What it is called in the error message.
         folder: What a relative path starts from.
+        volume: Whether it is the mask of a volume, where every positive number is foreground.
 
     Returns:
-        (H, W) bool.
+        (H, W) bool; (D, H, W) for a volume.
 
     Raises:
-        DataError: A missing or broken file, or anything but a binary mask.
+        DataError: A missing or broken file, or anything but a binary mask of so many dimensions.
     """
     value = _from_json(value, name)
+    if volume:
+        return _volume(value, name, folder)
     if isinstance(value, Mapping) and value.get("bytes") is not None:
         return binarize(_pixels(io.BytesIO(value["bytes"]), name), name)
     if isinstance(value, Mapping) and "counts" not in value and value.get("path"):
         value = value["path"]
     if isinstance(value, Mapping):
-        return rle_to_mask(value, name)
+        return foreground(rle_to_mask(value, name), name)
     if isinstance(value, str | os.PathLike):
         path = Path(folder or "", value)
         name = f"{name}: {path}"
@@ -190,11 +197,12 @@ def read_answer(
         target: The truth, which tells the size of the image.
         size: (width, height) of the image, where there is no truth.
         frame: The frame of the written boxes, where it is known; instead of the reading's.
-        mask: (H, W) bool, the decoded mask.
-        probability: (H, W) float, its foreground probabilities.
+        mask: (H, W) bool, the decoded mask; (D, H, W) of a volume.
+        probability: Its foreground probabilities, float of the same shape.
 
     Raises:
-        DataError: The completion is neither a text nor messages, or the mask has another size than the truth.
+        DataError: The completion is neither a text nor messages, the mask has another size than the truth, or the frame
+            shows slices that the volume does not have.
     """
     try:
         text = completion_text(completion)
@@ -203,13 +211,18 @@ def read_answer(
     original = (target.width, target.height) if target is not None else size or UNKNOWN_SIZE
     if frame is None:
         frame = reading.frame(original, original) if callable(reading.frame) else Frame(reading.frame, original)
+    if isinstance(target, VolumeTarget) and frame.slices is not None and frame.slices[-1] >= target.depth:
+        raise DataError(
+            f"column 'frame': slice {frame.slices[-1]} of a volume with {target.depth}; expected 0 to "
+            f"{target.depth - 1}; is it the truth of another volume?"
+        )
     prediction = reading.parse(text, frame)
     if mask is None:
         return prediction
-    if isinstance(target, Target) and mask.shape != target.mask.shape:
+    if target is not None and mask.shape != target.mask.shape:
         raise DataError(
-            f"column 'predicted_mask': the mask is {mask.shape[1]} x {mask.shape[0]} px, the truth {target.width} x "
-            f"{target.height}; resize the prediction to original pixels"
+            f"column 'predicted_mask': the mask is {_told(mask.shape)}, the truth {_told(target.mask.shape)}; resize "
+            "the prediction to original pixels"
         )
     return _named("column 'probability'", prediction.with_mask, mask, probability)
 
@@ -273,13 +286,27 @@ def _numbers(value: Any, column: str, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _volume(value: Any, folder: Path | None) -> np.ndarray:
-    if isinstance(value, np.ndarray | list):
-        return np.asarray(value)
-    if not isinstance(value, str | os.PathLike) or Path(value).suffix != ".npy":
-        raise DataError(f"column 'volume': {value!r:.100}; expected a path to a .npy file, saved by numpy.save")
-    path = Path(folder or "", value)
-    return _load_npy(path, f"column 'volume': {path}")
+def _volume(value: Any, name: str, folder: Path | None) -> np.ndarray:
+    if isinstance(value, Mapping):
+        found = rle_to_mask(value, name)
+    elif isinstance(value, np.ndarray | list):
+        try:
+            found = np.asarray(value)
+        except ValueError as error:  # lists of different lengths
+            raise DataError(f"{name}: not an array: {error}") from error
+    elif isinstance(value, str | os.PathLike) and Path(value).suffix == ".npy":
+        path = Path(folder or "", value)
+        name = f"{name}: {path}"
+        found = _load_npy(path, name)
+    else:
+        raise DataError(f"{name}: {value!r:.100}; expected a path to a .npy file, saved by numpy.save, or run lengths")
+    return foreground(found, name, ndim=3)
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    """The size of a mask: width x height, and of a volume how many slices of it."""
+    *depth, height, width = shape
+    return f"{width} x {height} px" + (f" on {depth[0]} slices" if depth else "")
 
 
 def _load_npy(path: Path, name: str) -> np.ndarray:

@@ -211,6 +211,25 @@ def test_run_lengths_of_one_value(value: int):
     assert (rle_to_mask(mask_to_rle(np.full((2, 3), value))) == value).all()
 
 
+@given(arrays(bool, array_shapes(min_dims=3, max_dims=3, max_side=5)))
+def test_run_lengths_of_a_volume_are_those_of_its_slices_side_by_side(volume: np.ndarray):
+    rle = mask_to_rle(volume)
+    assert rle == {"size": list(volume.shape), "counts": mask_to_rle(np.concatenate(list(volume), axis=1))["counts"]}
+    np.testing.assert_array_equal(rle_to_mask(json.loads(json.dumps(rle))), volume)
+
+
+def test_run_lengths_of_a_large_volume_are_few():
+    volume = np.zeros((400, 64, 64), dtype=bool)
+    volume[100:103, 10:20, 30:40] = True
+    assert len(mask_to_rle(volume)["counts"]) == 2 * 3 * 10 + 1
+
+
+def test_other_dimensions_have_no_run_lengths():
+    for shape in ((4,), (2, 2, 2, 2)):
+        with pytest.raises(DataError, match="expected 2 dimensions, got shape"):
+            mask_to_rle(np.zeros(shape, dtype=bool))
+
+
 def test_runs_of_length_0_are_read():
     np.testing.assert_array_equal(rle_to_mask({"size": [1, 4], "counts": [1, 0, 1, 2, 0]}), [[0, 0, 1, 1]])
 
@@ -228,6 +247,13 @@ def test_runs_of_length_0_are_read():
         ({"size": [2.0, 2], "counts": [4]}, r"size \[2.0, 2\]"),
         ({"size": [10**20, 2], "counts": [4]}, "two positive whole numbers"),
         ({"size": [10**6, 10**6], "counts": [10**12]}, "expected at most 268435456 pixels"),
+        ({"size": [10**3, 10**3, 10**3], "counts": [10**9]}, "expected at most 268435456 pixels"),
+        ({"size": [2**25, 2**25, 2**25], "counts": [4]}, "expected at most 268435456 pixels"),
+        (
+            {"size": [2, 2, 2, 2], "counts": [16]},
+            r"expected \[height, width\], .* or for a volume \[slices, height, width",
+        ),
+        ({"size": [2, 2, 2], "counts": [4]}, r"cover 4 pixels; expected 8, for the size \[2, 2, 2\]"),
         ({"size": [2, 2], "counts": []}, r"counts \[\]; expected a list of whole numbers"),
         ({"size": [2, 2], "counts": [5, -1]}, r"counts \[5, -1\]"),
         ({"size": [2, 2], "counts": [1.5, 2.5]}, r"counts \[1.5, 2.5\]"),

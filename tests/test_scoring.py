@@ -19,10 +19,13 @@ from PIL import Image
 from reward_cases import EMPTY, GOOD, HEIGHT, TARGET, TRUE_BOXES, WIDTH, mask_of, read
 
 from segrl.errors import DataError, RewardError, SegRLError
+from segrl.frames import Frame
 from segrl.masks import mask_to_rle
-from segrl.rewards import Reading, make_reward, weighted_sum
-from segrl.scoring import histogram, score_file, statistics
+from segrl.prediction import VolumeTarget
+from segrl.rewards import Reading, make_reward, register_reward, registry, weighted_sum
+from segrl.scoring import histogram, score_file, scores, statistics
 from segrl.scoring.scores import CHUNK
+from segrl.stored import answer_record
 from segrl.testing import tiny_causal_lm
 
 READ = Reading(frame="original_px")
@@ -149,6 +152,65 @@ def test_a_volume(tmp_path):
     reward = make_reward("slice_boxes", frame="original_px", answer_format="json", require_seg=False)
     path = write(tmp_path / "p.jsonl", [{"completion": text, "volume": "v.npy"}])
     assert score_file(reward, path).columns["slice_boxes"] == [1.0]
+
+
+def volume_records(count):
+    """What a run on volumes writes: here the model sees slices 1 and 3 of 5, and the last answer is not valid."""
+    truth = np.zeros((5, HEIGHT, WIDTH), dtype=bool)
+    truth[1] = truth[2] = TARGET.mask
+    target = VolumeTarget.from_mask(truth, (5.0, 1.0, 1.0), name="ct_1")
+    frame = Frame("original_px", (WIDTH, HEIGHT), slices=(1, 3))
+    boxes = "[[4, 4, 16, 14], [22, 18, 34, 28]]"
+    texts = [
+        '{"slice": 1, "bbox_2d_list": BOXES}',
+        '{"slice": 2, "bbox_2d_list": []}',
+        '{"slice": 3, "bbox_2d_list": []}',
+    ]
+    texts = [f"<think>There.</think><answer>{text.replace('BOXES', boxes)}</answer>" for text in texts]
+    reading = Reading(answer_format="json", require_seg=False)
+    found = []
+    for n in range(count):
+        said = reading.parse([*texts, "no idea"][n % 4], frame)
+        mask = truth.copy() if len(said.boxes) else truth & False
+        if len(said.boxes):
+            mask[2] = False
+        found.append(answer_record(said.with_mask(mask), target, frame))
+    return found
+
+
+def test_records_of_a_run_on_volumes(tmp_path):
+    path = write(tmp_path / "predictions_00010.jsonl", volume_records(4))
+    columns = score_file(make_reward("medvol_r1"), path).columns
+    assert columns == {
+        "slice_format": [1.0, 1.0, 1.0, 0.0],
+        "slice_visibility": [1.0, 0.0, 0.0, 0.0],
+        "slice_boxes": [1.0, 0.0, 0.0, 0.0],
+        "propagated_dice": [pytest.approx(2 / 3), 0.0, 0.0, 0.0],
+        "total": [pytest.approx(3 + 2 / 3), 1.0, 1.0, 0.0],
+    }
+    assert score_file(make_reward("propagated_dice", delta=0), path).columns["propagated_dice"][0] == 1.0
+
+
+class Together:
+    """How many rows are scored, and so are in memory, at once."""
+
+    def score_batch(self, predictions, targets):
+        return [float(len(predictions)) for _ in predictions]
+
+
+def test_masks_of_volumes_are_not_all_in_memory_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    register_reward("together", needs_mask=True, volume=True, reading={"answer_format": "json"})(Together)
+    path = write(tmp_path / "p.jsonl", volume_records(5))
+    assert score_file(make_reward("together"), path).columns["together"] == [5.0] * 5
+    monkeypatch.setattr(scores, "CHUNK_PIXELS", 2 * 5 * HEIGHT * WIDTH)
+    assert score_file(make_reward("together"), path).columns["together"] == [2.0] * 4 + [1.0]
+
+
+def test_a_mask_of_a_slice_is_no_mask_of_a_volume(tmp_path):
+    record = {**volume_records(1)[0], "predicted_mask": mask_to_rle(TARGET.mask)}
+    with pytest.raises(DataError, match=r"p\.jsonl, line 1, column 'predicted_mask': expected 3 dimensions, got shape"):
+        score_file(make_reward("propagated_dice"), write(tmp_path / "p.jsonl", [record]))
 
 
 # --- truth in a file of its own

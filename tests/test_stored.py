@@ -18,7 +18,7 @@ from segrl.frames import Frame
 from segrl.masks import boxes_from_mask, mask_to_rle
 from segrl.prediction import Target, VolumeTarget
 from segrl.rewards import Reading
-from segrl.stored import read_answer, read_mask, read_probability, read_target
+from segrl.stored import answer_record, read_answer, read_frame, read_mask, read_probability, read_target
 
 HEIGHT, WIDTH = 12, 20
 MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -124,6 +124,90 @@ def test_volume(folder):
     assert alone.spacing_mm == (1, 1, 1)
 
 
+VOLUME = np.stack([~MASK & False, MASK, MASK[::-1], ~MASK & False])
+VOLUME_RLE = mask_to_rle(VOLUME)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "whole.npy",
+        Path("whole.npy"),
+        VOLUME_RLE,
+        json.dumps(VOLUME_RLE),
+        {key: np.array(numbers) for key, numbers in VOLUME_RLE.items()},
+        VOLUME,
+        VOLUME.astype(np.uint8) * 255,
+        VOLUME.astype(int).tolist(),
+        json.dumps(VOLUME.astype(int).tolist()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_form_of_a_volume_is_the_same_target(value, folder):
+    np.save(folder / "whole.npy", VOLUME)
+    target = read_target({"volume": value, "spacing_mm": json.dumps([5, 1, 1])}, folder)
+    assert isinstance(target, VolumeTarget)
+    assert (target.mask == VOLUME).all()
+    assert (read_mask(value, folder=folder, volume=True) == VOLUME).all()
+
+
+JSON_READING = Reading(answer_format="json", require_seg=False)
+SLICE_TEXT = '<think>Two.</think><answer>{"slice": 2, "bbox_2d_list": [[150, 167, 450, 417]]}</answer>'
+
+
+def test_a_record_of_a_volume_reads_back():
+    target = VolumeTarget.from_mask(VOLUME, (5.0, 0.7, 0.7), query="Where?", lesion="cyst", name="ct_1")
+    frame = Frame("relative_1000", (WIDTH, HEIGHT), slices=(0, 2, 3))
+    said = JSON_READING.parse(SLICE_TEXT, frame).with_mask(~VOLUME)
+    record = json.loads(json.dumps(answer_record(said, target, frame)))
+    assert record.keys() == {"completion", "predicted_mask", "frame", "volume", "spacing_mm", "query", "lesion", "name"}
+    truth = read_target(record)
+    assert isinstance(truth, VolumeTarget)
+    assert (truth.mask == VOLUME).all()
+    assert (truth.spacing_mm, truth.query, truth.name) == ((5.0, 0.7, 0.7), "Where?", "ct_1")
+    known = read_frame(record["frame"])
+    assert known == frame
+    mask = read_mask(record["predicted_mask"], volume=True)
+    again = read_answer(record["completion"], JSON_READING, truth, frame=known, mask=mask)
+    assert again.slice_index == said.slice_index == 2
+    np.testing.assert_allclose(again.boxes, said.boxes)
+    assert again.mask is not None
+    assert (again.mask == ~VOLUME).all()
+    assert answer_record(JSON_READING.parse("", frame), target, frame)["predicted_mask"] is None
+
+
+def test_a_record_of_an_image_reads_back():
+    target, frame = Target.from_mask(MASK, name="a.png"), Frame("relative_1000", (WIDTH, HEIGHT))
+    record = json.loads(json.dumps(answer_record(Reading().parse(TEXT, frame).with_mask(MASK), target, frame)))
+    assert record.keys() == {"completion", "predicted_mask", "frame", "target_mask", "boxes", "name"}
+    truth = read_target(record)
+    assert isinstance(truth, Target)
+    assert (truth.mask == MASK).all()
+    assert truth.boxes.tolist() == target.boxes.tolist()
+    assert read_frame(json.dumps(record["frame"])) == frame
+
+
+@pytest.mark.parametrize("slices", [[], [2, 1], [0, 0], [-1, 2], [0.5], 3])
+def test_slices_of_a_frame_are_checked(slices):
+    with pytest.raises(DataError, match=r"column 'frame': .*(slices|iterable).*; expected the attributes of a Frame"):
+        read_frame({"kind": "relative_1000", "original_size": [4, 4], "slices": slices})
+
+
+def test_a_frame_of_another_volume_is_refused():
+    target, frame = VolumeTarget.from_mask(VOLUME), Frame("relative_1000", (WIDTH, HEIGHT), slices=(0, 4))
+    with pytest.raises(DataError, match="column 'frame': slice 4 of a volume with 4; expected 0 to 3; is it the truth"):
+        read_answer(SLICE_TEXT, JSON_READING, target, frame=frame)
+    assert read_answer(SLICE_TEXT, JSON_READING, frame=frame).slice_index == 4
+
+
+def test_a_mask_of_another_volume_is_refused():
+    target = VolumeTarget.from_mask(VOLUME)
+    for mask, size in ((VOLUME[:3], "20 x 12 px on 3 slices"), (MASK, "20 x 12 px")):
+        message = f"column 'predicted_mask': the mask is {size}, the truth 20 x 12 px on 4 slices; resize"
+        with pytest.raises(DataError, match=message):
+            read_answer(SLICE_TEXT, JSON_READING, target, mask=mask)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -160,7 +244,13 @@ def test_volume(folder):
         ({"boxes": BOXES, "size": [math.nan, 9]}, "column 'size'"),
         ({"boxes": BOXES, "size": [10**9, 10**9]}, "column 'size'"),
         ({"boxes": BOXES, "size": {}}, r"column 'size': {}; expected numbers of shape \(2\)"),
-        ({"volume": "mask.png"}, r"column 'volume': 'mask.png'; expected a path to a \.npy file"),
+        ({"volume": "mask.png"}, r"column 'volume': 'mask.png'; expected a path to a \.npy file.*, or run lengths"),
+        ({"volume": 3}, r"column 'volume': 3; expected a path to a \.npy file"),
+        ({"volume": RLE}, r"column 'volume': expected 3 dimensions, got shape \(12, 20\)"),
+        ({"volume": {"size": [2, 2, 2], "counts": [3]}}, "column 'volume': the counts cover 3 pixels; expected 8"),
+        ({"volume": [[[0, 1], [1]]]}, "column 'volume': not an array"),
+        ({"volume": "[[[0"}, "column 'volume': .* is not valid JSON"),
+        ({"mask": {"size": [4, 2, 3], "counts": [24]}}, r"column 'mask': expected 2 dimensions, got shape \(4, 2, 3\)"),
         ({"volume": "lost.npy"}, r"column 'volume': .*lost\.npy: no such file"),
         ({"volume": "mask.npy"}, "column 'volume': .*expected 3 dimensions"),
         ({"volume": np.zeros((2, 2, 2))}, "column 'volume': .*expected a bool or integer mask"),
@@ -212,7 +302,7 @@ def test_a_completion_is_a_text_or_messages(completion):
 
 
 def test_masks_of_different_sizes_are_refused():
-    with pytest.raises(DataError, match="column 'predicted_mask': the mask is 4 x 3 px, the truth 20 x 12; resize"):
+    with pytest.raises(DataError, match="column 'predicted_mask': the mask is 4 x 3 px, the truth 20 x 12 px; resize"):
         read_answer(TEXT, Reading(), Target.from_mask(MASK), mask=np.zeros((3, 4), dtype=bool))
     with pytest.raises(DataError, match="column 'probability': "):
         read_answer(TEXT, Reading(), Target.from_mask(MASK), mask=MASK, probability=np.zeros((3, 4)))

@@ -5,8 +5,10 @@ does, or the folder of such files. Each row has a `completion` (text or messages
 are ignored:
 
 - the truth, see `segrl.stored`, unless it comes from a file of its own, joined by `name`;
-- `predicted_mask`, in the forms of a true mask: None (null) where no mask was decoded; `probability`, a .npy path;
-- `frame`: the frame of the boxes in the text, where it is known; instead of that of the reward's reading;
+- `predicted_mask`, in the forms of a true mask or volume: None (null) where no mask was decoded; `probability`, a .npy
+  path;
+- `frame`: the frame of the boxes in the text and the slices of a volume that were shown, where they are known; instead
+  of that of the reward's reading;
 - `group`: equal for the answers to one prompt; by default runs of rows with the same prompt, query, name and truth.
 """
 
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from segrl.errors import DataError, RewardError, SegRLError
-from segrl.prediction import Prediction
+from segrl.prediction import Prediction, VolumeTarget
 from segrl.rewards.reward import Reward
 from segrl.rewards.sources import Leaf, Sum
 from segrl.scoring.files import StoredRow, read_predictions, read_truths, truth_of
@@ -44,7 +46,7 @@ from segrl.stored import (
 
 __all__ = ["Scores", "histogram", "score_file", "statistics"]
 
-CHUNK = 256  # rows in memory at once, as masks can be large
+CHUNK, CHUNK_PIXELS = 256, 2**28  # rows, and pixels of their masks, in memory at once
 SHOWN_CHARACTERS = 200  # of a completion, kept for display
 FEW = 8  # different values that a histogram counts one by one
 # What is read here, or is a keyword of TRL's call; every other column goes to TRL functions as it is.
@@ -163,7 +165,7 @@ def score_file(
     chunk = _Chunk(reward, progress, truths, on)
     scores = Scores(reward)
     for row in read_predictions(Path(path)):
-        if len(chunk.rows) >= CHUNK and not reward.compares_answers:
+        if (len(chunk.rows) >= CHUNK or chunk.pixels >= CHUNK_PIXELS) and not reward.compares_answers:
             chunk.move_to(scores)
         chunk.add(row)
     chunk.move_to(scores)
@@ -240,6 +242,7 @@ class _Chunk:
         self.groups: list[Hashable] = []
         self.others: list[dict[str, Any]] = []
         self.known: dict[str, Any] = {}
+        self.pixels = 0
 
     def add(self, row: StoredRow) -> None:
         """Read a row."""
@@ -251,6 +254,7 @@ class _Chunk:
         except SegRLError as error:
             raise DataError(f"{row.where}, {error}") from error
         self.rows.append(row)
+        self.pixels += 0 if prediction.mask is None else prediction.mask.size
         self.predictions.append(prediction)
         self.targets.append(target)
         self.groups.append(group)
@@ -308,7 +312,8 @@ class _Chunk:
             )
         mask = probability = None
         if self.reads_mask and values.get("predicted_mask"):
-            mask = read_mask(values["predicted_mask"], "column 'predicted_mask'", row.folder)
+            volume = self.reward.info.volume or isinstance(target, VolumeTarget)
+            mask = read_mask(values["predicted_mask"], "column 'predicted_mask'", row.folder, volume=volume)
             if values.get("probability"):
                 probability = read_probability(values["probability"], row.folder)
         frame = read_frame(values["frame"]) if values.get("frame") else None
