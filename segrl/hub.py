@@ -38,7 +38,7 @@ def check_source(argument: str, value: str, kind: str, error: type[SegRLError] =
         Traceback (most recent call last):
         segrl.errors.SegRLError: --model 'no_such_model': no such folder, nor a model name owner/name
     """
-    if not Path(value).is_dir() and not is_hub_name(value):
+    if not value or not (Path(value).is_dir() or is_hub_name(value)):
         raise error(f"{argument} {value!r}: no such folder, nor a {kind} name owner/name")
 
 

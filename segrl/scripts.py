@@ -11,13 +11,15 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from datasets import Dataset
 from transformers import HfArgumentParser
 
 from segrl.errors import SegRLError, UnknownNameError, unknown_name
 from segrl.rewards import load_reward, make_reward
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = [
     "MACHINE_FLAGS",

@@ -1,17 +1,20 @@
 """Checkpoints load whole or not at all; the segmentation token is one normal token with an embedding row."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from transformers.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from segrl.errors import CheckpointError, SegRLError
-from segrl.loading import ensure_seg_token, load_vlm, seg_token_id
-from segrl.testing import tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_tokenizer
+from segrl.loading import ensure_seg_token, language_model_lora, load_vlm, seg_token_id
+from segrl.testing import tiny_causal_lm, tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_tokenizer
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -358,3 +361,32 @@ class TestSegTokenId:
     def test_an_object_without_tokenizer_is_an_error(self):
         with pytest.raises(SegRLError, match="processor is int, expected a transformers processor"):
             seg_token_id(3)
+
+
+class TestLanguageModelLora:
+    @pytest.mark.parametrize("build", [tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_llava, tiny_causal_lm])
+    def test_every_linear_layer_of_the_language_model_and_no_other(self, build):
+        model, _ = build()
+        model.extra_head = torch.nn.Linear(2, 2)  # as a mask head: an ordinary submodule
+        layers = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+        expected = {name for name in layers if not re.search("visual|vision|projector|lm_head|extra_head", name)}
+        assert len(expected) % 7 == 0
+        wrapped = get_peft_model(model, language_model_lora(model, r=2))
+        adapted = {name for name, layer in wrapped.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+        assert adapted == expected
+
+    def test_settings_and_tokens(self):
+        model, processor = tiny_qwen2_5_vl()
+        token = seg_token_id(processor)
+        config = language_model_lora(model, tokens=[token], r=3, lora_alpha=5)
+        assert (config.r, config.lora_alpha, config.task_type) == (3, 5, "CAUSAL_LM")
+        wrapped = get_peft_model(model, config)
+        rows = [value.shape for name, value in wrapped.named_parameters() if "trainable_tokens" in name]
+        assert (1, model.get_input_embeddings().weight.shape[1]) in rows
+        assert language_model_lora(tiny_qwen2_5_vl()[0]).trainable_token_indices is None
+
+    def test_nothing_to_adapt(self):
+        model, _ = tiny_causal_lm()
+        model.model.layers = torch.nn.ModuleList()
+        with pytest.raises(SegRLError, match=r"has no torch\.nn\.Linear in \w+, expected layers to adapt; build the"):
+            language_model_lora(model)

@@ -12,8 +12,7 @@ from datasets import Dataset
 from recipes import Recipe
 
 from segrl import DenseLoss, ReasoningSegmenter, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
-from segrl.data import make_synthetic
-from segrl.data.splits import load_split
+from segrl.data import load_split, make_synthetic
 from segrl.errors import CheckpointError, SegRLError
 from segrl.evaluation import evaluate, evaluate_constant_mask
 from segrl.heads import MaskHead, attach_mask_head, detach_mask_head, find_mask_head

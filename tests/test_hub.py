@@ -1,0 +1,61 @@
+"""Names on disk or on the hub, and other libraries' errors in one line."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.hub import check_source, is_hub_name, retold
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", True),
+        ("mine", False),
+        ("a/b/c", False),
+        ("./mine", False),
+        ("../mine", False),
+        ("~/mine", False),
+        ("/mine", False),
+        ("mine/", False),
+        ("", False),
+    ],
+)
+def test_what_looks_like_a_name(text, expected):
+    assert is_hub_name(text) is expected
+
+
+def test_folders_and_names_pass(tmp_path):
+    check_source("--model", str(tmp_path), "model")
+    check_source("--model", "owner/name", "model")
+
+
+@pytest.mark.parametrize("value", ["mine", "./no/such", ""])
+def test_neither_folder_nor_name(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        check_source("--data", value, "data set", DataError)
+    assert str(caught.value) == f"--data {value!r}: no such folder, nor a data set name owner/name"
+
+
+@given(st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1), max_size=6), st.sampled_from("\n\t "))
+def test_many_lines_become_one(words, gap):
+    with pytest.raises(CheckpointError) as caught, retold("--model 'mine'", CheckpointError):
+        raise OSError(gap.join(words))
+    assert str(caught.value) == f"--model 'mine': {' '.join(words)}"
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_other_errors_pass_as_they_are():
+    own = DataError("ours")
+    for error in (own, TypeError("a bug"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, retold("--data 'mine'", SegRLError):
+            raise error
+        assert caught.value is error
+
+
+def test_without_an_error_nothing_happens():
+    with retold("--data 'mine'"):
+        value = 1
+    assert value == 1
