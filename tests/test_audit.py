@@ -18,7 +18,8 @@ from segrl.boxes import pairwise_iou
 from segrl.errors import RewardError, UnknownNameError
 from segrl.frames import Frame
 from segrl.masks import boxes_from_mask
-from segrl.metrics import iou
+from segrl.matching import match_boxes
+from segrl.metrics import dice, iou
 from segrl.prediction import Target, VolumeTarget
 from segrl.rewards import (
     Reading,
@@ -407,6 +408,97 @@ def test_degenerate_policies_do_not_look_at_the_truth():
                 texts = [policy.shows, *(answer(policy, scene, reading, False) for scene in scenes)][1:]
                 same = {None if said is None else said.text for said in texts}
                 assert len(same) == 1 or policy.name == "noise"
+
+
+def test_honest_masks_of_volumes_have_the_overlap_of_their_grade():
+    for scene in make_scenes(12, volume=True):
+        for grade, levels in GRADES.items():
+            said = answer(BY_NAME[grade], scene, JSON, True)
+            assert said is not None
+            assert said.mask is not None
+            assert said.mask.shape == scene.target.mask.shape
+            if scene.target.empty:
+                assert not said.mask.any()
+                continue
+            assert min(abs(iou(said.mask, scene.target.mask) - level) for level in levels) < 0.25, "whole pixels"
+            assert said.slice_index is not None
+            assert scene.target.mask[said.slice_index].any()
+
+
+def test_the_mask_of_a_volume_comes_from_boxes_on_a_slice():
+    scene = make_scenes(1, volume=True)[0]
+    for policy in POLICIES:
+        for reading in (JSON, Reading(answer_format="json", require_seg=False)):
+            said = answer(policy, scene, reading, True)
+            if said is None:
+                continue
+            assert said.mask is not None
+            assert said.mask.shape == scene.target.mask.shape
+            assert said.mask.any() == (said.slice_index is not None and len(said.boxes) > 0)
+    whole, first = (answer(BY_NAME[name], scene, JSON, True) for name in ("whole image", "first slice"))
+    assert whole is not None
+    assert first is not None
+    assert whole.mask is not None
+    assert first.mask is not None
+    assert whole.mask.all()
+    assert first.mask.all()
+
+
+def test_more_boxes_show_more_of_a_volume_but_not_of_an_image():
+    for volume in (True, False):
+        scene = make_scenes(1, volume=volume)[0]
+        for trick in ("poor, and boxes around", "good, and a grid"):
+            plain, more = (answer(BY_NAME[name], scene, JSON, True) for name in (trick.split(",")[0], trick))
+            assert plain is not None
+            assert more is not None
+            assert plain.mask is not None
+            assert more.mask is not None
+            assert (more.mask >= plain.mask).all()
+            assert (more.mask.sum() > plain.mask.sum()) == volume
+
+
+def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
+    """The rule for empty masks, applied to the slices around the named one, pays for naming a slice far away."""
+
+    def window_dice(prediction, target):
+        k = prediction.slice_index
+        if not prediction.valid or k is None or target.empty:
+            return float(prediction.valid and k is None and target.empty)
+        return dice(prediction.mask[k : k + 1], target.mask[k : k + 1])
+
+    settings = {"needs_mask": True, "volume": True, "reading": {"answer_format": "json", "require_seg": False}}
+    register_reward("window_dice", **settings)(window_dice)
+    assert winners("window_dice") >= {"only a slice"}
+    assert not verdict(make_reward("propagated_dice", delta=0)).gamed
+    assert not verdict(make_reward("medvol_r1", delta=0)).gamed
+
+
+def test_boxes_around_pay_where_only_matched_ones_prompt():
+    """As MedVol-R1 trains: the best of many boxes is propagated, and the others cost less than it brings."""
+    rewards, trick = [make_reward("medvol_r1", weights=[1, 1, w, 1]) for w in (1, 2)], BY_NAME["poor, and boxes around"]
+    paid = {"poor": [], "matched": [], "all": []}
+    for scene in make_scenes(24, volume=True):
+        if scene.kind in ("none", "several"):
+            continue
+        poor, more = (answer(policy, scene, JSON, True) for policy in (BY_NAME["poor"], trick))
+        assert poor is not None
+        assert more is not None
+        assert more.slice_index is not None
+        assert isinstance(scene.target, VolumeTarget)
+        true = scene.target.at(more.slice_index).boxes
+        x, y = np.rint((more.boxes[match_boxes(more.boxes, true).pred_index] - true)[0, :2]).astype(int)
+        best = more.with_mask(np.roll(scene.target.mask, (y, x), axis=(1, 2)))
+        for name, said in {"poor": poor, "matched": best, "all": more}.items():
+            paid[name].append([reward.score(said, scene.target) for reward in rewards])
+    poor, matched, everything = (np.mean(scores, axis=0) for scores in paid.values())
+    assert matched[0] > poor[0] + 0.1
+    assert everything[0] < poor[0] - 0.3
+    assert matched[1] < poor[1] - 0.1, "the boxes count twice"
+
+
+def test_voxels_found_are_gamed_by_the_whole_volume():
+    register_reward("voxels_found", needs_mask=True, volume=True, reading={"answer_format": "json"})(covered)
+    assert winners("voxels_found") >= {"whole image", "grid of boxes", "poor, and boxes around"}
 
 
 def test_an_answer_without_the_token_has_no_mask():

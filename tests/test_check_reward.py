@@ -57,6 +57,8 @@ def test_built_in(name):
     claimed = {"box_order": "order of boxes", "flip": "mirroring", "rescale": "enlarging"}
     info = make_reward(name).info
     assert {claimed[claim] for claim in info.invariant} <= set(report.passed)
+    assert not callable(info.monotone)
+    assert {f"monotone in {'the mask' if claim == 'mask' else claim}" for claim in info.monotone} <= set(report.passed)
     assert info.needs_truth == ("honest about nothing" in report.passed)
 
 
@@ -480,6 +482,41 @@ def test_claims_about_volumes():
         lambda prediction, target: float(not target.empty and len(prediction.boxes) > 0 and prediction.boxes[0, 0] == 0)
     )
     failure("any_slice", "monotone in boxes")
+
+
+def voxels(prediction, target):
+    """Share of the true voxels that are found; -1 for a mask of another shape."""
+    if prediction.mask is None or target.empty:
+        return 0.0
+    return float(prediction.mask[target.mask].mean()) if prediction.mask.shape == target.mask.shape else -1.0
+
+
+def outlines(prediction, target):
+    masks = zip(prediction.mask, target.mask, strict=True) if prediction.mask is not None else ()
+    return float(np.mean([boundary_iou(one, other, 0.02) for one, other in masks] or [0.0]))
+
+
+def mask_on_the_named_slice(prediction, target):
+    return float(prediction.mask is not None and prediction.mask[prediction.slice_index or 0].any())
+
+
+def test_masks_of_volumes():
+    reward = claim(voxels, needs_mask=True, volume=True, range=(0, 1), monotone=["mask"], invariant=["flip", "rescale"])
+    report = check_reward(reward, answer_format="json", max_examples=10)
+    assert {"range", "mirroring", "enlarging", "monotone in the mask"} <= set(report.passed)
+
+
+@pytest.mark.parametrize(
+    ("reward", "claims", "name"),
+    [
+        (outlines, {"monotone": ["mask"]}, "monotone in the mask"),
+        (mask_on_the_named_slice, {}, "scores"),  # the slice may lie outside the volume
+    ],
+)
+def test_claims_about_masks_of_volumes(reward, claims, name):
+    error = failure(claim(reward, needs_mask=True, volume=True, **claims), name)
+    assert "  mask, slice 0:\n    " in error.example
+    assert "  true mask, slice 0:\n    " in error.example
 
 
 @pytest.mark.parametrize(

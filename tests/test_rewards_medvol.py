@@ -1,4 +1,4 @@
-"""The text rewards of MedVol-R1."""
+"""The rewards of MedVol-R1."""
 
 import json
 
@@ -7,11 +7,15 @@ import pytest
 from answers import FAR, HEIGHT, LEFT, RIGHT, WIDTH, in_answer, mask_of, read
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
+from segrl.errors import RewardError
+from segrl.frames import NOT_SHOWN, Frame
+from segrl.metrics import dice
 from segrl.prediction import VolumeTarget
-from segrl.rewards import make_reward
+from segrl.rewards import Reading, make_reward
 from segrl.rewards.boxes import box_hungarian
-from segrl.rewards.medvol_r1 import slice_boxes, slice_format, slice_visibility
+from segrl.rewards.medvol_r1 import propagated_dice, slice_boxes, slice_format, slice_visibility
 
 DEPTH = 5
 SLICES = [mask_of(), mask_of(LEFT), mask_of(LEFT, RIGHT), mask_of([5, 5, 6, 6]), mask_of()]
@@ -108,3 +112,127 @@ def test_a_plain_trainer_can_call_them():
         reward = make_reward(name, frame="original_px", require_seg=False, answer_format="json")
         assert reward.volume
         assert reward(completions=[text, "no"], volume=[np.stack(SLICES)] * 2) == [1.0, 0.0]
+
+
+# --- slices that were not shown
+
+
+def read_shown(text, slices):
+    """The answer of a model that sees only these slices of the volume."""
+    frame = Frame("original_px", (WIDTH, HEIGHT), slices=slices)
+    return Reading(require_seg=False, answer_format="json").parse(in_answer(text), frame)
+
+
+def test_the_named_slice_is_the_one_in_the_whole_volume():
+    shown = read_shown('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}', (0, 2, 4))
+    assert shown.slice_index == 2
+    assert pay(shown) == (1.0, 1.0, 1.0)
+    assert propagated_dice(shown.with_mask(VOLUME.mask), VOLUME) == 1.0
+
+
+def test_a_slice_that_was_not_shown():
+    """`NOT_SHOWN` is -1, which as an index would be the last slice: here that one is the best."""
+    best_last = VolumeTarget.from_mask(np.stack([SLICES[0], SLICES[1], SLICES[2]]))
+    for target, nothing in ((best_last, 0.0), (EMPTY, 0.0)):
+        shown = read_shown('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}', (0, 2))
+        assert shown.valid
+        assert shown.slice_index == NOT_SHOWN
+        assert pay(shown, target) == (1.0, nothing, nothing)
+        assert propagated_dice(shown.with_mask(target.mask), target) == 0.0
+        without_boxes = read_shown('{"slice": 3, "bbox_2d_list": []}', (0, 2))
+        assert pay(without_boxes, target) == (1.0, nothing, nothing)
+        assert propagated_dice(without_boxes.with_mask(target.mask & False), target) == 0.0
+
+
+def test_the_best_score_is_below_1_where_the_largest_slice_is_not_shown():
+    shown = read_shown('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14]]}', (0, 1, 3))
+    assert slice_visibility(shown, VOLUME) == SLICES[1].sum() / SLICES[2].sum() == 0.5
+
+
+# --- the propagated mask
+
+ALL_BUT_THE_LAST_ROW = VOLUME.mask.copy()
+ALL_BUT_THE_LAST_ROW[:, 13] = ALL_BUT_THE_LAST_ROW[:, 27] = False
+NO_MASK = VOLUME.mask & False
+
+
+def propagated(said, mask, target=VOLUME, **settings):
+    return propagated_dice(said if mask is None else said.with_mask(mask), target, **settings)
+
+
+def test_dice_around_the_named_slice():
+    """120 pixels on slice 1, 240 on slice 2, 1 on slice 3; the lesions are 12 wide and 10 high."""
+    assert propagated(says(3, LEFT, RIGHT), VOLUME.mask) == 1.0
+    one_row_less = 2 * (361 - 36) / (361 - 36 + 361)
+    assert propagated(says(3, LEFT, RIGHT), ALL_BUT_THE_LAST_ROW) == pytest.approx(one_row_less)
+    only_key = np.zeros_like(VOLUME.mask)
+    only_key[2] = SLICES[2]
+    assert propagated(says(3, LEFT, RIGHT), only_key) == pytest.approx(2 * 240 / (240 + 361))
+    assert propagated(says(3, LEFT, RIGHT), only_key, delta=0) == 1.0
+    assert propagated(says(2, LEFT), only_key, delta=0) == 0.0
+    assert propagated(says(2, LEFT), only_key, delta=1) == pytest.approx(2 * 240 / (240 + 360))
+    assert propagated(says(2, LEFT), only_key | True, delta=0) == pytest.approx(2 * 120 / (120 + HEIGHT * WIDTH))
+
+
+@given(
+    arrays.arrays(bool, (9, 3, 4)),
+    arrays.arrays(bool, (9, 3, 4)),
+    st.integers(1, 9),
+    st.integers(0, 10),
+)
+def test_slices_are_counted_one_by_one(mask, truth, number, delta):
+    target = VolumeTarget.from_mask(truth)
+    near = [k for k in range(9) if abs(k - (number - 1)) <= delta]
+    expected = dice(mask[near], truth[near]) if truth[near].any() else 0.0
+    assert propagated(says(number, [0, 0, 4, 3]), mask, target, delta=delta) == pytest.approx(expected)
+
+
+def test_naming_a_slice_far_from_everything_does_not_pay():
+    far = VolumeTarget.from_mask(np.stack([*SLICES, *[mask_of()] * 5]))
+    for said in (says(10), says(10, LEFT)):
+        assert propagated(said, far.mask & False, far, delta=2) == 0.0
+        assert propagated(said, far.mask, far, delta=2) == 0.0
+    assert propagated(says(10), far.mask & False, far, delta=6) == 0.0  # with foreground around: one side is empty
+
+
+@pytest.mark.parametrize("said", [says(), NOTHING, says(6, LEFT), says(10**5, LEFT), says(0, LEFT), says(2.5, LEFT)])
+def test_no_slice_of_the_volume(said):
+    assert propagated(said, VOLUME.mask) == propagated(said, NO_MASK) == propagated(said, None) == 0.0
+
+
+def test_no_mask():
+    assert propagated(says(3, LEFT), None) == 0.0
+    assert propagated(says(3, LEFT), NO_MASK) == 0.0
+
+
+def test_nothing_to_propagate_in_a_volume_without_foreground():
+    for mask in (None, NO_MASK):
+        assert propagated(NOTHING, mask, EMPTY) == 1.0
+        assert propagated(says(3), mask, EMPTY) == 0.0
+        assert propagated(says(3, LEFT), mask, EMPTY) == 0.0
+    assert propagated(NOTHING, VOLUME.mask, EMPTY) == 0.0
+
+
+def test_the_mask_of_an_invalid_text():
+    said = read(in_answer('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14]]}') + " Done.")
+    assert propagated(said, VOLUME.mask) == 0.0
+    assert propagated(said, VOLUME.mask, require_valid=False) == 1.0
+    assert propagated(read(""), NO_MASK, EMPTY) == 0.0
+
+
+@pytest.mark.parametrize("delta", [-1, 2.0, 0.5, True, "5", None])
+def test_delta_is_a_whole_number(delta):
+    with pytest.raises(RewardError, match=r"delta=.*; expected a whole number of slices, 0 or more, such as 5"):
+        propagated(says(3, LEFT), VOLUME.mask, delta=delta)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    reward = make_reward("propagated_dice")
+    for mask, shape in ((SLICES[2], r"\(32, 40\)"), (VOLUME.mask[:4], r"\(4, 32, 40\)")):
+        with pytest.raises(RewardError, match=rf"scan_7.nii.*the mask has the shape {shape}; expected \(5, 32, 40\)"):
+            reward.score(says(3, LEFT).with_mask(mask), VOLUME)
+
+
+def test_a_trainer_without_a_propagator_cannot_call_it():
+    with pytest.raises(RewardError, match="decodes none; use SegGRPOTrainer with a VolumePropagator"):
+        make_reward("propagated_dice")(completions=["no"], volume=[np.stack(SLICES)])

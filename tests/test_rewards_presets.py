@@ -37,7 +37,7 @@ MAX = {
     "visual_rft": 3.0,
     "seg_r1": 2.0,
     "pixel_think": 5.0,
-    "medvol_r1": 3.0,
+    "medvol_r1": 4.0,
 }
 BOTH, EMPTY = target_of(LEFT, RIGHT), target_of()
 FRAME = Frame("original_px", (WIDTH, HEIGHT))
@@ -169,15 +169,27 @@ def test_pixel_think_pays_less_for_words_beyond_the_budget():
 def test_medvol_r1():
     reward = make_reward("medvol_r1")
 
-    def volume(answer, target=VOLUME):
-        return reward.score(reward.reading.parse(in_answer(answer), FRAME), target)
+    def volume(answer, target=VOLUME, mask=VOLUME.mask, reward=reward):
+        return reward.score(reward.reading.parse(in_answer(answer), FRAME).with_mask(mask), target)
 
-    assert volume('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}') == 3.0
-    assert volume('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14]]}') == 2.5
-    assert volume('{"slice": 1, "bbox_2d_list": []}') == 1.0
-    assert volume("{}", EMPTY_VOLUME) == 3.0
-    assert volume('{"slice": 1, "bbox_2d_list": []}', EMPTY_VOLUME) == 1.0
-    assert volume("none") == 0.0
+    nothing = VOLUME.mask & False
+    best = '{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}'
+    assert volume(best) == 4.0
+    assert volume('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14]]}') == 3.5
+    assert volume(best, mask=nothing) == 3.0
+    assert volume('{"slice": 1, "bbox_2d_list": []}', mask=nothing) == 1.0
+    assert volume("{}", EMPTY_VOLUME, nothing) == 4.0
+    assert volume('{"slice": 1, "bbox_2d_list": []}', EMPTY_VOLUME, nothing) == 1.0
+    assert volume("none", mask=nothing) == 0.0
+
+    left_out = volume(best, mask=nothing, reward=make_reward("medvol_r1", weights=[1, 1, 1, 0]))
+    assert left_out == 3.0
+    assert not make_reward("medvol_r1", weights=[1, 1, 1, 0]).needs_mask
+    part = make_reward("medvol_r1", delta=2).parts[-1][0]
+    assert (part.name, part.settings) == ("propagated_dice", {"delta": 2})
+    only_key = np.stack([mask_of(), mask_of(), mask_of(LEFT, RIGHT)])
+    assert volume(best, mask=only_key, reward=make_reward("medvol_r1", delta=0)) == 4.0
+    assert volume(best, mask=only_key) == pytest.approx(3 + 480 / 600)
 
 
 # --- traps: each earned as much as a good answer, or more, in one of the originals
@@ -258,7 +270,7 @@ def test_a_preset_is_listed_described_pickled_and_written(name):
     assert reward.reading.frame == "original_px"
     assert (reward.reading.answer_format == "text") == (name == "core_seg")
     assert reward.volume == (name == "medvol_r1")
-    assert reward.needs_mask == (name in ("core_seg", "lens", "seg_r1"))
+    assert reward.needs_mask == (name in ("core_seg", "lens", "medvol_r1", "seg_r1"))
     assert pickle.loads(pickle.dumps(reward)) == reward
     assert Reward.from_dict(reward.to_dict()) == reward
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from segrl.boxes import pairwise_iou
 from segrl.errors import DataError
-from segrl.frames import Frame
+from segrl.frames import NOT_SHOWN, Frame
 from segrl.prediction import Status, Target, VolumeTarget
 from segrl.rewards import Reading
 from segrl.testing import strategies
@@ -129,6 +129,15 @@ def test_targets(target, full, empty):
     assert empty.empty
 
 
+@given(st.data())
+def test_volumes_near_another(data):
+    near = data.draw(strategies.volumes(empty=False))
+    found = data.draw(strategies.volumes(near=near))
+    assert (found.shape, found.dtype) == (near.shape, near.dtype)
+    assert not data.draw(strategies.volumes(near=near, empty=True)).any()
+    assert data.draw(strategies.volumes(near=near, empty=False)).any()
+
+
 @given(strategies.volume_targets(), strategies.volume_targets(empty=False), strategies.volume_targets(empty=True))
 def test_volume_targets(target, full, empty):
     assert isinstance(target, VolumeTarget)
@@ -232,9 +241,14 @@ def test_predictions(data):
     target = data.draw(st.one_of(strategies.targets(), strategies.volume_targets()))
     reading = data.draw(st.sampled_from(list(READINGS.values())))
     said = data.draw(strategies.predictions(target, mask=True, probability=True, reading=reading))
-    assert (said.mask is not None) == said.has_seg
+    if isinstance(target, VolumeTarget):
+        assert said.mask is not None or not said.valid
+        named = said.slice_index is not None and said.slice_index in range(target.depth) and len(said.boxes) > 0
+        assert named or said.mask is None or not said.mask.any()
+    else:
+        assert (said.mask is not None) == said.has_seg
     if said.mask is not None:
-        assert said.mask.shape == (target.height, target.width)
+        assert said.mask.shape == target.mask.shape
     if said.probability is not None:
         assert said.mask is not None
         assert said.probability.dtype == np.float32
@@ -256,6 +270,21 @@ def test_predictions_that_find_nothing_or_something(data):
     assert (len(finds.boxes) > 0, finds.mask.any()) == (True, True)
     if isinstance(target, VolumeTarget):
         assert finds.slice_index in range(target.depth)
+
+
+def test_predictions_about_a_volume_reach_every_kind_of_slice_and_mask():
+    target = VolumeTarget.from_mask(np.pad(np.ones((1, 2, 2), dtype=bool), 1))
+    reading = Reading(answer_format="json", require_seg=False)
+
+    def kind(said):
+        k, mask = said.slice_index, said.mask
+        where = "none" if k is None else "not shown" if k == NOT_SHOWN else "inside" if k < target.depth else "outside"
+        return where, "none" if mask is None else "right" if (mask == target.mask).all() else bool(mask.any())
+
+    seen = reached(strategies.predictions(target, mask=True, reading=reading), kind)
+    assert {(where, False) for where in ("none", "not shown", "inside", "outside")} <= seen
+    assert {("inside", True), ("none", "none"), ("inside", "none")} <= seen
+    assert {where for where, mask in seen if mask is True} == {"inside"}
 
 
 @given(strategies.batches(max_groups=3), strategies.batches(group_size=4, volume=True, valid=True, max_size=6))

@@ -1,9 +1,10 @@
 """Policies that answer scenes: honest ones of four grades, degenerate ones, and tricks played on honest answers.
 
 A policy writes a text in the grammar of a reward and, for rewards that read masks, shows the mask that goes with it.
+The mask of a volume is what a frozen segmenter makes of boxes on a slice: an answer without either has an empty one.
 """
 
-# H/W pixels, N boxes, P points
+# D slices, H/W pixels, N boxes, P points
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class Said:
         points: (P, 2).
         scores: N confidences.
         slice_index: Counted from 0.
-        mask: (H, W) bool, the mask that is shown with it; None without one.
+        mask: (H, W) bool, (D, H, W) of a volume, the mask that is shown with it; None without one.
     """
 
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
@@ -114,7 +115,8 @@ def answer(policy: Policy, scene: Scene, reading: Reading, with_mask: bool) -> P
         policy: The policy.
         scene: The scene.
         reading: The grammar and the frame.
-        with_mask: Whether masks are decoded; an answer without the segmentation token has none.
+        with_mask: Whether masks are decoded. An answer about an image has none without the segmentation token; one
+            about a volume has an empty one if it names no slice of it or no box.
     """
     size = (scene.target.width, scene.target.height)
     frame = reading.frame(size, size) if callable(reading.frame) else Frame(reading.frame, size)
@@ -123,7 +125,13 @@ def answer(policy: Policy, scene: Scene, reading: Reading, with_mask: bool) -> P
         return None
     text, mask = shown
     prediction = reading.parse(text, frame)
-    if not with_mask or not prediction.has_seg:
+    if not with_mask:
+        return prediction
+    if isinstance(scene.target, VolumeTarget):
+        k = prediction.slice_index
+        if k is None or not 0 <= k < scene.target.depth or len(prediction.boxes) == 0:
+            mask = None
+    elif not prediction.has_seg:
         return prediction
     return prediction.with_mask(_nothing(scene) if mask is None else mask)
 
@@ -144,7 +152,8 @@ def _graded(scene: Scene, grade: str) -> Said:
     target, level = scene.target, GRADES[grade][(scene.number + scene.number // len(KINDS)) % 3]
     if target.empty:
         return Said(mask=_nothing(scene))
-    k = None
+    axis = scene.number % 2
+    k, mask = None, _moved(target.mask, level, axis)
     if isinstance(target, VolumeTarget):
         visible = target.slice_areas / target.slice_areas.max()
         k = int(np.argmin(np.abs(np.where(visible > 0, visible, np.inf) - level)))
@@ -152,16 +161,15 @@ def _graded(scene: Scene, grade: str) -> Said:
     size = np.array([target.width, target.height])
     boxes, points = target.boxes.copy(), target.points.copy()
     towards = np.where((boxes[:, :2] + boxes[:, 2:]) / 2 < size / 2, 1, -1)  # the centre: it stays in the image
-    axis = scene.number % 2
     step = (boxes[:, axis + 2] - boxes[:, axis]) * (1 - level) / (1 + level) * towards[:, axis]
     boxes[:, [axis, axis + 2]] += step[:, None]
     points[:, axis] += step
-    return Said(boxes, points, (CONFIDENCE[grade],) * len(boxes), k, _moved(target.mask, level, axis))
+    return Said(boxes, points, (CONFIDENCE[grade],) * len(boxes), k, mask)
 
 
 def _moved(mask: np.ndarray, level: float, axis: int) -> np.ndarray:
     """The mask moved along x (axis 0) or y until its IoU with itself is as close as possible to a level."""
-    along = 1 - axis  # of the array
+    along = -1 - axis  # of the array, which may be that of a volume
     length = mask.shape[along]
     centre = np.nonzero(mask)[along].mean()
     best, least = mask, abs(1 - level)
@@ -183,18 +191,30 @@ def _moved(mask: np.ndarray, level: float, axis: int) -> np.ndarray:
 
 
 def _nothing(scene: Scene) -> np.ndarray:
-    return np.zeros((scene.target.height, scene.target.width), dtype=bool)
+    return np.zeros_like(scene.target.mask)
+
+
+def _inside(scene: Scene, boxes: np.ndarray) -> np.ndarray:
+    """The mask of boxes; in a volume on all slices, since nothing stops what is not there."""
+    mask = _nothing(scene)
+    for x1, y1, x2, y2 in np.rint(boxes).astype(int):
+        mask[..., y1:y2, x1:x2] = True
+    return mask
+
+
+def _and_inside(scene: Scene, said: Said, boxes: np.ndarray) -> np.ndarray | None:
+    """The mask for more boxes: that of a volume holds their inside, too; that of an image does not come from boxes."""
+    if not isinstance(scene.target, VolumeTarget) or said.mask is None:
+        return said.mask
+    return said.mask | _inside(scene, boxes)
 
 
 def _placed(scene: Scene, shares: Sequence[Sequence[float]], confidence: float = 1.0) -> Said:
     """Boxes in shares of the image with a point in the middle of each, on the middle slice of a volume."""
     target = scene.target
     boxes = np.array(shares, dtype=np.float64) * [target.width, target.height, target.width, target.height]
-    mask = _nothing(scene)
-    for x1, y1, x2, y2 in np.rint(boxes).astype(int):
-        mask[y1:y2, x1:x2] = True
     k = target.depth // 2 if isinstance(target, VolumeTarget) else None
-    return Said(boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, (confidence,) * len(boxes), k, mask)
+    return Said(boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, (confidence,) * len(boxes), k, _inside(scene, boxes))
 
 
 def _fixed(shares: Sequence[Sequence[float]], reasoning: str = REASONING) -> Callable[[Scene, Writer], Shown]:
@@ -227,7 +247,8 @@ def _noise(scene: Scene, writer: Writer) -> Shown:
 def _first_slice(scene: Scene, writer: Writer) -> Shown | None:
     if not isinstance(scene.target, VolumeTarget):
         return None
-    return writer.text(replace(_placed(scene, [WHOLE]), slice_index=0)), None
+    said = _placed(scene, [WHOLE])
+    return writer.text(replace(said, slice_index=0)), said.mask
 
 
 def _only_a_slice(scene: Scene, writer: Writer) -> Shown | None:
@@ -306,7 +327,7 @@ def _and_around(scene: Scene, writer: Writer, said: Said) -> Shown:
     boxes = [said.boxes, *(said.boxes + np.hstack([move, move]) for move in moves)]
     size = [scene.target.width, scene.target.height]
     more = replace(said, boxes=np.clip(np.concatenate(boxes), 0, size * 2), scores=said.scores * len(boxes))
-    return writer.text(more), said.mask
+    return writer.text(more), _and_inside(scene, said, more.boxes)
 
 
 def _and_a_grid(scene: Scene, writer: Writer, said: Said) -> Shown:
@@ -317,7 +338,7 @@ def _and_a_grid(scene: Scene, writer: Writer, said: Said) -> Shown:
         said.scores + grid.scores,
         grid.slice_index if said.slice_index is None else said.slice_index,
     )
-    return writer.text(more), said.mask
+    return writer.text(more), _and_inside(scene, said, more.boxes)
 
 
 def _and_points(scene: Scene, writer: Writer, said: Said) -> Shown | None:

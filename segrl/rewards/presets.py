@@ -14,7 +14,7 @@ from segrl.rewards.boxes import box_ap, box_confidence, box_hungarian, box_iou, 
 from segrl.rewards.core_seg import box_f1, dual_granularity_mask, format_reward
 from segrl.rewards.making import make_reward, weighted_sum
 from segrl.rewards.mask import mask_iou, s_measure
-from segrl.rewards.medvol_r1 import slice_boxes, slice_format, slice_visibility
+from segrl.rewards.medvol_r1 import propagated_dice, slice_boxes, slice_format, slice_visibility
 from segrl.rewards.points import point_distance, point_in_mask
 from segrl.rewards.reading import Reading
 from segrl.rewards.registry import register_preset
@@ -61,15 +61,17 @@ def core_seg(
     return _sum("core_seg", [make_reward(format_reward), make_reward(box_f1, min_iou=min_iou), mask], weights)
 
 
-@register_preset("medvol_r1", equation="R_f + R_a + R_s", source="MedVol-R1, without R_c")
-def medvol_r1(*, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> Reward:
-    """MedVol-R1: format, visibility of the named slice and boxes on it, without the propagated mask.
+@register_preset("medvol_r1", equation="R_f + R_a + R_s + R_c", source="MedVol-R1")
+def medvol_r1(*, delta: int = 5, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Reward:
+    """MedVol-R1: format, visibility of the named slice, boxes on it, and the mask that is propagated from them.
 
     Args:
-        weights: Of format, visibility, boxes.
+        delta: See `propagated_dice`; 2, 5, 10 and 15 are the ablation of the paper.
+        weights: Of format, visibility, boxes, propagated mask; one of them 0 is an ablation of the paper. Without the
+            propagated mask no masks are needed.
     """
     parts = [make_reward(part) for part in (slice_format, slice_visibility, slice_boxes)]
-    return _sum("medvol_r1", parts, weights, JSON)
+    return _sum("medvol_r1", [*parts, make_reward(propagated_dice, delta=delta)], weights, JSON)
 
 
 @register_preset("seg_zero", equation="think + json + [IoU > 0.5] + [box L1 < 10] + [point < 100]", source="Seg-Zero")

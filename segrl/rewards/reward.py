@@ -253,8 +253,9 @@ class Reward:
         """The batch of a trainer's call."""
         info, log = self.info, call["log_metric"]
         if call["prediction"] is None and info.needs_mask:
+            maker = "a VolumePropagator" if info.volume else "a MaskHead"
             raise RewardError(
-                f"reward {self.name!r} scores masks, and this trainer decodes none; use SegGRPOTrainer with a MaskHead"
+                f"reward {self.name!r} scores masks, and this trainer decodes none; use SegGRPOTrainer with {maker}"
             )
         own = info.form == "trl"  # it reads the columns as it likes
         truth = info.needs_truth or (not own and (call.get("mask") is not None or call.get("volume") is not None))

@@ -1,6 +1,6 @@
 """`check_reward`: does a reward do what every reward must, and what this one declares?"""
 
-# H/W pixels
+# D slices, H/W pixels
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check_reward(
     - `monotone`: "boxes" gives each of one to three lesions a box that is too large, too small or moved, then less so,
       then right; "mask" corrects wrong pixels. The score never falls.
 
-    Truths are small images with up to several lesions, or volumes. Answers are mixed, see
+    Truths are small images with up to several lesions, or volumes; masks have their shape. Answers are mixed, see
     `segrl.testing.strategies.predictions`, in words and in JSON; for a volume in the format that the reward reads,
     which must be JSON to name a slice.
 
@@ -197,7 +197,7 @@ def _prediction_lines(prediction: Prediction) -> list[str]:
     if prediction.slice_index is not None:
         lines.append(f"  slice_index: {prediction.slice_index}")
     if prediction.mask is not None:
-        lines += ["  mask:", *_mask_lines(prediction.mask)]
+        lines += _drawn("mask", prediction.mask)
     if prediction.probability is not None:
         inside = np.unique(prediction.probability).tolist()
         lines.append(f"  probability: {inside}")
@@ -206,12 +206,16 @@ def _prediction_lines(prediction: Prediction) -> list[str]:
 
 def _target_lines(target: Any) -> list[str]:
     if isinstance(target, Target):
-        return [f"  true boxes: {target.boxes.tolist()}", "  true mask:", *_mask_lines(target.mask)]
+        return [f"  true boxes: {target.boxes.tolist()}", *_drawn("true mask", target.mask)]
     assert isinstance(target, VolumeTarget)
-    lines = []
-    for k, mask in enumerate(target.mask):
-        lines += [f"  true mask, slice {k}:", *_mask_lines(mask)]
-    return lines
+    return _drawn("true mask", target.mask)
+
+
+def _drawn(name: str, mask: np.ndarray) -> list[str]:
+    """A mask, or each slice of a volume's, under its name."""
+    if mask.ndim == 2:
+        return [f"  {name}:", *_mask_lines(mask)]
+    return [line for k, part in enumerate(mask) for line in (f"  {name}, slice {k}:", *_mask_lines(part))]
 
 
 def _mask_lines(mask: np.ndarray) -> list[str]:

@@ -1,6 +1,6 @@
 """Properties that a reward claims when it is registered, and two that follow from looking at the truth."""
 
-# H/W pixels, M lesions
+# D slices, H/W pixels, M lesions
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from segrl.frames import Frame
+from segrl.frames import NOT_SHOWN, Frame
 from segrl.prediction import Prediction, Target, VolumeTarget
 from segrl.rewards.reading import Reading
 from segrl.testing import strategies
@@ -165,8 +165,8 @@ def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
         for found, (left, right), (top, bottom) in zip(steps, columns, rows, strict=True):
             found.append([n * CELL + left, top, n * CELL + right, bottom])
     target: AnyTarget = Target.from_mask(mask)
-    slice_index = None
-    if subject.info.volume:
+    slice_index, volume = None, subject.info.volume
+    if volume:
         slice_index = draw(st.integers(0, 1))
         target = VolumeTarget.from_mask(np.stack([mask if k == slice_index else mask & False for k in range(2)]))
     frame = Frame("original_px", (count * CELL, CELL))
@@ -174,7 +174,8 @@ def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
     for found in steps:
         text = write_completion(found, frame, reading, slice_index=slice_index, rounding=False)
         answer = reading.parse(text, frame)
-        answers.append(answer.with_mask(mask.copy()) if subject.info.needs_mask and answer.has_seg else answer)
+        decoded = subject.info.needs_mask and (volume or answer.has_seg)
+        answers.append(answer.with_mask(target.mask.copy()) if decoded else answer)
     return _Better(target, answers)
 
 
@@ -198,21 +199,34 @@ def _closer_spans(draw: st.DrawFn, low: int, high: int, kind: str) -> list[tuple
 def _closer_masks(draw: st.DrawFn, subject: Subject) -> _Better:
     """A mask, then with more and more of its wrong pixels corrected, then right."""
     reading = draw(st.sampled_from(subject.readings))
-    target = draw(strategies.targets(empty=draw(st.sampled_from([False, None]))))
-    steps = [draw(strategies.masks(near=target.mask))]
+    empty, volume = draw(st.sampled_from([False, None])), subject.info.volume
+    target = draw((strategies.volume_targets if volume else strategies.targets)(empty=empty))
+    steps = [draw((strategies.volumes if volume else strategies.masks)(near=target.mask))]
     for _ in range(STEPS):
-        top, left = draw(st.integers(0, target.height - 1)), draw(st.integers(0, target.width - 1))
-        part = np.s_[top : top + draw(st.integers(1, 4)), left : left + draw(st.integers(1, 4))]
+        starts = [draw(st.integers(0, edge - 1)) for edge in target.mask.shape]
+        part = tuple(slice(start, start + draw(st.integers(1, 4))) for start in starts)
         steps.append(steps[-1].copy())
         steps[-1][part] = target.mask[part]
     frame = Frame("original_px", (target.width, target.height))
-    answer = reading.parse(write_completion(target.boxes, frame, reading, rounding=False), frame)
+    boxes, slice_index = _right(draw, target)
+    text = write_completion(boxes, frame, reading, slice_index=slice_index, rounding=False)
+    answer = reading.parse(text, frame)
     return _Better(target, [answer.with_mask(mask) for mask in (*steps, target.mask.copy())])
 
 
+def _right(draw: st.DrawFn, target: AnyTarget) -> tuple[np.ndarray, int | None]:
+    """The right boxes, on a slice with foreground where there is one."""
+    if isinstance(target, Target):
+        return target.boxes, None
+    if target.empty:
+        return np.zeros((0, 4)), None
+    k = draw(st.sampled_from(np.flatnonzero(target.slice_areas).tolist()))
+    return target.at(k).boxes, k
+
+
 def _no_mask_claim(subject: Subject) -> str | None:
-    if subject.info.volume or not all(reading.seg_token for reading in subject.readings):
-        return "not applicable: no mask of the truth's shape can be asked for"
+    if not subject.info.volume and not all(reading.seg_token for reading in subject.readings):
+        return "not applicable: no mask can be asked for"
     return _claims("monotone", "mask")(subject)
 
 
@@ -238,16 +252,16 @@ class _Empty:
 
 @st.composite
 def _empty_sides(draw: st.DrawFn, subject: Subject) -> _Empty:
-    needs_mask = subject.info.needs_mask
-    full = draw((strategies.volume_targets if subject.info.volume else strategies.targets)(empty=False))
+    needs_mask, volume = subject.info.needs_mask, subject.info.volume
+    full = draw((strategies.volume_targets if volume else strategies.targets)(empty=False))
     reading = draw(st.sampled_from(subject.readings))
     finds = draw(strategies.predictions(full, valid=True, empty=False, mask=needs_mask, reading=reading))
     frame = Frame("original_px", (full.width, full.height))
     # The same reasoning, so that a reward for its length or its words sees no difference.
     text = write_completion([], frame, reading, reasoning=finds.reasoning or "")
     nothing = reading.parse(text if finds.reasoning else text.partition("</think>")[2], frame)
-    if needs_mask and nothing.has_seg:
-        nothing = nothing.with_mask(np.zeros((full.height, full.width), dtype=bool))
+    if needs_mask and (volume or nothing.has_seg):
+        nothing = nothing.with_mask(np.zeros_like(full.mask))
     none = np.zeros_like(full.mask)
     empty = Target.from_mask(none) if isinstance(full, Target) else VolumeTarget.from_mask(none, full.spacing_mm)
     return _Empty(full, empty, finds, nothing)
@@ -301,14 +315,16 @@ def _blind(subject: Subject) -> str | None:
 def _broken_pairs(draw: st.DrawFn, subject: Subject) -> Rows:
     """A valid answer, and an invalid text with the same content."""
     reading: Reading = draw(st.sampled_from(subject.readings))
-    target = draw((strategies.volume_targets if subject.info.volume else strategies.targets)())
-    needs_mask = subject.info.needs_mask
+    needs_mask, volume = subject.info.needs_mask, subject.info.volume
+    target = draw((strategies.volume_targets if volume else strategies.targets)())
     valid = draw(strategies.predictions(target, valid=True, mask=needs_mask, reading=reading))
     texts = broken_completions(valid.reasoning or "One spot.", valid.answer or "", reading)
-    frame = Frame("original_px", (target.width, target.height))
+    # A slice that the volume does not have is not shown, if the valid text was read so.
+    slices = range(target.mask.shape[0]) if valid.slice_index == NOT_SHOWN else None
+    frame = Frame("original_px", (target.width, target.height), slices=None if slices is None else tuple(slices))
     broken_ones = [reading.parse(texts[name], frame) for name in KEEPS_CONTENT if name in texts]
     broken = draw(st.sampled_from([said for said in broken_ones if _says_the_same(said, valid)]))
-    if needs_mask and broken.has_seg and valid.mask is not None:
+    if needs_mask and (volume or broken.has_seg) and valid.mask is not None:
         broken = broken.with_mask(valid.mask, valid.probability)
     return Rows([valid, broken], [target, target], [0, 0])
 

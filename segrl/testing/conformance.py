@@ -239,9 +239,10 @@ def _hostile_rows(subject: Subject, kind: str, size: int, reading: Reading) -> R
     prediction = _hostile(kind, size, reading)
     mask = np.zeros((EDGE, EDGE), dtype=bool)
     mask[4:12, 6:20] = True
-    if subject.info.needs_mask and prediction.has_seg:
-        prediction = prediction.with_mask(np.roll(mask, 3))
-    target = VolumeTarget.from_mask(mask[None]) if subject.info.volume else Target.from_mask(mask)
+    volume = subject.info.volume
+    if subject.info.needs_mask and (volume or prediction.has_seg):
+        prediction = prediction.with_mask(np.roll(mask[None] if volume else mask, 3, axis=-1))
+    target = VolumeTarget.from_mask(mask[None]) if volume else Target.from_mask(mask)
     n = subject.group_size or 1
     return Rows([prediction] * n, [target] * n, [0] * n)
 

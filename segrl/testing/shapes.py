@@ -99,6 +99,7 @@ def volumes(
     max_depth: int = 4,
     max_size: int = MAX_SIZE,
     empty: bool | None = None,
+    near: np.ndarray | None = None,
 ) -> np.ndarray:
     """Volumes whose slices are `masks`, about half of them empty.
 
@@ -110,18 +111,28 @@ def volumes(
         max_depth: Largest drawn number of slices.
         max_size: Largest drawn edge, pixels.
         empty: True for volumes without foreground, False for volumes with some; None for both.
+        near: (D, H, W) bool; about half of the slices that are not empty are those of this one, moved or with some
+            pixels wrong.
 
     Returns:
         Strategy for (D, H, W) bool arrays.
     """
+    if near is not None:
+        depth, height, width = near.shape
     depth = draw(st.integers(1, max_depth)) if depth is None else depth
     height = draw(st.integers(1, max_size)) if height is None else height
     width = draw(st.integers(1, max_size)) if width is None else width
     full = draw(st.integers(0, depth - 1)) if empty is False else None
     nothing = [empty is True or (k != full and draw(st.booleans())) for k in range(depth)]
-    return np.stack(
-        [draw(masks(height, width, empty=nothing[k] or (False if k == full else None))) for k in range(depth)]
-    )
+    slices = [
+        draw(masks(height, width, empty=nothing[k] or (False if k == full else None), near=_slice_of(near, k)))
+        for k in range(depth)
+    ]
+    return np.stack(slices)
+
+
+def _slice_of(volume: np.ndarray | None, k: int) -> np.ndarray | None:
+    return None if volume is None else volume[k]
 
 
 @st.composite

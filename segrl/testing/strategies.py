@@ -152,31 +152,47 @@ def predictions(
         draw: Given by hypothesis.
         target: The truth.
         valid: As in `completions`; None mixes broken ones in.
-        mask: Whether a mask is decoded. As in training, an answer without the segmentation token has none.
+        mask: Whether a mask is decoded. As in training, an answer without the segmentation token has none. The mask of
+            a volume is propagated from boxes on a slice instead, so it is empty without either, and only texts that
+            are not valid may have none.
         probability: Whether half of the masks have probabilities, which exceed 0.5 just inside the mask.
         reading: As in `completions`; the frame is always original pixels.
         empty: True for answers that find nothing, False for answers with a box and foreground; None for both.
 
     Returns:
-        Strategy for predictions. For a volume the mask is that of one slice, (H, W).
+        Strategy for predictions; the mask has the shape of the true one. A slice that the volume does not have is
+        either given as it stands or counts as not shown, as with a frame that lists the slices.
     """
     reading = reading or Reading()
-    shown, depth = target, None
+    shown, depth, slices = target, None, None
     if isinstance(target, VolumeTarget):
         depth = target.depth
         shown = target.at(draw(st.integers(0, depth - 1)))
+        slices = draw(st.sampled_from([None, tuple(range(depth))]))
     assert isinstance(shown, Target)
-    frame = Frame("original_px", (target.width, target.height))
+    frame = Frame("original_px", (target.width, target.height), slices=slices)
     text = draw(completions(frame, valid=valid, near=shown.boxes, depth=depth, reading=reading, empty=empty))
     prediction = reading.parse(text, frame)
-    if not mask or not prediction.has_seg:
+    if not mask:
         return prediction
-    decoded = draw(masks(near=shown.mask, empty=empty))
+    if isinstance(target, VolumeTarget):
+        if not prediction.valid and draw(st.booleans()):
+            return prediction
+        decoded = draw(volumes(near=target.mask, empty=empty if _can_propagate(prediction, target) else True))
+    elif prediction.has_seg:
+        decoded = draw(masks(near=target.mask, empty=empty))
+    else:
+        return prediction
     levels = None
     if probability and draw(st.booleans()):
         inside, outside = draw(st.sampled_from([1.0, 0.75])), draw(st.sampled_from([0.0, 0.25]))
         levels = np.where(decoded, inside, outside).astype(np.float32)
     return prediction.with_mask(decoded, levels)
+
+
+def _can_propagate(prediction: Prediction, target: VolumeTarget) -> bool:
+    k = prediction.slice_index
+    return k is not None and 0 <= k < target.depth and len(prediction.boxes) > 0
 
 
 @st.composite
