@@ -1,22 +1,42 @@
-"""Scores of an answer about a whole volume: the 3D mask in voxels and millimetres, and the key slice that it names."""
+"""Evaluation on volumes: the 3D mask in voxels and millimetres, and the key slice that the answer names.
+
+Beside the model stands what the frozen segmenter makes of the true boxes on the best slice: no answer of the same form
+can be expected to do better.
+"""
 
 # D slices, H/W pixels of a slice
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from rich.progress import track
 
+from segrl.data.nifti import read_label
+from segrl.data.volume_prompts import format_slice_answer, read_grey
 from segrl.errors import DataError
+from segrl.frames import Frame
 from segrl.metrics import dice, iou, summarise
+from segrl.parsing import format_completion, parse_completion
 from segrl.prediction import Prediction, VolumeTarget
 from segrl.rewards import make_reward
+from segrl.segmenters import VolumePropagator
 from segrl.surfaces import hausdorff, surface_dice
+from segrl.volume_inference import VolumeSegmenter
+from segrl.volume_masks import add_volume_masks
 
-__all__ = ["VOLUME_GROUPINGS", "VOLUME_METRICS", "summarise_volumes", "volume_record"]
+__all__ = [
+    "VOLUME_GROUPINGS",
+    "VOLUME_METRICS",
+    "evaluate_oracle_boxes",
+    "evaluate_volumes",
+    "summarise_volumes",
+    "volume_record",
+]
 
 VOLUME_METRICS = {
     "mdice": "dice",
@@ -101,3 +121,96 @@ def summarise_volumes(
         DataError: As `segrl.metrics.summarise`.
     """
     return summarise(records, metrics=VOLUME_METRICS, groupings=groupings, optional=_UNDEFINED)
+
+
+OnAnswer = Callable[[int, np.ndarray, Prediction, VolumeTarget], None]
+
+
+def evaluate_volumes(
+    segmenter: VolumeSegmenter,
+    dataset: Dataset,
+    *,
+    batch_size: int = 4,
+    nsd_tolerance_mm: float = 2.0,
+    progress: bool = True,
+    on_answer: OnAnswer | None = None,
+) -> list[dict[str, Any]]:
+    """Ask the model about every row, greedily.
+
+    Args:
+        segmenter: The model with its frozen segmenter.
+        dataset: Rows of `segrl.data.load_volumes`.
+        batch_size: Rows per generation; so many volumes are in memory at once.
+        nsd_tolerance_mm: See `volume_record`.
+        progress: Show a progress bar.
+        on_answer: Called for every row with its number, the grey values (D, H, W), the prediction and the truth; to
+            draw or keep what the records do not hold.
+
+    Returns:
+        One `volume_record` per row, in order.
+
+    Raises:
+        DataError: `batch_size` is below 1, or a file cannot be read.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
+    records = []
+    for rows in track(
+        _batches(dataset, batch_size), "evaluate", len(range(0, len(dataset), batch_size)), disable=not progress
+    ):
+        read = [_read(row) for row in rows]
+        answers = segmenter.predict_batch([grey for grey, _ in read], [target.query for _, target in read])
+        for answer, (grey, target) in zip(answers, read, strict=True):
+            if on_answer is not None:
+                on_answer(len(records), grey, answer, target)
+            records.append(volume_record(answer, target, nsd_tolerance_mm=nsd_tolerance_mm))
+    return records
+
+
+def evaluate_oracle_boxes(
+    propagator: VolumePropagator,
+    dataset: Dataset,
+    *,
+    nsd_tolerance_mm: float = 2.0,
+    progress: bool = True,
+    on_answer: OnAnswer | None = None,
+) -> list[dict[str, Any]]:
+    """Score what the frozen segmenter makes of the true boxes on the slice with most foreground.
+
+    Args:
+        propagator: As the model's is used: with `reach=None`.
+        dataset: As in `evaluate_volumes`, as the rest.
+        nsd_tolerance_mm: See `volume_record`.
+        progress: Show a progress bar.
+        on_answer: See `evaluate_volumes`.
+
+    Returns:
+        One `volume_record` per row, in order; a volume without foreground gets the answer that there is none.
+    """
+    records: list[dict[str, Any]] = []
+    for (row,) in track(_batches(dataset, 1), "oracle", len(dataset), disable=not progress):
+        grey, target = _read(row)
+        frame = Frame("original_px", (target.width, target.height))
+        answer = "{}"
+        if not target.empty:
+            key = int(target.slice_areas.argmax())
+            answer = format_slice_answer(key, target.at(key).boxes, frame)
+        text = format_completion("The truth.", answer)
+        said = parse_completion(text, frame, require_seg=False, answer_format="json")
+        (prediction,) = add_volume_masks(propagator, [said], [grey], [""])
+        if on_answer is not None:
+            on_answer(len(records), grey, prediction, target)
+        records.append(volume_record(prediction, target, nsd_tolerance_mm=nsd_tolerance_mm))
+    return records
+
+
+def _batches(dataset: Dataset, size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(dataset), size):
+        yield [dataset[n] for n in range(start, min(start + size, len(dataset)))]
+
+
+def _read(row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
+    """Grey values and truth of a row."""
+    volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
+    mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
+    return grey, VolumeTarget(mask, volume.spacing_mm, **{name: str(row.get(name) or "") for name in _TEXTS})

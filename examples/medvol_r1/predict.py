@@ -1,0 +1,81 @@
+"""Segment one volume: ask a trained run, and write the mask on the scan's own grid.
+
+python examples/medvol_r1/predict.py scan.nii.gz "the tumour in the left lobe" --model runs/medvol_r1 -o mask.nii.gz
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from stages import load_run
+
+from segrl.data import read_grey, write_mask
+from segrl.errors import SegRLError
+from segrl.scripts import run_script
+from segrl.terminal import printable
+from segrl.volume_picture import volume_picture
+from segrl.volumes import uniform_slices
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("scan", help="NIfTI file")
+    made.add_argument("query", help="what to segment")
+    made.add_argument("--model", required=True, help="the run's output_dir")
+    made.add_argument("-o", "--output", default="mask.nii.gz", help="where the mask goes (.nii or .nii.gz)")
+    made.add_argument("--picture", help="also draw the answer into this PNG")
+    made.add_argument("--modality", default="", help='such as "CT": decides how voxels become grey values')
+    made.add_argument("--intensity", default="", help='the scaling itself, such as "window:-160:240"')
+    made.add_argument("--segmenter", help="SAM 2 weights; default: the run's")
+    made.add_argument("--json", action="store_true", help="print the answer as JSON")
+    made.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    return made
+
+
+def check(argv: Sequence[str]) -> Callable[[], None]:
+    """Everything that can be wrong is found here, before anything is written; returns the work."""
+    options = parser().parse_args(list(argv))
+    for path in filter(None, (options.output, options.picture)):
+        if Path(path).exists() and not options.overwrite:
+            raise SegRLError(f"{path} exists; pass another name, or --overwrite")
+        if not Path(path).parent.is_dir():
+            raise SegRLError(f"{path}: there is no folder {Path(path).parent}; create it first")
+    if not options.output.endswith((".nii", ".nii.gz")):
+        raise SegRLError(f"--output {options.output}: expected a name that ends in .nii or .nii.gz")
+    volume, grey = read_grey(options.scan, modality=options.modality, intensity=options.intensity)
+    segmenter = load_run(options.model, device=str(PartialState().device), segmenter=options.segmenter)
+    if segmenter.segmenter is None:
+        raise SegRLError(f"--model {options.model!r} has no segmenter; pass --segmenter with SAM 2 weights")
+
+    def work() -> None:
+        answer = segmenter.predict(grey, options.query, progress=not options.json)
+        assert answer.mask is not None
+        write_mask(options.output, answer.mask, volume)
+        if options.picture:
+            volume_picture(grey, answer, None, options.picture, spacing_mm=volume.spacing_mm, query=options.query)
+        shown = uniform_slices(len(grey), segmenter.settings.get("slices", 64)).tolist()
+        found: dict[str, Any] = {
+            "status": answer.status.value,
+            "slice": answer.slice_index,
+            "shown_slice": shown.index(answer.slice_index) + 1 if answer.slice_index in shown else None,
+            "boxes": answer.boxes.tolist(),
+            "voxels": int(answer.mask.sum()),
+            "reasoning": answer.reasoning,
+            "answer": answer.answer,
+            "mask": options.output,
+        }
+        if options.json:
+            print(json.dumps(found))
+            return
+        for name, value in found.items():
+            print(f"{name:12} {printable(str(value))}")
+
+    return work
+
+
+if __name__ == "__main__":
+    run_script(check)

@@ -1,0 +1,202 @@
+"""Presets of the MedVol-R1 example: what is built, and with which settings it is trained.
+
+| preset         | hardware      | time        | held-out result                                            |
+|----------------|---------------|-------------|------------------------------------------------------------|
+| `tiny`         | 2 CPU cores   | docs/log.md | docs/log.md, on its synthetic volumes                      |
+| `medvol_r1_4b` | 4 GPUs, 80 GB | not run     | not run; published Dice: 85.43 CT-ORG, 89.86 AbdomenCT-1K, |
+|                |               |             | 45.46 KiTS23                                               |
+
+The paper states neither hardware nor time; 4 GPUs of 80 GB is our estimate for Qwen3-VL-4B with LoRA, 64 images a
+prompt and ZeRO-2 (`--deepspeed examples/medvol_r1/zero2.json`). A preset only holds numbers and builders; every trainer
+setting in it is a default that a command-line flag overrides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from segrl.data import prepare_volumes
+from segrl.loading import load_vlm
+from segrl.scripts import find_preset
+from segrl.segmenters import Sam2Config, Sam2Segmenter
+from segrl.segmenters.sam2 import sam2_config
+
+REWARDS = ("slice_format", "slice_visibility", "slice_boxes", "propagated_dice")  # R_f, R_a, R_s, R_c
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One preset.
+
+    Attributes:
+        build: `build(train_rows, model_path) -> (model, processor)` for stage 1.
+        segmenter: `segmenter(path) -> Sam2Segmenter`, the frozen one; None as path takes the preset's own.
+        segmenter_training: Settings of `train_segmenter`, for a segmenter with random weights; None has weights.
+        postprocessing: Of `VolumePropagator`.
+        prompt: Settings of `segrl.data.prepare_volumes` that are saved with the model, so that inference asks the same
+            way.
+        targets: Settings of `prepare_volumes` for the answers of stage 1.
+        sft, grpo: Trainer settings of the two stages.
+        rewards: Registered names.
+        lora: Settings of `peft.LoraConfig` for the language model; None trains the whole model.
+        max_new_tokens: Of evaluation and inference.
+        synthetic: Volumes of each split, and their size.
+    """
+
+    build: Callable[..., tuple[Any, Any]]
+    segmenter: Callable[[str | None], Sam2Segmenter]
+    prompt: dict[str, Any]
+    sft: dict[str, Any]
+    grpo: dict[str, Any]
+    targets: dict[str, Any] = field(default_factory=dict)
+    segmenter_training: dict[str, Any] | None = None
+    postprocessing: bool = True
+    rewards: Sequence[str] = REWARDS
+    lora: dict[str, Any] | None = None
+    max_new_tokens: int = 256
+    synthetic: dict[str, int] = field(
+        default_factory=lambda: {"train": 800, "test": 160, "segmenter": 200, "depth": 16, "size": 64}
+    )
+
+
+def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: bool, reasoning: bool = True) -> Dataset:
+    """The data set with the slices, prompts and answers of this recipe."""
+    prompt = {key: value for key, value in recipe.prompt.items() if value is not None}
+    return prepare_volumes(dataset, processor, completions=completions, reasoning=reasoning, **prompt, **recipe.targets)
+
+
+# ---- tiny ------------------------------------------------------------------------------------------------------------
+
+_TINY_SAM2 = Sam2Config(
+    image_size=64,
+    embed_dim=32,
+    stages=(1, 2, 2, 1),
+    global_att_blocks=(4,),
+    window_spec=(8, 4, 8, 4),
+    pos_embed_size=(4, 4),
+    hidden_dim=64,
+    memory_dim=16,
+    memory_layers=1,
+    memory_feedforward=128,
+)
+
+
+def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
+    """About 1 M parameters of Qwen3-VL, random; the tokenizer learns the training texts."""
+    from segrl.testing.tiny import tiny_qwen3_vl
+
+    if model_path:
+        return load_vlm(model_path)
+    rows = train.select(range(min(200, len(train))))
+    columns = [name for name in ("query", "lesion", "anatomy", "modality") if name in rows.column_names]
+    corpus = [str(row[name]) for row in rows for name in columns]
+    corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", "none small large"] * 20
+    side = _TINY_PROMPT["size"]
+    return tiny_qwen3_vl(
+        corpus=corpus, hidden_size=64, layers=3, vision_layers=2, min_pixels=side**2, max_pixels=side**2
+    )
+
+
+def _tiny_segmenter(path: str | None) -> Sam2Segmenter:
+    return Sam2Segmenter(_TINY_SAM2) if path is None else Sam2Segmenter.from_pretrained(path, _TINY_SAM2)
+
+
+_TINY_PROMPT = {"slices": 8, "size": 32, "instruction": "", "frame_kind": "original_px"}
+_ON_A_CPU = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "lr_scheduler_type": "cosine",
+}
+
+# ---- at full size ----------------------------------------------------------------------------------------------------
+
+
+def _build_4b(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
+    """Qwen3-VL-4B, from a path or the hub."""
+    import torch
+
+    return load_vlm(model_path or "Qwen/Qwen3-VL-4B-Instruct", dtype=torch.bfloat16)
+
+
+def _medsam2(path: str | None) -> Sam2Segmenter:
+    return Sam2Segmenter.from_pretrained(
+        path or "wanglab/MedSAM2:MedSAM2_latest.pt", sam2_config("sam2.1_hiera_tiny", image_size=512)
+    )
+
+
+# formulas B, for both stages: AdamW (the trainers' default), warm-up 0.1, cosine, bf16, checkpointing
+_PUBLISHED = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # a fraction of all steps, as transformers reads a number below 1
+    "bf16": True,
+    "gradient_checkpointing": True,
+    "logging_steps": 10,
+    "save_steps": 100,
+}
+
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        build=_build_tiny,
+        segmenter=_tiny_segmenter,
+        segmenter_training={"seconds": 100.0, "batch_size": 8, "frames": 6, "learning_rate": 1e-3},
+        postprocessing=False,
+        prompt=_TINY_PROMPT,
+        targets={"top_k": 3, "brief": True},
+        sft={
+            **_ON_A_CPU,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 2e-3,
+            "warmup_steps": 10,
+            "max_steps": 600,
+            "logging_steps": 50,
+            "max_length": None,
+        },
+        grpo={
+            **_ON_A_CPU,
+            "per_device_train_batch_size": 32,
+            "num_generations": 4,
+            "max_completion_length": 80,
+            "learning_rate": 3e-4,
+            "warmup_steps": 5,
+            "max_steps": 150,
+            "logging_steps": 10,
+            "beta": 0.01,
+        },
+        max_new_tokens=80,
+    ),
+    "medvol_r1_4b": Recipe(
+        build=_build_4b,
+        segmenter=_medsam2,
+        prompt={"slices": 64, "size": 256, "instruction": None, "frame_kind": None},
+        targets={"top_k": 5},  # the paper is silent on K
+        sft={
+            **_PUBLISHED,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 2e-5,
+            "max_length": None,
+        },
+        grpo={
+            **_PUBLISHED,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "num_generations": 4,
+            "max_completion_length": 256,
+            "learning_rate": 2e-6,
+            "beta": 0.01,
+        },
+        lora={"r": 128, "lora_alpha": 256},  # rank 128 on all linear layers; alpha is not published
+    ),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The preset of this name; an unknown one is an error that suggests the closest."""
+    return find_preset(name, RECIPES)

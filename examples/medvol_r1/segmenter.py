@@ -1,0 +1,114 @@
+"""Training of a small SAM 2 with random weights, on box prompts and their propagation through volumes.
+
+Only the tiny preset needs it: MedSAM2 comes with weights. Clips grow with time: single slices first, then short runs of
+slices, then long ones that also end where the lesion ends.
+"""
+
+# D slices, H/W pixels, T frames of a clip, S input side
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from scipy import ndimage
+
+from segrl.data import read_grey, read_label
+from segrl.segmenters import Sam2Segmenter
+from segrl.segmenters.tracking import track_clip, tracking_loss
+
+Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
+WARM, SHORT = 0.15, 0.45  # shares of the time for single slices, and until the end of the short clips
+JITTER = 0.05  # of a box's corners, relative to its edges: a language model's boxes are never exact
+
+
+def lesions_of(rows: Iterable[Any]) -> list[Lesion]:
+    """Every connected lesion of some rows of `load_volumes`, of at least 20 voxels."""
+    found = []
+    for row in rows:
+        volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
+        mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
+        parts, count = ndimage.label(mask)
+        found += [(grey, parts == n) for n in range(1, count + 1) if np.count_nonzero(parts == n) >= 20]
+    return found
+
+
+def train_segmenter(
+    segmenter: Sam2Segmenter,
+    lesions: Sequence[Lesion],
+    *,
+    seconds: float,
+    frames: int = 6,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Train all of a SAM 2 for a while; returns the loss of every step.
+
+    Args:
+        segmenter: Trained in place; frozen and in eval mode afterwards.
+        lesions: What is cut into clips.
+        seconds: Processor time of this thread's process, so that other work on the machine does not shorten it.
+        frames: Slices of a long clip.
+        batch_size: Clips of a step; single slices and short clips come in larger batches.
+        learning_rate: Its peak; it warms up for 30 steps and falls to 0 along a cosine.
+        seed: Of the clips.
+        progress: Show a progress bar.
+    """
+    rng = np.random.default_rng(seed)
+    segmenter.requires_grad_(True)
+    segmenter.train()
+    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=learning_rate, weight_decay=0.01)
+    losses: list[float] = []
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("segmenter", total=seconds)
+        while (spent := clock() - begin) < seconds or not losses:
+            share = min(1.0, spent / seconds) if seconds else 1.0
+            length = 1 if share < WARM else 3 if share < SHORT else frames
+            images, boxes, masks = _batch(segmenter, lesions, rng, length, batch_size * frames // (2 * length))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * min(1, (len(losses) + 1) / 30) * (1 + math.cos(math.pi * share)) / 2
+            loss = tracking_loss(track_clip(segmenter, images, boxes), masks).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(segmenter.parameters(), 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            bar.update(task, completed=min(spent, seconds), description=f"segmenter, loss {losses[-1]:.2f}")
+    segmenter.requires_grad_(False)
+    segmenter.eval()
+    return losses
+
+
+def _batch(
+    segmenter: Sam2Segmenter, lesions: Sequence[Lesion], rng: np.random.Generator, length: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images (B, T, 3, S, S), boxes (B, 4) on the first frame as fractions, and masks (B, T, S, S)."""
+    side = segmenter.image_size
+    clips, boxes, truths = [], [], []
+    while len(clips) < count:
+        grey, mask = lesions[int(rng.integers(len(lesions)))]
+        areas = mask.sum(axis=(1, 2))
+        start = int(rng.choice(np.flatnonzero(areas >= 0.3 * areas.max())))
+        way = int(rng.choice([-1, 1]))
+        places = [min(max(start + way * step, 0), len(grey) - 1) for step in range(length)]
+        clips.append(torch.stack([segmenter.preprocess(grey[place]) for place in places]))
+        boxes.append(_box(mask[start], rng))
+        resized = torch.from_numpy(mask[places]).float()[:, None]
+        truths.append(torch.nn.functional.interpolate(resized, size=(side, side), mode="area")[:, 0] >= 0.5)
+    return torch.stack(clips), torch.tensor(np.stack(boxes), dtype=torch.float32), torch.stack(truths)
+
+
+def _box(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+    box += rng.normal(0, JITTER, 4) * np.tile(box[2:] - box[:2], 2)
+    return np.clip(box / np.tile([mask.shape[1], mask.shape[0]], 2), 0, 1)

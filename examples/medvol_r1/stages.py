@@ -1,0 +1,219 @@
+"""The steps that the scripts of this example share: data, models, the segmenter, the two stages, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from arguments import ExampleArguments
+from datasets import Dataset, concatenate_datasets
+from recipes import Recipe
+from segmenter import lesions_of, train_segmenter
+
+from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, make_reward
+from segrl.cache import FeatureCache
+from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic_volumes
+from segrl.data.splits import load_split
+from segrl.errors import CheckpointError, SegRLError
+from segrl.hub import check_source, retold
+from segrl.loading import language_model_lora
+from segrl.report import VOLUME_COLUMNS, VOLUME_STAGES, results_table, versions, write_results
+from segrl.runs import train_and_save
+from segrl.scripts import RunArguments
+from segrl.segmenters import Sam2Segmenter, VolumePropagator
+from segrl.segmenters.sam2 import SEGMENTER_CONFIG
+from segrl.volume_evaluation import (
+    VOLUME_GROUPINGS,
+    evaluate_oracle_boxes,
+    evaluate_volumes,
+    summarise_volumes,
+)
+from segrl.volume_inference import VolumeSegmenter
+from segrl.volume_picture import volume_picture
+
+SYNTHETIC = {"train": 0, "test": 1, "segmenter": 2}  # seeds of the splits, apart from the run's
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(example: Any, recipe: Recipe, seed: int, split: str, folder: Path) -> Dataset | None:
+    """One split of `--data`, checked in full; None stands for synthetic volumes, made when the work starts."""
+    if example.m3d_seg is not None and example.data is None:
+        raise SegRLError(f"--m3d_seg {example.m3d_seg}: pass --data with the folder of M3D-Seg too")
+    if example.data is None:
+        return None
+    if example.m3d_seg is not None:
+        return example.limited(load_m3d_seg(example.data, example.m3d_seg, split), split)
+    return example.limited(load_split(example.data, split, folder=load_volumes, check=check_volumes), split)
+
+
+def or_synthetic(
+    rows: Dataset | None, example: RunArguments, recipe: Recipe, seed: int, split: str, folder: Path
+) -> Dataset:
+    """The rows of `load_rows`, or synthetic volumes, whose files are written into the run's folder."""
+    if rows is not None:
+        return rows
+    size = recipe.synthetic
+    with PartialState().main_process_first():
+        made = make_synthetic_volumes(
+            size[split], folder / "data" / split, depth=size["depth"], size=size["size"],
+            seed=3 * seed + SYNTHETIC[split],
+        )  # fmt: skip
+    return example.limited(made, split)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset) -> tuple[Any, Any]:
+    """The preset's model and its processor."""
+    if example.model is not None:
+        check_source("--model", example.model, "model", CheckpointError)
+    with retold(f"--model {example.model!r}" if example.model else example.preset, CheckpointError):
+        return recipe.build(train, example.model)
+
+
+def load_run(folder: str | Path, *, trainable: bool = False, **settings: Any) -> VolumeSegmenter:
+    """The model of a run, with its segmenter if the run has one."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
+    if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
+        raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
+    with retold(f"--model {str(folder)!r}", CheckpointError):
+        return VolumeSegmenter.from_pretrained(path, trainable=trainable, **settings)
+
+
+def find_segmenter(
+    example: ExampleArguments, recipe: Recipe, stage1: Path | None, folder: Path
+) -> Sam2Segmenter | None:
+    """The frozen segmenter: of `--segmenter`, of the run to go on with, or the preset's; None is yet to be trained."""
+    path = example.segmenter
+    homes = [folder, *([stage1, stage1.parent] if stage1 is not None else [])]
+    if path is None:
+        path = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
+    if path is None and recipe.segmenter_training is not None:
+        return None
+    with retold(f"--segmenter {path!r}" if path else example.preset, CheckpointError):
+        return recipe.segmenter(path)
+
+
+def ready_segmenter(
+    found: Sam2Segmenter | None, example: ExampleArguments, recipe: Recipe, train: Dataset, seed: int, folder: Path
+) -> Sam2Segmenter:
+    """The frozen segmenter, trained first where it has no weights, and saved in the run's folder."""
+    state = PartialState()
+    if found is None:
+        settings = dict(recipe.segmenter_training or {})
+        if example.segmenter_seconds is not None:
+            settings["seconds"] = example.segmenter_seconds
+        if state.is_main_process:
+            found = recipe.segmenter(None)
+            rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)
+            if example.data is not None:
+                rows = concatenate_datasets([rows, train.select_columns(rows.column_names)])
+            losses = train_segmenter(found, lesions_of(rows), seed=seed, **settings)
+            last = losses[-min(20, len(losses)) :]
+            print(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}", flush=True)
+    if state.is_main_process and found is not None:
+        found.save_pretrained(folder)
+    state.wait_for_everyone()
+    segmenter = found if found is not None else Sam2Segmenter.from_pretrained(folder)
+    segmenter.requires_grad_(False)
+    return segmenter
+
+
+# ---- the two stages --------------------------------------------------------------------------------------------------
+
+
+def train_stage1(
+    example: ExampleArguments, config: SegSFTConfig, recipe: Recipe, model: Any, processor: Any, rows: Dataset
+) -> None:
+    """Supervised fine-tuning on slices and boxes; the model is saved in the config's output_dir."""
+    trainer = SegSFTTrainer(
+        model, config, train_dataset=rows, processing_class=processor, peft_config=_lora(recipe, model)
+    )
+    train_and_save(trainer, settings_of(example, recipe))
+
+
+def train_stage2(
+    example: ExampleArguments,
+    config: SegGRPOConfig,
+    recipe: Recipe,
+    model: Any,
+    processor: Any,
+    rows: Dataset,
+    segmenter: Sam2Segmenter,
+) -> int:
+    """GRPO; the model is saved in the config's output_dir. Returns how many slices the segmenter has encoded."""
+    assert example.rewards is not None
+    cache = FeatureCache(config.feature_cache_memory, config.feature_cache_dir, config.feature_cache_disk)
+    propagator = VolumePropagator(segmenter, reach=example.delta, cache=cache, postprocessing=recipe.postprocessing)
+    trainer = SegGRPOTrainer(
+        model,
+        [
+            make_reward(name, **({"delta": example.delta} if name == "propagated_dice" else {}))
+            for name in example.rewards
+        ],
+        config,
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=_lora(recipe, model) if example.skip_stage1 else None,
+        propagator=propagator if "propagated_dice" in example.rewards else None,
+    )
+    train_and_save(trainer, settings_of(example, recipe))
+    return propagator.encoded_slices
+
+
+def settings_of(example: ExampleArguments, recipe: Recipe) -> dict[str, Any]:
+    """How the trained model is asked."""
+    own = {
+        "reasoning": example.reasoning,
+        "max_new_tokens": recipe.max_new_tokens,
+        "postprocessing": recipe.postprocessing,
+    }
+    return {**recipe.prompt, **own}
+
+
+def _lora(recipe: Recipe, model: Any) -> Any:
+    return recipe.lora and language_model_lora(model, **recipe.lora)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def score(
+    segmenter: VolumeSegmenter, test: Dataset, example: RunArguments, draw: Any = None
+) -> tuple[dict[str, Any], Any]:
+    """Summary of the model on the held-out volumes, and its records."""
+    records = evaluate_volumes(segmenter, test, batch_size=example.eval_batch_size, on_answer=draw)
+    return summarise_volumes(records), records
+
+
+def oracle(segmenter: Sam2Segmenter, recipe: Recipe, test: Dataset) -> dict[str, Any]:
+    """Summary of the frozen segmenter, prompted with the true boxes on the best slice: its ceiling."""
+    propagator = VolumePropagator(segmenter, reach=None, postprocessing=recipe.postprocessing)
+    return summarise_volumes(evaluate_oracle_boxes(propagator, test))
+
+
+def drawer(folder: Path, most: int) -> Callable[..., None]:
+    """Draws a picture of each of the first volumes into `folder / "pictures"`."""
+
+    def draw(number: int, grey: Any, prediction: Any, target: Any) -> None:
+        if number < most:
+            path = folder / "pictures" / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            volume_picture(grey, prediction, target, path, spacing_mm=target.spacing_mm, query=target.query)
+
+    return draw
+
+
+def report(folder: Path, results: dict[str, Any], records: Any) -> None:
+    """`results.json`, `predictions.json`, and the table."""
+    results["versions"] = versions()
+    write_results(folder / "results.json", results)
+    write_results(folder / "predictions.json", records)
+    results_table(results, columns=VOLUME_COLUMNS, stages=VOLUME_STAGES, groupings=VOLUME_GROUPINGS)
+    print(f"Written to {folder}: results.json, predictions.json, pictures/")
