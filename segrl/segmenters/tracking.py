@@ -33,7 +33,7 @@ class FrameMasks:
 
     Attributes:
         logits: (N, h, w) the candidate of the highest predicted IoU; -1024 everywhere where the object is not seen.
-        candidates: (N, M, h, w), blanked in the same way.
+        candidates: (N, M, h, w), not blanked, so that a mask learns before its object score does.
         ious: (N, M) predicted IoU of each candidate, in 0..1.
         object_scores: (N,) logits; the object is seen where they are above 0.
     """
@@ -122,6 +122,8 @@ class Tracker:
         sizes = [tuple(level.shape[-2:]) for level in levels]
         flat = [level.flatten(2).permute(2, 0, 1) for level in levels]
         position = sam.image_encoder.neck.position_encoding(stride16).to(stride16.dtype)
+        raw: list[Tensor] = []
+        hook = sam.sam_mask_decoder.register_forward_hook(lambda *call: raw.append(call[-1][0]))
         _, outputs, _, _ = sam._track_step(
             frame_idx=self._frame,
             is_init_cond_frame=points is not None,
@@ -135,7 +137,8 @@ class Tracker:
             track_in_reverse=False,  # backwards is the same computation: only distances from the current frame enter
             prev_sam_mask_logits=None,
         )
-        candidates, _, ious, chosen, chosen_high, pointer, scores = outputs
+        hook.remove()
+        _, _, ious, chosen, chosen_high, pointer, scores = outputs
         memory, positions = sam._encode_new_memory(
             current_vision_feats=flat,
             feat_sizes=sizes,
@@ -145,7 +148,7 @@ class Tracker:
         )
         count = len(pointer)
         positions = [level[:1].expand(count, -1, -1, -1) for level in positions]  # the same for every object
-        return FrameMasks(chosen[:, 0], candidates, ious, scores[:, 0]), _Memory(memory, positions, pointer)
+        return FrameMasks(chosen[:, 0], raw[0], ious, scores[:, 0]), _Memory(memory, positions, pointer)
 
     def _forget(self) -> None:
         """Keep what the next frame can look up: whole memories of the last frames, pointers of some more."""
