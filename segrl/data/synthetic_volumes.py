@@ -47,7 +47,9 @@ class SyntheticVolume:
     lesion: str
 
 
-def make_volume(index: int, *, depth: int = 24, size: int = 64, seed: int = 0) -> SyntheticVolume:
+def make_volume(
+    index: int, *, depth: int = 24, size: int = 64, seed: int = 0, distractors: bool = True
+) -> SyntheticVolume:
     """Render one volume; the same arguments give the same voxels on every machine.
 
     Args:
@@ -55,6 +57,7 @@ def make_volume(index: int, *, depth: int = 24, size: int = 64, seed: int = 0) -
         depth: Slices D, at least 4.
         size: Height and width of a slice in pixels, at least 32; lesions scale with it.
         seed: Another family of volumes; two seeds share none.
+        distractors: Whether half of the volumes also hold a lesion of the kind that is not asked for.
 
     Raises:
         DataError: A volume that is too small, or a negative number.
@@ -73,7 +76,7 @@ def make_volume(index: int, *, depth: int = 24, size: int = 64, seed: int = 0) -
     voxels = np.where(inside < 1, 0.5 + 0.05 * folds / folds.std(), 0.03).astype(np.float32)
     labels = np.zeros((depth, size, size), np.uint8)
     asked = int(rng.integers(2))
-    kinds = [asked] * int(rng.choice([1, 1, 2])) + [1 - asked] * int(rng.integers(2))
+    kinds = [asked] * int(rng.choice([1, 1, 2])) + [1 - asked] * (int(rng.integers(2)) * distractors)
     placed: list[np.ndarray] = []
     for number, kind in enumerate(kinds):
         half = np.array([rng.uniform(*_REACH), *rng.uniform(*_RADIUS, 2)])
@@ -97,7 +100,9 @@ def make_volume(index: int, *, depth: int = 24, size: int = 64, seed: int = 0) -
     return SyntheticVolume(np.clip(voxels, 0, None) * gain, labels, _SPACING_MM, VOLUME_LESIONS[asked])
 
 
-def make_synthetic_volumes(n: int, folder: str | Path, *, depth: int = 24, size: int = 64, seed: int = 0) -> Dataset:
+def make_synthetic_volumes(
+    n: int, folder: str | Path, *, depth: int = 24, size: int = 64, seed: int = 0, distractors: bool = True
+) -> Dataset:
     """Write `n` volumes with their labels and a manifest into a folder, and load them.
 
     Args:
@@ -106,6 +111,7 @@ def make_synthetic_volumes(n: int, folder: str | Path, *, depth: int = 24, size:
         depth: See `make_volume`, as the rest.
         size: Height and width of a slice.
         seed: Family of volumes.
+        distractors: See `make_volume`.
 
     Returns:
         The rows, as `load_volumes` gives them.
@@ -120,9 +126,9 @@ def make_synthetic_volumes(n: int, folder: str | Path, *, depth: int = 24, size:
     path = Path(folder)
     rows = []
     for index in range(n):
-        name = f"synthetic_{seed}_{depth}x{size}_{index:05d}"
+        name = f"synthetic_{seed}_{depth}x{size}{'' if distractors else '_plain'}_{index:05d}"
         row = {kind: f"{kind}s/{name}.nii.gz" for kind in ("image", "label")}
-        volume = make_volume(index, depth=depth, size=size, seed=seed)
+        volume = make_volume(index, depth=depth, size=size, seed=seed, distractors=distractors)
         for kind, array in (("image", volume.voxels.round().astype(np.int16)), ("label", volume.labels)):
             file = path / row[kind]
             if file.exists():
