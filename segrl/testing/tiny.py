@@ -195,6 +195,7 @@ def tiny_qwen3_vl(
     vision_heads: int = 4,
     min_pixels: int = 64 * 64,
     max_pixels: int = 128 * 128,
+    rope_theta: float = 5e6,
     tie_word_embeddings: bool = False,
     spare_rows: int = 32,
     tag_tokens: Iterable[str] = TAG_TOKENS,
@@ -203,7 +204,9 @@ def tiny_qwen3_vl(
     """Build a small Qwen3-VL with random weights and its processor (patch 16, merge 2, one DeepStack level).
 
     With the defaults a 112 x 112 or 128 x 128 image becomes 16 vision tokens (4 x 4). Arguments, result and errors
-    are those of `tiny_qwen2_5_vl`; there are no attention windows.
+    are those of `tiny_qwen2_5_vl`; there are no attention windows. The published `rope_theta` leaves a head of 16 or 32
+    dimensions one or two that turn fast enough to tell neighbouring tokens apart: a model that is to be trained learns
+    to find its way in a prompt much sooner with 1e4.
     """
     tokenizer = tiny_tokenizer(corpus, vocab_size, tag_tokens=tag_tokens)
     text = _text_settings(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, spare_rows=spare_rows)
@@ -214,7 +217,7 @@ def tiny_qwen3_vl(
             "head_dim": head_dim,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 5e6,
+                "rope_theta": rope_theta,
                 "mrope_section": _mrope_section(head_dim),
                 "mrope_interleaved": True,
             },
