@@ -28,9 +28,11 @@ _EXPORTS = {
     "parsing": ["parse_completion"],
     "prediction": ["Prediction", "Status", "Target", "VolumeTarget"],
     "rewards": ["Reward", "list_rewards", "load_reward", "make_reward", "register_reward", "weighted_sum"],
-    "segmenters": ["Sam2Segmenter", "Segmenter"],
+    "segmenters": ["Sam2Segmenter", "Segmenter", "VolumePropagator"],
     "sft": ["SegSFTTrainer"],
     "trainer": ["SegGRPOTrainer"],
+    "volume_evaluation": ["evaluate_volumes"],
+    "volume_inference": ["VolumeSegmenter"],
 }
 _SUBMODULES = [
     "boxes",
@@ -44,6 +46,7 @@ _SUBMODULES = [
     "metrics",
     "report",
     "rewards",
+    "volumes",
 ]
 
 if TYPE_CHECKING:  # `X as X` marks a public re-export for type checkers
@@ -58,6 +61,7 @@ if TYPE_CHECKING:  # `X as X` marks a public re-export for type checkers
     from segrl import metrics as metrics
     from segrl import report as report
     from segrl import rewards as rewards
+    from segrl import volumes as volumes
     from segrl.config import SegGRPOConfig as SegGRPOConfig
     from segrl.config import SegSFTConfig as SegSFTConfig
     from segrl.dense import DenseLoss as DenseLoss
@@ -86,8 +90,11 @@ if TYPE_CHECKING:  # `X as X` marks a public re-export for type checkers
     from segrl.rewards import weighted_sum as weighted_sum
     from segrl.segmenters import Sam2Segmenter as Sam2Segmenter
     from segrl.segmenters import Segmenter as Segmenter
+    from segrl.segmenters import VolumePropagator as VolumePropagator
     from segrl.sft import SegSFTTrainer as SegSFTTrainer
     from segrl.trainer import SegGRPOTrainer as SegGRPOTrainer
+    from segrl.volume_evaluation import evaluate_volumes as evaluate_volumes
+    from segrl.volume_inference import VolumeSegmenter as VolumeSegmenter
 else:  # hidden from type checkers, which would otherwise accept any attribute
     _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
     __all__ = ["__version__", *sorted(_HOME), *_SUBMODULES]
