@@ -195,16 +195,19 @@ def tiny_qwen3_vl(
     vision_heads: int = 4,
     min_pixels: int = 64 * 64,
     max_pixels: int = 128 * 128,
+    patch_size: int = 16,
+    merge_size: int = 2,
     rope_theta: float = 5e6,
     tie_word_embeddings: bool = False,
     spare_rows: int = 32,
     tag_tokens: Iterable[str] = TAG_TOKENS,
     seed: int = 0,
 ) -> tuple[Any, Any]:
-    """Build a small Qwen3-VL with random weights and its processor (patch 16, merge 2, one DeepStack level).
+    """Build a small Qwen3-VL with random weights and its processor (one DeepStack level).
 
     With the defaults a 112 x 112 or 128 x 128 image becomes 16 vision tokens (4 x 4). Arguments, result and errors
-    are those of `tiny_qwen2_5_vl`; there are no attention windows. The published `rope_theta` leaves a head of 16 or 32
+    are those of `tiny_qwen2_5_vl`; there are no attention windows. An image is cut into patches of `patch_size` pixels,
+    of which `merge_size` x `merge_size` become a token. The published `rope_theta` leaves a head of 16 or 32
     dimensions one or two that turn fast enough to tell neighbouring tokens apart: a model that is to be trained learns
     to find its way in a prompt much sooner with 1e4.
     """
@@ -227,8 +230,8 @@ def tiny_qwen3_vl(
             "hidden_size": vision_hidden_size,
             "intermediate_size": 2 * vision_hidden_size,
             "num_heads": vision_heads,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
+            "patch_size": patch_size,
+            "spatial_merge_size": merge_size,
             "temporal_patch_size": 2,
             "out_hidden_size": hidden_size,
             "num_position_embeddings": 64,
@@ -238,7 +241,12 @@ def tiny_qwen3_vl(
         **_vision_token_ids(tokenizer),
     )
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    images: dict[str, Any] = {"size": size, "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+    images: dict[str, Any] = {
+        "size": size,
+        "patch_size": patch_size,
+        "merge_size": merge_size,
+        "temporal_patch_size": 2,
+    }
     images |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**images),
