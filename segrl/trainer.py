@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -45,11 +45,14 @@ from segrl.parsing import SEG_TOKEN
 from segrl.prediction import Prediction
 from segrl.rewards import Reading, Reward, list_rewards, load_reward, make_reward
 from segrl.rewards.registry import is_reward_form
+from segrl.rewards.rules import JSON_ANSWERS
+from segrl.rewards.sources import Sum
+from segrl.rewards.steps import Gate
 from segrl.rows import SEG_COLUMNS, RowReader, SegRow, check_columns
 from segrl.segmenters import VolumePropagator
 from segrl.shared_prompt import SharedPromptGRPOTrainer
 from segrl.stored import answer_record
-from segrl.volume_masks import add_volume_masks
+from segrl.volume_masks import PromptBoxes, add_volume_masks
 from segrl.volume_rows import VOLUME_COLUMNS, VolumeReader, VolumeRow
 
 _PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
@@ -142,14 +145,17 @@ class SegGRPOTrainer(JointTraining, SharedPromptGRPOTrainer):
         rewards = [reward for reward in self.reward_funcs if isinstance(reward, Reward)]
         self._reads_predictions = self.mask_head is not None or bool(rewards)
         self._needs_probability = any(reward.info.needs_probability for reward in rewards)
-        self._reading = _common_reading(rewards, getattr(args, "require_reasoning", True))
-        _check_groups(rewards, self.args, self.num_generations or 1)
         self.propagator = propagator
         self._volumes = propagator is not None or any(reward.volume for reward in rewards)
+        if self._volumes:
+            _check_volumes(rewards, self.mask_head, propagator, getattr(args, "prompt_boxes", "matched"))
+            self._reads_predictions = True
+        # without a segrl reward nothing says how answers are read: those about volumes are JSON
+        default = Reading(**JSON_ANSWERS) if self._volumes else Reading()
+        self._reading = _common_reading(rewards, getattr(args, "require_reasoning", True), default)
+        _check_groups(rewards, self.args, self.num_generations or 1)
         frame_kind = getattr(args, "frame_kind", None)
         if self._volumes:
-            _check_volumes(rewards, self.mask_head, propagator)
-            self._reads_predictions = True
             self._reader: Any = VolumeReader(self.processing_class, frame_kind)
         else:
             segmenter = self.mask_head.segmenter if self.mask_head is not None else None
@@ -398,9 +404,9 @@ def _resolve(reward_funcs: Any) -> Any:
     return resolved
 
 
-def _common_reading(rewards: list[Reward], require_reasoning: bool) -> Reading:
+def _common_reading(rewards: list[Reward], require_reasoning: bool, default: Reading) -> Reading:
     """How all rewards read completions, apart from the frame, which is the processor's."""
-    readings = {replace(reward.reading, frame="relative_1000") for reward in rewards} or {Reading()}
+    readings = {replace(reward.reading, frame="relative_1000") for reward in rewards} or {default}
     if len(readings) > 1:
         listed = "; ".join(f"{reward.name!r}: {reward.reading}" for reward in rewards)
         raise SegRLError(f"rewards read completions in different ways ({listed}); make them with the same settings")
@@ -408,13 +414,20 @@ def _common_reading(rewards: list[Reward], require_reasoning: bool) -> Reading:
     return replace(reading, require_reasoning=reading.require_reasoning and require_reasoning)
 
 
-def _check_volumes(rewards: list[Reward], head: MaskHead | None, propagator: VolumePropagator | None) -> None:
+def _check_volumes(
+    rewards: list[Reward], head: MaskHead | None, propagator: VolumePropagator | None, prompt_boxes: str
+) -> None:
     """Volumes and images do not mix, and a reward must not read masks where nothing was propagated."""
+    if prompt_boxes not in get_args(PromptBoxes):
+        raise unknown_name("prompt_boxes", prompt_boxes, get_args(PromptBoxes))
     if head is not None:
         raise SegRLError("a mask head segments images; for volumes pass propagator=VolumePropagator(...) and no head")
     for reward in rewards:
         if reward.needs_truth and not reward.volume:
-            raise SegRLError(f"reward {reward.name!r} reads the truth of an image, and the others those of volumes")
+            raise SegRLError(
+                f"reward {reward.name!r} reads the truth of an image, and the rows are volumes; train with rewards of "
+                "volumes only, such as slice_visibility"
+            )
         if reward.needs_mask and propagator is None:
             raise SegRLError(f"reward {reward.name!r} reads masks; pass propagator=VolumePropagator(segmenter)")
         delta = _reads_within(reward)
@@ -426,11 +439,13 @@ def _check_volumes(rewards: list[Reward], head: MaskHead | None, propagator: Vol
 
 
 def _reads_within(reward: Reward) -> int:
-    """How many slices from the named one a reward reads masks: the largest `delta` of its parts; 0 if there is none."""
-    if reward.parts != ((reward, 1.0),):
-        return max((_reads_within(part) for part, _ in reward.parts), default=0)
-    found = {**reward.info.settings, **reward.settings}.get("delta", 0) if reward.needs_mask else 0
-    return int(found)
+    """How many slices from the named one a reward reads masks: the largest `delta` of its parts and gates, else 0."""
+    if not reward.needs_mask:
+        return 0
+    inner = [part for part, _ in reward.source.parts] if isinstance(reward.source, Sum) else []
+    inner += [step.reward for step in reward.steps if isinstance(step, Gate)]
+    own = {**reward.info.settings, **reward.settings}.get("delta")
+    return max([own if isinstance(own, int) else 0, *map(_reads_within, inner)])
 
 
 def _check_groups(rewards: list[Reward], args: Any, answers: int) -> None:

@@ -16,8 +16,7 @@ import numpy as np
 from datasets import Dataset
 from rich.progress import track
 
-from segrl.data.nifti import read_label
-from segrl.data.volume_prompts import format_slice_answer, read_grey
+from segrl.data.volume_prompts import format_slice_answer, read_grey, read_truth
 from segrl.errors import DataError
 from segrl.frames import Frame
 from segrl.metrics import dice, iou, summarise
@@ -212,5 +211,5 @@ def _batches(dataset: Dataset, size: int) -> Iterator[list[Any]]:
 def _read(row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
     """Grey values and truth of a row."""
     volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
-    mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
+    mask = read_truth(row, volume, allow_empty=True)
     return grey, VolumeTarget(mask, volume.spacing_mm, **{name: str(row.get(name) or "") for name in _TEXTS})

@@ -55,14 +55,13 @@ class VolumeSegmenter(Answerer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, *, segmenter: Sam2Segmenter | str | None = None, **kwargs: Any
+        cls, folder: str | os.PathLike, *, segmenter: Sam2Segmenter | str | os.PathLike | None = None, **kwargs: Any
     ) -> Self:
         """Load a run.
 
         Args:
             folder: An output directory or one of its checkpoints.
-            segmenter: SAM 2, or the path of its weights; None takes the one that was
-                saved with the run, if any.
+            segmenter: SAM 2, or the path of its weights; None takes the one that was saved with the run, if any.
             kwargs: See `ReasoningSegmenter.from_pretrained`.
 
         Raises:
@@ -72,8 +71,8 @@ class VolumeSegmenter(Answerer):
         if segmenter is None:
             home = next((p for p in (Path(folder), Path(folder).parent) if (p / SEGMENTER_CONFIG).is_file()), None)
             segmenter = None if home is None else Sam2Segmenter.from_pretrained(home)
-        elif isinstance(segmenter, str):
-            segmenter = Sam2Segmenter.from_pretrained(segmenter)
+        elif isinstance(segmenter, str | os.PathLike):
+            segmenter = Sam2Segmenter.from_pretrained(os.fspath(segmenter))
         if segmenter is not None:
             segmenter.to(loaded.model.device)
         return cls(loaded.model, loaded.processor, loaded.settings, segmenter)
@@ -119,6 +118,7 @@ class VolumeSegmenter(Answerer):
         Raises:
             DataError: Lengths differ, a scan cannot be read, or an array is not uint8 (D, H, W).
         """
+        volumes, queries = list(volumes), list(queries)  # a lazy column makes a new object at every access
         if len(volumes) != len(queries):
             raise DataError(f"{len(volumes)} volumes for {len(queries)} queries; expected one query per volume")
         kinds = [modalities] * len(volumes) if isinstance(modalities, str) else list(modalities)

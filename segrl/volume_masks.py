@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from segrl.errors import SegRLError, unknown_name
 from segrl.matching import match_boxes
 from segrl.prediction import Prediction, VolumeTarget
 from segrl.segmenters import PropagationRequest, VolumePropagator
@@ -44,15 +45,21 @@ def add_volume_masks(
     Returns:
         Predictions in order. An answer that names no slice of the volume, or has no box that prompts, gets an empty
         mask.
+
+    Raises:
+        SegRLError: An unknown `prompt_boxes`, or "matched" without targets.
     """
+    if prompt_boxes not in get_args(PromptBoxes):
+        raise unknown_name("prompt_boxes", prompt_boxes, get_args(PromptBoxes))
+    if prompt_boxes == "matched" and targets is None:
+        raise SegRLError("prompt_boxes='matched' needs the true boxes; pass targets, or prompt_boxes='all'")
     requests, rows = [], []
     masks = [np.zeros(volume.shape, dtype=bool) for volume in volumes]  # untouched zeros take no memory
     for row, (prediction, volume, key) in enumerate(zip(predictions, volumes, keys, strict=True)):
         index, boxes = prediction.slice_index, prediction.boxes
         if index is None or not 0 <= index < len(volume):
             continue
-        if prompt_boxes == "matched":
-            assert targets is not None
+        if prompt_boxes == "matched" and targets is not None:
             boxes = boxes[match_boxes(boxes, targets[row].at(index).boxes).pred_index]
         if len(boxes):
             requests.append(PropagationRequest(volume, key, index, boxes))

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from segrl.data.nifti import read_label
-from segrl.data.volume_prompts import read_grey, shown_frame
+from segrl.data.volume_prompts import read_grey, read_truth, shown_frame
 from segrl.errors import DataError
 from segrl.frames import Frame, FrameKind
 from segrl.prediction import VolumeTarget
@@ -64,30 +63,40 @@ class VolumeReader:
         """Rows of a batch in order. Equal rows (the G answers to a prompt) share one `VolumeRow`.
 
         Raises:
-            DataError: A file cannot be read, label and scan differ, or the label has no foreground of that value.
+            DataError: A row lacks a value, a file cannot be read, label and scan differ, or the pictures are not
+                those of slices of the scan. A label without foreground is fine: the right answer is then that there is
+                nothing.
         """
         return [self._row(row, number) for number, row in enumerate(rows)]
 
     def _row(self, row: Mapping[str, Any], number: int) -> VolumeRow:
-        missing = [column for column in ("images", *VOLUME_COLUMNS) if row.get(column) is None]
-        if missing or not row["label"] or not row["images"]:
-            where = row.get("name") or f"row {number} of the batch"
+        where = row.get("name") or f"row {number} of the batch"
+        missing = [column for column in ("images", *VOLUME_COLUMNS) if _lacks(row, column)]
+        if missing:
+            raise DataError(f"{where}: no value for {missing}; expected rows of prepare_volumes with labels")
+        if len(row["images"]) != len(row["slices"]):
             raise DataError(
-                f"{where}: no value for {missing or ['label']}; expected rows of prepare_volumes with labels"
+                f"{where}: {len(row['images'])} images for {len(row['slices'])} slices; expected one each, as "
+                "prepare_volumes makes them"
             )
         fields = {name: str(row.get(name) or "") for name in _TEXTS}
         size = row["images"][0].size
         key = (*(str(row[column]) for column in VOLUME_COLUMNS), size, *fields.values())
         if key not in self._kept:
-            self._kept[key] = self._read(row, fields, size)
+            self._kept[key] = self._read(row, fields, size, where)
             while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > self.memory_bytes:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _read(self, row: Mapping[str, Any], fields: dict[str, str], size: tuple[int, int]) -> VolumeRow:
+    def _read(self, row: Mapping[str, Any], fields: dict[str, str], size: tuple[int, int], where: str) -> VolumeRow:
         volume, grey = read_grey(row["scan"], modality=fields["modality"], intensity=row["intensity"])
-        mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
+        if max(row["slices"]) >= len(grey):
+            raise DataError(
+                f"{where}: slice {max(row['slices'])} of {row['scan']}, which has {len(grey)}; the scan is not the one "
+                "that was shown: run prepare_volumes again"
+            )
+        mask = read_truth(row, volume, allow_empty=True)
         frame = shown_frame(self.processor, grey.shape, row["slices"], size, self.frame_kind)
         return VolumeRow(
             VolumeTarget(mask, volume.spacing_mm, **fields),
@@ -95,3 +104,8 @@ class VolumeReader:
             grey,
             hashlib.blake2b(grey.tobytes() + str(grey.shape).encode(), digest_size=16).hexdigest(),
         )
+
+
+def _lacks(row: Mapping[str, Any], column: str) -> bool:
+    value = row.get(column)
+    return value is None or (column in ("images", "scan", "label", "slices") and not len(value))

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 
 from segrl.data.nifti import Volume, read_label, read_volume
 from segrl.data.prompts import build_reasoning
-from segrl.errors import DataError, SegRLError
+from segrl.errors import DataError, FrameError, SegRLError
 from segrl.frames import Frame, FrameKind, frame_for
 from segrl.json_answers import BOX_LIST_KEY, SLICE_KEY
 from segrl.masks import boxes_from_mask
@@ -36,6 +36,7 @@ __all__ = [
     "format_slice_answer",
     "prepare_volumes",
     "read_grey",
+    "read_truth",
     "render_slices",
     "shown_frame",
 ]
@@ -68,6 +69,25 @@ def read_grey(path: str, *, modality: str = "", intensity: str = "") -> tuple[Vo
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return volume, scale_intensity(volume.voxels, scaling)
+
+
+def read_truth(row: Mapping[str, Any], volume: Volume, *, allow_empty: bool = False) -> np.ndarray:
+    """Read the label of a row.
+
+    Args:
+        row: The columns `label`, `label_value` and `name`.
+        volume: The row's scan.
+        allow_empty: Whether a label without such voxels is an empty mask instead of an error.
+
+    Returns:
+        (D, H, W) bool.
+
+    Raises:
+        DataError: The row has no label, or as `segrl.data.read_label`.
+    """
+    if not row["label"]:
+        raise DataError(f"{row.get('name') or row['scan']}: no label; expected a path in the column 'label'")
+    return read_label(row["label"], volume, row["label_value"] or 0, allow_empty=allow_empty)
 
 
 def render_slices(grey: np.ndarray, slices: Sequence[int] | np.ndarray, size: int) -> list[PILImage.Image]:
@@ -105,11 +125,12 @@ def shown_frame(
         kind: Overrides the frame that the processor implies.
 
     Raises:
-        FrameError: As `frame_for`.
+        FrameError: As `frame_for`, or neither a processor nor a kind.
     """
     original = int(shape[2]), int(shape[1])
     if processor is None:
-        assert kind is not None
+        if kind is None:
+            raise FrameError("processor=None: pass the model's processor, or kind='original_px' or 'relative_1000'")
         frame = Frame(kind, original)
     else:
         frame = frame_for(processor, shown_size, original, kind=kind)
@@ -196,9 +217,11 @@ def prepare_volumes(
         and, if asked for, `completion` and `key_slice` (the index in the volume of the answer's slice).
 
     Raises:
-        DataError: A column is missing, a number is below 1, a file cannot be read, or, for completions, a lesion that
-            no shown slice holds; names the file.
+        DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
+            completions, a row has no label or a lesion that no shown slice holds; names the row or file.
     """
+    if not len(dataset):
+        raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
     missing = [column for column in _COLUMNS if column not in dataset.column_names]
     if missing:
         raise DataError(f"dataset lacks the columns {missing}: expected {list(_COLUMNS)}; load_volumes gives them")
@@ -238,12 +261,13 @@ def _row_columns(
     if not completions:
         return columns
     frame = shown_frame(processor, grey.shape, shown, images[0].size, settings["frame_kind"])
-    mask = read_label(row["label"], volume, row["label_value"])
+    mask = read_truth(row, volume)
     place = _key_place(mask[shown], settings["top_k"], f"{row['name']} {settings['seed']}", row)
     key = int(shown[place])
     boxes = boxes_from_mask(mask[key])[: settings["max_boxes"]]
     try:
-        thought = _reasoning(row, mask[key], place / len(shown), settings["brief"]) if settings["reasoning"] else None
+        height = (place + 0.5) / len(shown)  # of the slice's middle in the stack
+        thought = _reasoning(row, mask[key], height, settings["brief"]) if settings["reasoning"] else None
         text = format_completion(thought, format_slice_answer(place, boxes, frame))
     except SegRLError as error:
         raise DataError(f"{row['name']}: {error}") from error
