@@ -189,6 +189,7 @@ class TestLoss:
         target[1] = False
         tracking_loss(clip, target).sum().backward()
         for masks in clip:
+            assert masks.candidates.grad is not None
             moved = masks.candidates.grad.flatten(2).any(2)
             assert moved.sum(1).tolist() == [1, 0]
 
