@@ -38,7 +38,7 @@ def printed(capsys, *runs: object) -> dict[str, list[str]]:
 
 
 def test_published_rows_stand_beside_those_of_runs(tmp_path, capsys):
-    config = {"rewards": PUBLISHED, "delta": 5, "skip_stage1": False, "data": "somewhere/kits"}
+    config = {"rewards": PUBLISHED, "reach": 5, "skip_stage1": False, "data": "somewhere/kits"}
     main = write(tmp_path / "main", oracle=summary(0.9), stage1=summary(0.5), stage2=summary(0.6), config=config)
     other = write(tmp_path / "other", stage2=summary(0.0, None), config={**config, "skip_stage1": True, "data": None})
     rows = printed(capsys, main, other / "results.json")
@@ -64,12 +64,12 @@ def test_published_rows_stand_beside_those_of_runs(tmp_path, capsys):
     ("config", "label"),
     [
         ({}, "SFT + RL"),
-        ({"rewards": None, "delta": None}, "SFT + RL"),
-        ({"rewards": ["medvol_r1"], "delta": 5}, "SFT + RL"),
-        ({"rewards": PUBLISHED[1:], "delta": 5}, "SFT + RL, w/o R_f"),
+        ({"rewards": None, "reach": None}, "SFT + RL"),
+        ({"rewards": ["medvol_r1"], "reach": 5}, "SFT + RL"),
+        ({"rewards": PUBLISHED[1:], "reach": 5}, "SFT + RL, w/o R_f"),
         ({"rewards": ["slice_format", "slice_boxes", "propagated_dice"]}, "SFT + RL, w/o R_a"),
-        ({"rewards": ["slice_format", "slice_visibility"], "delta": 10}, "SFT + RL, w/o R_s, w/o R_c"),
-        ({"rewards": PUBLISHED, "delta": 10}, "SFT + RL, delta 10"),
+        ({"rewards": ["slice_format", "slice_visibility"], "reach": 10}, "SFT + RL, w/o R_s, w/o R_c"),
+        ({"rewards": PUBLISHED, "reach": 10}, "SFT + RL, delta 10"),
         ({"rewards": [*PUBLISHED, "non_repeat"], "skip_stage1": True}, "RL only, with non_repeat"),
     ],
 )

@@ -30,16 +30,26 @@ class ExampleArguments(TwoStageArguments):
     m3d_seg: str | None = field(default=None, metadata={"help": M3D_SEG})
     segmenter: str | None = field(default=None, metadata={"help": SEGMENTER})
     segmenter_seconds: float | None = field(
-        default=None, metadata={"help": "How long a segmenter with random weights is trained first; preset tiny only."}
+        default=None,
+        metadata={
+            "help": "Seconds for which a segmenter with random weights is trained first; default: the preset's, at "
+            "most --max_steps if given."
+        },
     )
     reasoning: bool = field(default=True, metadata={"help": "Chain of thought on or off (ablation)."})
     without: list[str] | None = field(
         default=None, metadata={"help": f"Rewards to leave out (ablation): {', '.join(REWARDS)}."}
     )
-    delta: int = field(
-        default=5, metadata={"help": "Slices each way from the key slice that propagated_dice reads (2, 5, 10, 15)."}
+    reach: int = field(
+        default=5,
+        metadata={
+            "help": "Delta of R_c: slices each way from the key slice that propagated_dice reads (2, 5, 10, 15)."
+        },
     )
-    top_k: int | None = field(
+    first_steps: int | None = field(
+        default=None, metadata={"help": "At most so many steps before stage 1 (preset tiny); default: --max_steps."}
+    )
+    key_slices: int | None = field(
         default=None, metadata={"help": "Stage 1 answers with one of so many largest slices; default: the preset's."}
     )
 
@@ -68,7 +78,7 @@ def read(
         config_class,
         defaults=lambda known: {"output_dir": default_output, **getattr(find_recipe(known.preset), stage)},
         description=f"MedVol-R1, {stage}. Presets: {', '.join(RECIPES)}.",
-        least={"delta": 0, "top_k": 1, "segmenter_seconds": 0},
+        least={"reach": 0, "key_slices": 1, "first_steps": 1, "segmenter_seconds": 0},
     )
     rewards = list(find_recipe(example.preset).rewards if example.rewards is None else example.rewards)
     for name in example.without or ():
@@ -78,4 +88,8 @@ def read(
     if not rewards:
         raise SegRLError(f"--without {' '.join(example.without or ())}: no reward is left")
     example.rewards = check_rewards(rewards)
+    if (
+        example.first_steps is None and "max_steps" in given and config.max_steps > 0
+    ):  # a short look is short in all of its parts
+        example.first_steps = config.max_steps
     return example, config, given

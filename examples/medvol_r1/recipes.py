@@ -35,6 +35,8 @@ class Recipe:
     Attributes:
         build: `build(train_rows, model_path) -> (model, processor)` for stage 1.
         segmenter: `segmenter(path) -> Sam2Segmenter`, the frozen one; None as path takes the preset's own.
+        vision_warmup: Settings of `warmup.pretrain_vision`, for a model with random weights; it also gets the short
+            reasoning of `warmup.add_reasoning`. None has no such part.
         segmenter_training: Settings of `train_segmenter`, for a segmenter with random weights; None has weights.
         postprocessing: Of `VolumePropagator`.
         prompt: Settings of `segrl.data.prepare_volumes` that are saved with the model, so that inference asks the same
@@ -53,6 +55,7 @@ class Recipe:
     sft: dict[str, Any]
     grpo: dict[str, Any]
     targets: dict[str, Any] = field(default_factory=dict)
+    vision_warmup: dict[str, Any] | None = None
     segmenter_training: dict[str, Any] | None = None
     postprocessing: bool = True
     rewards: Sequence[str] = REWARDS
@@ -94,10 +97,21 @@ def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
     rows = train.select(range(min(200, len(train))))
     columns = [name for name in ("query", "lesion", "anatomy", "modality") if name in rows.column_names]
     corpus = [str(row[name]) for row in rows for name in columns]
-    corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", "none small large"] * 20
+    corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", ", 2 none, 3 small, 4 large. upper left."] * 50
     side = _TINY_PROMPT["size"]
     return tiny_qwen3_vl(
-        corpus=corpus, hidden_size=64, layers=3, vision_layers=2, min_pixels=side**2, max_pixels=side**2
+        corpus=corpus,
+        hidden_size=64,
+        layers=3,
+        heads=2,
+        vision_hidden_size=48,
+        vision_layers=2,
+        vision_heads=2,
+        patch_size=4,
+        merge_size=4,
+        rope_theta=1e4,
+        min_pixels=side**2,
+        max_pixels=side**2,
     )
 
 
@@ -144,16 +158,17 @@ RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         build=_build_tiny,
         segmenter=_tiny_segmenter,
+        vision_warmup={"steps": 200},
         segmenter_training={"seconds": 100.0, "batch_size": 8, "frames": 6, "learning_rate": 1e-3},
         postprocessing=False,
         prompt=_TINY_PROMPT,
-        targets={"top_k": 3, "brief": True},
+        targets={"top_k": 3},
         sft={
             **_ON_A_CPU,
             "per_device_train_batch_size": 16,
             "learning_rate": 2e-3,
             "warmup_steps": 10,
-            "max_steps": 600,
+            "max_steps": 350,
             "logging_steps": 50,
             "max_length": None,
         },

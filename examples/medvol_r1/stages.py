@@ -9,8 +9,9 @@ from typing import Any
 from accelerate import PartialState
 from arguments import ExampleArguments
 from datasets import Dataset, concatenate_datasets
-from recipes import Recipe
+from recipes import Recipe, rows_for
 from segmenter import lesions_of, train_segmenter
+from warmup import add_reasoning, pretrain_vision
 
 from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, make_reward
 from segrl.cache import FeatureCache
@@ -67,12 +68,26 @@ def or_synthetic(
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset) -> tuple[Any, Any]:
-    """The preset's model and its processor."""
+def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed: int) -> tuple[Any, Any]:
+    """The preset's model and its processor; a model with random weights learns to see first."""
     if example.model is not None:
         check_source("--model", example.model, "model", CheckpointError)
     with retold(f"--model {example.model!r}" if example.model else example.preset, CheckpointError):
-        return recipe.build(train, example.model)
+        model, processor = recipe.build(train, example.model)
+    if recipe.vision_warmup is not None and example.model is None and not example.skip_stage1:
+        settings = dict(recipe.vision_warmup)
+        if example.first_steps is not None:
+            settings["steps"] = min(settings["steps"], example.first_steps)
+        right = pretrain_vision(model, processor, train, size=recipe.prompt["size"], seed=seed, **settings)
+        print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
+    return model, processor
+
+
+def stage1_rows(example: ExampleArguments, recipe: Recipe, train: Dataset, processor: Any) -> Dataset:
+    """Rows with prompts and answers for stage 1."""
+    if recipe.vision_warmup is not None and example.reasoning and "reasoning" not in train.column_names:
+        train = add_reasoning(train, recipe.prompt["slices"])
+    return rows_for(train, processor, recipe, completions=True, reasoning=example.reasoning)
 
 
 def load_run(folder: str | Path, *, trainable: bool = False, **settings: Any) -> VolumeSegmenter:
@@ -109,6 +124,8 @@ def ready_segmenter(
         settings = dict(recipe.segmenter_training or {})
         if example.segmenter_seconds is not None:
             settings["seconds"] = example.segmenter_seconds
+        elif example.first_steps is not None:
+            settings["seconds"] = min(settings["seconds"], float(example.first_steps))
         if state.is_main_process:
             found = recipe.segmenter(None)
             rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)
@@ -150,11 +167,11 @@ def train_stage2(
     """GRPO; the model is saved in the config's output_dir. Returns how many slices the segmenter has encoded."""
     assert example.rewards is not None
     cache = FeatureCache(config.feature_cache_memory, config.feature_cache_dir, config.feature_cache_disk)
-    propagator = VolumePropagator(segmenter, reach=example.delta, cache=cache, postprocessing=recipe.postprocessing)
+    propagator = VolumePropagator(segmenter, reach=example.reach, cache=cache, postprocessing=recipe.postprocessing)
     trainer = SegGRPOTrainer(
         model,
         [
-            make_reward(name, **({"delta": example.delta} if name == "propagated_dice" else {}))
+            make_reward(name, **({"delta": example.reach} if name == "propagated_dice" else {}))
             for name in example.rewards
         ],
         config,

@@ -68,7 +68,7 @@ def run_rows(run: str) -> dict[str, dict[str, Any]]:
 
 def ablation(config: Mapping[str, Any], file: Path) -> str:
     """What a run of stage 2 did otherwise than the paper's main one, from its arguments."""
-    rewards, delta = config.get("rewards"), config.get("delta")
+    rewards, delta = config.get("rewards"), config.get("reach")
     if rewards is None:  # stage 1 alone
         rewards = [ALL_REWARDS]
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):

@@ -24,6 +24,7 @@ from stages import (
     ready_segmenter,
     report,
     score,
+    stage1_rows,
     train_stage1,
     train_stage2,
 )
@@ -45,8 +46,8 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
     recipe = find_recipe(example.preset)
     if config.frame_kind is not None:
         recipe = replace(recipe, prompt={**recipe.prompt, "frame_kind": config.frame_kind})
-    if example.top_k is not None:
-        recipe = replace(recipe, targets={**recipe.targets, "top_k": example.top_k})
+    if example.key_slices is not None:
+        recipe = replace(recipe, targets={**recipe.targets, "top_k": example.key_slices})
     config.frame_kind = recipe.prompt.get("frame_kind")
     config.require_reasoning = example.reasoning
     folder = Path(config.output_dir)
@@ -72,10 +73,12 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         check_batches(config, rows)
         segmenter = ready_segmenter(found, example, recipe, rows, config.seed, folder)
         model, processor = (
-            (started.model, started.processor) if started is not None else build_model(example, recipe, rows)
+            (started.model, started.processor)
+            if started is not None
+            else build_model(example, recipe, rows, config.seed)
         )
         if first is not None:
-            answers = rows_for(rows, processor, recipe, completions=True, reasoning=example.reasoning)
+            answers = stage1_rows(example, recipe, rows, processor)
             train_stage1(example, first, recipe, model, processor, answers)
             again = load_run(folder / "stage1", trainable=True, device="cpu", segmenter=segmenter)
             model, processor = again.model, again.processor

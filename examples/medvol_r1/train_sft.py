@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 from arguments import read
-from recipes import find_recipe, rows_for
+from recipes import find_recipe
 from stages import (
     build_model,
     drawer,
@@ -23,6 +23,7 @@ from stages import (
     ready_segmenter,
     report,
     score,
+    stage1_rows,
     train_stage1,
 )
 
@@ -37,12 +38,12 @@ PICTURES = 8
 def check(argv: Sequence[str]) -> Callable[[], None]:
     """Everything that can be wrong is found here, before anything is written; returns the work."""
     example, config, given = read(SegSFTConfig, "sft", "runs/medvol_r1_sft", argv)
-    for name in ("skip_stage1", "rewards", "without", "delta", "sft_max_steps", "sft_learning_rate"):
+    for name in ("skip_stage1", "rewards", "without", "reach", "sft_max_steps", "sft_learning_rate"):
         if name in given:
             raise SegRLError(f"--{name} is for train_grpo.py; drop it")
     recipe = find_recipe(example.preset)
-    if example.top_k is not None:
-        recipe = replace(recipe, targets={**recipe.targets, "top_k": example.top_k})
+    if example.key_slices is not None:
+        recipe = replace(recipe, targets={**recipe.targets, "top_k": example.key_slices})
     folder = Path(config.output_dir)
     config.resume_from_checkpoint = check_output(
         folder, overwrite=example.overwrite, resume=config.resume_from_checkpoint, inputs=example.inputs()
@@ -55,8 +56,8 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         rows = or_synthetic(train, example, recipe, config.seed, "train", folder)
         held_out = or_synthetic(test, example, recipe, config.seed, "test", folder)
         segmenter = ready_segmenter(found, example, recipe, rows, config.seed, folder)
-        model, processor = build_model(example, recipe, rows)
-        answers = rows_for(rows, processor, recipe, completions=True, reasoning=example.reasoning)
+        model, processor = build_model(example, recipe, rows, config.seed)
+        answers = stage1_rows(example, recipe, rows, processor)
         train_stage1(example, config, recipe, model, processor, answers)
         if PartialState().is_main_process:
             device = str(PartialState().device)

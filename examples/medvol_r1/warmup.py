@@ -1,0 +1,145 @@
+"""What stands in for pretraining in the tiny preset: its vision tower learns to see lesions before words come in.
+
+A published vision-language model has seen millions of images. A random vision tower gives a language model nothing to
+look at, and with words as the only teacher it took ten times as long to begin to see (docs/log.md).
+"""
+
+# N slices, C kinds of lesion, D slices of a volume
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from rich.progress import track
+from torch import Tensor, nn
+
+from segrl.data import read_grey, read_label, render_slices
+from segrl.masks import mask_to_box
+from segrl.volumes import uniform_slices
+
+HELD_OUT = 0.1  # share of the slices that only measure
+BOX_WEIGHT = 3.0
+SIZES = ("none", "small", "large")
+
+
+def add_reasoning(rows: Dataset, slices: int) -> Dataset:
+    """Rows with a column `reasoning`: what each shown slice holds, in order, and where the largest lesion lies.
+
+    Short words in a fixed order are what a model of a million parameters can learn; "small" is below half of the
+    largest slice.
+    """
+    texts = []
+    for row in _dicts(rows):
+        volume, _ = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
+        mask = read_label(row["label"], volume, row["label_value"])
+        areas = mask.sum(axis=(1, 2))
+        shown = uniform_slices(len(mask), slices)
+        sizes = [SIZES[int(area > 0) + int(area >= 0.5 * areas.max())] for area in areas[shown]]
+        box = mask_to_box(mask[int(shown[areas[shown].argmax()])])
+        place = "" if box is None else f" {_place(box, mask.shape)}."
+        texts.append(", ".join(f"{number} {size}" for number, size in enumerate(sizes, 1)) + f".{place}")
+    return rows.add_column("reasoning", texts)  # type: ignore[call-arg]
+
+
+def pretrain_vision(
+    model: Any,
+    processor: Any,
+    rows: Dataset,
+    *,
+    size: int,
+    steps: int,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    volumes: int = 400,
+    seed: int = 0,
+) -> float:
+    """Train the vision tower to tell, of single slices, whether a lesion is there and where.
+
+    A linear layer on all tokens of a slice, thrown away afterwards, gives for each kind of lesion its presence and its
+    box. A row teaches about its own kind only.
+
+    Args:
+        model: Qwen3-VL, trained in place.
+        processor: Its processor.
+        rows: Rows of `load_volumes`.
+        size: Edge of a slice as the model sees it, pixels.
+        steps: Of AdamW; the learning rate falls along a cosine.
+        batch_size: Slices of a step.
+        learning_rate: Its peak.
+        volumes: Use the slices of at most so many volumes.
+        seed: Of the batches.
+
+    Returns:
+        Share of held-out slices of which the presence of the lesion is told right.
+    """
+    pixels, grid, kinds, truth = _slices(processor, rows.select(range(min(volumes, len(rows)))), size)
+    tower = model.model.visual
+    width = sum(len(part) for part in _features(model, pixels[:1], grid))
+    layer = nn.Linear(width * model.config.text_config.hidden_size, (1 + max(kinds.tolist())) * 5)
+    parameters = [*tower.parameters(), *layer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pixels), generator=rng)
+    test, train = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
+
+    def said(index: Tensor) -> Tensor:
+        """Logit of presence, and box, (N, 5)."""
+        tokens = torch.stack(_features(model, pixels[index], grid)).flatten(1)
+        found = layer(tokens).unflatten(1, (-1, 5))
+        return found[torch.arange(len(index)), kinds[index]]
+
+    for step in track(range(steps), "vision tower"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+        index = train[torch.randint(len(train), (batch_size,), generator=rng)]
+        found, true = said(index), truth[index]
+        error = ((found[:, 1:] - true[:, 1:]).abs().mean(1) * true[:, 0]).sum() / true[:, 0].sum().clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(found[:, 0], true[:, 0]) + BOX_WEIGHT * error
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        right = [((said(part)[:, 0] > 0) == (truth[part][:, 0] > 0)).float() for part in test.split(256)]
+    return float(torch.cat(right).mean())
+
+
+def _slices(processor: Any, rows: Dataset, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All slices of the rows: patches (N, P, 3 * 2 * p * p), their grid (3,), kinds (N,), presence and box (N, 5)."""
+    names = sorted(set(rows["lesion"]))
+    patches, kinds, truth = [], [], []
+    grid = torch.zeros(3, dtype=torch.long)
+    for row in _dicts(rows):
+        volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
+        mask = read_label(row["label"], volume, row["label_value"])
+        images = render_slices(grey, np.arange(len(grey)), size)
+        images = [image.resize((size, size)) for image in images]  # volumes of any aspect, in one batch
+        batch = processor.image_processor(images=images, return_tensors="pt")
+        grid = batch["image_grid_thw"][0]
+        patches.append(batch["pixel_values"].view(len(images), int(grid.prod()), -1))
+        kinds += [names.index(row["lesion"])] * len(images)
+        for section in mask:
+            box = mask_to_box(section)
+            height, width = section.shape
+            truth.append([0.0] * 5 if box is None else [1.0, *(box / [width, height, width, height])])
+    return torch.cat(patches), grid, torch.tensor(kinds), torch.tensor(np.array(truth), dtype=torch.float32)
+
+
+def _features(model: Any, pixels: Tensor, grid: Tensor) -> list[Tensor]:
+    """Tokens of each slice."""
+    return list(model.model.get_image_features(pixels.flatten(0, 1), grid.expand(len(pixels), -1)).pooler_output)
+
+
+def _place(box: np.ndarray, shape: tuple[int, ...]) -> str:
+    x, y = (box[0] + box[2]) / 2 / shape[2], (box[1] + box[3]) / 2 / shape[1]
+    row, column = ("upper", "", "lower")[min(2, int(3 * y))], ("left", "", "right")[min(2, int(3 * x))]
+    return " ".join(word for word in (row, column) if word) or "centre"
+
+
+def _dicts(rows: Dataset) -> list[dict[str, Any]]:
+    return [dict(rows[number]) for number in range(len(rows))]
