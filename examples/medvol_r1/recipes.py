@@ -47,6 +47,7 @@ class Recipe:
         lora: Settings of `peft.LoraConfig` for the language model; None trains the whole model.
         max_new_tokens: Of evaluation and inference.
         synthetic: Volumes of each split, and their size.
+        distractors: Whether synthetic volumes also hold lesions of the kind that is not asked for.
     """
 
     build: Callable[..., tuple[Any, Any]]
@@ -62,8 +63,10 @@ class Recipe:
     lora: dict[str, Any] | None = None
     max_new_tokens: int = 256
     synthetic: dict[str, int] = field(
-        default_factory=lambda: {"train": 800, "test": 160, "segmenter": 200, "depth": 16, "size": 64}
+        default_factory=lambda: {"train": 600, "test": 160, "segmenter": 120, "depth": 16, "size": 64}
     )
+
+    distractors: bool = False
 
 
 def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: bool, reasoning: bool = True) -> Dataset:
@@ -96,7 +99,7 @@ def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
         return load_vlm(model_path)
     rows = train.select(range(min(200, len(train))))
     columns = [name for name in ("query", "lesion", "anatomy", "modality") if name in rows.column_names]
-    corpus = [str(row[name]) for row in rows for name in columns]
+    corpus = [str(dict(row)[name]) for row in rows for name in columns]
     corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", ", 2 none, 3 small, 4 large. upper left."] * 50
     side = _TINY_PROMPT["size"]
     return tiny_qwen3_vl(
@@ -158,8 +161,8 @@ RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         build=_build_tiny,
         segmenter=_tiny_segmenter,
-        vision_warmup={"steps": 200},
-        segmenter_training={"seconds": 100.0, "batch_size": 8, "frames": 6, "learning_rate": 1e-3},
+        vision_warmup={"steps": 200, "volumes": 300},
+        segmenter_training={"seconds": 120.0, "batch_size": 6, "frames": 6, "learning_rate": 1e-3},
         postprocessing=False,
         prompt=_TINY_PROMPT,
         targets={"top_k": 3},
@@ -168,7 +171,7 @@ RECIPES: dict[str, Recipe] = {
             "per_device_train_batch_size": 16,
             "learning_rate": 2e-3,
             "warmup_steps": 10,
-            "max_steps": 350,
+            "max_steps": 450,
             "logging_steps": 50,
             "max_length": None,
         },
@@ -177,7 +180,7 @@ RECIPES: dict[str, Recipe] = {
             "per_device_train_batch_size": 32,
             "num_generations": 4,
             "max_completion_length": 80,
-            "learning_rate": 3e-4,
+            "learning_rate": 8e-4,
             "warmup_steps": 5,
             "max_steps": 150,
             "logging_steps": 10,

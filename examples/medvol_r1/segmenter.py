@@ -23,7 +23,7 @@ from segrl.segmenters import Sam2Segmenter
 from segrl.segmenters.tracking import track_clip, tracking_loss
 
 Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
-WARM, SHORT = 0.15, 0.45  # shares of the time for single slices, and until the end of the short clips
+WARM, SHORT = 0.5, 0.9  # shares of the time for single slices, and until the end of the short clips
 JITTER = 0.05  # of a box's corners, relative to its edges: a language model's boxes are never exact
 
 
@@ -33,7 +33,7 @@ def lesions_of(rows: Iterable[Any]) -> list[Lesion]:
     for row in rows:
         volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
         mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
-        parts, count = ndimage.label(mask)
+        parts, count = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
         found += [(grey, parts == n) for n in range(1, count + 1) if np.count_nonzero(parts == n) >= 20]
     return found
 
@@ -73,7 +73,8 @@ def train_segmenter(
         while (spent := clock() - begin) < seconds or not losses:
             share = min(1.0, spent / seconds) if seconds else 1.0
             length = 1 if share < WARM else 3 if share < SHORT else frames
-            images, boxes, masks = _batch(segmenter, lesions, rng, length, batch_size * frames // (2 * length))
+            larger = {1: 3, frames: 1}.get(length, 1.5)  # short clips take less time
+            images, boxes, masks = _batch(segmenter, lesions, rng, length, int(batch_size * larger))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1, (len(losses) + 1) / 30) * (1 + math.cos(math.pi * share)) / 2
             loss = tracking_loss(track_clip(segmenter, images, boxes), masks).mean()

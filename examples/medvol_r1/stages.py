@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from arguments import ExampleArguments
 from datasets import Dataset, concatenate_datasets
@@ -20,6 +21,7 @@ from segrl.data.splits import load_split
 from segrl.errors import CheckpointError, SegRLError
 from segrl.hub import check_source, retold
 from segrl.loading import language_model_lora
+from segrl.metrics import paired_bootstrap_ci
 from segrl.report import VOLUME_COLUMNS, VOLUME_STAGES, results_table, versions, write_results
 from segrl.runs import train_and_save
 from segrl.scripts import RunArguments
@@ -61,6 +63,7 @@ def or_synthetic(
         made = make_synthetic_volumes(
             size[split], folder / "data" / split, depth=size["depth"], size=size["size"],
             seed=3 * seed + SYNTHETIC[split],
+            distractors=recipe.distractors,
         )  # fmt: skip
     return example.limited(made, split)
 
@@ -76,8 +79,7 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed:
         model, processor = recipe.build(train, example.model)
     if recipe.vision_warmup is not None and example.model is None and not example.skip_stage1:
         settings = dict(recipe.vision_warmup)
-        if example.first_steps is not None:
-            settings["steps"] = min(settings["steps"], example.first_steps)
+        settings["steps"] = min(settings["steps"], example.first_steps or settings["steps"])
         right = pretrain_vision(model, processor, train, size=recipe.prompt["size"], seed=seed, **settings)
         print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
     return model, processor
@@ -227,10 +229,23 @@ def drawer(folder: Path, most: int) -> Callable[..., None]:
     return draw
 
 
+def gain(after: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Mean difference of each score over the same volumes, with its paired 95 % bootstrap interval."""
+    found = {}
+    for name in ("dice", "slice_visibility", "slice_boxes"):
+        new, old = (np.array([record[name] for record in records], dtype=float) for records in (after, before))
+        found[name] = [float((new - old).mean()), *paired_bootstrap_ci(new, old)]
+    return found
+
+
 def report(folder: Path, results: dict[str, Any], records: Any) -> None:
     """`results.json`, `predictions.json`, and the table."""
     results["versions"] = versions()
     write_results(folder / "results.json", results)
     write_results(folder / "predictions.json", records)
+    for name, (mean, low, high) in results.get("gain", {}).items():
+        print(
+            f"stage 2 - stage 1, {name}: {100 * mean:+.1f} points, 95 % interval [{100 * low:+.1f}, {100 * high:+.1f}]"
+        )
     results_table(results, columns=VOLUME_COLUMNS, stages=VOLUME_STAGES, groupings=VOLUME_GROUPINGS)
     print(f"Written to {folder}: results.json, predictions.json, pictures/")

@@ -17,6 +17,7 @@ from stages import (
     build_model,
     drawer,
     find_segmenter,
+    gain,
     load_rows,
     load_run,
     or_synthetic,
@@ -87,12 +88,17 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         if PartialState().is_main_process:
             device = str(PartialState().device)
             results: dict[str, Any] = {"config": settings, "encoded_slices": encoded}
+            first_records: list[dict[str, Any]] = []
             results["oracle"] = oracle(segmenter.to(device), recipe, held_out)
             before = stage1 if stage1 is not None else folder / "stage1"
             if not example.skip_stage1:
-                results["stage1"], _ = score(load_run(before, device=device, segmenter=segmenter), held_out, example)
+                results["stage1"], first_records = score(
+                    load_run(before, device=device, segmenter=segmenter), held_out, example
+                )
             trained = load_run(folder, device=device, segmenter=segmenter)
             results["stage2"], records = score(trained, held_out, example, drawer(folder, PICTURES))
+            if not example.skip_stage1:
+                results["gain"] = gain(records, first_records)
             report(folder, results, records)
 
     return work
