@@ -37,7 +37,7 @@ class SegGRPOConfig(GRPOConfig):
         default="matched",
         metadata={
             "help": "Boxes that prompt the frozen segmenter of volumes during training: those matched to a true box on "
-            "the named slice (MedVol-R1), or all.",
+            "the named slice (MedVol-R1; then more boxes never hurt R_c, only slice_boxes), or all.",
             "choices": ["matched", "all"],
         },
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from segrl.data import prepare_volumes
 from segrl.loading import load_vlm
@@ -46,6 +46,8 @@ class Recipe:
         rewards: Registered names.
         lora: Settings of `peft.LoraConfig` for the language model; None trains the whole model.
         max_new_tokens: Of evaluation and inference.
+        fill_to: Repeat the rows of a small training set up to about this many, each time with other key slices in the
+            answers; 0 does not.
         synthetic: Volumes of each split, and their size.
         distractors: Whether synthetic volumes also hold lesions of the kind that is not asked for.
     """
@@ -65,14 +67,17 @@ class Recipe:
     synthetic: dict[str, int] = field(
         default_factory=lambda: {"train": 600, "test": 160, "segmenter": 120, "depth": 16, "size": 64}
     )
-
     distractors: bool = False
+    fill_to: int = 0
 
 
 def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: bool, reasoning: bool = True) -> Dataset:
     """The data set with the slices, prompts and answers of this recipe."""
     prompt = {key: value for key, value in recipe.prompt.items() if value is not None}
-    return prepare_volumes(dataset, processor, completions=completions, reasoning=reasoning, **prompt, **recipe.targets)
+    settings = {"completions": completions, "reasoning": reasoning, **prompt, **recipe.targets}
+    copies = max(1, recipe.fill_to // len(dataset))
+    parts = [prepare_volumes(dataset, processor, seed=seed, **settings) for seed in range(copies if completions else 1)]
+    return concatenate_datasets(parts if completions else parts * copies)
 
 
 # ---- tiny ------------------------------------------------------------------------------------------------------------
@@ -166,6 +171,7 @@ RECIPES: dict[str, Recipe] = {
         postprocessing=False,
         prompt=_TINY_PROMPT,
         targets={"top_k": 3},
+        fill_to=64,
         sft={
             **_ON_A_CPU,
             "per_device_train_batch_size": 16,
@@ -180,8 +186,8 @@ RECIPES: dict[str, Recipe] = {
             "per_device_train_batch_size": 32,
             "num_generations": 4,
             "max_completion_length": 80,
-            "learning_rate": 8e-4,
-            "warmup_steps": 5,
+            "learning_rate": 4e-4,
+            "warmup_steps": 10,
             "max_steps": 150,
             "logging_steps": 10,
             "beta": 0.01,

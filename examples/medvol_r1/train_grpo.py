@@ -65,13 +65,13 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         first = SegSFTConfig(**first_stage_settings(recipe.sft, config, given, example, str(folder / "stage1")))
         settings["sft"] = first.to_dict()
     if train is not None:
-        check_batches(config, train)
+        check_batches(config, range(max(len(train), recipe.fill_to)))
 
     def work() -> None:
         claim_output(folder, asdict(example), config.resume_from_checkpoint)
         rows = or_synthetic(train, example, recipe, config.seed, "train", folder)
         held_out = or_synthetic(test, example, recipe, config.seed, "test", folder)
-        check_batches(config, rows)
+        check_batches(config, range(max(len(rows), recipe.fill_to)))
         segmenter = ready_segmenter(found, example, recipe, rows, config.seed, folder)
         model, processor = (
             (started.model, started.processor)
