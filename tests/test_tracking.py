@@ -98,6 +98,16 @@ class TestClip:
         for one, other in zip(forwards, backwards, strict=True):
             assert torch.allclose(one.candidates, other.candidates, atol=1e-5)
 
+    def test_a_part_of_a_long_sequence_keeps_its_scale_of_time(self):
+        segmenter = tiny_segmenter().eval()
+        with torch.no_grad():
+            whole = track_clip(segmenter, clips(9), BOXES)
+            part = track_clip(segmenter, clips(9)[:, :4], BOXES, num_frames=9)
+            other = track_clip(segmenter, clips(9)[:, :4], BOXES)
+        for one, same, different in zip(whole[1:4], part[1:], other[1:], strict=True):
+            assert torch.allclose(one.candidates, same.candidates, atol=1e-5)
+            assert not torch.allclose(one.candidates, different.candidates, atol=1e-5)
+
     def test_one_frame(self):
         (masks,) = track_clip(tiny_segmenter().eval(), clips(1), BOXES)
         assert masks.logits.shape == (2, 16, 16)
@@ -113,6 +123,10 @@ class TestClip:
         assert without <= {"mask_downsample", "no_mem_pos_enc", "sam_prompt_encoder", "no_obj_ptr",
                            "no_obj_embed_spatial", "image_encoder", "sam_mask_decoder", "maskmem_tpos_enc",
                            "memory_attention"}  # fmt: skip
+
+    def test_a_clip_longer_than_its_sequence(self):
+        with pytest.raises(SegRLError, match=r"num_frames=2: expected at least the 3 frames of the clip, or None"):
+            track_clip(tiny_segmenter(), clips(3), BOXES, num_frames=2)
 
     @pytest.mark.parametrize(
         ("images", "boxes", "key", "message"),

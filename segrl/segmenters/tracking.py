@@ -163,7 +163,9 @@ class Tracker:
                 self._followed[frame] = _Memory(None, [], memory.obj_ptr)
 
 
-def track_clip(segmenter: Sam2Segmenter, images: Tensor, boxes: Tensor, *, key: int = 0) -> list[FrameMasks]:
+def track_clip(
+    segmenter: Sam2Segmenter, images: Tensor, boxes: Tensor, *, key: int = 0, num_frames: int | None = None
+) -> list[FrameMasks]:
     """Masks of one object per clip on every frame, from a box on frame `key`, with gradients.
 
     Frames after `key` are reached forwards, frames before it backwards, both from the memory of frame `key` alone, as
@@ -175,12 +177,15 @@ def track_clip(segmenter: Sam2Segmenter, images: Tensor, boxes: Tensor, *, key: 
         images: (B, T, 3, S, S), from `segmenter.preprocess`.
         boxes: (B, 4) xyxy on frame `key`, fractions of width and height in 0..1.
         key: index of the frame with the box.
+        num_frames: length of the whole sequence that clips are cut from, None where they are all of it. It sets the
+            scale of time up to 16 (see `Tracker`): a model trained on clips of 6 frames at the scale of 6 takes objects
+            in longer volumes to end too early or late.
 
     Returns:
         T results of B objects each, in the order of the frames.
 
     Raises:
-        SegRLError: a shape that does not fit, or `key` is no frame of the clip.
+        SegRLError: a shape that does not fit, `key` is no frame of the clip, or `num_frames` is less than T.
     """
     side = segmenter.image_size
     if images.ndim != 5 or not images.size(1) or tuple(images.shape[2:]) != (3, side, side):
@@ -190,9 +195,11 @@ def track_clip(segmenter: Sam2Segmenter, images: Tensor, boxes: Tensor, *, key: 
         raise SegRLError(f"boxes: expected ({count}, 4), one per clip, got {tuple(boxes.shape)}")
     if not 0 <= key < frames:
         raise SegRLError(f"key={key}: expected a frame of the clip, 0..{frames - 1}")
+    if num_frames is not None and num_frames < frames:
+        raise SegRLError(f"num_frames={num_frames}: expected at least the {frames} frames of the clip, or None")
     levels = [level.unflatten(0, (count, frames)) for level in segmenter.encode_frames(images.flatten(0, 1)).tensors]
     features = [ImageFeatures(tuple(level[:, frame] for level in levels)) for frame in range(frames)]
-    start = Tracker(segmenter, frames)
+    start = Tracker(segmenter, num_frames or frames)
     found = {key: start.start(features[key], boxes)}
     for way in (range(key + 1, frames), range(key - 1, -1, -1)):
         tracker = start.branch(torch.arange(count, device=boxes.device))
