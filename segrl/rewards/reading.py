@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,8 @@ def _prediction(
         original = (target.width, target.height) if target is not None else shown or _UNKNOWN_SIZE
         frame = reading.frame
         known = frame(shown or original, original) if callable(frame) else Frame(frame, original)
+        if isinstance(target, VolumeTarget) and call.get("slices") is not None:
+            known = replace(known, slices=tuple(call["slices"][row]))  # of a volume the model saw these
         text = completion_text(completion)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         where = place(name, row, target.name if target is not None else "")
