@@ -67,15 +67,19 @@ class Recipe:
     synthetic: dict[str, int] = field(
         default_factory=lambda: {"train": 600, "test": 160, "segmenter": 120, "depth": 16, "size": 64}
     )
-    distractors: bool = False
+    distractors: bool = True
     fill_to: int = 0
+
+    def copies(self, rows: int) -> int:
+        """How often each of so many training rows is in the data set."""
+        return max(1, self.fill_to // rows)
 
 
 def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: bool, reasoning: bool = True) -> Dataset:
     """The data set with the slices, prompts and answers of this recipe."""
     prompt = {key: value for key, value in recipe.prompt.items() if value is not None}
     settings = {"completions": completions, "reasoning": reasoning, **prompt, **recipe.targets}
-    copies = max(1, recipe.fill_to // len(dataset))
+    copies = recipe.copies(len(dataset))
     parts = [prepare_volumes(dataset, processor, seed=seed, **settings) for seed in range(copies if completions else 1)]
     return concatenate_datasets(parts if completions else parts * copies)
 
