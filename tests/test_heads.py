@@ -571,7 +571,8 @@ class TestFeatures:
             assert (other.cache.memory_bytes, other.cache.nbytes) == (123_456_789, 0)
             features, _ = other.features([SegInput(head.segmenter.preprocess(picture(0)), key="0")])
             expected, _ = head.features([SegInput(head.segmenter.preprocess(picture(0)), key="0")])
-            assert torch.equal(features.tensors[0], expected.tensors[0])
+            # kept from a batch of 20, computed again alone: the same up to rounding
+            torch.testing.assert_close(features.tensors[0], expected.tensors[0], rtol=1e-5, atol=1e-5)
         assert head.state_dict().keys() == find_mask_head(pair()[0]).state_dict().keys()  # type: ignore[union-attr]
 
     def test_the_mask_is_that_of_its_own_image(self):
