@@ -3,7 +3,6 @@
 python examples/medvol_r1/predict.py scan.nii.gz "the tumour in the left lobe" --model runs/medvol_r1 -o mask.nii.gz
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,15 +13,16 @@ from stages import load_run
 
 from segrl.data import read_grey, write_mask
 from segrl.errors import SegRLError
-from segrl.scripts import run_script
+from segrl.scripts import Parser, run_script
 from segrl.terminal import printable
 from segrl.volume_picture import volume_picture
 from segrl.volumes import uniform_slices
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description="Segment one volume; the mask lies on the scan's own grid.")
+    made.usage = "%(prog)s SCAN QUERY --model RUN [flags]"
     made.add_argument("scan", help="NIfTI file")
     made.add_argument("query", help="what to segment")
     made.add_argument("--model", required=True, help="the run's output_dir")
@@ -39,13 +39,18 @@ def parser() -> argparse.ArgumentParser:
 def check(argv: Sequence[str]) -> Callable[[], None]:
     """Everything that can be wrong is found here, before anything is written; returns the work."""
     options = parser().parse_args(list(argv))
-    for path in filter(None, (options.output, options.picture)):
+    written = [path for path in (options.output, options.picture) if path]
+    if len({Path(path).resolve() for path in (options.scan, *written)}) <= len(written):
+        raise SegRLError(f"{options.scan}, {', '.join(written)}: expected different files; nothing replaces the scan")
+    for path in written:
         if Path(path).exists() and not options.overwrite:
             raise SegRLError(f"{path} exists; pass another name, or --overwrite")
         if not Path(path).parent.is_dir():
             raise SegRLError(f"{path}: there is no folder {Path(path).parent}; create it first")
     if not options.output.endswith((".nii", ".nii.gz")):
         raise SegRLError(f"--output {options.output}: expected a name that ends in .nii or .nii.gz")
+    if options.picture and not options.picture.lower().endswith(".png"):
+        raise SegRLError(f"--picture {options.picture}: expected a name that ends in .png")
     volume, grey = read_grey(options.scan, modality=options.modality, intensity=options.intensity)
     segmenter = load_run(options.model, device=str(PartialState().device), segmenter=options.segmenter)
     if segmenter.segmenter is None:

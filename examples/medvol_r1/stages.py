@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from arguments import ExampleArguments
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from recipes import Recipe, rows_for
 from segmenter import lesions_of, train_segmenter
 from warmup import add_reasoning, pretrain_vision
 
-from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, make_reward
+from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, load_reward, make_reward
 from segrl.cache import FeatureCache
-from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic_volumes
+from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic_volumes, read_label
 from segrl.data.splits import load_split
-from segrl.errors import CheckpointError, SegRLError
+from segrl.errors import CheckpointError, DataError, SegRLError, unknown_name
 from segrl.hub import check_source, retold
 from segrl.loading import language_model_lora
 from segrl.metrics import paired_bootstrap_ci
@@ -35,6 +35,7 @@ from segrl.volume_evaluation import (
 )
 from segrl.volume_inference import VolumeSegmenter
 from segrl.volume_picture import volume_picture
+from segrl.volumes import uniform_slices
 
 SYNTHETIC = {"train": 0, "test": 1, "segmenter": 2}  # seeds of the splits, apart from the run's
 
@@ -46,10 +47,22 @@ def load_rows(example: Any, recipe: Recipe, seed: int, split: str, folder: Path)
     if example.m3d_seg is not None and example.data is None:
         raise SegRLError(f"--m3d_seg {example.m3d_seg}: pass --data with the folder of M3D-Seg too")
     if example.data is None:
+        if split not in ("train", "test"):
+            raise unknown_name("split of the synthetic volumes", split, ("train", "test"))
         return None
     if example.m3d_seg is not None:
         return example.limited(load_m3d_seg(example.data, example.m3d_seg, split), split)
-    return example.limited(load_split(example.data, split, folder=load_volumes, check=check_volumes), split)
+    rows = load_split(example.data, split, folder=load_volumes, check=check_volumes)
+    for column, default in (("label_value", 0), ("intensity", "")):  # a data set on disk need not have them
+        if column not in rows.column_names:
+            rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]
+    return example.limited(rows, split)
+
+
+def count_synthetic(example: RunArguments, recipe: Recipe, split: str) -> int:
+    """How many synthetic volumes a split has; those that a flag leaves out are not made."""
+    limit = example.eval_limit if split == "test" else example.train_limit
+    return min(recipe.synthetic[split], limit or recipe.synthetic[split])
 
 
 def or_synthetic(
@@ -60,12 +73,11 @@ def or_synthetic(
         return rows
     size = recipe.synthetic
     with PartialState().main_process_first():
-        made = make_synthetic_volumes(
-            size[split], folder / "data" / split, depth=size["depth"], size=size["size"],
-            seed=3 * seed + SYNTHETIC[split],
+        return make_synthetic_volumes(
+            count_synthetic(example, recipe, split), folder / "data" / split,
+            depth=size["depth"], size=size["size"], seed=3 * seed + SYNTHETIC[split],
             distractors=recipe.distractors,
         )  # fmt: skip
-    return example.limited(made, split)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -81,34 +93,71 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed:
         settings = dict(recipe.vision_warmup)
         settings["steps"] = min(settings["steps"], example.first_steps or settings["steps"])
         right = pretrain_vision(model, processor, train, size=recipe.prompt["size"], seed=seed, **settings)
-        print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
+        if PartialState().is_main_process:
+            print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
     return model, processor
 
 
 def stage1_rows(example: ExampleArguments, recipe: Recipe, train: Dataset, processor: Any) -> Dataset:
-    """Rows with prompts and answers for stage 1."""
+    """Rows with prompts and answers for stage 1.
+
+    A small lesion may lie between the slices that are shown: no answer can name it, so that row is left out.
+
+    Raises:
+        DataError: No row is left.
+    """
+    masks = (read_label(row["label"], None, row["label_value"], allow_empty=True) for row in map(dict, train))  # type: ignore[call-overload]
+    seen = [n for n, mask in enumerate(masks) if mask[uniform_slices(len(mask), recipe.prompt["slices"])].any()]
+    if not seen:
+        raise DataError(f"no lesion of {len(train)} rows is on one of the {recipe.prompt['slices']} slices shown")
+    if len(seen) < len(train) and PartialState().is_main_process:
+        print(f"stage 1: {len(train) - len(seen)} of {len(train)} rows left out, no slice shown has the lesion")
+    train = train.select(seen)
     if recipe.vision_warmup is not None and example.reasoning and "reasoning" not in train.column_names:
         train = add_reasoning(train, recipe.prompt["slices"])
     return rows_for(train, processor, recipe, completions=True, reasoning=example.reasoning)
 
 
-def load_run(folder: str | Path, *, trainable: bool = False, **settings: Any) -> VolumeSegmenter:
-    """The model of a run, with its segmenter if the run has one."""
+def load_run(
+    folder: str | Path, *, segmenter: Sam2Segmenter | str | None = None, trainable: bool = False, **settings: Any
+) -> VolumeSegmenter:
+    """The model of a run, with its segmenter if the run has one, or another; weights in a file are read as its own."""
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
     if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
     with retold(f"--model {str(folder)!r}", CheckpointError):
-        return VolumeSegmenter.from_pretrained(path, trainable=trainable, **settings)
+        loaded = VolumeSegmenter.from_pretrained(
+            path, segmenter=None if isinstance(segmenter, str) else segmenter, trainable=trainable, **settings
+        )
+    if not isinstance(segmenter, str):
+        return loaded
+    with retold(f"--segmenter {segmenter!r}", CheckpointError):
+        other = Sam2Segmenter.from_pretrained(segmenter, loaded.segmenter and loaded.segmenter.config)
+    return VolumeSegmenter(loaded.model, loaded.processor, loaded.settings, other.to(loaded.model.device))
+
+
+def load_stage1(folder: Path, example: ExampleArguments, recipe: Recipe) -> VolumeSegmenter:
+    """A run of stage 1, to be trained further, if it was asked the way that it will be asked now."""
+    loaded = load_run(folder, trainable=True, device="cpu")
+    for name, value in {"reasoning": example.reasoning, **recipe.prompt}.items():
+        if (was := loaded.settings.get(name, value)) != value:
+            flag = f"--{name}" if name in ("reasoning", "frame_kind") else "--preset"
+            raise SegRLError(
+                f"--model {str(folder)!r} was trained with {name} {was!r:.80}, here it is {value!r:.80}; pass "
+                f"the {flag} that it was trained with"
+            )
+    return loaded
 
 
 def find_segmenter(
-    example: ExampleArguments, recipe: Recipe, stage1: Path | None, folder: Path
+    example: ExampleArguments, recipe: Recipe, stage1: Path | None, checkpoint: str | None
 ) -> Sam2Segmenter | None:
     """The frozen segmenter: of `--segmenter`, of the run to go on with, or the preset's; None is yet to be trained."""
     path = example.segmenter
-    homes = [folder, *([stage1, stage1.parent] if stage1 is not None else [])]
+    homes = [Path(checkpoint).parent] if checkpoint else []
+    homes += [stage1, stage1.parent] if stage1 is not None else []
     if path is None:
         path = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
     if path is None and recipe.segmenter_training is not None:
@@ -131,9 +180,8 @@ def ready_segmenter(
         if state.is_main_process:
             found = recipe.segmenter(None)
             rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)
-            if example.data is not None:
-                rows = concatenate_datasets([rows, train.select_columns(rows.column_names)])
-            losses = train_segmenter(found, lesions_of(rows), seed=seed, **settings)
+            more = train if example.data is not None else ()
+            losses = train_segmenter(found, lesions_of([*rows, *more]), seed=seed, **settings)
             last = losses[-min(20, len(losses)) :]
             print(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}", flush=True)
     if state.is_main_process and found is not None:
@@ -157,6 +205,15 @@ def train_stage1(
     train_and_save(trainer, settings_of(example, recipe))
 
 
+def rewards_of(example: ExampleArguments) -> list[Any]:
+    """The rewards that were asked for; those of the paper read masks as far as `--reach` goes."""
+    made = []
+    for name in example.rewards or ():
+        within = {"delta": example.reach} if name in ("propagated_dice", "medvol_r1") else {}
+        made.append(load_reward(name) if name.endswith((".yaml", ".yml")) else make_reward(name, **within))
+    return made
+
+
 def train_stage2(
     example: ExampleArguments,
     config: SegGRPOConfig,
@@ -167,20 +224,17 @@ def train_stage2(
     segmenter: Sam2Segmenter,
 ) -> int:
     """GRPO; the model is saved in the config's output_dir. Returns how many slices the segmenter has encoded."""
-    assert example.rewards is not None
+    rewards = rewards_of(example)
     cache = FeatureCache(config.feature_cache_memory, config.feature_cache_dir, config.feature_cache_disk)
     propagator = VolumePropagator(segmenter, reach=example.reach, cache=cache, postprocessing=recipe.postprocessing)
     trainer = SegGRPOTrainer(
         model,
-        [
-            make_reward(name, **({"delta": example.reach} if name == "propagated_dice" else {}))
-            for name in example.rewards
-        ],
+        rewards,
         config,
         train_dataset=rows,
         processing_class=processor,
         peft_config=_lora(recipe, model) if example.skip_stage1 else None,
-        propagator=propagator if "propagated_dice" in example.rewards else None,
+        propagator=propagator if any(reward.needs_mask for reward in rewards) else None,
     )
     train_and_save(trainer, settings_of(example, recipe))
     return propagator.encoded_slices
@@ -211,9 +265,9 @@ def score(
     return summarise_volumes(records), records
 
 
-def oracle(segmenter: Sam2Segmenter, recipe: Recipe, test: Dataset) -> dict[str, Any]:
+def oracle(segmenter: Sam2Segmenter, postprocessing: bool, test: Dataset) -> dict[str, Any]:
     """Summary of the frozen segmenter, prompted with the true boxes on the best slice: its ceiling."""
-    propagator = VolumePropagator(segmenter, reach=None, postprocessing=recipe.postprocessing)
+    propagator = VolumePropagator(segmenter, reach=None, postprocessing=postprocessing)
     return summarise_volumes(evaluate_oracle_boxes(propagator, test))
 
 

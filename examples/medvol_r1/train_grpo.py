@@ -15,11 +15,13 @@ from arguments import read
 from recipes import find_recipe, rows_for
 from stages import (
     build_model,
+    count_synthetic,
     drawer,
     find_segmenter,
     gain,
     load_rows,
     load_run,
+    load_stage1,
     or_synthetic,
     oracle,
     ready_segmenter,
@@ -57,21 +59,20 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
     )
     train, test = (load_rows(example, recipe, config.seed, split, folder) for split in ("train", "test"))
     stage1 = find_stage1(example.model, config.resume_from_checkpoint, skip=example.skip_stage1)
-    started = load_run(stage1, trainable=True, device="cpu") if stage1 is not None else None
-    found = find_segmenter(example, recipe, stage1, folder)
+    started = load_stage1(stage1, example, recipe) if stage1 is not None else None
+    found = find_segmenter(example, recipe, stage1, config.resume_from_checkpoint)
     settings: dict[str, Any] = {**asdict(example), "grpo": config.to_dict()}
     first = None
     if stage1 is None and not example.skip_stage1:
         first = SegSFTConfig(**first_stage_settings(recipe.sft, config, given, example, str(folder / "stage1")))
         settings["sft"] = first.to_dict()
-    if train is not None:
-        check_batches(config, range(max(len(train), recipe.fill_to)))
+    count = len(train) if train is not None else count_synthetic(example, recipe, "train")
+    check_batches(config, range(count * recipe.copies(count)))
 
     def work() -> None:
         claim_output(folder, asdict(example), config.resume_from_checkpoint)
         rows = or_synthetic(train, example, recipe, config.seed, "train", folder)
         held_out = or_synthetic(test, example, recipe, config.seed, "test", folder)
-        check_batches(config, range(max(len(rows), recipe.fill_to)))
         segmenter = ready_segmenter(found, example, recipe, rows, config.seed, folder)
         model, processor = (
             (started.model, started.processor)
@@ -89,7 +90,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
             device = str(PartialState().device)
             results: dict[str, Any] = {"config": settings, "encoded_slices": encoded}
             first_records: list[dict[str, Any]] = []
-            results["oracle"] = oracle(segmenter.to(device), recipe, held_out)
+            results["oracle"] = oracle(segmenter.to(device), recipe.postprocessing, held_out)
             before = stage1 if stage1 is not None else folder / "stage1"
             if not example.skip_stage1:
                 results["stage1"], first_records = score(

@@ -49,7 +49,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         folder, overwrite=example.overwrite, resume=config.resume_from_checkpoint, inputs=example.inputs()
     )
     train, test = (load_rows(example, recipe, config.seed, split, folder) for split in ("train", "test"))
-    found = find_segmenter(example, recipe, None, folder)
+    found = find_segmenter(example, recipe, None, config.resume_from_checkpoint)
 
     def work() -> None:
         claim_output(folder, asdict(example), config.resume_from_checkpoint)
@@ -62,7 +62,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         if PartialState().is_main_process:
             device = str(PartialState().device)
             results: dict[str, Any] = {"config": {**asdict(example), "sft": config.to_dict()}}
-            results["oracle"] = oracle(segmenter.to(device), recipe, held_out)
+            results["oracle"] = oracle(segmenter.to(device), recipe.postprocessing, held_out)
             trained = load_run(folder, device=device, segmenter=segmenter)
             results["stage1"], records = score(trained, held_out, example, drawer(folder, PICTURES))
             report(folder, results, records)

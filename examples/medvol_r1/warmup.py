@@ -85,7 +85,8 @@ def pretrain_vision(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     rng = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(pixels), generator=rng)
-    test, train = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
+    test = order[: math.ceil(HELD_OUT * len(order))]
+    train = order[len(test) :] if len(test) < len(order) else order  # a single slice is all there is
 
     def said(index: Tensor) -> Tensor:
         """Logit of presence, and box, (N, 5)."""
