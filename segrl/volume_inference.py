@@ -14,7 +14,14 @@ import numpy as np
 from rich.progress import Progress
 
 from segrl.data.nifti import Volume
-from segrl.data.volume_prompts import SLICE_INSTRUCTION, build_volume_prompt, read_grey, render_slices, shown_frame
+from segrl.data.volume_prompts import (
+    SLICE_INSTRUCTION,
+    build_volume_prompt,
+    grey_values,
+    read_grey,
+    render_slices,
+    shown_frame,
+)
 from segrl.errors import DataError
 from segrl.inference import Answerer
 from segrl.parsing import parse_completion
@@ -22,7 +29,7 @@ from segrl.prediction import Prediction
 from segrl.segmenters import Sam2Segmenter, VolumePropagator
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG
 from segrl.volume_masks import add_volume_masks
-from segrl.volumes import Intensity, intensity_for, scale_intensity, uniform_slices
+from segrl.volumes import Intensity, uniform_slices
 
 __all__ = ["VolumeSegmenter"]
 
@@ -183,6 +190,7 @@ def _grey(volume: Volume | np.ndarray | str | Path, modality: str, intensity: st
             )
         return volume
     if isinstance(volume, Volume):
-        scaling = Intensity.parse(intensity) if intensity else intensity_for(modality, volume.voxels)
-        return scale_intensity(volume.voxels, scaling)
+        return grey_values(volume, modality=modality, intensity=intensity)
+    if not isinstance(volume, str | Path):
+        raise DataError(f"volume: {type(volume).__name__}; expected a path, a Volume or grey values (D, H, W) uint8")
     return read_grey(str(volume), modality=modality, intensity=intensity)[1]

@@ -22,7 +22,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError
 from segrl.segmenters import ImageFeatures, Sam2Config, Sam2Segmenter, Segmenter
-from segrl.segmenters.sam2 import sam2_config
+from segrl.segmenters.sam2 import SEGMENTER_CONFIG, SEGMENTER_WEIGHTS, sam2_config
 
 
 def picture(size=(64, 64), seed=0):
@@ -320,3 +320,58 @@ class TestCheckpoint:
     def test_a_missing_file_is_an_error(self, name, tmp_path):
         with pytest.raises(CheckpointError, match=r"SAM 2 checkpoint .* does not exist\. Pass the path of a \.pt file"):
             Sam2Segmenter.from_pretrained(tmp_path / name, tiny_sam2_config())
+
+
+class TestFolder:
+    def test_weights_and_config_come_back(self, tmp_path):
+        made = tiny_segmenter(seed=3, num_maskmem=5)
+        made.save_pretrained(str(tmp_path / "new" / "folder"))
+        loaded = Sam2Segmenter.from_pretrained(tmp_path / "new" / "folder")
+        assert loaded.config == made.config
+        expected = made.state_dict()
+        assert loaded.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+        frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+        assert frozen == {name for name, parameter in made.named_parameters() if not parameter.requires_grad}
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("{", "cannot be read"),
+            ("[1]", "cannot be read"),
+            ('{"image_size": 65}', "positive multiple of 32"),
+            ('{"image_sizes": 64}', "image_sizes"),
+            ('{"image_size": "64"}', "cannot be read"),
+        ],
+    )
+    def test_a_config_that_is_none(self, config, message, tmp_path):
+        tiny_segmenter().save_pretrained(tmp_path)
+        (tmp_path / SEGMENTER_CONFIG).write_text(config)
+        with pytest.raises(CheckpointError, match=message) as error:
+            Sam2Segmenter.from_pretrained(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+    def test_weights_of_another_config(self, tmp_path):
+        tiny_segmenter().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / SEGMENTER_CONFIG).read_text())
+        (tmp_path / SEGMENTER_CONFIG).write_text(json.dumps({**config, "embed_dim": 24}))
+        with pytest.raises(CheckpointError, match=r"does not fit Sam2Config\(image_size=64, embed_dim=24"):
+            Sam2Segmenter.from_pretrained(tmp_path)
+
+    def test_weights_are_missing(self, tmp_path):
+        tiny_segmenter().save_pretrained(tmp_path)
+        (tmp_path / SEGMENTER_WEIGHTS).unlink()
+        with pytest.raises(CheckpointError, match=r"segmenter\.safetensors cannot be read"):
+            Sam2Segmenter.from_pretrained(tmp_path)
+
+    def test_the_folder_brings_its_own_config(self, tmp_path):
+        made = tiny_segmenter()
+        made.save_pretrained(tmp_path)
+        assert Sam2Segmenter.from_pretrained(tmp_path, tiny_sam2_config(embed_dim=24)).config == made.config
+
+    def test_it_can_be_saved_over_another(self, tmp_path):
+        for seed in (1, 2):
+            tiny_segmenter(seed).save_pretrained(tmp_path)
+        loaded = Sam2Segmenter.from_pretrained(tmp_path).sam
+        assert torch.equal(loaded.no_mem_embed, tiny_segmenter(2).sam.no_mem_embed)
+        assert {path.name for path in tmp_path.iterdir()} == {SEGMENTER_CONFIG, SEGMENTER_WEIGHTS}

@@ -2,19 +2,26 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import references
+from builders import tiny_model, tiny_segmenter
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from volume_builders import blocks, row_of
 
+from segrl.data import read_grey
 from segrl.errors import DataError
 from segrl.metrics import bootstrap_ci
 from segrl.prediction import Prediction, Status, VolumeTarget
 from segrl.report import write_results
+from segrl.segmenters import PropagationRequest, VolumePropagator
 from segrl.testing.strategies import volume_targets
-from segrl.volume_evaluation import summarise_volumes, volume_record
+from segrl.volume_evaluation import evaluate_oracle_boxes, evaluate_volumes, summarise_volumes, volume_record
+from segrl.volume_inference import VolumeSegmenter
 
 
 def answer(mask=None, index=None, boxes=(), status=Status.VALID, text="words") -> Prediction:
@@ -162,3 +169,97 @@ def test_the_summary_says_over_how_many_volumes_a_distance_is(tmp_path):
     write_results(tmp_path / "results.json", {"stage2": summarise_volumes(records[1:2])})
     written = json.loads((tmp_path / "results.json").read_text())["stage2"]
     assert (written["hd95_mm"], written["ci95"]["hd95_mm"], written["n_scored"]) == (None, None, {"hd95_mm": 0})
+
+
+# ---- whole data sets -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Any:
+    """Volumes of different depth and shape, the last without the structure that is asked for."""
+    folder = tmp_path_factory.mktemp("volumes")
+    masks = [blocks([0, 3, 9, 7, 0]), blocks([0, 0, 4], 32, 20), blocks([5]), blocks([9, 9])]
+    made = [row_of(folder, mask, f"volume {n}", query=f"Where, {n}?") for n, mask in enumerate(masks)]
+    made[1]["intensity"] = "window:0:100"
+    return Dataset.from_list([*made[:3], {**made[3], "label_value": 5}])
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("qwen3_vl", min_pixels=32 * 32, max_pixels=32 * 32)
+
+
+def keep(answers):
+    return lambda *given: answers.append(given)
+
+
+SETTINGS = {"slices": 4, "size": 32, "max_new_tokens": 8}
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("batch_size", [1, 3, 9])
+    def test_one_record_per_row_in_order(self, batch_size, rows, model):
+        segmenter, answers = VolumeSegmenter(model[0], model[1], SETTINGS, tiny_segmenter()), []
+        records = evaluate_volumes(
+            segmenter, rows, batch_size=batch_size, progress=False, on_answer=keep(answers), nsd_tolerance_mm=1.0
+        )
+        assert [record["name"] for record in records] == list(rows["name"])
+        assert [number for number, *_ in answers] == [0, 1, 2, 3]
+        for row, record, (_, grey, prediction, target) in zip(rows, records, answers, strict=True):
+            assert np.array_equal(grey, read_grey(row["scan"], modality="MRI", intensity=row["intensity"])[1])
+            assert target.query == record["query"] == row["query"]
+            assert target.spacing_mm == (3.0, 1.0, 1.0)
+            assert prediction.text == segmenter.predict(grey, row["query"]).text
+            assert record == volume_record(prediction, target, nsd_tolerance_mm=1.0)
+        assert [target.empty for *_, target in answers] == [False, False, False, True]
+        assert records[3]["dice"] == 1.0  # nothing found where there is nothing
+
+    def test_without_segmenter_masks_count_as_empty(self, rows, model):
+        records = evaluate_volumes(VolumeSegmenter(model[0], model[1], SETTINGS), rows.select([0]), progress=False)
+        assert (records[0]["dice"], records[0]["fail"]) == (0.0, True)
+
+    def test_progress(self, rows, model, capsys):
+        segmenter = VolumeSegmenter(model[0], model[1], SETTINGS)
+        evaluate_volumes(segmenter, rows.select([2]), progress=False)
+        assert capsys.readouterr().out == ""
+        evaluate_volumes(segmenter, rows.select([2]))
+        assert "evaluate" in capsys.readouterr().out
+
+    def test_errors(self, rows, model):
+        segmenter = VolumeSegmenter(model[0], model[1], SETTINGS)
+        with pytest.raises(DataError, match="batch_size=0: expected 1 or more rows per generation"):
+            evaluate_volumes(segmenter, rows, batch_size=0)
+        unlabelled = Dataset.from_list([{**rows[0], "label": ""}])
+        message = "volume 0: no label; expected a path in the column 'label'"
+        with pytest.raises(DataError, match=message):
+            evaluate_volumes(segmenter, unlabelled, progress=False)
+        with pytest.raises(DataError, match=message):
+            evaluate_oracle_boxes(VolumePropagator(tiny_segmenter()), unlabelled, progress=False)
+
+
+class TestOracle:
+    def test_the_true_boxes_of_the_largest_slice_propagate(self, rows):
+        propagator, answers = VolumePropagator(tiny_segmenter(), reach=None), []
+        records = evaluate_oracle_boxes(propagator, rows, progress=False, on_answer=keep(answers))
+        assert [number for number, *_ in answers] == [0, 1, 2, 3]
+        assert [record["slice_index"] for record in records] == [2, 2, 0, None]
+        boxes = [[[5, 2, 13, 3], [7, 10, 8, 11]], [[5, 2, 8, 3], [7, 10, 8, 11]], [[5, 2, 9, 3], [7, 10, 8, 11]], []]
+        assert [record["boxes"] for record in records] == boxes
+        for record, (_, grey, prediction, target) in zip(records, answers, strict=True):
+            assert (record["status"], record["slice_visibility"], record["slice_boxes"]) == ("valid", 1.0, 1.0)
+            assert record == volume_record(prediction, target)
+            expected = np.zeros_like(target.mask)
+            if record["boxes"]:
+                request = PropagationRequest(grey, "", record["slice_index"], np.array(record["boxes"]))
+                expected = propagator([request])[0]
+            assert np.array_equal(prediction.mask, expected)
+            assert record["dice"] == pytest.approx(references.dice(expected, target.mask))
+        assert (records[3]["dice"], records[3]["fail"]) == (1.0, False)
+
+    def test_no_model_could_pay_more_for_slice_and_boxes(self, rows):
+        summary = summarise_volumes(evaluate_oracle_boxes(VolumePropagator(tiny_segmenter()), rows, progress=False))
+        assert (summary["slice_visibility"], summary["slice_boxes"], summary["n"]) == (1.0, 1.0, 4)
+
+    def test_progress(self, rows, capsys):
+        evaluate_oracle_boxes(VolumePropagator(tiny_segmenter()), rows.select([3]))
+        assert "oracle" in capsys.readouterr().out

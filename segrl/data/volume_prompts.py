@@ -34,6 +34,7 @@ __all__ = [
     "SLICE_INSTRUCTION",
     "build_volume_prompt",
     "format_slice_answer",
+    "grey_values",
     "prepare_volumes",
     "read_grey",
     "read_truth",
@@ -64,11 +65,20 @@ def read_grey(path: str, *, modality: str = "", intensity: str = "") -> tuple[Vo
         DataError: As `read_volume`, or for an intensity that is none; both name the file.
     """
     volume = read_volume(path)
+    return volume, grey_values(volume, modality=modality, intensity=intensity)
+
+
+def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> np.ndarray:
+    """Grey values of a volume in memory, (D, H, W) uint8; see `read_grey`.
+
+    Raises:
+        DataError: An intensity that is none, or voxels that are NaN or infinite; names the volume.
+    """
     try:
         scaling = Intensity.parse(intensity) if intensity else intensity_for(modality, volume.voxels)
+        return scale_intensity(volume.voxels, scaling)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    return volume, scale_intensity(volume.voxels, scaling)
+        raise DataError(f"{volume.name or 'volume'}: {error}") from error
 
 
 def read_truth(row: Mapping[str, Any], volume: Volume, *, allow_empty: bool = False) -> np.ndarray:
