@@ -292,6 +292,8 @@ def test_every_override_exists_in_trl():
         "_decode",
         "_keep_records",
         "_log_masks",
+        "_propagate",
+        "_volumes",
         "_reads_predictions",
         "_rollout",
         "_score_states",
