@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volume_builders import blocks, row_of
 
-from segrl.data import Volume, read_volume, write_volume
+from segrl.data import Volume, load_volumes, read_volume, write_volume
 from segrl.data.volume_prompts import (
     SLICE_INSTRUCTION,
     build_volume_prompt,
@@ -27,8 +28,10 @@ from segrl.data.volume_prompts import (
 from segrl.errors import DataError, FrameError
 from segrl.frames import Frame
 from segrl.parsing import format_completion, parse_completion
+from segrl.volume_rows import VolumeReader
 from segrl.volumes import uniform_slices
 
+VOLUMES3D = Path(__file__).parents[2] / "shared" / "data" / "volumes3d"
 PROCESSORS = {family: tiny_model(family)[1] for family in ("qwen2_5_vl", "qwen3_vl")}
 KINDS = {  # the processor and the kind asked for, by the kind that follows
     "resized_px": (PROCESSORS["qwen2_5_vl"], None),
@@ -319,3 +322,17 @@ class TestErrors:
             prepare_volumes(
                 Dataset.from_list([row_of(tmp_path, blocks([0, 4]))]), None, completions=True, frame_kind=kind
             )
+
+
+@pytest.mark.skipif(not VOLUMES3D.is_dir(), reason="no real volumes here")
+def test_real_volumes_of_2_to_182_slices():
+    rows = load_volumes(VOLUMES3D, validate=False)
+    for row in list[Any](prepare_volumes(rows, PROCESSORS["qwen3_vl"], completions=True, slices=64, size=32)):
+        (read,) = VolumeReader(PROCESSORS["qwen3_vl"])([row])
+        assert row["slices"] == uniform_slices(read.target.depth, 64).tolist()
+        answer = parse_completion(row["completion"][0]["content"], read.frame, require_seg=False, answer_format="json")
+        assert answer.valid
+        assert answer.slice_index == row["key_slice"]
+        true = read.target.at(row["key_slice"]).boxes
+        assert len(answer.boxes) == len(true)
+        assert np.abs(answer.boxes - true).max() <= max(read.target.width, read.target.height) / 1000
