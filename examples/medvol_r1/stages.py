@@ -20,7 +20,7 @@ from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic
 from segrl.data.splits import load_split
 from segrl.errors import CheckpointError, DataError, SegRLError, unknown_name
 from segrl.hub import check_source, retold
-from segrl.loading import language_model_lora
+from segrl.loading import language_model_lora, load_vlm
 from segrl.metrics import paired_bootstrap_ci
 from segrl.report import VOLUME_COLUMNS, VOLUME_STAGES, results_table, versions, write_results
 from segrl.runs import train_and_save
@@ -96,6 +96,17 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed:
         if PartialState().is_main_process:
             print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
     return model, processor
+
+
+def saved_first(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
+    """The same model, loaded from a folder if it came from none: TRL loads the reference of GRPO's KL term again."""
+    if model.config._name_or_path:
+        return model, processor
+    if PartialState().is_main_process:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    return load_vlm(str(folder))
 
 
 def stage1_rows(example: ExampleArguments, recipe: Recipe, train: Dataset, processor: Any) -> Dataset:
@@ -177,9 +188,9 @@ def ready_segmenter(
             settings["seconds"] = example.segmenter_seconds
         elif example.first_steps is not None:
             settings["seconds"] = min(settings["seconds"], float(example.first_steps))
+        rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)  # all processes meet in it
         if state.is_main_process:
             found = recipe.segmenter(None)
-            rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)
             more = train if example.data is not None else ()
             losses = train_segmenter(found, lesions_of([*rows, *more]), seed=seed, **settings)
             last = losses[-min(20, len(losses)) :]

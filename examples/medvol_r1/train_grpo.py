@@ -26,6 +26,7 @@ from stages import (
     oracle,
     ready_segmenter,
     report,
+    saved_first,
     score,
     stage1_rows,
     train_stage1,
@@ -84,6 +85,8 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
             train_stage1(example, first, recipe, model, processor, answers)
             again = load_run(folder / "stage1", trainable=True, device="cpu", segmenter=segmenter)
             model, processor = again.model, again.processor
+        else:
+            model, processor = saved_first(folder / "start", model, processor)
         questions = rows_for(rows, processor, recipe, completions=False)
         encoded = train_stage2(example, config, recipe, model, processor, questions, segmenter)
         if PartialState().is_main_process:
