@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from arguments import ExampleArguments
 from datasets import Dataset
@@ -87,6 +88,7 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed:
     """The preset's model and its processor; a model with random weights learns to see first."""
     if example.model is not None:
         check_source("--model", example.model, "model", CheckpointError)
+    torch.manual_seed(seed)  # for random weights, here and in the warm-up
     with retold(f"--model {example.model!r}" if example.model else example.preset, CheckpointError):
         model, processor = recipe.build(train, example.model)
     if recipe.vision_warmup is not None and example.model is None and not example.skip_stage1:
@@ -190,6 +192,7 @@ def ready_segmenter(
             settings["seconds"] = min(settings["seconds"], float(example.first_steps))
         rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)  # all processes meet in it
         if state.is_main_process:
+            torch.manual_seed(seed)
             found = recipe.segmenter(None)
             more = train if example.data is not None else ()
             losses = train_segmenter(found, lesions_of([*rows, *more]), seed=seed, **settings)
