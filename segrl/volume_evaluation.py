@@ -66,12 +66,13 @@ def volume_record(prediction: Prediction, target: VolumeTarget, *, nsd_tolerance
         A record for `summarise_volumes`:
 
         - "dice", "iou": of the voxels, in [0, 1]; both masks empty 1.0, exactly one empty 0.0.
-        - "hd95_mm": `segrl.surfaces.hausdorff`, 95th percentile, millimetres; both empty 0.0, and None if exactly one
-          is, because then there is no distance: such a volume counts in the other scores alone.
+        - "hd95_mm": `segrl.surfaces.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None.
         - "nsd": `segrl.surfaces.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0.
         - "fail": Dice is 0 or the text is invalid.
         - "slice_visibility", "slice_boxes": the rewards of these names, which pay nothing for an invalid text.
         - "slice_index", "boxes" (original pixels), "status", "text" of the prediction, and the texts of the target.
+
+        Where "hd95_mm" is None there is no distance: such a volume counts in the other scores alone.
 
     Raises:
         DataError: The mask has another shape than the truth, which is named, or a tolerance below 0.

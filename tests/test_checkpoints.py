@@ -1,7 +1,6 @@
 """Save, resume and load: full models and PEFT adapters with a mask head, in this process and in a fresh one."""
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 from builders import as_data, questions, tiny_headed_model, tiny_model, tiny_rows, with_answers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from script_modules import script_modules
 from test_loading import hub_key, write_hub_folder
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -420,12 +420,8 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 @pytest.fixture(scope="module")
 def example():
     """The example's modules, found as its scripts find them."""
-    folder = str(Path(__file__).parents[1] / "examples" / "core_seg")
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module("recipes"), importlib.import_module("stages")
-    finally:
-        sys.path.remove(folder)
+    with script_modules(Path(__file__).parents[1] / "examples" / "core_seg") as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -443,11 +439,11 @@ def published(tmp_path_factory):
 
 class TestPublishedPreset:
     def test_one_step_of_each_stage_on_files_of_the_real_layout(self, example, published, tmp_path):
-        recipes, stages = example
+        recipes, stages = example["recipes"], example["stages"]
         recipe = recipes.find_recipe("core_seg_3b")
         hub, checkpoint = published
         rows = make_synthetic(2, size=64)
-        arguments = importlib.import_module("arguments").ExampleArguments(
+        arguments = example["arguments"].ExampleArguments(
             preset="core_seg_3b", model=str(hub), segmenter=str(checkpoint), rewards=list(recipe.rewards)
         )
         model, processor = stages.build_model(arguments, recipe, rows)

@@ -1,7 +1,6 @@
 """The CORE-Seg example as a user runs it: scripts, files, flags, and every bad input of the command line."""
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from datasets import DatasetDict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from script_modules import script_modules
 
 from segrl import ReasoningSegmenter, SegGRPOConfig, SegSFTConfig
 from segrl.data import make_synthetic, write_folder
@@ -49,17 +49,9 @@ def launch(script: str, *flags: object, processes: int = 1) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def modules():
-    """The scripts' modules by name, imported as Python does for a script in their folder."""
-    names = ("recipes", "arguments", "stages", "train_sft", "train_grpo", "evaluate")
-    before = dict(sys.modules)
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(EXAMPLE))
-        for name in names:
-            if name not in before:
-                sys.modules.pop(name, None)
+    """The scripts' modules by name."""
+    with script_modules(EXAMPLE) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")

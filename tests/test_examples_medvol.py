@@ -7,7 +7,6 @@ and boxes: what comes after them is then really computed.
 # D slices, H/W pixels of a slice; X/Y/Z voxels along the axes of a file
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
+from script_modules import script_modules
 
 from segrl import SegGRPOConfig, SegSFTConfig, make_reward, weighted_sum
 from segrl.data import load_volumes, make_synthetic_volumes, read_grey, read_label, read_volume, write_manifest
@@ -63,18 +63,9 @@ def started(command: list[str]) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def modules():
-    """The scripts' modules by name, imported as Python does for a script in their folder."""
-    names = ("recipes", "arguments", "warmup", "segmenter", "stages", "train_sft", "train_grpo", "evaluate", "predict")
-    names = (*names, "tables")
-    before = dict(sys.modules)
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(EXAMPLE))
-        for name in names:
-            if name not in before:
-                sys.modules.pop(name, None)
+    """The scripts' modules by name."""
+    with script_modules(EXAMPLE) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")

@@ -222,6 +222,7 @@ def test_masks_after_tool_calls(kind, steps_per_generation, tmp_path):
         {"role": "assistant", "content": text(FINAL)},
     ]
     tool = measure if kind == "tools" else Clinic().measure
+    given: dict[str, Any] = {"tools": [measure]} if kind == "tools" else {"environment_factory": Clinic}
     assert overfit(model, processor, conversation, [tool]) < 0.05
     add_head(model, processor)
     collect = Collect()
@@ -239,7 +240,7 @@ def test_masks_after_tool_calls(kind, steps_per_generation, tmp_path):
         train_dataset=rows,
         processing_class=processor,
         dense_losses=[DenseLoss("dice_ce")],
-        **({"tools": [measure]} if kind == "tools" else {"environment_factory": Clinic}),
+        **given,
     )
     trainer.train()
     log = trainer.state.log_history[0]

@@ -159,8 +159,9 @@ def build_volume_prompt(query: str, count: int, instruction: str = SLICE_INSTRUC
         One user message with 2 S + 1 blocks, each image after its identifier; TRL fills in the images in order.
 
     Example:
-        >>> [block["text"] for block in build_volume_prompt("Where is it?", 2, "")[0]["content"]]
-        ['<slice 1>', None, '<slice 2>', None, 'Where is it?']
+        >>> (message,) = build_volume_prompt("Where is it?", 2, "")
+        >>> " ".join(block["text"] or "(image)" for block in message["content"])
+        '<slice 1> (image) <slice 2> (image) Where is it?'
     """
     blocks: list[dict[str, Any]] = []
     for number in range(1, count + 1):
