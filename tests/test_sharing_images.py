@@ -291,6 +291,26 @@ class TestTower:
         torch.testing.assert_close(half, expected, rtol=5e-2, atol=5e-2)
         assert torch.equal(scores(trainer, batch, shared=True)[0], full)
 
+    def test_weights_in_half_precision_need_no_second_look(self, family, tmp_path):
+        """With LoRA on bfloat16 weights `generate` runs without autocast and the loss with it: the same arithmetic."""
+        trainer, processor = frozen_trainer(family, tmp_path)
+        tower = tower_of(trainer.model)
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        batch = batch_of(processor, PICTURES, ROWS)
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].bfloat16()
+        with seen_by(tower) as pictures:
+            scores(trainer, batch, shared=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = scores(trainer, batch, shared=True)[0]
+        assert pictures == [3]
+        trainer.model.model.get_image_features.cache.clear()
+        with torch.autocast("cpu", torch.bfloat16), seen_by(tower) as pictures:
+            expected = scores(trainer, batch, shared=True)[0]
+        assert pictures == [3]
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
     @pytest.mark.parametrize("way", ["again", "copy"])
     def test_second_trainer_of_a_model(self, family, way, tmp_path):
         """A model that has a `VisionOnce` keeps it, with nothing in it; so has a copy, which is independent."""

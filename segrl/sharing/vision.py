@@ -93,7 +93,8 @@ class VisionOnce:
             self.encoded_images += images
             return self._original(pixel_values, **grid, **kwargs)
         frozen = self.frozen
-        names = [self._name(key, pixel_values) for key in keys]
+        precision = self._precision(pixel_values.device.type)
+        names = [f"{key} {precision}" for key in keys]
         found: dict[str, tuple[Tensor, ...]] = {}
         if frozen:
             stamp = self._read_stamp()
@@ -123,10 +124,16 @@ class VisionOnce:
         pieces = [found[name] for name in names]
         return _assembled(self._kind, pieces, self._joined)
 
-    def _name(self, key: str, pixels: Tensor) -> str:
-        device = pixels.device.type
-        mixed = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
-        return f"{key} {mixed}"
+    def _precision(self, device: str) -> torch.dtype | None:
+        """What the tower computes in: autocast's precision or that of its weights; None for weights of several.
+
+        With adapters `generate` runs without the autocast of the passes around it, which changes nothing where the
+        weights have its precision.
+        """
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        kinds = {p.dtype for module in self._tower() for p in module.parameters(recurse=False) if p.is_floating_point()}
+        return kinds.pop() if len(kinds) == 1 else None
 
 
 def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> VisionOnce | None:
