@@ -10,6 +10,8 @@ prepared answers (`Answers`). A has the reward `box_f1`. B has a mask head on SA
 Printed for each shape and group size: medians of the time of every phase, their ratio beside the floor that follows
 from the arithmetic alone (`step_floor.py`), the peak of memory (on the CPU of a process of its own), and what ran how
 often in a step. No image occurs in two steps. `--quick` runs tiny models in seconds, to see that everything works.
+`--profile FILE` then repeats the last loss of each arm and writes down where its time goes (`step_profile.py`);
+`--loss-only` leaves generation out where only the loss is asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import torch
 from step_arms import ARMS, Settings, Turn, take_turn
 from step_floor import arithmetic
 from step_probe import PHASES, total
+from step_profile import Profile
 from step_shapes import FULL_SIZE, QUICK, SAM_SIZES, SHAPES, Shape, image_tokens
 
 from segrl.report import versions, write_results
@@ -45,34 +48,51 @@ GOAL_GROUP = 4  # the group size that the goals are for
 
 def measure(shape: Shape, group: int, settings: Settings, options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Both arms in turn: medians, counts and memory."""
-    turns: dict[str, list[Turn]] = {arm: [] for arm in ARMS}
+    turns: dict[str, list[Turn]] = {arm: [] for arm in options.arms}
     for number in range(options.rounds):
-        for arm in ARMS:
+        for arm in options.arms:
             turn = take_turn(
-                arm, shape, group, settings, warmup=options.warmup, steps=options.steps, seed=number, folder=folder
-            )
+                arm, shape, group, settings, warmup=options.warmup, steps=options.steps, seed=number, folder=folder,
+                profiled=options.profile is not None and number == options.rounds - 1,
+            )  # fmt: skip
             turns[arm].append(turn)
             seconds = ", ".join(f"{sum(step.values()):.2f}" for step in turn.steps)
             print(f"# {shape.name} G={group} round {number + 1}/{options.rounds} {arm}: {seconds} s", file=sys.stderr)
-    arms = {arm: _summary(turns[arm]) for arm in ARMS}
+    arms = {arm: _summary(turns[arm]) for arm in options.arms}
     floor = arithmetic(shape, group, settings)
-    for arm in ARMS:
-        rate = floor["flops"][arm]["loss"] / arms[arm]["seconds"]["loss"]
-        arms[arm]["loss_flop_per_s"] = rate
-        arms[arm]["mfu"] = rate / options.peak_flops if options.peak_flops else None
-    if settings.device == "cpu":
-        for arm in ARMS:
-            arms[arm]["memory"] = None if options.no_memory else _memory_of_process(arm, shape, group, options)
-    ratios: dict[str, float] = {
-        name: arms["segrl"]["seconds"][name] / arms["trl"]["seconds"][name] for name in ("loss", "generate", "step")
-    }
-    if all(arms[arm]["memory"] for arm in ARMS):
-        ratios["memory"] = arms["segrl"]["memory"]["peak"] / arms["trl"]["memory"]["peak"]
+    for arm, found in arms.items():
+        rate = floor["flops"][arm]["loss"] / found["seconds"]["loss"]
+        found["loss_flop_per_s"] = rate
+        found["mfu"] = rate / options.peak_flops if options.peak_flops else None
+        profiled = turns[arm][-1].profile
+        if profiled is not None:
+            _write_profile(options, f"{shape.name}, G={group}, {arm}", profiled, floor["flops"][arm]["loss"])
+            found["repeated_loss"] = {"seconds": profiled.seconds, "work_seconds": profiled.work}
+        if settings.device == "cpu":
+            found["memory"] = None if options.no_memory else _memory_of_process(arm, shape, group, options)
     return {
         "shape": {**asdict(shape), "image_tokens": image_tokens(shape)}, "generations": group, "arms": arms,
-        "ratio": ratios,
-        "floor": floor, "goals": _goals(shape, group, settings, ratios, arms["segrl"]),
+        "ratio": (ratios := _ratios(arms)),
+        "floor": floor, "goals": _goals(shape, group, settings, ratios, arms["segrl"]) if "segrl" in arms else [],
     }  # fmt: skip
+
+
+def _ratios(arms: Mapping[str, Any]) -> dict[str, float]:
+    if set(arms) != set(ARMS):
+        return {}
+    theirs, ours = (arms[arm] for arm in ARMS)
+    ratios = {name: ours["seconds"][name] / theirs["seconds"][name] for name in ("loss", "generate", "step")}
+    if theirs["memory"] and ours["memory"]:
+        ratios["memory"] = ours["memory"]["peak"] / theirs["memory"]["peak"]
+    return ratios
+
+
+def _write_profile(options: argparse.Namespace, title: str, profiled: Profile, flops: float) -> None:
+    """Append an arm's profile to the file of `--profile`."""
+    rate = flops / statistics.median(profiled.seconds)
+    mfu = f", MFU {rate / options.peak_flops:.1%}" if options.peak_flops else ""
+    with options.profile.open("a", encoding="utf-8") as file:
+        file.write(f"== {title}: {rate / 1e12:.3f} TFLOP/s{mfu}\n{profiled.text}\n")
 
 
 def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def _goals(
 ) -> list[dict[str, Any]]:
     """What is promised, what was found, and whether it was met."""
     goals: list[tuple[str, float, float]] = []
-    if group == GOAL_GROUP:
+    if group == GOAL_GROUP and settings.generates:
         goals += [(f"{name}, B / A", ratios[name], goal) for name, goal in shape.goals.items() if name in ratios]
     counts, prompts = ours["counts"], shape.prompts * settings.rollouts
     if settings.frozen_vision:  # a tower that is trained also runs in the loss
@@ -120,6 +140,8 @@ def _goals(
         ("language-model forwards for masks", counts.get("lm_forwards/masks", 0), 0.0),
         ("share of rewards in a step", ours["seconds"]["reward"] / ours["seconds"]["step"], 0.02),
     ]
+    if not settings.generates:  # without generation the states for masks come from a forward of their own
+        goals = goals[:-2]
     return [{"name": name, "value": value, "goal": goal, "met": value <= goal + 1e-9} for name, value, goal in goals]
 
 
@@ -129,33 +151,38 @@ def _goals(
 def print_result(result: Mapping[str, Any]) -> None:
     """The table of one shape and group size."""
     shape, arms = result["shape"], result["arms"]
-    ours, theirs = arms["segrl"], arms["trl"]
+    first = next(iter(arms.values()))
     print(
         f"\n{shape['name']}: {shape['prompts']} x {result['generations']} completions, about {shape['prompt_tokens']} "
         f"+ {shape['completion_tokens']} tokens, {shape['images']} image(s) of {shape['image_px']} px a prompt"
     )
-    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in ours["parameters"].items())
-    print(f"parameters: {sizes}; {len(ours['steps'])} measured steps each")
-    print(f"{'median s a step':24}{'A  TRL':>12}{'B  segrl':>12}{'B / A':>9}{'floor':>9}")
-    floor = result["floor"]["ratio"]
+    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in list(arms.values())[-1]["parameters"].items())
+    print(f"parameters: {sizes}; {len(first['steps'])} measured steps each")
+    titles = {"trl": "A  TRL", "segrl": "B  segrl"}
+    both = len(arms) == len(titles)
+    print(f"{'median s a step':24}" + "".join(f"{titles[arm]:>12}" for arm in arms) + (f"{'B / A':>9}" * both), end="")
+    print(f"{'floor':>9}" * both)
+
+    def line(name: str, values: list[float], form: str = "12.3f", least: float = 1e-4, end: str = "") -> None:
+        ratio = f"{values[-1] / values[0]:9.2f}" if both and values[0] > least else " " * 9 * both
+        print(f"{name:24}" + "".join(f"{value:{form}}" for value in values) + ratio + end)
+
+    floor = result["floor"]["ratio"] if both else {}
     for name in (*PHASES, "loss", "step"):
-        a, b = theirs["seconds"][name], ours["seconds"][name]
-        if a or b:
-            ratio = f"{b / a:9.2f}" if a > 1e-4 else f"{'':9}"
-            print(f"{name:24}{a:12.3f}{b:12.3f}{ratio}" + (f"{floor[name]:9.2f}" if name in floor else ""))
-    if ours["memory"] and theirs["memory"]:
+        values = [arm["seconds"][name] for arm in arms.values()]
+        if any(values):
+            line(name, values, end=f"{floor[name]:9.2f}" if name in floor else "")
+    if all(arm["memory"] for arm in arms.values()):
         for name in ("peak", "start"):
-            a, b = theirs["memory"][name], ours["memory"][name]
-            print(f"{'memory, GiB: ' + name:24}{a / 2**30:12.3f}{b / 2**30:12.3f}{b / max(a, 1):9.2f}")
-    rates = [arms[arm]["loss_flop_per_s"] for arm in ARMS]
-    print(f"{'loss, TFLOP/s':24}{rates[0] / 1e12:12.3f}{rates[1] / 1e12:12.3f}{rates[1] / rates[0]:9.2f}")
-    if ours["mfu"]:
-        print(f"{'loss, MFU':24}{theirs['mfu']:12.1%}{ours['mfu']:12.1%}")
+            line(f"memory, GiB: {name}", [arm["memory"][name] / 2**30 for arm in arms.values()])
+    line("loss, TFLOP/s", [arm["loss_flop_per_s"] / 1e12 for arm in arms.values()], least=0)
+    if all(arm["mfu"] for arm in arms.values()):
+        print(f"{'loss, MFU':24}" + "".join(f"{arm['mfu']:12.1%}" for arm in arms.values()))
     print("counts a step")
-    for name in sorted(set(ours["counts"]) | set(theirs["counts"])):
-        a, b = (arms[arm]["counts"].get(name, 0) for arm in ARMS)
-        print(f"  {name:22}{a:12.0f}{b:12.0f}" + (f"{b / a:9.2f}" if a else ""))
-    print("goals")
+    for name in sorted({name for arm in arms.values() for name in arm["counts"]}):
+        line(f"  {name}", [arm["counts"].get(name, 0) for arm in arms.values()], "12.0f")
+    if result["goals"]:
+        print("goals")
     for goal in result["goals"]:
         verdict = "PASS" if goal["met"] else "above the goal"
         print(f"  {goal['name']:40}{goal['value']:8.3f}  <= {goal['goal']:.2f}  {verdict}")
@@ -186,11 +213,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="micro-batches of a rollout (steps_per_generation); above 1 the old-log-prob pass runs",
     )
-    made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    made.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="of gradients")
     made.add_argument("--lora", type=int, default=0, metavar="R", help="LoRA of this rank; 0 trains the whole model")
     made.add_argument("--vision", choices=["frozen", "trained"], default="frozen", help="the vision tower")
     made.add_argument("--sam", choices=list(SAM_SIZES), help="SAM 2 of B, in place of the shape's")
     made.add_argument("--no-share", action="store_true", help="B with share_prompt=False")
+    made.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="run only these")
+    made.add_argument("--brief-warmup", action="store_true", help="steps of the warm-up generate a few tokens only")
+    made.add_argument("--loss-only", action="store_true", help="no generation: the answers come at once")
+    made.add_argument(
+        "--profile", type=Path, metavar="FILE", help="repeat the last loss of each arm, and write where its time goes"
+    )
     made.add_argument("--no-memory", action="store_true", help="do not measure memory in processes of its own (CPU)")
     made.add_argument(
         "--peak-flops", type=float, metavar="N", help="of the machine a second; prints the MFU of the loss"
@@ -224,7 +257,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         vision=options.vision,
         share=not options.no_share,
         sam=options.sam,
+        generates=not options.loss_only,
+        brief=options.brief_warmup,
     )
+    options.arms = [arm for arm in ARMS if arm in options.arms]
+    if options.profile:
+        options.profile.write_text("", encoding="utf-8")
     shapes = chosen_shapes(options)
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         if options.peak_of:
@@ -233,23 +271,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             print(json.dumps(turn.memory))
             return
-        results = []
+        report: dict[str, Any] = {
+            "command": " ".join(["benchmarks/bench_step.py", *_without_paths(given)]),
+            "date": datetime.date.today().isoformat(),
+            "machine": machine(settings.device),
+            "threads": torch.get_num_threads(),
+            "settings": asdict(settings),
+            "rounds": options.rounds,
+            "versions": versions(),
+            "results": [],
+        }
         for shape in shapes:
             for group in options.generations:
-                results.append(measure(shape, group, settings, options, folder))
-                print_result(results[-1])
-    report = {
-        "command": " ".join(["benchmarks/bench_step.py", *_without_paths(given)]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(settings.device),
-        "threads": torch.get_num_threads(),
-        "settings": asdict(settings),
-        "rounds": options.rounds,
-        "versions": versions(),
-        "results": results,
-    }
-    if options.json:
-        write_results(options.json, report)
+                report["results"].append(measure(shape, group, settings, options, folder))
+                print_result(report["results"][-1])
+                if options.json:
+                    write_results(options.json, report)
 
 
 def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
@@ -284,12 +321,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _without_paths(given: Sequence[str]) -> list[str]:
-    """The arguments without `--json FILE`, whose path says nothing about the result."""
+    """The arguments without `--json FILE` and `--profile FILE`, whose paths say nothing about the result."""
     kept, skip = [], False
     for item in given:
-        if not skip and item != "--json" and not item.startswith("--json="):
+        name = item.partition("=")[0]
+        if not skip and name not in ("--json", "--profile"):
             kept.append(item)
-        skip = item == "--json"
+        skip = not skip and item in ("--json", "--profile")
     return kept
 
 

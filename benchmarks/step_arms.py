@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from step_probe import Probe, StateOfOptimizer, backbone_of
+from step_profile import Kept, Profile, profile_loss
 from step_shapes import SAM_SIZES, Answers, Shape, build_model, build_rows, count_parameters
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -22,6 +23,7 @@ from segrl.frames import Frame, frame_for
 from segrl.loading import seg_token_id
 
 ARMS = ("trl", "segrl")
+BRIEF = 4  # tokens of a brief warm-up
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Settings:
         vision: `frozen` or `trained` vision tower; with LoRA it is frozen anyway.
         share: `share_prompt` of segrl.
         sam: a name of `SAM_SIZES` in place of the shape's.
+        generates: False takes the prepared answers without generating any; then only the loss costs what it costs.
+        brief: steps that are not measured generate a few tokens only.
     """
 
     device: str = "cpu"
@@ -47,6 +51,8 @@ class Settings:
     vision: str = "frozen"
     share: bool = True
     sam: str | None = None
+    generates: bool = True
+    brief: bool = False
 
     @property
     def frozen_vision(self) -> bool:
@@ -147,9 +153,11 @@ class Turn:
 
     Attributes:
         steps, counts: of the measured steps, see `Probe`; of a rollout of several micro-batches as one step.
-        memory: bytes; `peak` of the whole process (CPU) or of the allocator (CUDA), `start` before training.
+        memory: bytes; `peak` of the whole process (CPU) or of the allocator in the measured steps (CUDA), `start`
+            before training.
         parameters: by part, with those of the mask head.
         rewards: mean of every reward over the steps.
+        profile: of the last loss, if asked for.
     """
 
     steps: list[dict[str, float]]
@@ -157,16 +165,31 @@ class Turn:
     memory: dict[str, int]
     parameters: dict[str, int]
     rewards: dict[str, float]
+    profile: Profile | None = None
 
 
 def take_turn(
-    arm: str, shape: Shape, group: int, settings: Settings, *, warmup: int, steps: int, seed: int, folder: str
+    arm: str,
+    shape: Shape,
+    group: int,
+    settings: Settings,
+    *,
+    warmup: int,
+    steps: int,
+    seed: int,
+    folder: str,
+    profiled: bool = False,
 ) -> Turn:
-    """Train one arm for `warmup + steps` rollouts; the first `warmup` are not measured."""
+    """Train one arm for `warmup + steps` rollouts; the first `warmup` are not measured. Then profile the last loss."""
     cuda = settings.device == "cuda"
     trainer, answers = build_trainer(arm, shape, group, settings, (warmup + steps) * settings.rollouts, seed, folder)
+    if settings.brief or not settings.generates:
+        _answer_at_once(trainer, answers, warmup * settings.rollouts if settings.generates else None)
+    kept = Kept(trainer) if profiled else None
     probe = Probe(trainer, cuda)
     trainer.add_callback(StateOfOptimizer())
+    if cuda:
+        trainer.add_callback(PeakFrom(warmup * settings.rollouts))
     gc.collect()
     start = _reset_peak(cuda)
     with replayed(answers):
@@ -189,12 +212,42 @@ def take_turn(
             if key.startswith("rewards/") and key.endswith("/mean")
         },
     )
+    if kept is not None:
+        turn.profile = profile_loss(kept, cuda)
     trainer.accelerator.free_memory()
-    del trainer, probe, head
+    del trainer, probe, head, kept
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
     return turn
+
+
+def _answer_at_once(trainer: Any, answers: Answers, steps: int | None) -> None:
+    """Take the prepared answers without generating them: always, or in the first steps, for a few tokens as warm-up."""
+    generate, trl, config = trainer._generate_single_turn, GRPOTrainer._generate_single_turn, trainer.generation_config
+
+    def answer(prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if steps is not None and trainer.state.global_step >= steps:
+            return generate(prompt_ids, *args, **kwargs)
+        if steps is not None:
+            length = config.max_new_tokens
+            config.max_new_tokens = config.min_new_tokens = BRIEF
+            trl(trainer, prompt_ids, *args, **kwargs)
+            config.max_new_tokens = config.min_new_tokens = length
+        return answers(prompt_ids), None
+
+    trainer._generate_single_turn = answer
+
+
+class PeakFrom(TrainerCallback):
+    """Starts a new peak of memory on the GPU after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._steps:
+            _reset_peak(cuda=True)
 
 
 def _joined(records: list[Any], size: int) -> list[Any]:

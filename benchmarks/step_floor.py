@@ -28,6 +28,7 @@ limited by memory on most machines, so the floors of `generate` and `step` are n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ def image_flops(shape: Shape) -> float:
     return patches * (matrices + embedding) + 4 * width * pairs + tokens * merger
 
 
+@cache
 @torch.no_grad()
 def segmenter_flops(name: str) -> dict[str, float]:
     """Operations of SAM 2 for one image (`encode`) and for one mask (`decode`), counted while it runs."""

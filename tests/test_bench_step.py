@@ -1,6 +1,5 @@
 """`benchmarks/bench_step.py` and its parts: fair arms, right counts, the arithmetic, and the plot."""
 
-import importlib
 import itertools
 import json
 import subprocess
@@ -12,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from script_modules import script_modules
 from torch.utils.flop_counter import FlopCounterMode
 
 from segrl.frames import frame_for
@@ -24,12 +24,8 @@ SEGMENTS = ("core_seg", "medvol", "short")
 @pytest.fixture(scope="module")
 def parts():
     """The benchmark's modules by name."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = ("bench_step", "plot_step", "step_arms", "step_floor", "step_shapes")
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    with script_modules(BENCHMARKS) as modules:
+        yield modules
 
 
 def run(script, *arguments):
@@ -52,6 +48,28 @@ def full_size_settings(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "3b.json"
     options = ("--quick", "--rounds", 1, "--warmup", 0, "--no-memory", "--shape", "medvol", "--generations", 2)
     options += ("--beta", 0.1, "--rollouts", 2, "--device", "cpu", "--peak-flops", 1e12)
+    done = run("gpu/bench_step_3b.py", *options, "--json", path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """The report of both arms without generation, and the profile."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = ("--quick", "--rounds", 1, "--warmup", 0, "--no-memory", "--device", "cpu", "--peak-flops", 1e12)
+    options += ("--loss-only", "--profile", folder / "profile.txt")
+    done = run("gpu/bench_step_3b.py", *options, "--json", folder / "loss.json")
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "loss.json").read_text()), (folder / "profile.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def one_arm(tmp_path_factory):
+    """The report of segrl alone, after a brief warm-up, without checkpointing."""
+    path = tmp_path_factory.mktemp("bench") / "one.json"
+    options = ("--quick", "--shape", "short", "--rounds", 1, "--steps", 2, "--no-memory", "--brief-warmup")
+    options += ("--device", "cpu", "--no-checkpointing", "--arms", "segrl")
     done = run("gpu/bench_step_3b.py", *options, "--json", path)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text()), done.stdout
@@ -133,6 +151,97 @@ class TestRun:
         assert result["floor"]["flops"]["trl"]["old_ref"] > 0
         assert report["settings"]["lora"] == 64
         assert "loss, MFU" in printed
+
+
+class TestProfile:
+    def test_nothing_is_generated_for_the_loss_alone(self, profiled):
+        report, _ = profiled
+        result = report["results"][0]
+        assert report["settings"]["generates"] is False
+        assert report["command"].endswith("--loss-only")  # and no path
+        shape, rows = result["shape"], result["shape"]["prompts"] * result["generations"]
+        counts = {arm: result["arms"][arm]["counts"] for arm in ("trl", "segrl")}
+        assert not any("decode" in name or "prefill" in name for found in counts.values() for name in found)
+        assert counts["trl"]["lm_tokens/forward"] == rows * (shape["prompt_tokens"] + shape["completion_tokens"])
+        assert {goal["name"] for goal in result["goals"]} == {
+            "vision-tower encodes per unique image",
+            "SAM encodes per unique image",
+        }
+
+    def test_both_arms_say_where_the_time_goes(self, parts, profiled):
+        report, text = profiled
+        theirs, ours = text.split("== ")[1:]
+        assert theirs.startswith("core_seg, G=4, trl: ")
+        assert ours.startswith("core_seg, G=4, segrl: ")
+        for arm, table in (("trl", theirs), ("segrl", ours)):
+            lines = [(line[:22].strip(), line[22:].split()) for line in table.splitlines()]
+            spent = {part: float(values[-2]) for part, values in lines if part in (*parts["step_profile"].PARTS, "all")}
+            assert spent["decoder"] > 0 < spent["LoRA"]
+            columns = dict(lines)["LoRA"]
+            assert float(columns[0]) == 0 < float(columns[1])  # products but no attention, also in the second forward
+            assert (spent["mask head"] > 0) == (arm == "segrl")  # A has none
+            assert (spent["vision tower"] > 0) == (arm == "trl")  # B has kept what it saw
+            assert sum(spent.values()) == pytest.approx(2 * spent["all"], abs=0.1)
+            found = report["results"][0]["arms"][arm]["repeated_loss"]
+            assert len(found["seconds"]) == 5
+            assert spent["all"] == pytest.approx(1e3 * found["work_seconds"], abs=0.1)
+            assert "MFU" in table
+            assert "aten::mm" in table
+
+    def test_one_arm_after_a_brief_warm_up(self, one_arm):
+        report, printed = one_arm
+        result = report["results"][0]
+        assert report["settings"]["checkpointing"] is False
+        assert set(result["arms"]) == {"segrl"}
+        assert result["ratio"] == {}
+        assert len(result["arms"]["segrl"]["steps"]) == 2
+        answer = result["shape"]["completion_tokens"]
+        assert result["arms"]["segrl"]["counts"]["lm_forwards/decode"] == answer - 1  # the measured steps are whole
+        assert "lm_forwards/masks" not in result["arms"]["segrl"]["counts"]
+        assert "B  segrl" in printed
+        assert "A  TRL" not in printed
+
+    def test_work_is_sorted_by_part_and_kind(self, parts):
+        """A product in the decoder and its gradient on another thread, a cast for LoRA, and what belongs nowhere."""
+        profile = parts["step_profile"]
+
+        def span(kind, name, thread, start, length, **given):
+            return {"ph": "X", "cat": kind, "name": name, "tid": thread, "ts": start, "dur": length, "args": given}
+
+        def forward(number):
+            return {"Sequence number": number, "Fwd thread id": 0}
+
+        events = [
+            span("user_annotation", "part: decoder", 1, 0, 100),
+            span("cpu_op", "aten::mm", 1, 10, 10, **forward(5)),
+            span("cuda_runtime", "cudaLaunchKernel", 1, 12, 2, correlation=1),
+            span("user_annotation", "part: LoRA", 1, 30, 20),
+            span("cpu_op", "aten::copy_", 1, 31, 5, **forward(6)),
+            span("cuda_runtime", "cudaLaunchKernel", 1, 32, 1, correlation=2),
+            span("cpu_op", "aten::mul", 1, 120, 5, **forward(7)),
+            span("cuda_driver", "cuLaunchKernel", 1, 121, 1, correlation=4),
+            span("cpu_op", "MmBackward0", 2, 200, 20, **{"Sequence number": 5, "Fwd thread id": 1}),
+            span("cpu_op", "aten::mm", 2, 205, 5),
+            span("cuda_runtime", "cudaLaunchKernel", 2, 206, 1, correlation=3),
+            {"ph": "M", "name": "process_name"},
+            *(
+                span("kernel", f"kernel {number}", 7, 300 + number, length, correlation=number)
+                for number, length in [(1, 7), (2, 3), (3, 11), (4, 2), (99, 1)]
+            ),
+        ]
+        work = profile.sort_work(events, cuda=True)
+        assert work.cells == {
+            ("decoder", "matrix products"): 18,
+            ("LoRA", "copies and casts"): 3,
+            (profile.OUTSIDE, profile.OTHER): 3,
+        }
+        assert work.kernels["kernel 3"] == 11
+        assert work.calls.total() == 5
+        text = profile.report(work, [48e-6], cuda=True)
+        assert "the GPU waits 50.0%" in text
+        on_cpu = profile.sort_work(events, cuda=False)
+        assert on_cpu.cells["decoder", "matrix products"] == 10 + 5
+        assert on_cpu.cells["decoder", profile.OTHER] == on_cpu.kernels["MmBackward0"] == 15
 
 
 @pytest.mark.parametrize(
