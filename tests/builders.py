@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -166,3 +167,15 @@ def as_data(predictions: Sequence[Prediction]) -> list[list[Any]]:
         ]
         for p in predictions
     ]
+
+
+class NewObjects:
+    """Objects of one type that did not exist when this was made: `new()` lists those alive."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.before = [thing for thing in gc.get_objects() if type(thing) is kind]  # kept, so that no id is used twice
+
+    def __call__(self) -> list[Any]:
+        known = set(map(id, self.before))
+        return [thing for thing in gc.get_objects() if type(thing) is self.kind and id(thing) not in known]

@@ -501,7 +501,7 @@ class TestPublishedPreset:
         assert segmenter.predict(rows[0]["image"], rows[0]["query"], max_new_tokens=4).text is not None
 
     def test_a_missing_weight_of_the_language_model_stops_it(self, example, published, tmp_path):
-        recipes, _ = example
+        recipes = example["recipes"]
         model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64)
         state = {hub_key(name): value.contiguous() for name, value in model.state_dict().items()}
         del state["model.layers.1.self_attn.q_proj.weight"]
@@ -512,7 +512,7 @@ class TestPublishedPreset:
             recipes.RECIPES["core_seg_3b"].build(make_synthetic(1), str(tmp_path / "hub"), str(published[1]))
 
     def test_a_missing_weight_of_the_segmenter_stops_it(self, example, published, tmp_path):
-        recipes, _ = example
+        recipes = example["recipes"]
         state = torch.load(published[1], weights_only=True)["model"]
         del state["memory_encoder.out_proj.bias"]
         torch.save({"model": state}, tmp_path / "MedSAM2_latest.pt")
@@ -522,7 +522,7 @@ class TestPublishedPreset:
             )
 
     def test_its_numbers_are_the_published_ones(self, example):
-        recipes, _ = example
+        recipes = example["recipes"]
         recipe = recipes.find_recipe("core_seg_3b")
         assert dataclasses.asdict(recipe)["lora"] == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
         processes = 2

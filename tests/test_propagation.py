@@ -1,14 +1,13 @@
 """`VolumePropagator` against the `sam2` package's own video predictor, and what it promises about work and memory."""
 
 import copy
-import gc
 import types
 
 import numpy as np
 import pytest
 import sam2.sam2_video_predictor as package
 import torch
-from builders import tiny_segmenter
+from builders import NewObjects, tiny_segmenter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,11 +203,11 @@ class TestWork:
 
     def test_only_slices_in_flight_and_what_sam_2_looks_back_at_are_alive(self):
         features, alive = [], []
+        new_features, new_tensors = NewObjects(ImageFeatures), NewObjects(torch.Tensor)
 
         def look(*_):
-            living = gc.get_objects()
-            features.append(sum(type(thing) is ImageFeatures for thing in living))
-            alive.append(sum(thing.nbytes for thing in living if type(thing) is torch.Tensor))
+            features.append(len(new_features()))
+            alive.append(sum(thing.nbytes for thing in new_tensors()))
 
         propagator = VolumePropagator(ready(), reach=None)
         propagator([ask(volume_of(60), 30, BOXES)], progress=look)

@@ -1,13 +1,12 @@
 """`VolumeSegmenter`: one question about a volume, whatever form the volume comes in; saved, loaded, asked again."""
 
-import gc
 import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import sft_args, tiny_model, tiny_segmenter
+from builders import NewObjects, sft_args, tiny_model, tiny_segmenter
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from volume_builders import blocks, row_of
@@ -172,9 +171,8 @@ class TestPredict:
     def test_features_of_a_deep_volume_are_let_go(self, segmenter):
         volume = np.random.default_rng(0).integers(0, 255, (60, 24, 40), dtype=np.uint8)
         alive = []
-        encode = segmenter.segmenter.sam.image_encoder.register_forward_hook(
-            lambda *_: alive.append(sum(type(thing) is ImageFeatures for thing in gc.get_objects()))
-        )
+        new = NewObjects(ImageFeatures)
+        encode = segmenter.segmenter.sam.image_encoder.register_forward_hook(lambda *_: alive.append(len(new())))
         try:
             answer = segmenter.predict(volume, QUESTION)
         finally:
