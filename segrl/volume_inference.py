@@ -46,6 +46,8 @@ class VolumeSegmenter(Answerer):
         segmenter: SAM 2; None leaves predictions without masks.
     """
 
+    default_new_tokens = 256
+
     def __init__(
         self,
         model: Any,
@@ -53,7 +55,7 @@ class VolumeSegmenter(Answerer):
         settings: dict[str, Any] | None = None,
         segmenter: Sam2Segmenter | None = None,
     ) -> None:
-        super().__init__(model, processor, {"max_new_tokens": 256, **(settings or {})})
+        super().__init__(model, processor, settings)
         self.segmenter = segmenter
         self.propagator: VolumePropagator | None = None
         if segmenter is not None:
