@@ -35,8 +35,8 @@ class Recipe:
     Attributes:
         build: `build(train_rows, model_path) -> (model, processor)` for stage 1.
         segmenter: `segmenter(path) -> Sam2Segmenter`, the frozen one; None as path takes the preset's own.
-        vision_warmup: Settings of `warmup.pretrain_vision`, for a model with random weights; it also gets the short
-            reasoning of `warmup.add_reasoning`. None has no such part.
+        vision_warmup: Settings of `warmup.pretrain_vision`, for a model with random weights, whose tower is frozen
+            afterwards; it also gets the short reasoning of `warmup.add_reasoning`. None has no such part.
         segmenter_training: Settings of `train_segmenter`, for a segmenter with random weights; None has weights.
         postprocessing: Of `VolumePropagator`.
         prompt: Settings of `segrl.data.prepare_volumes` that are saved with the model, so that inference asks the same
@@ -101,7 +101,7 @@ _TINY_SAM2 = Sam2Config(
 
 
 def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
-    """About 1 M parameters of Qwen3-VL, random; the tokenizer learns the training texts."""
+    """About 3 M parameters of Qwen3-VL, random; the tokenizer learns the training texts."""
     from segrl.testing.tiny import tiny_qwen3_vl
 
     if model_path:
@@ -109,18 +109,18 @@ def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
     rows = train.select(range(min(200, len(train))))
     columns = [name for name in ("query", "lesion", "anatomy", "modality") if name in rows.column_names]
     corpus = [str(dict(row)[name]) for row in rows for name in columns]
-    corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", ", 2 none, 3 small, 4 large. upper left."] * 50
+    corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", ", 2 none, 3 small 0123, 4 large 4567."] * 50
     side = _TINY_PROMPT["size"]
     return tiny_qwen3_vl(
         corpus=corpus,
-        hidden_size=64,
+        hidden_size=128,
         layers=3,
-        heads=2,
-        vision_hidden_size=48,
+        heads=4,
+        vision_hidden_size=64,
         vision_layers=2,
         vision_heads=2,
-        patch_size=4,
-        merge_size=4,
+        patch_size=8,
+        merge_size=4,  # one token a slice
         rope_theta=1e4,
         min_pixels=side**2,
         max_pixels=side**2,
@@ -171,17 +171,18 @@ RECIPES: dict[str, Recipe] = {
         build=_build_tiny,
         segmenter=_tiny_segmenter,
         vision_warmup={"steps": 200, "volumes": 300},
-        segmenter_training={"seconds": 120.0, "batch_size": 6, "frames": 6, "learning_rate": 1e-3},
+        segmenter_training={"seconds": 120.0, "learning_rate": 1e-3},
         postprocessing=False,
         prompt=_TINY_PROMPT,
-        targets={"top_k": 3},
+        targets={"top_k": 5},
         fill_to=64,
         sft={
             **_ON_A_CPU,
             "per_device_train_batch_size": 16,
             "learning_rate": 2e-3,
             "warmup_steps": 10,
-            "max_steps": 450,
+            "max_steps": 400,
+            "dataloader_num_workers": 1,  # the second core prepares the images
             "logging_steps": 50,
             "max_length": None,
         },
@@ -189,14 +190,15 @@ RECIPES: dict[str, Recipe] = {
             **_ON_A_CPU,
             "per_device_train_batch_size": 32,
             "num_generations": 4,
-            "max_completion_length": 104,
-            "learning_rate": 4e-4,
+            "max_completion_length": 112,
+            "temperature": 0.7,
+            "learning_rate": 1e-4,
             "warmup_steps": 10,
-            "max_steps": 150,
+            "max_steps": 120,
             "logging_steps": 10,
             "beta": 0.01,
         },
-        max_new_tokens=104,
+        max_new_tokens=112,
     ),
     "medvol_r1_4b": Recipe(
         build=_build_4b,

@@ -23,7 +23,8 @@ from segrl.segmenters import Sam2Segmenter
 from segrl.segmenters.tracking import track_clip, tracking_loss
 
 Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
-WARM, SHORT = 0.5, 0.9  # shares of the time for single slices, and until the end of the short clips
+STAGES = ((0.5, 1, 18), (0.9, 3, 9), (1.0, 6, 6))  # until this share of the time: frames of a clip, clips of a step
+DEPTH = 16  # SAM 2's scale of time: volumes have as many slices and more
 JITTER = 0.05  # of a box's corners, relative to its edges: a language model's boxes are never exact
 
 
@@ -43,8 +44,6 @@ def train_segmenter(
     lesions: Sequence[Lesion],
     *,
     seconds: float,
-    frames: int = 6,
-    batch_size: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
@@ -55,8 +54,6 @@ def train_segmenter(
         segmenter: Trained in place; frozen and in eval mode afterwards.
         lesions: What is cut into clips.
         seconds: Processor time of this thread's process, so that other work on the machine does not shorten it.
-        frames: Slices of a long clip.
-        batch_size: Clips of a step; single slices and short clips come in larger batches.
         learning_rate: Its peak; it warms up for 30 steps and falls to 0 along a cosine.
         seed: Of the clips.
         progress: Show a progress bar.
@@ -72,12 +69,13 @@ def train_segmenter(
         task = bar.add_task("segmenter", total=seconds)
         while (spent := clock() - begin) < seconds or not losses:
             share = min(1.0, spent / seconds) if seconds else 1.0
-            length = 1 if share < WARM else 3 if share < SHORT else frames
-            larger = {1: 3, frames: 1}.get(length, 1.5)  # short clips take less time
-            images, boxes, masks = _batch(segmenter, lesions, rng, length, int(batch_size * larger))
+            _, length, count = next(stage for stage in STAGES if share <= stage[0])
+            images, boxes, masks = _batch(segmenter, lesions, rng, length, count)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1, (len(losses) + 1) / 30) * (1 + math.cos(math.pi * share)) / 2
-            loss = tracking_loss(track_clip(segmenter, images, boxes), masks).mean()
+            clip = track_clip(segmenter, images, boxes, num_frames=DEPTH)
+            # on single slices an object is always there, and its score would learn just that
+            loss = tracking_loss(clip, masks, object_weight=float(length > 1)).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(segmenter.parameters(), 1.0)

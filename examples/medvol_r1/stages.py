@@ -213,6 +213,7 @@ def train_stage1(
     example: ExampleArguments, config: SegSFTConfig, recipe: Recipe, model: Any, processor: Any, rows: Dataset
 ) -> None:
     """Supervised fine-tuning on slices and boxes; the model is saved in the config's output_dir."""
+    _freeze_vision(example, recipe, model)
     trainer = SegSFTTrainer(
         model, config, train_dataset=rows, processing_class=processor, peft_config=_lora(recipe, model)
     )
@@ -238,6 +239,7 @@ def train_stage2(
     segmenter: Sam2Segmenter,
 ) -> int:
     """GRPO; the model is saved in the config's output_dir. Returns how many slices the segmenter has encoded."""
+    _freeze_vision(example, recipe, model)
     rewards = rewards_of(example)
     cache = FeatureCache(config.feature_cache_memory, config.feature_cache_dir, config.feature_cache_disk)
     propagator = VolumePropagator(segmenter, reach=example.reach, cache=cache, postprocessing=recipe.postprocessing)
@@ -262,6 +264,12 @@ def settings_of(example: ExampleArguments, recipe: Recipe) -> dict[str, Any]:
         "postprocessing": recipe.postprocessing,
     }
     return {**recipe.prompt, **own}
+
+
+def _freeze_vision(example: ExampleArguments, recipe: Recipe, model: Any) -> None:
+    """A tower that has learned to see is left alone: from words it forgets more than it learns (docs/log.md)."""
+    if recipe.vision_warmup is not None and not example.skip_stage1:
+        model.model.visual.requires_grad_(False)
 
 
 def _lora(recipe: Recipe, model: Any) -> Any:

@@ -23,26 +23,28 @@ from segrl.masks import mask_to_box
 from segrl.volumes import uniform_slices
 
 HELD_OUT = 0.1  # share of the slices that only measure
-BOX_WEIGHT = 3.0
+BINS = 8  # of the edge of a slice
 SIZES = ("none", "small", "large")
+LARGE = 0.8
 
 
 def add_reasoning(rows: Dataset, slices: int) -> Dataset:
-    """Rows with a column `reasoning`: what each shown slice holds, in order, and where the largest lesion lies.
+    """Rows with a column `reasoning`: what each shown slice holds, in order, and where.
 
-    Short words in a fixed order are what a model of a million parameters can learn; "small" is below half of the
-    largest slice.
+    "3 large 1245": slice 3 has at least `LARGE` of the area of the volume's largest, in a box with these left, top,
+    right and bottom sides in bins of the edge. Short words in a fixed order are what a model of a few million
+    parameters can learn, and every text teaches about every slice.
     """
     texts = []
     for row in _dicts(rows):
         volume, _ = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
         mask = read_label(row["label"], volume, row["label_value"])
         areas = mask.sum(axis=(1, 2))
-        shown = uniform_slices(len(mask), slices)
-        sizes = [SIZES[int(area > 0) + int(area >= 0.5 * areas.max())] for area in areas[shown]]
-        box = mask_to_box(mask[int(shown[areas[shown].argmax()])])
-        place = "" if box is None else f" {_place(box, mask.shape)}."
-        texts.append(", ".join(f"{number} {size}" for number, size in enumerate(sizes, 1)) + f".{place}")
+        parts = []
+        for number, k in enumerate(uniform_slices(len(mask), slices), 1):
+            size = SIZES[int(areas[k] > 0) + int(areas[k] >= LARGE * areas.max())]
+            parts.append(f"{number} {size} {_sides(mask[k])}".strip())
+        texts.append(", ".join(parts) + ".")
     return rows.add_column("reasoning", texts)  # type: ignore[call-arg]
 
 
@@ -61,7 +63,7 @@ def pretrain_vision(
     """Train the vision tower to tell, of single slices, whether a lesion is there and where.
 
     A linear layer on all tokens of a slice, thrown away afterwards, gives for each kind of lesion its presence and its
-    box. A row teaches about its own kind only.
+    box, each side as one of `BINS` classes. A row teaches about its own kind only.
 
     Args:
         model: Qwen3-VL, trained in place.
@@ -80,7 +82,7 @@ def pretrain_vision(
     pixels, grid, kinds, truth = _slices(processor, rows.select(range(min(volumes, len(rows)))), size)
     tower = model.model.visual
     width = sum(len(part) for part in _features(model, pixels[:1], grid))
-    layer = nn.Linear(width * model.config.text_config.hidden_size, (1 + max(kinds.tolist())) * 5)
+    layer = nn.Linear(width * model.config.text_config.hidden_size, (1 + max(kinds.tolist())) * (1 + 4 * BINS))
     parameters = [*tower.parameters(), *layer.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     rng = torch.Generator().manual_seed(seed)
@@ -89,9 +91,9 @@ def pretrain_vision(
     train = order[len(test) :] if len(test) < len(order) else order  # a single slice is all there is
 
     def said(index: Tensor) -> Tensor:
-        """Logit of presence, and box, (N, 5)."""
+        """Logit of presence, and those of the bins of each side, (N, 1 + 4 * BINS)."""
         tokens = torch.stack(_features(model, pixels[index], grid)).flatten(1)
-        found = layer(tokens).unflatten(1, (-1, 5))
+        found = layer(tokens).unflatten(1, (-1, 1 + 4 * BINS))
         return found[torch.arange(len(index)), kinds[index]]
 
     for step in track(range(steps), "vision tower"):
@@ -99,8 +101,11 @@ def pretrain_vision(
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
         index = train[torch.randint(len(train), (batch_size,), generator=rng)]
         found, true = said(index), truth[index]
-        error = ((found[:, 1:] - true[:, 1:]).abs().mean(1) * true[:, 0]).sum() / true[:, 0].sum().clamp(min=1)
-        loss = F.binary_cross_entropy_with_logits(found[:, 0], true[:, 0]) + BOX_WEIGHT * error
+        loss = F.binary_cross_entropy_with_logits(found[:, 0], true[:, 0])
+        seen = true[:, 0] > 0
+        if seen.any():
+            bins = (true[seen, 1:] * BINS).long().clamp(0, BINS - 1)
+            loss = loss + F.cross_entropy(found[seen, 1:].reshape(-1, BINS), bins.flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -136,10 +141,13 @@ def _features(model: Any, pixels: Tensor, grid: Tensor) -> list[Tensor]:
     return list(model.model.get_image_features(pixels.flatten(0, 1), grid.expand(len(pixels), -1)).pooler_output)
 
 
-def _place(box: np.ndarray, shape: tuple[int, ...]) -> str:
-    x, y = (box[0] + box[2]) / 2 / shape[2], (box[1] + box[3]) / 2 / shape[1]
-    row, column = ("upper", "", "lower")[min(2, int(3 * y))], ("left", "", "right")[min(2, int(3 * x))]
-    return " ".join(word for word in (row, column) if word) or "centre"
+def _sides(section: np.ndarray) -> str:
+    """Bins of the left, top, right and bottom side of the box around all foreground of a slice; "" without any."""
+    box, (height, width) = mask_to_box(section), section.shape
+    if box is None:
+        return ""
+    bins = (box / [width, height, width, height] * BINS).astype(int).clip(0, BINS - 1)
+    return "".join(map(str, bins.tolist()))
 
 
 def _dicts(rows: Dataset) -> list[dict[str, Any]]:
