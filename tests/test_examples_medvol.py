@@ -359,7 +359,7 @@ def test_stage2_alone_with_rewards_that_are_sums_or_files(sft_run, data, tmp_pat
     assert "rewards/medvol_r1/mean" in entry
     assert "rollout/encoded_slices" in entry
     again = VolumeSegmenter.from_pretrained(run).model.config
-    assert (again.text_config.hidden_size, again._name_or_path) == (64, str(run))
+    assert (again.text_config.hidden_size, again._name_or_path) == (128, str(run))
 
 
 def test_one_slice_and_no_chain_of_thought(sft_run, tmp_path, example):
