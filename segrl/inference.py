@@ -34,8 +34,6 @@ class Answerer:
         settings: how the training data was built; saved with the model.
     """
 
-    default_new_tokens = 512
-
     def __init__(self, model: Any, processor: Any, settings: dict[str, Any] | None = None) -> None:
         self.model, self.processor = model, processor
         self.settings = dict(settings or {})
@@ -123,7 +121,7 @@ class Answerer:
         inputs = self._inputs(conversations)
         options = {
             "do_sample": False,
-            "max_new_tokens": self.settings.get("max_new_tokens") or self.default_new_tokens,
+            "max_new_tokens": self.settings.get("max_new_tokens") or 512,
             "suppress_tokens": _image_tokens(self.model),
             **generation,
         }

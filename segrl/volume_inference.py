@@ -46,8 +46,6 @@ class VolumeSegmenter(Answerer):
         segmenter: SAM 2; None leaves predictions without masks.
     """
 
-    default_new_tokens = 256
-
     def __init__(
         self,
         model: Any,
@@ -55,7 +53,8 @@ class VolumeSegmenter(Answerer):
         settings: dict[str, Any] | None = None,
         segmenter: Sam2Segmenter | None = None,
     ) -> None:
-        super().__init__(model, processor, settings)
+        given = dict(settings or {})
+        super().__init__(model, processor, {**given, "max_new_tokens": given.get("max_new_tokens") or 256})
         self.segmenter = segmenter
         self.propagator: VolumePropagator | None = None
         if segmenter is not None:

@@ -98,6 +98,11 @@ def headed_trainer(kind: str, folder: Any, **arguments: Any) -> Any:
     return make_trainer(add_head(model, processor), processor, folder, dense_losses=losses, **arguments)
 
 
+def three_prompts(kind: str) -> list[Prompt]:
+    """Prompts of different lengths; with pictures of different sizes, one of them in two prompts."""
+    return [Prompt(n, () if kind == "text" else shown) for n, shown in [(3, (0, 1)), (7, (1,)), (1, (2, 3, 3))]]
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 

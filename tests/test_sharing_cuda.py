@@ -7,7 +7,6 @@ import torch
 from builders import add_head
 from sharing_checks import (
     Answer,
-    Prompt,
     batch_of,
     build,
     close,
@@ -18,6 +17,7 @@ from sharing_checks import (
     loss_and_gradients,
     make_trainer,
     scores,
+    three_prompts,
 )
 from sharing_runs import norm, run
 from test_sharing_generation import generated, inputs_of, prompts_of, settings_of
@@ -37,10 +37,6 @@ ROWS = [Answer(0, 5, 1), Answer(1, 3, 2), Answer(0, 9, 8), Answer(1, 0), Answer(
 
 def on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
-def three_prompts(kind: str) -> list[Prompt]:
-    return [Prompt(n, () if kind == "text" else shown) for n, shown in [(3, (0, 1)), (7, (1,)), (1, (2, 3, 3))]]
 
 
 def trainer_on_gpu(kind: str, folder: Any, **settings: Any) -> Any:

@@ -298,8 +298,7 @@ class TestTower:
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.bfloat16()
         batch = batch_of(processor, PICTURES, ROWS)
-        if "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].bfloat16()
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
         with seen_by(tower) as pictures:
             scores(trainer, batch, shared=True)
             with torch.autocast("cpu", torch.bfloat16):

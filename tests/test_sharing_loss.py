@@ -26,17 +26,13 @@ from sharing_checks import (
     make_trainer,
     same_step,
     scores,
+    three_prompts,
 )
 
 from segrl.dense import DenseLoss
 
 few = settings(max_examples=15)
 ROWS = [Answer(0, 5, 1), Answer(1, 3, 2), Answer(0, 9, 8), Answer(1, 0), Answer(0, 1), Answer(2, 4)]
-
-
-def prompts_of(kind: str) -> list[Prompt]:
-    """Three prompts of different lengths; with pictures of different sizes, one of them in two prompts."""
-    return [Prompt(n, () if kind == "text" else shown) for n, shown in [(3, (0, 1)), (7, (1,)), (1, (2, 3, 3))]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +62,7 @@ class TestEqualsTrl:
         model, processor = build(kind)
         trainer = make_trainer(model, processor, tmp_path)
         rows = [Answer(n // 3, length) for n, length in enumerate([3, 5, 1, 2, 2, 0, 6, 3, 4])]
-        batch = batch_of(processor, prompts_of(kind), rows)
+        batch = batch_of(processor, three_prompts(kind), rows)
         expected = scores(trainer, batch, shared=False)
         with counted(trainer) as tokens:
             found = scores(trainer, batch, shared=True, batch_size=size)
@@ -85,7 +81,7 @@ class TestEqualsTrl:
     def test_no_entropies_when_none_are_asked_for(self, kind, tmp_path):
         model, processor = build(kind)
         trainer = make_trainer(model, processor, tmp_path)
-        batch = batch_of(processor, prompts_of(kind), ROWS)
+        batch = batch_of(processor, three_prompts(kind), ROWS)
         logps, entropies = scores(trainer, batch, shared=True, compute_entropy=False)
         assert entropies is None
         torch.testing.assert_close(logps, scores(trainer, batch, shared=False)[0], rtol=1e-5, atol=1e-5)
@@ -93,7 +89,7 @@ class TestEqualsTrl:
     def test_groups_of_one_are_trls_bit_for_bit(self, kind, tmp_path):
         model, processor = build(kind)
         trainer = make_trainer(model, processor, tmp_path)
-        batch = batch_of(processor, prompts_of(kind), [Answer(2, 3), Answer(0, 5), Answer(1, 2)])
+        batch = batch_of(processor, three_prompts(kind), [Answer(2, 3), Answer(0, 5), Answer(1, 2)])
         loss, found, logged = loss_and_gradients(trainer, batch)
         expected, wanted, also = loss_and_gradients(trainer, dense(batch))
         assert torch.equal(loss, expected)
@@ -105,7 +101,7 @@ class TestEqualsTrl:
         for share in (False, True):
             model, processor = build(kind)
             trainer = make_trainer(model, processor, tmp_path, settings={"share_prompt": share})
-            batch = batch_of(processor, prompts_of(kind), ROWS)
+            batch = batch_of(processor, three_prompts(kind), ROWS)
             results.append(loss_and_gradients(trainer, dense(batch)))
             assert trainer._shares is share
             if not share:  # keys change nothing
@@ -119,14 +115,14 @@ class TestEqualsTrl:
     def test_eager_attention(self, kind, tmp_path):
         model, processor = build(kind)
         trainer = make_trainer(attention(model, "eager"), processor, tmp_path)
-        same_step(trainer, batch_of(processor, prompts_of(kind), ROWS))
+        same_step(trainer, batch_of(processor, three_prompts(kind), ROWS))
 
     @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_activation_checkpointing(self, kind, reentrant, tmp_path):
         model, processor = build(kind)
         trainer = make_trainer(model, processor, tmp_path)
-        batch = batch_of(processor, prompts_of(kind), ROWS)
+        batch = batch_of(processor, three_prompts(kind), ROWS)
         _, wanted, _ = loss_and_gradients(trainer, batch)
         checkpointed(model, reentrant)
         assert model.is_gradient_checkpointing
@@ -140,7 +136,7 @@ class TestEqualsTrl:
     def test_bfloat16(self, kind, tmp_path):
         """Half precision is as far from single precision with shared prompts as without."""
         model, processor = build(kind)
-        batch = batch_of(processor, prompts_of(kind), ROWS)
+        batch = batch_of(processor, three_prompts(kind), ROWS)
         exact = scores(make_trainer(model, processor, tmp_path), batch, shared=False)
         trainer = make_trainer(model.to(torch.bfloat16), processor, tmp_path)
         assert trainer._shares
@@ -154,7 +150,7 @@ class TestEqualsTrl:
     def test_autocast(self, kind, tmp_path):
         model, processor = build(kind)
         trainer = make_trainer(model, processor, tmp_path, settings={"bf16": True})
-        batch = batch_of(processor, prompts_of(kind), ROWS)
+        batch = batch_of(processor, three_prompts(kind), ROWS)
         exact = scores(trainer, batch, shared=False)
         found = scores(trainer, batch, shared=True)
         plain, processor = build(kind)
@@ -171,7 +167,7 @@ def test_flex_attention(kind, tmp_path):
     model, processor = build(kind)
     trainer = make_trainer(attention(model, "flex_attention"), processor, tmp_path)
     assert trainer._shares
-    batch = batch_of(processor, prompts_of(kind), ROWS)
+    batch = batch_of(processor, three_prompts(kind), ROWS)
     expected = scores(trainer, batch, shared=False)
     with counted(trainer) as tokens:
         found = scores(trainer, batch, shared=True)
@@ -189,7 +185,7 @@ def test_lora(kind, head, tmp_path):
     wrapped = get_peft_model(add_head(model, processor) if head else model, config)
     losses = [DenseLoss("dice_ce")] if head else None
     trainer = make_trainer(wrapped, processor, tmp_path, dense_losses=losses)
-    batch = batch_of(processor, prompts_of(kind), ROWS, head=trainer.mask_head)
+    batch = batch_of(processor, three_prompts(kind), ROWS, head=trainer.mask_head)
     found = same_step(trainer, batch)
     assert any("lora_A" in name for name in found)
     with trainer.model.disable_adapter():
@@ -238,7 +234,7 @@ class TestPictures:
 
     def test_pad_to_a_multiple(self, family, tmp_path):
         trainer, processor = self.trainer(family, tmp_path)
-        batch = batch_of(processor, prompts_of(family), ROWS)
+        batch = batch_of(processor, three_prompts(family), ROWS)
         pad, sides = torch.nn.functional.pad, {"prompt": (5, 0), "completion": (0, 3)}
         for part, side in sides.items():
             batch[f"{part}_ids"] = pad(batch[f"{part}_ids"], side, value=processor.tokenizer.pad_token_id)
@@ -261,14 +257,14 @@ class TestPictures:
 def test_trls_settings(settings_, tmp_path):
     model, processor = build("qwen2_5_vl")
     trainer = make_trainer(model, processor, tmp_path, settings=settings_)
-    same_step(trainer, batch_of(processor, prompts_of("qwen2_5_vl"), ROWS))
+    same_step(trainer, batch_of(processor, three_prompts("qwen2_5_vl"), ROWS))
 
 
 def test_tool_mask(tmp_path):
     """What a tool said is read by what follows, but is not the policy's."""
     trainer = headed_trainer("qwen3_vl", tmp_path)
     rows = [Answer(0, 6, 2), Answer(0, 8, 5), Answer(1, 5, 1), Answer(1, 3)]
-    batch = batch_of(trainer.processing_class, prompts_of("qwen3_vl"), rows, head=trainer.mask_head)
+    batch = batch_of(trainer.processing_class, three_prompts("qwen3_vl"), rows, head=trainer.mask_head)
     before = loss_and_gradients(trainer, batch)[0]
     batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
     batch["tool_mask"][:, 1:3] = 0
@@ -280,7 +276,7 @@ def test_unknown_inputs_are_left_to_trl(tmp_path):
     """Some models take more than can be shared, as `token_type_ids`: their passes are TRL's, whole."""
     model, processor = build("text")
     trainer = make_trainer(model, processor, tmp_path)
-    batch = batch_of(processor, prompts_of("text"), ROWS)
+    batch = batch_of(processor, three_prompts("text"), ROWS)
     expected = loss_and_gradients(trainer, dense(batch))[0]
     batch["token_type_ids"] = torch.zeros(len(ROWS), batch["prompt_ids"].size(1) + batch["completion_ids"].size(1))
     with counted(trainer) as tokens, pytest.warns(UserWarning, match="share_prompt: the model takes token_type_ids"):

@@ -247,7 +247,8 @@ class TestSaved:
         for one in (made, loaded):
             assert one.propagator is not None
             assert (one.propagator.postprocessing, one.propagator.reach) == (False, None)
-        assert VolumeSegmenter(model[0], model[1]).default_new_tokens == 256
+        assert VolumeSegmenter(model[0], model[1]).settings == {"max_new_tokens": 256}
+        assert VolumeSegmenter(model[0], model[1], {"max_new_tokens": None}).settings == {"max_new_tokens": 256}
 
     @pytest.mark.parametrize("merge", [False, True])
     def test_an_adapter(self, merge, row, tmp_path):

@@ -24,7 +24,7 @@ from segrl.segmenters.tracking import track_clip, tracking_loss
 
 Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
 STAGES = ((0.5, 1, 18), (0.9, 3, 9), (1.0, 6, 6))  # until this share of the time: frames of a clip, clips of a step
-DEPTH = 16  # SAM 2's scale of time: volumes have as many slices and more
+DEPTH = 16  # slices of the synthetic volumes, and where SAM 2's scale of time ends
 JITTER = 0.05  # of a box's corners, relative to its edges: a language model's boxes are never exact
 
 

@@ -25,7 +25,7 @@ from segrl.volumes import uniform_slices
 HELD_OUT = 0.1  # share of the slices that only measure
 BINS = 8  # of the edge of a slice
 SIZES = ("none", "small", "large")
-LARGE = 0.8
+LARGE = 0.8  # of the volume's largest slice
 
 
 def add_reasoning(rows: Dataset, slices: int) -> Dataset:
@@ -43,7 +43,7 @@ def add_reasoning(rows: Dataset, slices: int) -> Dataset:
         parts = []
         for number, k in enumerate(uniform_slices(len(mask), slices), 1):
             size = SIZES[int(areas[k] > 0) + int(areas[k] >= LARGE * areas.max())]
-            parts.append(f"{number} {size} {_sides(mask[k])}".strip())
+            parts.append(f"{number} {size} {''.join(map(str, _sides(mask[k])))}".strip())
         texts.append(", ".join(parts) + ".")
     return rows.add_column("reasoning", texts)  # type: ignore[call-arg]
 
@@ -101,11 +101,10 @@ def pretrain_vision(
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
         index = train[torch.randint(len(train), (batch_size,), generator=rng)]
         found, true = said(index), truth[index]
-        loss = F.binary_cross_entropy_with_logits(found[:, 0], true[:, 0])
+        loss = F.binary_cross_entropy_with_logits(found[:, 0], true[:, 0].float())
         seen = true[:, 0] > 0
         if seen.any():
-            bins = (true[seen, 1:] * BINS).long().clamp(0, BINS - 1)
-            loss = loss + F.cross_entropy(found[seen, 1:].reshape(-1, BINS), bins.flatten())
+            loss = loss + F.cross_entropy(found[seen, 1:].reshape(-1, BINS), true[seen, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -116,7 +115,7 @@ def pretrain_vision(
 
 
 def _slices(processor: Any, rows: Dataset, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All slices of the rows: patches (N, P, 3 * 2 * p * p), their grid (3,), kinds (N,), presence and box (N, 5)."""
+    """All slices of the rows: patches (N, P, 3 * 2 * p * p), grid (3,), kinds (N,), presence and `_sides` (N, 5)."""
     names = sorted(set(rows["lesion"]))
     patches, kinds, truth = [], [], []
     grid = torch.zeros(3, dtype=torch.long)
@@ -130,10 +129,9 @@ def _slices(processor: Any, rows: Dataset, size: int) -> tuple[Tensor, Tensor, T
         patches.append(batch["pixel_values"].view(len(images), int(grid.prod()), -1))
         kinds += [names.index(row["lesion"])] * len(images)
         for section in mask:
-            box = mask_to_box(section)
-            height, width = section.shape
-            truth.append([0.0] * 5 if box is None else [1.0, *(box / [width, height, width, height])])
-    return torch.cat(patches), grid, torch.tensor(kinds), torch.tensor(np.array(truth), dtype=torch.float32)
+            sides = _sides(section)
+            truth.append([1, *sides] if sides else [0] * 5)
+    return torch.cat(patches), grid, torch.tensor(kinds), torch.tensor(truth)
 
 
 def _features(model: Any, pixels: Tensor, grid: Tensor) -> list[Tensor]:
@@ -141,13 +139,12 @@ def _features(model: Any, pixels: Tensor, grid: Tensor) -> list[Tensor]:
     return list(model.model.get_image_features(pixels.flatten(0, 1), grid.expand(len(pixels), -1)).pooler_output)
 
 
-def _sides(section: np.ndarray) -> str:
-    """Bins of the left, top, right and bottom side of the box around all foreground of a slice; "" without any."""
+def _sides(section: np.ndarray) -> list[int]:
+    """Bins of the left, top, right and bottom side of the box around all foreground of a slice (H, W); [] without."""
     box, (height, width) = mask_to_box(section), section.shape
     if box is None:
-        return ""
-    bins = (box / [width, height, width, height] * BINS).astype(int).clip(0, BINS - 1)
-    return "".join(map(str, bins.tolist()))
+        return []
+    return (box / [width, height, width, height] * BINS).astype(int).clip(0, BINS - 1).tolist()
 
 
 def _dicts(rows: Dataset) -> list[dict[str, Any]]:
