@@ -9,7 +9,7 @@ can be expected to do better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,25 +152,18 @@ def evaluate_volumes(
     Raises:
         DataError: `batch_size` is below 1, or a file cannot be read.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
-    records = []
-    for rows in track(
-        _batches(dataset, batch_size), "evaluate", len(range(0, len(dataset), batch_size)), disable=not progress
-    ):
-        read = [_read(row) for row in rows]
-        answers = segmenter.predict_batch([grey for grey, _ in read], [target.query for _, target in read])
-        for answer, (grey, target) in zip(answers, read, strict=True):
-            if on_answer is not None:
-                on_answer(len(records), grey, answer, target)
-            records.append(volume_record(answer, target, nsd_tolerance_mm=nsd_tolerance_mm))
-    return records
+
+    def answers(read: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+        return segmenter.predict_batch([grey for grey, _ in read], [target.query for _, target in read])
+
+    return _scored("evaluate", answers, dataset, batch_size, nsd_tolerance_mm, progress, on_answer)
 
 
 def evaluate_oracle_boxes(
     propagator: VolumePropagator,
     dataset: Dataset,
     *,
+    batch_size: int = 4,
     nsd_tolerance_mm: float = 2.0,
     progress: bool = True,
     on_answer: OnAnswer | None = None,
@@ -180,33 +173,56 @@ def evaluate_oracle_boxes(
     Args:
         propagator: As the model's is used: with `reach=None`.
         dataset: As in `evaluate_volumes`, as the rest.
+        batch_size: Rows that are propagated together; so many volumes are in memory at once.
         nsd_tolerance_mm: See `volume_record`.
         progress: Show a progress bar.
         on_answer: See `evaluate_volumes`.
 
     Returns:
         One `volume_record` per row, in order; a volume without foreground gets the answer that there is none.
+
+    Raises:
+        DataError: As `evaluate_volumes`.
     """
+
+    def answers(read: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+        said = [_true_answer(target) for _, target in read]
+        return add_volume_masks(propagator, said, [grey for grey, _ in read], [""] * len(read))
+
+    return _scored("oracle", answers, dataset, batch_size, nsd_tolerance_mm, progress, on_answer)
+
+
+def _scored(
+    title: str,
+    answers: Callable[[list[tuple[np.ndarray, VolumeTarget]]], list[Prediction]],
+    dataset: Dataset,
+    batch_size: int,
+    nsd_tolerance_mm: float,
+    progress: bool,
+    on_answer: OnAnswer | None,
+) -> list[dict[str, Any]]:
+    """A record of every row, of what `answers` says to the grey values and truths of a batch."""
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: expected 1 or more rows at once")
     records: list[dict[str, Any]] = []
-    for (row,) in track(_batches(dataset, 1), "oracle", len(dataset), disable=not progress):
-        grey, target = _read(row)
-        frame = Frame("original_px", (target.width, target.height))
-        answer = "{}"
-        if not target.empty:
-            key = int(target.slice_areas.argmax())
-            answer = format_slice_answer(key, target.at(key).boxes, frame)
-        text = format_completion("The truth.", answer)
-        said = parse_completion(text, frame, require_seg=False, answer_format="json")
-        (prediction,) = add_volume_masks(propagator, [said], [grey], [""])
-        if on_answer is not None:
-            on_answer(len(records), grey, prediction, target)
-        records.append(volume_record(prediction, target, nsd_tolerance_mm=nsd_tolerance_mm))
+    starts = range(0, len(dataset), batch_size)
+    for start in track(starts, title, len(starts), disable=not progress):
+        read = [_read(dataset[n]) for n in range(start, min(start + batch_size, len(dataset)))]
+        for answer, (grey, target) in zip(answers(read), read, strict=True):
+            if on_answer is not None:
+                on_answer(len(records), grey, answer, target)
+            records.append(volume_record(answer, target, nsd_tolerance_mm=nsd_tolerance_mm))
     return records
 
 
-def _batches(dataset: Dataset, size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(dataset), size):
-        yield [dataset[n] for n in range(start, min(start + size, len(dataset)))]
+def _true_answer(target: VolumeTarget) -> Prediction:
+    """The true boxes on the slice with most foreground."""
+    frame = Frame("original_px", (target.width, target.height))
+    answer = "{}"
+    if not target.empty:
+        key = int(target.slice_areas.argmax())
+        answer = format_slice_answer(key, target.at(key).boxes, frame)
+    return parse_completion(format_completion("The truth.", answer), frame, require_seg=False, answer_format="json")
 
 
 def _read(row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:

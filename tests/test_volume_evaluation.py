@@ -227,8 +227,10 @@ class TestEvaluate:
 
     def test_errors(self, rows, model):
         segmenter = VolumeSegmenter(model[0], model[1], SETTINGS)
-        with pytest.raises(DataError, match="batch_size=0: expected 1 or more rows per generation"):
+        with pytest.raises(DataError, match="batch_size=0: expected 1 or more rows at once"):
             evaluate_volumes(segmenter, rows, batch_size=0)
+        with pytest.raises(DataError, match="batch_size=-1: expected 1 or more rows at once"):
+            evaluate_oracle_boxes(VolumePropagator(tiny_segmenter()), rows, batch_size=-1)
         unlabelled = Dataset.from_list([{**rows[0], "label": ""}])
         message = "volume 0: no label; expected a path in the column 'label'"
         with pytest.raises(DataError, match=message):
@@ -238,9 +240,10 @@ class TestEvaluate:
 
 
 class TestOracle:
-    def test_the_true_boxes_of_the_largest_slice_propagate(self, rows):
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_the_true_boxes_of_the_largest_slice_propagate(self, rows, size):
         propagator, answers = VolumePropagator(tiny_segmenter(), reach=None), []
-        records = evaluate_oracle_boxes(propagator, rows, progress=False, on_answer=keep(answers))
+        records = evaluate_oracle_boxes(propagator, rows, batch_size=size, progress=False, on_answer=keep(answers))
         assert [number for number, *_ in answers] == [0, 1, 2, 3]
         assert [record["slice_index"] for record in records] == [2, 2, 0, None]
         boxes = [[[5, 2, 13, 3], [7, 10, 8, 11]], [[5, 2, 8, 3], [7, 10, 8, 11]], [[5, 2, 9, 3], [7, 10, 8, 11]], []]

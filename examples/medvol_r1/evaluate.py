@@ -37,7 +37,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         held_out = or_synthetic(rows, arguments, recipe, arguments.seed, arguments.split, folder)
         results: dict[str, Any] = {"config": asdict(arguments)}
         assert trained.segmenter is not None
-        results["oracle"] = oracle(trained.segmenter, trained.settings.get("postprocessing", True), held_out)
+        results["oracle"] = oracle(trained.segmenter, trained.settings.get("postprocessing", True), held_out, arguments)
         results["model"], records = score(trained, held_out, arguments, drawer(folder, arguments.pictures))
         report(folder, results, records)
 

@@ -181,7 +181,7 @@ RECIPES: dict[str, Recipe] = {
             "per_device_train_batch_size": 16,
             "learning_rate": 2e-3,
             "warmup_steps": 10,
-            "max_steps": 400,
+            "max_steps": 450,
             "dataloader_num_workers": 1,  # the second core prepares the images
             "logging_steps": 50,
             "max_length": None,
@@ -192,7 +192,7 @@ RECIPES: dict[str, Recipe] = {
             "num_generations": 4,
             "max_completion_length": 112,
             "temperature": 0.7,
-            "learning_rate": 1e-4,
+            "learning_rate": 8e-5,
             "warmup_steps": 10,
             "max_steps": 120,
             "logging_steps": 10,

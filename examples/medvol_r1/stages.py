@@ -287,10 +287,10 @@ def score(
     return summarise_volumes(records), records
 
 
-def oracle(segmenter: Sam2Segmenter, postprocessing: bool, test: Dataset) -> dict[str, Any]:
+def oracle(segmenter: Sam2Segmenter, postprocessing: bool, test: Dataset, example: RunArguments) -> dict[str, Any]:
     """Summary of the frozen segmenter, prompted with the true boxes on the best slice: its ceiling."""
     propagator = VolumePropagator(segmenter, reach=None, postprocessing=postprocessing)
-    return summarise_volumes(evaluate_oracle_boxes(propagator, test))
+    return summarise_volumes(evaluate_oracle_boxes(propagator, test, batch_size=example.eval_batch_size))
 
 
 def drawer(folder: Path, most: int) -> Callable[..., None]:

@@ -93,7 +93,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
             device = str(PartialState().device)
             results: dict[str, Any] = {"config": settings, "encoded_slices": encoded}
             first_records: list[dict[str, Any]] = []
-            results["oracle"] = oracle(segmenter.to(device), recipe.postprocessing, held_out)
+            results["oracle"] = oracle(segmenter.to(device), recipe.postprocessing, held_out, example)
             before = stage1 if stage1 is not None else folder / "stage1"
             if not example.skip_stage1:
                 results["stage1"], first_records = score(

@@ -62,7 +62,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         if PartialState().is_main_process:
             device = str(PartialState().device)
             results: dict[str, Any] = {"config": {**asdict(example), "sft": config.to_dict()}}
-            results["oracle"] = oracle(segmenter.to(device), recipe.postprocessing, held_out)
+            results["oracle"] = oracle(segmenter.to(device), recipe.postprocessing, held_out, example)
             trained = load_run(folder, device=device, segmenter=segmenter)
             results["stage1"], records = score(trained, held_out, example, drawer(folder, PICTURES))
             report(folder, results, records)
