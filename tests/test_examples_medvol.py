@@ -265,15 +265,16 @@ def test_stage2_from_a_stage1_run(grpo_run, sft_run):
 
 
 def test_reasoning_of_the_tiny_preset_says_what_each_slice_holds(modules, tmp_path):
-    """A box of 8 x 12 pixels on slice 2 of 4 slices of 32 x 32 pixels, half of it on slice 3."""
+    """A box of 8 x 12 pixels on slice 2 of 4 slices of 32 x 32 pixels, half of it on slice 3, a sixth on slice 4."""
     mask = np.zeros((4, 32, 32), np.uint8)
     mask[1, 8:16, 4:16] = 1
     mask[2, 8:16, 4:10] = 1
+    mask[3, 8:12, 4:8] = 1
     for name in ("scan", "label"):
         nib.save(nib.Nifti1Image(mask.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / f"{name}.nii.gz")  # pyright: ignore[reportPrivateImportUsage]
     write_manifest(tmp_path, [{"image": "scan.nii.gz", "label": "label.nii.gz", "lesion": "spot", "modality": "MRI"}])
     (row,) = modules["warmup"].add_reasoning(load_volumes(tmp_path), 4)
-    assert row["reasoning"] == "1 none, 2 large 1244, 3 small 1224, 4 none."
+    assert row["reasoning"] == "1 none, 2 large 1244, 3 medium 1224, 4 small 1223."
 
 
 def test_logs_hold_every_reward_and_how_many_slices_were_encoded(grpo_run):

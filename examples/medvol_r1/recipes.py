@@ -109,7 +109,11 @@ def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
     rows = train.select(range(min(200, len(train))))
     columns = [name for name in ("query", "lesion", "anatomy", "modality") if name in rows.column_names]
     corpus = [str(dict(row)[name]) for row in rows for name in columns]
-    corpus += ['"slice": 3, "bbox_2d_list": [[', "<slice 1>", ", 2 none, 3 small 0123, 4 large 4567."] * 50
+    corpus += [
+        '"slice": 3, "bbox_2d_list": [[',
+        "<slice 1>",
+        ", 2 none, 3 small 0123, 4 medium 0145, 5 large 4567.",
+    ] * 50
     side = _TINY_PROMPT["size"]
     return tiny_qwen3_vl(
         corpus=corpus,
@@ -191,8 +195,8 @@ RECIPES: dict[str, Recipe] = {
             "per_device_train_batch_size": 32,
             "num_generations": 4,
             "max_completion_length": 112,
-            "temperature": 0.7,
-            "learning_rate": 8e-5,
+            "temperature": 0.5,
+            "learning_rate": 1.5e-4,
             "warmup_steps": 10,
             "max_steps": 120,
             "logging_steps": 10,

@@ -24,25 +24,26 @@ from segrl.volumes import uniform_slices
 
 HELD_OUT = 0.1  # share of the slices that only measure
 BINS = 8  # of the edge of a slice
-SIZES = ("none", "small", "large")
-LARGE = 0.8  # of the volume's largest slice
+SIZES = ("none", "small", "medium", "large")
+AREAS = (0.0, 0.035, 0.075)  # of the slice: above so much each next size begins
 
 
 def add_reasoning(rows: Dataset, slices: int) -> Dataset:
     """Rows with a column `reasoning`: what each shown slice holds, in order, and where.
 
-    "3 large 1245": slice 3 has at least `LARGE` of the area of the volume's largest, in a box with these left, top,
+    "3 large 1245": slice 3 has more than the last of `AREAS` of its pixels in lesions, in a box with these left, top,
     right and bottom sides in bins of the edge. Short words in a fixed order are what a model of a few million
-    parameters can learn, and every text teaches about every slice.
+    parameters can learn, and every text teaches about every slice. A size that compared slices with each other was not
+    learned (docs/log.md).
     """
     texts = []
     for row in _dicts(rows):
         volume, _ = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
         mask = read_label(row["label"], volume, row["label_value"])
-        areas = mask.sum(axis=(1, 2))
+        shares = mask.mean(axis=(1, 2))
         parts = []
         for number, k in enumerate(uniform_slices(len(mask), slices), 1):
-            size = SIZES[int(areas[k] > 0) + int(areas[k] >= LARGE * areas.max())]
+            size = SIZES[np.searchsorted(AREAS, shares[k])]
             parts.append(f"{number} {size} {''.join(map(str, _sides(mask[k])))}".strip())
         texts.append(", ".join(parts) + ".")
     return rows.add_column("reasoning", texts)  # type: ignore[call-arg]
