@@ -40,7 +40,7 @@ REWARDS = ["slice_format", "slice_visibility", "slice_boxes", "propagated_dice"]
 PLAIN = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 QUICK = ("--max_steps", "1", "--dataloader_pin_memory", "false", "--logging_steps", "1", "--eval_limit", "2")
 GRPO = (*QUICK, "--per_device_train_batch_size", "8", "--max_completion_length", "48")
-SFT = (*QUICK, "--per_device_train_batch_size", "2", "--segmenter_seconds", "0", "--train_limit", "33")
+SFT = (*QUICK, "--per_device_train_batch_size", "2", "--segmenter_steps", "1", "--train_limit", "33")
 SCORES = {"mdice", "miou", "fail", "nsd", "slice_visibility", "slice_boxes"}
 MANY = 33  # the preset repeats smaller training sets
 HOSTILE = "\x1b[31m spot"  # reasoning that a terminal must not obey
@@ -317,7 +317,7 @@ def test_an_interrupted_run_is_continued(grpo_run, sft_run, data, tmp_path, exam
 
 @pytest.mark.slow
 def test_two_processes_finish(data, tmp_path):
-    flags = ("--data", data, *GRPO, "--segmenter_seconds", 1, "--output_dir", tmp_path / "run")
+    flags = ("--data", data, *GRPO, "--segmenter_steps", 4, "--output_dir", tmp_path / "run")
     done = launch("train_grpo.py", *flags, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to") == done.stdout.count("vision tower: ") == 1
@@ -570,7 +570,7 @@ def test_the_same_seed_gives_the_same_start(modules, data):
 @pytest.mark.skipif(not VOLUMES3D.is_dir(), reason="the real data set is not on this machine")
 def test_every_real_volume(sft_run, tmp_path, example):
     run = tmp_path / "run"
-    assert example("train_grpo", "--data", VOLUMES3D, *GRPO, "--segmenter_seconds", 5, "--output_dir", run) == 0
+    assert example("train_grpo", "--data", VOLUMES3D, *GRPO, "--segmenter_steps", 20, "--output_dir", run) == 0
     check_summary(read(run / "results.json")["stage2"], n=2)
     names = []
     for split, count in (("train", 4), ("test", 3)):
@@ -651,7 +651,7 @@ def test_an_error_of_a_script_is_one_line_and_exit_code_2(tmp_path):
         (["--without", "slice_boxes", "slice_boxes"], "unknown reward for --without 'slice_boxes'"),
         (["--reach", "-1"], "--reach -1: expected 0 or more"),
         (["--key_slices", "0"], "--key_slices 0: expected 1 or more"),
-        (["--segmenter_seconds", "nan"], "--segmenter_seconds nan: expected 0 or more"),
+        (["--segmenter_steps", "0"], "--segmenter_steps 0: expected 1 or more"),
         (["--max_stps", "3"], "unknown flag '--max_stps'; did you mean '--max_steps'?"),
         (["--num_generations", "5"], "must be divisible by num_generations"),
         (["--prompt_boxes", "some"], "argument --prompt_boxes/--prompt-boxes: invalid choice: 'some'"),

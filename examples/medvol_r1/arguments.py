@@ -29,11 +29,11 @@ class ExampleArguments(TwoStageArguments):
     data: str | None = field(default=None, metadata={"help": DATA})
     m3d_seg: str | None = field(default=None, metadata={"help": M3D_SEG})
     segmenter: str | None = field(default=None, metadata={"help": SEGMENTER})
-    segmenter_seconds: float | None = field(
+    segmenter_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Seconds for which a segmenter with random weights is trained first; default: the preset's, at "
-            "most --max_steps if given."
+            "help": "Steps for which a segmenter with random weights is trained first; default: the preset's, at most "
+            "--max_steps if given."
         },
     )
     reasoning: bool = field(default=True, metadata={"help": "Chain of thought on or off (ablation)."})
@@ -78,7 +78,7 @@ def read(
         config_class,
         defaults=lambda known: {"output_dir": default_output, **getattr(find_recipe(known.preset), stage)},
         description=f"MedVol-R1, {stage}. Presets: {', '.join(RECIPES)}.",
-        least={"reach": 0, "key_slices": 1, "first_steps": 1, "segmenter_seconds": 0},
+        least={"reach": 0, "key_slices": 1, "first_steps": 1, "segmenter_steps": 1},
     )
     rewards = list(find_recipe(example.preset).rewards if example.rewards is None else example.rewards)
     for name in example.without or ():

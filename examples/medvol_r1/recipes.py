@@ -65,7 +65,7 @@ class Recipe:
     lora: dict[str, Any] | None = None
     max_new_tokens: int = 256
     synthetic: dict[str, int] = field(
-        default_factory=lambda: {"train": 600, "test": 160, "segmenter": 120, "depth": 16, "size": 64}
+        default_factory=lambda: {"train": 600, "test": 240, "segmenter": 120, "depth": 16, "size": 64}
     )
     distractors: bool = True
     fill_to: int = 0
@@ -175,7 +175,7 @@ RECIPES: dict[str, Recipe] = {
         build=_build_tiny,
         segmenter=_tiny_segmenter,
         vision_warmup={"steps": 200, "volumes": 300},
-        segmenter_training={"seconds": 120.0, "learning_rate": 1e-3},
+        segmenter_training={"steps": 450, "learning_rate": 1e-3},
         postprocessing=False,
         prompt=_TINY_PROMPT,
         targets={"top_k": 5},

@@ -1,6 +1,6 @@
 """Training of a small SAM 2 with random weights, on box prompts and their propagation through volumes.
 
-Only the tiny preset needs it: MedSAM2 comes with weights. Clips grow with time: single slices first, then short runs of
+Only the tiny preset needs it: MedSAM2 comes with weights. Clips grow: single slices first, then short runs of
 slices, then long ones that also end where the lesion ends.
 """
 
@@ -9,13 +9,12 @@ slices, then long ones that also end where the lesion ends.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from scipy import ndimage
 
 from segrl.data import read_grey, read_label
@@ -23,7 +22,7 @@ from segrl.segmenters import Sam2Segmenter
 from segrl.segmenters.tracking import track_clip, tracking_loss
 
 Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
-STAGES = ((0.5, 1, 18), (0.9, 3, 9), (1.0, 6, 6))  # until this share of the time: frames of a clip, clips of a step
+STAGES = ((0.67, 1, 18), (0.95, 3, 9), (1.0, 6, 6))  # until this share of the steps: frames of a clip, clips of a step
 DEPTH = 16  # slices of the synthetic volumes, and where SAM 2's scale of time ends
 JITTER = 0.05  # of a box's corners, relative to its edges: a language model's boxes are never exact
 
@@ -43,17 +42,17 @@ def train_segmenter(
     segmenter: Sam2Segmenter,
     lesions: Sequence[Lesion],
     *,
-    seconds: float,
+    steps: int,
     learning_rate: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Train all of a SAM 2 for a while; returns the loss of every step.
+    """Train all of a SAM 2; returns the loss of every step.
 
     Args:
         segmenter: Trained in place; frozen and in eval mode afterwards.
         lesions: What is cut into clips.
-        seconds: Processor time of this thread's process, so that other work on the machine does not shorten it.
+        steps: Of AdamW, 1 or more.
         learning_rate: Its peak; it warms up for 30 steps and falls to 0 along a cosine.
         seed: Of the clips.
         progress: Show a progress bar.
@@ -63,25 +62,19 @@ def train_segmenter(
     segmenter.train()
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=learning_rate, weight_decay=0.01)
     losses: list[float] = []
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("segmenter", total=seconds)
-        while (spent := clock() - begin) < seconds or not losses:
-            share = min(1.0, spent / seconds) if seconds else 1.0
-            _, length, count = next(stage for stage in STAGES if share <= stage[0])
-            images, boxes, masks = _batch(segmenter, lesions, rng, length, count)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1, (len(losses) + 1) / 30) * (1 + math.cos(math.pi * share)) / 2
-            clip = track_clip(segmenter, images, boxes, num_frames=DEPTH)
-            # on single slices an object is always there, and its score would learn just that
-            loss = tracking_loss(clip, masks, object_weight=float(length > 1)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(segmenter.parameters(), 1.0)
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            bar.update(task, completed=min(spent, seconds), description=f"segmenter, loss {losses[-1]:.2f}")
+    for step in track(range(steps), "segmenter", disable=not progress):
+        _, length, count = next(stage for stage in STAGES if (step + 1) / steps <= stage[0])
+        images, boxes, masks = _batch(segmenter, lesions, rng, length, count)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
+        clip = track_clip(segmenter, images, boxes, num_frames=DEPTH)
+        # on single slices an object is always there, and its score would learn just that
+        loss = tracking_loss(clip, masks, object_weight=float(length > 1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(segmenter.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
     segmenter.requires_grad_(False)
     segmenter.eval()
     return losses

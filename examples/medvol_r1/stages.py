@@ -186,10 +186,10 @@ def ready_segmenter(
     state = PartialState()
     if found is None:
         settings = dict(recipe.segmenter_training or {})
-        if example.segmenter_seconds is not None:
-            settings["seconds"] = example.segmenter_seconds
+        if example.segmenter_steps is not None:
+            settings["steps"] = example.segmenter_steps
         elif example.first_steps is not None:
-            settings["seconds"] = min(settings["seconds"], float(example.first_steps))
+            settings["steps"] = min(settings["steps"], example.first_steps)
         rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)  # all processes meet in it
         if state.is_main_process:
             torch.manual_seed(seed)
