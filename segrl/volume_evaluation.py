@@ -203,7 +203,7 @@ def _scored(
 ) -> list[dict[str, Any]]:
     """A record of every row, of what `answers` says to the grey values and truths of a batch."""
     if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: expected 1 or more rows at once")
+        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
     records: list[dict[str, Any]] = []
     starts = range(0, len(dataset), batch_size)
     for start in track(starts, title, len(starts), disable=not progress):
@@ -216,7 +216,7 @@ def _scored(
 
 
 def _true_answer(target: VolumeTarget) -> Prediction:
-    """The true boxes on the slice with most foreground."""
+    """The true boxes, original pixels, on the slice with most foreground; without any, an answer without a slice."""
     frame = Frame("original_px", (target.width, target.height))
     answer = "{}"
     if not target.empty:

@@ -227,9 +227,9 @@ class TestEvaluate:
 
     def test_errors(self, rows, model):
         segmenter = VolumeSegmenter(model[0], model[1], SETTINGS)
-        with pytest.raises(DataError, match="batch_size=0: expected 1 or more rows at once"):
+        with pytest.raises(DataError, match="batch_size=0: expected 1 or more rows per generation"):
             evaluate_volumes(segmenter, rows, batch_size=0)
-        with pytest.raises(DataError, match="batch_size=-1: expected 1 or more rows at once"):
+        with pytest.raises(DataError, match="batch_size=-1: expected 1 or more rows per generation"):
             evaluate_oracle_boxes(VolumePropagator(tiny_segmenter()), rows, batch_size=-1)
         unlabelled = Dataset.from_list([{**rows[0], "label": ""}])
         message = "volume 0: no label; expected a path in the column 'label'"
