@@ -30,9 +30,9 @@ import torch
 from reward_peers import compare, pairs, peer_versions, print_pairs, seconds
 from reward_scenes import ANSWERS, kind_of, predictions_of, read, scene, target_of, text_of
 
-from segrl.frames import Frame
-from segrl.masks import boxes_from_mask
-from segrl.report import versions
+from segrl.geometry import boxes_from_mask
+from segrl.predictions import Frame
+from segrl.reports import versions
 from segrl.rewards import Reward, list_rewards, make_reward, reward_info
 
 CORE_SEG = ("format", "box_f1", "dual_granularity_mask")

@@ -41,7 +41,7 @@ from step_probe import PHASES, total
 from step_profile import Profile
 from step_shapes import FULL_SIZE, QUICK, SAM_SIZES, SHAPES, Shape, image_tokens
 
-from segrl.report import versions, write_results
+from segrl.reports import versions, write_results
 
 GOAL_GROUP = 4  # the group size that the goals are for
 

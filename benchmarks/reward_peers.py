@@ -15,12 +15,9 @@ import numpy as np
 from reward_scenes import Scene, predictions_of, target_of
 from scipy import ndimage
 
-from segrl.boxes import pairwise_giou, pairwise_iou
-from segrl.masks import boxes_from_mask
-from segrl.metrics import dice, iou
+from segrl.geometry import boxes_from_mask, pairwise_giou, pairwise_iou
+from segrl.metrics import boundary_iou, dice, hausdorff, iou, s_measure, surface_dice
 from segrl.rewards import make_reward
-from segrl.structure import s_measure
-from segrl.surfaces import boundary_iou, hausdorff, surface_dice
 
 PEERS = ("torchvision", "torchmetrics", "monai", "pysodmetrics", "pycocotools")
 

@@ -8,10 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segrl.frames import Frame
-from segrl.masks import boxes_from_mask
-from segrl.parsing import SEG_TOKEN, format_answer, format_completion, parse_completion
-from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.geometry import boxes_from_mask
+from segrl.predictions import (
+    SEG_TOKEN,
+    Frame,
+    Prediction,
+    Target,
+    VolumeTarget,
+    format_answer,
+    format_completion,
+    parse_completion,
+)
 from segrl.rewards import Reward
 
 ANSWERS = 4  # to one question

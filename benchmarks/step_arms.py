@@ -19,8 +19,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from segrl import DenseLoss, MaskHead, Sam2Segmenter, SegGRPOConfig, SegGRPOTrainer, attach_mask_head, make_reward
-from segrl.frames import Frame, frame_for
-from segrl.loading import seg_token_id
+from segrl.models import seg_token_id
+from segrl.predictions import Frame, frame_for
 
 ARMS = ("trl", "segrl")
 BRIEF = 4  # tokens of a brief warm-up

@@ -18,13 +18,11 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from segrl.data import make_synthetic
-from segrl.data.prompts import INSTRUCTION
-from segrl.frames import frame_for
-from segrl.masks import boxes_from_mask
-from segrl.parsing import format_answer
+from segrl.data import INSTRUCTION, make_synthetic
+from segrl.geometry import boxes_from_mask
+from segrl.models import tiny_qwen2_5_vl
+from segrl.predictions import format_answer, frame_for
 from segrl.segmenters.sam2 import Sam2Config, sam2_config
-from segrl.testing.tiny import tiny_qwen2_5_vl
 
 PATCH, MERGE = 14, 2
 TINY_SAM = Sam2Config(

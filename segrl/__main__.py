@@ -2,7 +2,7 @@
 
 import sys
 
-from segrl.cli import main
+from segrl.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from segrl.errors import SegRLError
 
-__all__ = ["check_source", "is_hub_name", "retold"]
+__all__ = ["check_source", "is_hub_name", "reraise_as"]
 
 
 def is_hub_name(text: str) -> bool:
@@ -43,7 +43,7 @@ def check_source(argument: str, value: str, kind: str, error: type[SegRLError] =
 
 
 @contextmanager
-def retold(what: str, error: type[SegRLError] = SegRLError) -> Iterator[None]:
+def reraise_as(what: str, error: type[SegRLError] = SegRLError) -> Iterator[None]:
     """What other libraries say about files that are missing or broken, told in one line that begins with `what`.
 
     transformers, datasets and the hub raise `OSError` and `ValueError` of many lines for a name that does not exist.
@@ -57,7 +57,7 @@ def retold(what: str, error: type[SegRLError] = SegRLError) -> Iterator[None]:
         SegRLError: Of the class `error`.
 
     Example:
-        >>> with retold("--model 'mine'"):
+        >>> with reraise_as("--model 'mine'"):
         ...     raise OSError("Can't load\\n  the model")
         Traceback (most recent call last):
         segrl.errors.SegRLError: --model 'mine': Can't load the model

@@ -1,9 +1,9 @@
 """Segmentation losses: one value per mask, so that the caller decides on weights and reduction.
 
 Every loss takes `mask_logits` (N, H, W), any floating dtype, and `target` (N, H, W) in [0, 1]: bool, or floating and
-possibly soft (see `segrl.masks.soft_target`). It computes in float32 at least, is differentiable in the logits, returns
-(N,), and for N = 0 returns shape (0,). A wrong shape or dtype raises `SegRLError`; the range of the target is not
-checked, since that would stall an accelerator.
+possibly soft (see `segrl.geometry.soft_target`). It computes in float32 at least, is differentiable in the logits,
+returns (N,), and for N = 0 returns shape (0,). A wrong shape or dtype raises `SegRLError`; the range of the target is
+not checked, since that would stall an accelerator.
 """
 
 # N masks, H/W pixels
@@ -24,8 +24,8 @@ def dice(mask_logits: torch.Tensor, target: torch.Tensor, *, smoothing: float = 
     """Soft Dice loss, `1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s)` with `p = sigmoid(logits)`.
 
     After Milletari et al. 2016, with areas in place of squares in the denominator. For a soft target the
-    minimum is above 0, at a hard prediction. The empty-mask rule of `segrl.masks` holds in the limit: with an empty
-    target a confidently empty prediction costs 0, and if exactly one of the two is empty the loss is
+    minimum is above 0, at a hard prediction. The empty-mask rule of `segrl.geometry.masks` holds in the limit: with an
+    empty target a confidently empty prediction costs 0, and if exactly one of the two is empty the loss is
     `1 - s / (area + s)`, close to 1.
 
     Args:

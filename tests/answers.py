@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from segrl.frames import Frame
-from segrl.parsing import format_completion, parse_completion
-from segrl.prediction import Prediction, Target
+from segrl.predictions import Frame, Prediction, Target, format_completion, parse_completion
 
 WIDTH, HEIGHT = 40, 32
 FRAME = Frame("original_px", (WIDTH, HEIGHT))

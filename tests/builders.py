@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from segrl.config import SegGRPOConfig, SegSFTConfig
 from segrl.data import make_synthetic, prepare
 from segrl.heads import MaskHead, attach_mask_head
-from segrl.loading import seg_token_id
-from segrl.prediction import Prediction
+from segrl.models import seg_token_id, tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl
+from segrl.predictions import Prediction
 from segrl.segmenters import Sam2Config, Sam2Segmenter
-from segrl.testing import tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl
+from segrl.trainers import SegGRPOConfig, SegSFTConfig
 
 FAMILIES: dict[str, Any] = {"qwen2_5_vl": tiny_qwen2_5_vl, "qwen3_vl": tiny_qwen3_vl, "llava": tiny_llava}
 

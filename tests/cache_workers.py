@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segrl.cache import FeatureCache
+from segrl.caching import FeatureCache
 
 
 def content(number: int) -> tuple[Tensor, ...]:

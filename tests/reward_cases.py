@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion, parse_completion
-from segrl.prediction import Target
+from segrl.predictions import Frame, Target, format_answer, format_completion, parse_completion
 from segrl.rewards import list_rewards, reward_info
 
 HEIGHT, WIDTH = 32, 40

@@ -17,12 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from trainer_checks import letters, text_rows
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from segrl.dense import DenseLoss
+from segrl.heads import DenseLoss
 from segrl.heads.mask_head import SegInput
-from segrl.loading import seg_token_id
+from segrl.models import seg_token_id, tiny_causal_lm
 from segrl.sharing import ImageKeys, PromptKey, backbone_of
-from segrl.testing import tiny_causal_lm
-from segrl.trainer import SegGRPOTrainer
+from segrl.trainers import SegGRPOTrainer
 
 KINDS = (*FAMILIES, "text")
 SIZES = ((64, 64), (90, 60), (56, 112), (40, 40))  # of the pictures that prompts show; the fifth has the first's size

@@ -13,9 +13,9 @@ from builders import add_head, grpo_args, seg_bias, tiny_rows
 from sharing_checks import build
 from trainer_checks import Collect, Gradients, history, letters, text_rows, weights
 
-from segrl.dense import DenseLoss
-from segrl.heads.attach import attach_mask_head, base_instance, detach_mask_head
-from segrl.trainer import SegGRPOTrainer
+from segrl.heads import DenseLoss, attach_mask_head, detach_mask_head
+from segrl.models import base_instance
+from segrl.trainers import SegGRPOTrainer
 
 
 class Watched(SegGRPOTrainer):

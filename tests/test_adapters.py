@@ -18,10 +18,9 @@ import pytest
 from PIL import Image
 from reward_cases import EMPTY, GOOD, HEIGHT, TARGET, TRUE_BOXES, WIDTH
 
-from segrl.adapters import SwiftORM, easyr1_compute_score, swift_orm, verl_compute_score
 from segrl.errors import RewardError, UnknownNameError
-from segrl.masks import mask_to_rle
-from segrl.rewards import make_reward, weighted_sum
+from segrl.geometry import mask_to_rle
+from segrl.rewards import SwiftORM, easyr1_compute_score, make_reward, swift_orm, verl_compute_score, weighted_sum
 
 ROOT = Path(__file__).parents[1]
 BOXES = make_reward("box_f1", frame="original_px")

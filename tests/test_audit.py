@@ -14,15 +14,12 @@ from segrl.audit import AuditReport, audit
 from segrl.audit.judging import COLUMNS
 from segrl.audit.policies import GRADES, POLICIES, answer
 from segrl.audit.scenes import KINDS, make_scenes
-from segrl.boxes import pairwise_iou
 from segrl.errors import RewardError, UnknownNameError
-from segrl.frames import Frame
-from segrl.masks import boxes_from_mask
-from segrl.matching import match_boxes
+from segrl.geometry import boxes_from_mask, match_boxes, pairwise_iou
 from segrl.metrics import dice, iou
-from segrl.prediction import Target, VolumeTarget
+from segrl.predictions import Frame, Target, VolumeTarget
 from segrl.rewards import (
-    Reading,
+    CompletionFormat,
     Reward,
     list_rewards,
     make_reward,
@@ -31,9 +28,9 @@ from segrl.rewards import (
     reward_info,
     weighted_sum,
 )
-from segrl.rewards.boxes import box_iou
+from segrl.rewards.builtin import box_iou
 
-TEXT, JSON = Reading(), Reading(answer_format="json")
+TEXT, JSON = CompletionFormat(), CompletionFormat(answer_format="json")
 BY_NAME = {policy.name: policy for policy in POLICIES}
 
 
@@ -428,7 +425,7 @@ def test_honest_masks_of_volumes_have_the_overlap_of_their_grade():
 def test_the_mask_of_a_volume_comes_from_boxes_on_a_slice():
     scene = make_scenes(1, volume=True)[0]
     for policy in POLICIES:
-        for reading in (JSON, Reading(answer_format="json", require_seg=False)):
+        for reading in (JSON, CompletionFormat(answer_format="json", require_seg=False)):
             said = answer(policy, scene, reading, True)
             if said is None:
                 continue

@@ -14,8 +14,7 @@ import torch
 from script_modules import script_modules
 from torch.utils.flop_counter import FlopCounterMode
 
-from segrl.frames import frame_for
-from segrl.parsing import parse_completion
+from segrl.predictions import frame_for, parse_completion
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEGMENTS = ("core_seg", "medvol", "short")

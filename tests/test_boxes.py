@@ -8,8 +8,8 @@ import torchvision.ops
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segrl.boxes import area, giou, pairwise_giou, pairwise_iou, validate_boxes
 from segrl.errors import DataError, SegRLError
+from segrl.geometry import area, giou, pairwise_giou, pairwise_iou, validate_boxes
 
 
 @st.composite

@@ -24,11 +24,10 @@ from torch import nn
 from trl.trainer.grpo_config import GRPOConfig
 
 from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
-from segrl.cache import FeatureCache
+from segrl.caching import EncoderFingerprint, FeatureCache
 from segrl.errors import SegRLError
 from segrl.heads import LinearAdapter, MaskHead, SegInput, SegTokenProbe
 from segrl.segmenters import ImageFeatures
-from segrl.segmenters.fingerprint import EncoderFingerprint
 
 BIG = 2**30
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from segrl.errors import RewardCheckError, RewardError, SegRLError
-from segrl.frames import Frame
+from segrl.metrics import boundary_iou
+from segrl.predictions import Frame
 from segrl.rewards import list_rewards, make_reward, register_reward, registry, weighted_sum
-from segrl.surfaces import boundary_iou
 from segrl.testing import CheckReport, check_reward
 
 

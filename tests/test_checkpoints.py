@@ -25,10 +25,9 @@ from segrl.data import make_synthetic
 from segrl.errors import CheckpointError
 from segrl.heads import find_mask_head
 from segrl.inference import ReasoningSegmenter, save_settings
-from segrl.loading import restore_weights, seg_token_id
+from segrl.models import restore_weights, seg_token_id, tiny_qwen2_5_vl
 from segrl.segmenters import Sam2Segmenter
 from segrl.segmenters.sam2 import sam2_config
-from segrl.testing import tiny_qwen2_5_vl
 
 SETTINGS = {"instruction": "Answer.", "max_new_tokens": 60}
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from reward_cases import GOOD, TARGET, TRUE_BOXES, built_in, mask_of
 
-from segrl.cli import main
-from segrl.masks import mask_to_rle
+from segrl.cli.main import main
+from segrl.geometry import mask_to_rle
 from segrl.rewards import list_rewards, make_reward, register_reward, registry
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ FEATURES = Features({"image": Image(), "mask": Image(), "name": Value("string"),
 
 
 def augment(*arguments: Any, **settings: Any) -> Any:
-    """`segrl.data.augment`, without the types of `Dataset`, which know no rows."""
+    """`segrl.data.images.augmentation`, without the types of `Dataset`, which know no rows."""
     return data.augment(*arguments, **settings)
 
 

@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 
 from segrl.data import check_rows, load_folder, make_synthetic
 from segrl.errors import DataError, UnknownNameError
-from segrl.masks import boxes_from_mask
+from segrl.geometry import boxes_from_mask
 
 LESIONS2D = Path(__file__).parents[2] / "shared" / "data" / "lesions2d"
 

@@ -19,10 +19,9 @@ from segrl.data import (
     prepare,
 )
 from segrl.errors import DataError, FrameError
-from segrl.frames import frame_for
-from segrl.masks import boxes_from_mask
-from segrl.parsing import parse_completion
-from segrl.testing import tiny_qwen2_5_vl, tiny_qwen3_vl
+from segrl.geometry import boxes_from_mask
+from segrl.models import tiny_qwen2_5_vl, tiny_qwen3_vl
+from segrl.predictions import frame_for, parse_completion
 
 LESIONS2D = Path(__file__).parents[2] / "shared" / "data" / "lesions2d"
 TEXTS = ("query", "modality", "anatomy", "lesion", "name")

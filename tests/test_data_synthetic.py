@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from segrl.data import LESIONS, check_rows, load_folder, make_scene, make_synthetic, write_folder
 from segrl.errors import DataError, UnknownNameError
-from segrl.masks import boxes_from_mask
+from segrl.geometry import boxes_from_mask
 
 
 def rows(dataset: Dataset) -> list[dict[str, Any]]:

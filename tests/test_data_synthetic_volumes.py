@@ -6,8 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from segrl.data import check_volumes, load_volumes, make_synthetic_volumes, read_label, read_volume
-from segrl.data.synthetic_volumes import VOLUME_LESIONS, make_volume
+from segrl.data import (
+    VOLUME_LESIONS,
+    check_volumes,
+    load_volumes,
+    make_synthetic_volumes,
+    make_volume,
+    read_label,
+    read_volume,
+)
 from segrl.errors import DataError
 
 SMALL: dict[str, Any] = {"depth": 8, "size": 32}

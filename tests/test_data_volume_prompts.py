@@ -14,22 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volume_builders import blocks, row_of
 
-from segrl.data import Volume, load_volumes, read_volume, write_volume
-from segrl.data.volume_prompts import (
+from segrl.data import (
     SLICE_INSTRUCTION,
+    Volume,
     build_volume_prompt,
     format_slice_answer,
+    load_volumes,
     prepare_volumes,
     read_grey,
     read_truth,
+    read_volume,
     render_slices,
     shown_frame,
+    uniform_slices,
+    write_volume,
 )
 from segrl.errors import DataError, FrameError
-from segrl.frames import Frame
-from segrl.parsing import format_completion, parse_completion
-from segrl.volume_rows import VolumeReader
-from segrl.volumes import uniform_slices
+from segrl.predictions import Frame, format_completion, parse_completion
+from segrl.tasks.volumes import VolumeReader
 
 VOLUMES3D = Path(__file__).parents[2] / "shared" / "data" / "volumes3d"
 PROCESSORS = {family: tiny_model(family)[1] for family in ("qwen2_5_vl", "qwen3_vl")}

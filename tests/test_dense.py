@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from segrl import losses
-from segrl.dense import DenseLoss, check_dense_losses, dense_terms
 from segrl.errors import SegRLError, UnknownNameError
+from segrl.heads import DenseLoss
+from segrl.heads.dense import check_dense_losses, dense_terms
 from segrl.heads.mask_head import MaskRequest, SegInput
 from segrl.metrics import dice
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from segrl import drawing
+from segrl.reports import drawing
 
 GREY = Image.new("L", (12, 8), 100)
 FONT = ImageFont.load_default(11)

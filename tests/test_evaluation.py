@@ -13,7 +13,7 @@ from segrl.data import load_folder, make_synthetic
 from segrl.errors import DataError
 from segrl.evaluation import evaluate, evaluate_constant_mask
 from segrl.metrics import summarise
-from segrl.prediction import Prediction, Status
+from segrl.predictions import Prediction, Status
 
 LESIONS2D = Path(__file__).parents[2] / "shared" / "data" / "lesions2d"
 

@@ -15,8 +15,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from segrl.errors import DataError, FrameError
-from segrl.frames import NOT_SHOWN, Frame, frame_for, smart_resize_size
-from segrl.parsing import parse_completion
+from segrl.predictions import NOT_SHOWN, Frame, frame_for, parse_completion, smart_resize_size
 
 EDGE = st.integers(1, 3000)
 KINDS = ["original_px", "resized_px", "relative_1000"]

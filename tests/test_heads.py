@@ -17,9 +17,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 
-from segrl.cache import FeatureCache
+from segrl.caching import FeatureCache
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError
-from segrl.frames import Frame
 from segrl.heads import (
     AnswerProbe,
     LinearAdapter,
@@ -29,14 +28,12 @@ from segrl.heads import (
     SegTokenProbe,
     SemanticGuidedAdapter,
     attach_mask_head,
+    detach_mask_head,
     find_mask_head,
 )
-from segrl.heads.attach import detach_mask_head
 from segrl.heads.decoding import add_masks, generation_states, masks_at, pad_ids
-from segrl.loading import seg_token_id
-from segrl.parsing import parse_completion
-from segrl.prediction import Status
-from segrl.testing import tiny_tokenizer
+from segrl.models import seg_token_id, tiny_tokenizer
+from segrl.predictions import Frame, Status, parse_completion
 
 ADAPTERS = [
     SemanticGuidedAdapter(24, 16, num_heads=4),

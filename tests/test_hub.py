@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segrl.errors import CheckpointError, DataError, SegRLError
-from segrl.hub import check_source, is_hub_name, retold
+from segrl.hub import check_source, is_hub_name, reraise_as
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_neither_folder_nor_name(value, tmp_path, monkeypatch):
 
 @given(st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1), max_size=6), st.sampled_from("\n\t "))
 def test_many_lines_become_one(words, gap):
-    with pytest.raises(CheckpointError) as caught, retold("--model 'mine'", CheckpointError):
+    with pytest.raises(CheckpointError) as caught, reraise_as("--model 'mine'", CheckpointError):
         raise OSError(gap.join(words))
     assert str(caught.value) == f"--model 'mine': {' '.join(words)}"
     assert isinstance(caught.value.__cause__, OSError)
@@ -50,12 +50,12 @@ def test_many_lines_become_one(words, gap):
 def test_other_errors_pass_as_they_are():
     own = DataError("ours")
     for error in (own, TypeError("a bug"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as caught, retold("--data 'mine'", SegRLError):
+        with pytest.raises(type(error)) as caught, reraise_as("--data 'mine'", SegRLError):
             raise error
         assert caught.value is error
 
 
 def test_without_an_error_nothing_happens():
-    with retold("--data 'mine'"):
+    with reraise_as("--data 'mine'"):
         value = 1
     assert value == 1

@@ -15,7 +15,7 @@ from segrl.errors import CheckpointError, DataError
 from segrl.heads import SegInput, find_mask_head
 from segrl.heads.decoding import masks_at
 from segrl.losses import dice_ce
-from segrl.prediction import Status
+from segrl.predictions import Status
 
 SETTINGS = {"instruction": "Answer.", "max_new_tokens": 60}
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"

@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segrl.errors import DataError
-from segrl.frames import Frame
-from segrl.json_answers import read_json_answer
-from segrl.parsing import parse_completion
-from segrl.prediction import Status
+from segrl.predictions import Frame, Status, parse_completion, read_json_answer
 
 FRAME = Frame("original_px", (64, 48))
 LARGEST = 1e6

@@ -13,8 +13,17 @@ from tokenizers import AddedToken
 from transformers.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from segrl.errors import CheckpointError, SegRLError
-from segrl.loading import ensure_seg_token, language_model_lora, load_vlm, seg_token_id
-from segrl.testing import tiny_causal_lm, tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_tokenizer
+from segrl.models import (
+    ensure_seg_token,
+    language_model_lora,
+    load_vlm,
+    seg_token_id,
+    tiny_causal_lm,
+    tiny_llava,
+    tiny_qwen2_5_vl,
+    tiny_qwen3_vl,
+    tiny_tokenizer,
+)
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from segrl.errors import DataError
-from segrl.masks import (
+from segrl.geometry import (
     binarize,
     boxes_from_mask,
     empty_score,

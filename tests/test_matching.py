@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from segrl.boxes import pairwise_iou
 from segrl.errors import DataError, unknown_name
-from segrl.matching import match, match_boxes
+from segrl.geometry import match, match_boxes, pairwise_iou
 
 costs = arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.floats(-10, 10))
 

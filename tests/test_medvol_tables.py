@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from segrl.errors import DataError, SegRLError
-from segrl.report import write_results
-from segrl.volume_evaluation import summarise_volumes
+from segrl.evaluation import summarise_volumes
+from segrl.reports import write_results
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "medvol_r1" / "tables.py"
 SPEC = importlib.util.spec_from_file_location("medvol_r1_tables", SCRIPT)

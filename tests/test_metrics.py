@@ -12,7 +12,7 @@ from scipy import stats
 
 from segrl import metrics
 from segrl.errors import DataError
-from segrl.masks import resize_mask
+from segrl.geometry import resize_mask
 
 
 @st.composite

@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segrl.errors import DataError
-from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion, parse_completion
-from segrl.prediction import Prediction, Status
+from segrl.predictions import Frame, Prediction, Status, format_answer, format_completion, parse_completion
 
 FRAME = Frame("original_px", (100, 80))
 THINK = "<think>A dark spot.</think>"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from segrl.errors import DataError
-from segrl.prediction import Prediction, Status, Target, VolumeTarget
+from segrl.predictions import Prediction, Status, Target, VolumeTarget
 
 
 def make_prediction(**changes):

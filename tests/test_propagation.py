@@ -11,7 +11,7 @@ from builders import NewObjects, tiny_segmenter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segrl.cache import FeatureCache
+from segrl.caching import FeatureCache
 from segrl.errors import SegRLError
 from segrl.segmenters import ImageFeatures, PropagationRequest, VolumePropagator, track_clip
 

@@ -13,9 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 import segrl
-from segrl import drawing, metrics, report
+from segrl import metrics
 from segrl.errors import DataError, SegRLError
-from segrl.prediction import Prediction, Status, Target
+from segrl.predictions import Prediction, Status, Target
+from segrl.reports import drawing
+from segrl.reports import table as report
 
 SUMMARY = {"mdice": 0.3706, "miou": 0.2779, "fail": 0.1842, "n": 2421}
 CI95 = {"mdice": [0.35, 0.391], "miou": [0.26, 0.3], "fail": [0.17, 0.2]}

@@ -27,10 +27,8 @@ from scipy.optimize import linear_sum_assignment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from segrl.errors import FrameError, RewardError, UnknownNameError
-from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion
-from segrl.prediction import Prediction, Status, Target
-from segrl.rewards import Reading, list_rewards, make_reward, register_reward, registry
+from segrl.predictions import Frame, Prediction, Status, Target, format_answer, format_completion
+from segrl.rewards import CompletionFormat, list_rewards, make_reward, register_reward, registry
 
 
 def score(name, prediction, target=TARGET, **settings):
@@ -278,7 +276,7 @@ def test_an_empty_batch():
 def test_the_ablation_without_reasoning_reaches_a_plain_trainer():
     text = UNREADABLE["no reasoning"].replace("<seg>", "")
     reward = make_reward("format", require_reasoning=False, require_seg=False)
-    assert reward.reading == Reading(require_reasoning=False, require_seg=False)
+    assert reward.reading == CompletionFormat(require_reasoning=False, require_seg=False)
     assert as_trl_calls(reward, [text], mask=[TARGET.mask])[0] == [1.0]
 
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import largest_total
 
-from segrl.boxes import giou
 from segrl.errors import RewardError
+from segrl.geometry import giou
 from segrl.rewards import make_reward
-from segrl.rewards.boxes import box_ap, box_confidence, box_count, box_giou, box_hungarian, box_iou, box_l1
+from segrl.rewards.builtin import box_ap, box_confidence, box_count, box_giou, box_hungarian, box_iou, box_l1
 from segrl.testing import check_reward
 
 WHOLE = [0, 0, WIDTH, HEIGHT]

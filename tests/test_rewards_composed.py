@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from reward_cases import EMPTY, GOOD, TARGET, as_trl_calls, mask_of, read, says
 
 from segrl.errors import FrameError, RewardError, UnknownNameError
-from segrl.rewards import Reading, Reward, load_reward, make_reward, presets, weighted_sum
-from segrl.rewards.steps import Schedule
+from segrl.rewards import CompletionFormat, Reward, load_reward, make_reward, weighted_sum
+from segrl.rewards.builtin import presets
+from segrl.rewards.transforms import Schedule
 
 finite = st.floats(-5, 5)
 scores = st.lists(st.none() | finite, min_size=1, max_size=8)
@@ -199,7 +200,7 @@ def test_a_sum_declares_what_follows_from_its_parts():
 
 
 def test_a_sum_logs_the_mean_of_every_part():
-    total = weighted_sum({"format": 1.0, "box_f1": 2.0}, name="mine", reading=Reading(frame="original_px"))
+    total = weighted_sum({"format": 1.0, "box_f1": 2.0}, name="mine", reading=CompletionFormat(frame="original_px"))
     result, logged = as_trl_calls(total, [GOOD, "no"], mask=[TARGET.mask] * 2)
     assert result == [3.0, 0.0]
     assert logged == {"valid_completions": 0.5, "mine/format": 0.5, "mine/box_f1": 0.5}
@@ -237,8 +238,10 @@ def test_a_whole_reads_completions_as_its_parts_do():
     assert make_reward("box_f1").gate(json).reading == json.reading
     with pytest.raises(RewardError, match="its parts read completions in different ways; pass these settings to"):
         weighted_sum([(json, 1.0), (pixels, 1.0)])
-    assert weighted_sum([(json, 1.0), (pixels, 1.0)], reading=Reading(seg_token="<m>")).reading.seg_token == "<m>"
-    assert make_reward(json, frame="original_px").reading == Reading(
+    assert (
+        weighted_sum([(json, 1.0), (pixels, 1.0)], reading=CompletionFormat(seg_token="<m>")).reading.seg_token == "<m>"
+    )
+    assert make_reward(json, frame="original_px").reading == CompletionFormat(
         "original_px", require_seg=False, answer_format="json"
     )
     with pytest.raises(
@@ -281,7 +284,7 @@ def composed():
         [("box_f1", 1), (make_reward("dual_granularity_mask").gate(gate, 0.5, 0).group_relative("rank", 4), 1)], "both"
     )
     boxes = make_reward("box_f1", min_iou=0.3).named("boxes").gate("format").clip(0, 1).schedule({0: 0, 0.3: 1})
-    reading = Reading("original_px", require_seg=False)
+    reading = CompletionFormat("original_px", require_seg=False)
     return weighted_sum([("format", 1), (boxes, 2), (both, 0.5)], "mine", reading=reading).scale(0.5, 1)
 
 
@@ -410,11 +413,11 @@ def test_reading_settings_that_equal_the_defaults_are_kept():
     json = make_reward("vision_reasoner")
     assert json.reading.answer_format == "json"
     text = make_reward(json, answer_format="text", require_seg=True)
-    assert text.reading == Reading()
+    assert text.reading == CompletionFormat()
     assert Reward.from_dict(text.to_dict()) == text
     assert Reward.from_dict(json.to_dict()) == json
-    assert weighted_sum([(json, 1.0)], reading=Reading()).reading == Reading()
-    assert make_reward("slice_boxes", answer_format="text", require_seg=True).reading == Reading()
+    assert weighted_sum([(json, 1.0)], reading=CompletionFormat()).reading == CompletionFormat()
+    assert make_reward("slice_boxes", answer_format="text", require_seg=True).reading == CompletionFormat()
     assert make_reward("slice_boxes").reading.answer_format == "json"
     assert make_reward("format").gate("slice_format").reading.answer_format == "json"
     assert Reward.from_dict({"reward": "lens", "steps": [{"scale": 2}]}) == make_reward("lens").scale(2)

@@ -13,7 +13,7 @@ from reward_cases import EMPTY, GOOD, TARGET, as_trl_calls, read, says
 from trl.trainer.utils import is_async_callable
 
 from segrl.errors import RewardError, UnknownNameError
-from segrl.prediction import Prediction, Target, VolumeTarget
+from segrl.predictions import Prediction, Target, VolumeTarget
 from segrl.rewards import list_rewards, make_reward, register_reward, registry, reward_info
 from segrl.rewards.registry import all_reward_infos
 
@@ -303,7 +303,7 @@ def test_a_reward_of_a_module_has_a_path():
     reward = make_reward(f"{__name__}:box_count", factor=3)
     assert reward.score(says([1, 1, 2, 2]), TARGET) == 3.0
     assert reward.name == "box_count"
-    assert make_reward("segrl.rewards.core_seg:box_f1") == make_reward("box_f1")
+    assert make_reward("segrl.rewards.builtin.core_seg:box_f1") == make_reward("box_f1")
     with pytest.raises(RewardError, match=r"reward 'nowhere:x' cannot be imported: ModuleNotFoundError"):
         make_reward("nowhere:x")
     with pytest.raises(RewardError, match=r"cannot be imported: AttributeError"):

@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import segrl.rewards.mask  # noqa: F401  registers the rewards
+import segrl.rewards.builtin.masks  # noqa: F401  registers the rewards
 from segrl.errors import RewardError, UnknownNameError
-from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion, parse_completion
-from segrl.prediction import Prediction, Target
+from segrl.predictions import Frame, Prediction, Target, format_answer, format_completion, parse_completion
 from segrl.rewards import list_rewards, make_reward
 
 HEIGHT, WIDTH = 24, 32

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from segrl.errors import RewardError
-from segrl.frames import NOT_SHOWN, Frame
 from segrl.metrics import dice
-from segrl.prediction import VolumeTarget
-from segrl.rewards import Reading, make_reward
-from segrl.rewards.boxes import box_hungarian
-from segrl.rewards.medvol_r1 import propagated_dice, slice_boxes, slice_format, slice_visibility
+from segrl.predictions import NOT_SHOWN, Frame, VolumeTarget
+from segrl.rewards import CompletionFormat, make_reward
+from segrl.rewards.builtin import box_hungarian, propagated_dice, slice_boxes, slice_format, slice_visibility
 
 DEPTH = 5
 SLICES = [mask_of(), mask_of(LEFT), mask_of(LEFT, RIGHT), mask_of([5, 5, 6, 6]), mask_of()]
@@ -120,7 +118,7 @@ def test_a_plain_trainer_can_call_them():
 def read_shown(text, slices):
     """The answer of a model that sees only these slices of the volume."""
     frame = Frame("original_px", (WIDTH, HEIGHT), slices=slices)
-    return Reading(require_seg=False, answer_format="json").parse(in_answer(text), frame)
+    return CompletionFormat(require_seg=False, answer_format="json").parse(in_answer(text), frame)
 
 
 def test_the_named_slice_is_the_one_in_the_whole_volume():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from references import largest_total
 
 from segrl.errors import RewardError
-from segrl.prediction import Target
+from segrl.predictions import Target
 from segrl.rewards import make_reward
-from segrl.rewards.points import point_distance, point_in_box, point_in_mask
+from segrl.rewards.builtin import point_distance, point_in_box, point_in_mask
 from segrl.testing import check_reward
 
 BOTH = target_of(LEFT, RIGHT)

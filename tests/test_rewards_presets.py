@@ -8,9 +8,7 @@ import pytest
 from answers import FAR, HEIGHT, LEFT, RIGHT, WIDTH, in_answer, mask_of, target_of
 
 from segrl.errors import RewardError
-from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion
-from segrl.prediction import VolumeTarget
+from segrl.predictions import Frame, VolumeTarget, format_answer, format_completion
 from segrl.rewards import Reward, make_reward, reward_info
 
 IMAGE_PRESETS = [

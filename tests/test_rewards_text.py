@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from segrl.errors import RewardError
 from segrl.rewards import make_reward
-from segrl.rewards.text import json_format, length_budget, non_repeat, repetition, think_answer_format
+from segrl.rewards.builtin import json_format, length_budget, non_repeat, repetition, think_answer_format
 from segrl.testing import check_reward
 
 GOOD = '<think>Dark spot.</think><answer>[{"bbox_2d": [1, 2, 9, 8], "point_2d": [4, 4]}]</answer>'

@@ -9,12 +9,12 @@ from builders import tiny_model, tiny_rows, tiny_segmenter
 from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 
-from segrl.cache import FeatureCache
+from segrl.caching import FeatureCache
 from segrl.errors import DataError, FrameError
 from segrl.heads import MaskHead
 from segrl.heads.mask_head import SegInput
 from segrl.heads.probes import SegTokenProbe
-from segrl.rows import RowReader, check_columns
+from segrl.tasks.images import RowReader, check_columns
 
 
 def picture(seed=0, size=(40, 30), mode="RGB"):

@@ -15,8 +15,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from segrl.errors import CheckpointError, DataError, SegRLError
-from segrl.runs import check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
-from segrl.testing import tiny_causal_lm
+from segrl.models import tiny_causal_lm
+from segrl.scripts import check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
 
 
 def make_checkpoint(folder: Path, step: int = 1) -> Path:

@@ -19,16 +19,14 @@ from PIL import Image
 from reward_cases import EMPTY, GOOD, HEIGHT, TARGET, TRUE_BOXES, WIDTH, mask_of, read
 
 from segrl.errors import DataError, RewardError, SegRLError
-from segrl.frames import Frame
-from segrl.masks import mask_to_rle
-from segrl.prediction import VolumeTarget
-from segrl.rewards import Reading, make_reward, register_reward, registry, weighted_sum
+from segrl.geometry import mask_to_rle
+from segrl.models import tiny_causal_lm
+from segrl.predictions import Frame, VolumeTarget, answer_record
+from segrl.rewards import CompletionFormat, make_reward, register_reward, registry, weighted_sum
 from segrl.scoring import histogram, score_file, scores, statistics
 from segrl.scoring.scores import CHUNK
-from segrl.stored import answer_record
-from segrl.testing import tiny_causal_lm
 
-READ = Reading(frame="original_px")
+READ = CompletionFormat(frame="original_px")
 BOXES = make_reward("box_f1", frame="original_px")
 SUM = weighted_sum([(make_reward(name, frame="original_px"), weight) for name, weight in
                     {"format": 1.0, "box_f1": 2.0, "dual_granularity_mask": 0.5}.items()], "mine")  # fmt: skip
@@ -167,7 +165,7 @@ def volume_records(count):
         '{"slice": 3, "bbox_2d_list": []}',
     ]
     texts = [f"<think>There.</think><answer>{text.replace('BOXES', boxes)}</answer>" for text in texts]
-    reading = Reading(answer_format="json", require_seg=False)
+    reading = CompletionFormat(answer_format="json", require_seg=False)
     found = []
     for n in range(count):
         said = reading.parse([*texts, "no idea"][n % 4], frame)

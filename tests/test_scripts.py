@@ -143,7 +143,7 @@ def test_steps_of_a_first_stage(preset, flags, steps, tmp_path):
 
 def test_rewards_that_can_be_made(tmp_path):
     (tmp_path / "mine.yaml").write_text("reward: format\n")
-    names = ("box_f1", "segrl.rewards.core_seg:format_reward", str(tmp_path / "mine.yaml"))
+    names = ("box_f1", "segrl.rewards.builtin.core_seg:format_reward", str(tmp_path / "mine.yaml"))
     assert check_rewards(names) == list(names)
     assert check_rewards([]) == []
 

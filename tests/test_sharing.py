@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from segrl.errors import SegRLError
-from segrl.heads.attach import base_instance
+from segrl.models import base_instance, tiny_causal_lm
 from segrl.sharing import Packed, PromptKey, backbone_of, enable_sharing, install_vision, pack_rows, select_rows
 from segrl.sharing.attention import shared_attention
 from segrl.sharing.layout import build_layout
-from segrl.testing import tiny_causal_lm
 
 few = settings(max_examples=25)
 
@@ -414,6 +413,6 @@ class TestUntouched:
 
 
 def _cache() -> Any:
-    from segrl.cache import FeatureCache
+    from segrl.caching import FeatureCache
 
     return FeatureCache(memory_bytes=2**24)

@@ -19,9 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from segrl.heads.attach import base_instance
+from segrl.models import base_instance, tiny_causal_lm
 from segrl.sharing.support import no_mask
-from segrl.testing import tiny_causal_lm
 
 
 class TestScoringOfPackedRows:

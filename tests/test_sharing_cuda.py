@@ -23,8 +23,8 @@ from sharing_runs import norm, run
 from test_sharing_generation import generated, inputs_of, prompts_of, settings_of
 from torch.nn import functional as F
 
-from segrl.cache import FeatureCache
-from segrl.dense import DenseLoss
+from segrl.caching import FeatureCache
+from segrl.heads import DenseLoss
 from segrl.sharing import backbone_of, enable_sharing, install_vision
 from segrl.sharing.attention import shared_attention
 from segrl.sharing.layout import build_layout

@@ -27,7 +27,7 @@ from sharing_checks import (
     tower_of,
 )
 
-from segrl.cache import FeatureCache
+from segrl.caching import FeatureCache
 from segrl.sharing import ImageKeys, backbone_of, images_of, install_vision, preprocess_once
 
 PICTURES = [Prompt(3, (0, 1)), Prompt(6, (1,)), Prompt(2, (4, 0, 0))]  # 3 different ones; 0 and 4 have one size

@@ -29,7 +29,7 @@ from sharing_checks import (
     three_prompts,
 )
 
-from segrl.dense import DenseLoss
+from segrl.heads import DenseLoss
 
 few = settings(max_examples=15)
 ROWS = [Answer(0, 5, 1), Answer(1, 3, 2), Answer(0, 9, 8), Answer(1, 0), Answer(0, 1), Answer(2, 4)]

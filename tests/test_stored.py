@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segrl.errors import DataError
-from segrl.frames import Frame
-from segrl.masks import boxes_from_mask, mask_to_rle
-from segrl.prediction import Target, VolumeTarget
-from segrl.rewards import Reading
-from segrl.stored import answer_record, read_answer, read_frame, read_mask, read_probability, read_target
+from segrl.geometry import boxes_from_mask, mask_to_rle
+from segrl.predictions import (
+    Frame,
+    Target,
+    VolumeTarget,
+    answer_record,
+    read_answer,
+    read_frame,
+    read_mask,
+    read_probability,
+    read_target,
+)
+from segrl.rewards import CompletionFormat
 
 HEIGHT, WIDTH = 12, 20
 MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -151,7 +159,7 @@ def test_every_form_of_a_volume_is_the_same_target(value, folder):
     assert (read_mask(value, folder=folder, volume=True) == VOLUME).all()
 
 
-JSON_READING = Reading(answer_format="json", require_seg=False)
+JSON_READING = CompletionFormat(answer_format="json", require_seg=False)
 SLICE_TEXT = '<think>Two.</think><answer>{"slice": 2, "bbox_2d_list": [[150, 167, 450, 417]]}</answer>'
 
 
@@ -178,7 +186,7 @@ def test_a_record_of_a_volume_reads_back():
 
 def test_a_record_of_an_image_reads_back():
     target, frame = Target.from_mask(MASK, name="a.png"), Frame("relative_1000", (WIDTH, HEIGHT))
-    record = json.loads(json.dumps(answer_record(Reading().parse(TEXT, frame).with_mask(MASK), target, frame)))
+    record = json.loads(json.dumps(answer_record(CompletionFormat().parse(TEXT, frame).with_mask(MASK), target, frame)))
     assert record.keys() == {"completion", "predicted_mask", "frame", "target_mask", "boxes", "name"}
     truth = read_target(record)
     assert isinstance(truth, Target)
@@ -275,21 +283,24 @@ def test_a_bomb_of_a_png_is_refused(folder, monkeypatch):
 
 def test_the_truth_tells_the_size_of_the_image():
     target = Target.from_mask(MASK)
-    for prediction in (read_answer(TEXT, Reading(), target), read_answer(TEXT, Reading(), size=(WIDTH, HEIGHT))):
+    for prediction in (
+        read_answer(TEXT, CompletionFormat(), target),
+        read_answer(TEXT, CompletionFormat(), size=(WIDTH, HEIGHT)),
+    ):
         np.testing.assert_allclose(prediction.boxes, BOXES, atol=0.011)
     messages = [{"role": "assistant", "content": [{"type": "text", "text": TEXT}]}]
-    assert read_answer(messages, Reading(), target).text == TEXT
+    assert read_answer(messages, CompletionFormat(), target).text == TEXT
 
 
 def test_a_frame_may_be_a_function_of_the_size():
-    reading = Reading(frame=lambda shown, original: Frame("relative_1000", original))
+    reading = CompletionFormat(frame=lambda shown, original: Frame("relative_1000", original))
     np.testing.assert_allclose(read_answer(TEXT, reading, Target.from_mask(MASK)).boxes, BOXES, atol=0.011)
 
 
 def test_mask_and_probability_are_carried(folder):
     np.save(folder / "p.npy", MASK * 0.75)
     probability = read_probability("p.npy", folder)
-    prediction = read_answer(TEXT, Reading(), Target.from_mask(MASK), mask=MASK, probability=probability)
+    prediction = read_answer(TEXT, CompletionFormat(), Target.from_mask(MASK), mask=MASK, probability=probability)
     assert prediction.mask is MASK
     assert prediction.probability is not None
     assert prediction.probability.max() == 0.75
@@ -298,11 +309,11 @@ def test_mask_and_probability_are_carried(folder):
 @pytest.mark.parametrize("completion", [None, 3, [{"role": "assistant"}], ["text"], b"bytes"])
 def test_a_completion_is_a_text_or_messages(completion):
     with pytest.raises(DataError, match=r"column 'completion': .*expected a text or"):
-        read_answer(completion, Reading())
+        read_answer(completion, CompletionFormat())
 
 
 def test_masks_of_different_sizes_are_refused():
     with pytest.raises(DataError, match="column 'predicted_mask': the mask is 4 x 3 px, the truth 20 x 12 px; resize"):
-        read_answer(TEXT, Reading(), Target.from_mask(MASK), mask=np.zeros((3, 4), dtype=bool))
+        read_answer(TEXT, CompletionFormat(), Target.from_mask(MASK), mask=np.zeros((3, 4), dtype=bool))
     with pytest.raises(DataError, match="column 'probability': "):
-        read_answer(TEXT, Reading(), Target.from_mask(MASK), mask=MASK, probability=np.zeros((3, 4)))
+        read_answer(TEXT, CompletionFormat(), Target.from_mask(MASK), mask=MASK, probability=np.zeros((3, 4)))

@@ -5,22 +5,21 @@ import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from segrl.boxes import pairwise_iou
 from segrl.errors import DataError
-from segrl.frames import NOT_SHOWN, Frame
-from segrl.prediction import Status, Target, VolumeTarget
-from segrl.rewards import Reading
+from segrl.geometry import pairwise_iou
+from segrl.predictions import NOT_SHOWN, Frame, Status, Target, VolumeTarget
+from segrl.rewards import CompletionFormat
 from segrl.testing import strategies
 from segrl.testing.answers import HOSTILE, broken_completions, write_answer, write_completion
 
 FRAME = Frame("original_px", (40, 30))
 BOXES = [[3, 2, 20, 10], [25, 15, 40, 30]]
 READINGS = {
-    "text": Reading(),
-    "json": Reading(answer_format="json"),
-    "json without token": Reading(answer_format="json", require_seg=False),
-    "answer only": Reading(seg_token="", require_seg=False, require_reasoning=False),
-    "token with brackets": Reading(seg_token="[SEG]"),
+    "text": CompletionFormat(),
+    "json": CompletionFormat(answer_format="json"),
+    "json without token": CompletionFormat(answer_format="json", require_seg=False),
+    "answer only": CompletionFormat(seg_token="", require_seg=False, require_reasoning=False),
+    "token with brackets": CompletionFormat(seg_token="[SEG]"),
 }
 readings = pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
 
@@ -183,7 +182,7 @@ def test_every_trap_is_invalid_and_named(reading, boxes):
 
 
 def test_completions_reach_every_status_and_both_sides():
-    for reading in (Reading(), Reading(answer_format="json")):
+    for reading in (CompletionFormat(), CompletionFormat(answer_format="json")):
         statuses = reached(
             strategies.completions(FRAME, valid=False, reading=reading),
             lambda text, reading=reading: reading.parse(text, FRAME).status,
@@ -191,12 +190,12 @@ def test_completions_reach_every_status_and_both_sides():
         )
         other = Status.MALFORMED_BOXES if reading.answer_format == "json" else Status.MALFORMED_JSON
         assert statuses == set(Status) - {Status.VALID, other}
-    mixed = reached(strategies.completions(FRAME, valid=None), lambda text: Reading().parse(text, FRAME).valid)
+    mixed = reached(strategies.completions(FRAME, valid=None), lambda text: CompletionFormat().parse(text, FRAME).valid)
     assert mixed == {True, False}
 
 
 def test_json_completions_reach_points_confidences_and_slices():
-    reading = Reading(answer_format="json", require_seg=False)
+    reading = CompletionFormat(answer_format="json", require_seg=False)
 
     def label(text):
         said = reading.parse(text, FRAME)
@@ -218,7 +217,7 @@ def test_completions_in_another_frame():
 
     @given(strategies.completions(frame, near=BOXES, empty=False))
     def check(text):
-        boxes = Reading().parse(text, frame).boxes
+        boxes = CompletionFormat().parse(text, frame).boxes
         assert len(boxes) >= 1
         assert (abs(boxes - np.rint(boxes)) <= 0.03).all(), "to a thousandth of the image"
 
@@ -229,7 +228,7 @@ def test_completions_shrink():
     assert smallest(strategies.completions(FRAME)) == (
         "<think>One region differs from the tissue around it.</think><answer>No lesion is visible.<seg></answer>"
     )
-    some = smallest(strategies.completions(FRAME), lambda text: len(Reading().parse(text, FRAME).boxes) > 0)
+    some = smallest(strategies.completions(FRAME), lambda text: len(CompletionFormat().parse(text, FRAME).boxes) > 0)
     assert "<answer>The lesion is located at [0, 0, 0, 0].<seg></answer>" in some
 
 
@@ -260,7 +259,7 @@ def test_predictions(data):
 @given(st.data())
 def test_predictions_that_find_nothing_or_something(data):
     target = data.draw(st.one_of(strategies.targets(), strategies.volume_targets()))
-    reading = Reading(answer_format="json")
+    reading = CompletionFormat(answer_format="json")
     nothing = data.draw(strategies.predictions(target, valid=True, mask=True, empty=True, reading=reading))
     assert nothing.valid
     assert nothing.mask is not None
@@ -274,7 +273,7 @@ def test_predictions_that_find_nothing_or_something(data):
 
 def test_predictions_about_a_volume_reach_every_kind_of_slice_and_mask():
     target = VolumeTarget.from_mask(np.pad(np.ones((1, 2, 2), dtype=bool), 1))
-    reading = Reading(answer_format="json", require_seg=False)
+    reading = CompletionFormat(answer_format="json", require_seg=False)
 
     def kind(said):
         k, mask = said.slice_index, said.mask
@@ -313,7 +312,7 @@ def test_batches_shrink():
 
 
 def test_write_answer_round_trip():
-    reading = Reading(answer_format="json")
+    reading = CompletionFormat(answer_format="json")
     text = write_completion(BOXES, FRAME, reading, points_px=[[4.5, 5.5]], scores=[0.5, 1.0], rounding=False)
     said = reading.parse(text, FRAME)
     assert said.valid

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from segrl import metrics
 from segrl.errors import DataError
-from segrl.structure import s_measure, soft_dice
+from segrl.metrics import s_measure, soft_dice
 
 probabilities = st.floats(0, 1, width=32)
 

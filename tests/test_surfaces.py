@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from segrl import surfaces
 from segrl.errors import DataError
-from segrl.surfaces import boundary_iou, hausdorff, surface, surface_dice, surface_distances
+from segrl.metrics import boundary_iou, hausdorff, surface, surface_dice, surface_distances, surfaces
 
 
 @st.composite

@@ -20,8 +20,8 @@ from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from segrl.testing import tiny_causal_lm, tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_tokenizer
-from segrl.testing.tiny import SPECIAL_TOKENS, TAG_TOKENS
+from segrl.models import tiny_causal_lm, tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_tokenizer
+from segrl.models.tiny_tokenizer import SPECIAL_TOKENS, TAG_TOKENS
 
 VLMS = [
     (tiny_qwen2_5_vl, Qwen2_5_VLForConditionalGeneration),

@@ -14,12 +14,9 @@ from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from segrl.config import SegGRPOConfig
-from segrl.dense import DenseLoss
-from segrl.heads.attach import attach_mask_head, detach_mask_head
-from segrl.loading import seg_token_id
-from segrl.testing import tiny_causal_lm
-from segrl.trainer import SegGRPOTrainer
+from segrl.heads import DenseLoss, attach_mask_head, detach_mask_head
+from segrl.models import seg_token_id, tiny_causal_lm
+from segrl.trainers import SegGRPOConfig, SegGRPOTrainer
 
 pytestmark = [
     # TRL's word on experimental parts, and its use of names that transformers has renamed.

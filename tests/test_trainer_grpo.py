@@ -31,12 +31,11 @@ from trainer_checks import (
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from segrl.config import SegGRPOConfig
-from segrl.dense import DenseLoss
 from segrl.errors import DataError, FrameError, RewardError, SegRLError, UnknownNameError
+from segrl.heads import DenseLoss
+from segrl.models import tiny_causal_lm
 from segrl.rewards import register_reward
-from segrl.testing import tiny_causal_lm
-from segrl.trainer import SegGRPOTrainer
+from segrl.trainers import SegGRPOConfig, SegGRPOTrainer
 
 pytestmark = [
     # TRL's word on rollout functions, and its use of names that transformers has renamed.
@@ -388,7 +387,7 @@ class TestStates:
         model, processor = tiny_headed_model(family)
         if "beta" in settings:
             head = model.mask_head
-            from segrl.heads.attach import attach_mask_head, detach_mask_head
+            from segrl.heads import attach_mask_head, detach_mask_head
 
             detach_mask_head(model)
             model.save_pretrained(tmp_path / "policy")

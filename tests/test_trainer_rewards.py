@@ -13,10 +13,11 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from segrl.errors import SegRLError
-from segrl.frames import frame_for
-from segrl.rewards import Reading, make_reward, register_reward, weighted_sum
+from segrl.predictions import frame_for
+from segrl.rewards import CompletionFormat, make_reward, register_reward, weighted_sum
 from segrl.scoring import score_file, statistics
-from segrl.trainer import SegGRPOTrainer, _check_groups
+from segrl.trainers import SegGRPOTrainer
+from segrl.trainers.reward_funcs import check_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -124,7 +125,7 @@ def test_group_relative_rewards_see_whole_groups(tmp_path):
     assert history(trainer)[0]["rewards/relative/std"] > 0.5
     torn = grpo_args(tmp_path, per_device_train_batch_size=2, num_generations=2)  # as on two processes with G = 4
     with pytest.raises(SegRLError, match=r"'relative' compares the answers to a prompt, and 2 completions per process"):
-        _check_groups([relative], torn, 4)
+        check_groups([relative], torn, 4)
 
 
 def test_rewards_decide_how_completions_are_read(tmp_path):
@@ -154,7 +155,7 @@ def test_probabilities_are_kept_for_rewards_that_read_them(tmp_path):
         return 0.0 if prediction.probability is None else float(abs(prediction.probability - 0.5).mean())
 
     seen: list[Any] = []
-    total = weighted_sum([("test_in_trainer_probability", 1.0), ("format", 1.0)], reading=Reading())
+    total = weighted_sum([("test_in_trainer_probability", 1.0), ("format", 1.0)], reading=CompletionFormat())
     model, processor = tiny_headed_model()
     SegGRPOTrainer(
         model,

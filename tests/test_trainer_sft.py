@@ -21,11 +21,10 @@ from trainer_checks import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from segrl.config import SegSFTConfig
-from segrl.dense import DenseLoss
 from segrl.errors import DataError, SegRLError
-from segrl.sft import SegSFTTrainer
-from segrl.testing import tiny_causal_lm
+from segrl.heads import DenseLoss
+from segrl.models import tiny_causal_lm
+from segrl.trainers import SegSFTConfig, SegSFTTrainer
 
 pytestmark = [
     # TRL's use of a name that transformers has renamed, and its word on a setting that still works.

@@ -16,10 +16,9 @@ from sharing_runs import run, same_runs
 from trainer_checks import history, letters, overfit, text_rows, weights, written_rollout
 from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 
-from segrl.dense import DenseLoss
-from segrl.heads.attach import detach_mask_head
+from segrl.heads import DenseLoss, detach_mask_head
 from segrl.sharing import backbone_of
-from segrl.trainer import SegGRPOTrainer
+from segrl.trainers import SegGRPOTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using 'rollout_func'"),

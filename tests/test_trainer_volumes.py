@@ -16,17 +16,15 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from volume_builders import blocks, row_of
 
-from segrl.cache import FeatureCache
-from segrl.config import SegSFTConfig
+from segrl.caching import FeatureCache
 from segrl.data import make_synthetic_volumes, prepare_volumes
 from segrl.errors import DataError, SegRLError, UnknownNameError
+from segrl.models import tiny_causal_lm
 from segrl.rewards import make_reward, weighted_sum
 from segrl.scoring import score_file
 from segrl.segmenters import PropagationRequest, VolumePropagator
-from segrl.sft import SegSFTTrainer
-from segrl.testing import tiny_causal_lm
-from segrl.trainer import SegGRPOTrainer
-from segrl.volume_rows import VolumeReader
+from segrl.tasks.volumes import VolumeReader
+from segrl.trainers import SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
 
 pytestmark = [
     # TRL's word on rollout functions, and its use of names that transformers has renamed.

@@ -25,9 +25,8 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
-from segrl.shared_prompt import SharedPromptGRPOTrainer
-from segrl.testing import tiny_causal_lm
-from segrl.trainer import SegGRPOTrainer
+from segrl.models import tiny_causal_lm
+from segrl.trainers import SegGRPOTrainer, SharedPromptGRPOTrainer
 
 
 def parameters(function) -> list[str]:

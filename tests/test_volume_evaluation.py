@@ -15,13 +15,13 @@ from volume_builders import blocks, row_of
 
 from segrl.data import read_grey
 from segrl.errors import DataError
+from segrl.evaluation import evaluate_oracle_boxes, evaluate_volumes, summarise_volumes, volume_record
+from segrl.inference import VolumeSegmenter
 from segrl.metrics import bootstrap_ci
-from segrl.prediction import Prediction, Status, VolumeTarget
-from segrl.report import write_results
+from segrl.predictions import Prediction, Status, VolumeTarget
+from segrl.reports import write_results
 from segrl.segmenters import PropagationRequest, VolumePropagator
 from segrl.testing.strategies import volume_targets
-from segrl.volume_evaluation import evaluate_oracle_boxes, evaluate_volumes, summarise_volumes, volume_record
-from segrl.volume_inference import VolumeSegmenter
 
 
 def answer(mask=None, index=None, boxes=(), status=Status.VALID, text="words") -> Prediction:

@@ -11,13 +11,12 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from volume_builders import blocks, row_of
 
-from segrl.data import Volume, prepare_volumes, read_grey, read_volume
+from segrl.data import Intensity, Volume, prepare_volumes, read_grey, read_volume
 from segrl.errors import CheckpointError, DataError
+from segrl.inference import VolumeSegmenter
 from segrl.segmenters import ImageFeatures, PropagationRequest, VolumePropagator
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, SEGMENTER_WEIGHTS
-from segrl.sft import SegSFTTrainer
-from segrl.volume_inference import VolumeSegmenter
-from segrl.volumes import Intensity
+from segrl.trainers import SegSFTTrainer
 
 SETTINGS = {"slices": 4, "size": 32, "instruction": "Answer.", "frame_kind": "original_px", "max_new_tokens": 90}
 QUESTION = "Where is it?"

@@ -8,13 +8,10 @@ import pytest
 from builders import tiny_segmenter
 from volume_builders import blocks
 
-from segrl.cache import FeatureCache
+from segrl.caching import FeatureCache
 from segrl.errors import SegRLError, UnknownNameError
-from segrl.frames import NOT_SHOWN, Frame
-from segrl.parsing import parse_completion
-from segrl.prediction import VolumeTarget
-from segrl.segmenters import PropagationRequest, VolumePropagator
-from segrl.volume_masks import add_volume_masks
+from segrl.predictions import NOT_SHOWN, Frame, VolumeTarget, parse_completion
+from segrl.segmenters import PropagationRequest, VolumePropagator, add_volume_masks
 
 SHAPE = (7, 24, 40)
 TRUTH = VolumeTarget(blocks([0, 9, 9, 9, 9, 0, 0]))  # boxes 5, 2, 13, 3 and 7, 10, 8, 11

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from segrl import drawing
-from segrl import volume_picture as module
 from segrl.errors import DataError
-from segrl.prediction import Prediction, Status, VolumeTarget
-from segrl.volume_picture import KEY, MARGIN, TILE, volume_picture
+from segrl.predictions import Prediction, Status, VolumeTarget
+from segrl.reports import drawing, volume_picture
+from segrl.reports import volume_pictures as module
+from segrl.reports.volume_pictures import KEY, MARGIN, TILE
 
 GREY, CUBE = 77, (1.0, 1.0, 1.0)
 LESION = VolumeTarget.from_mask(np.pad(np.ones((3, 4, 4), dtype=np.uint8), ((3, 4), (8, 8), (4, 12))), name="scan_3")

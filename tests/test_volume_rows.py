@@ -10,7 +10,7 @@ from volume_builders import blocks, row_of
 
 from segrl.data import prepare_volumes, read_grey
 from segrl.errors import DataError
-from segrl.volume_rows import VOLUME_COLUMNS, VolumeReader
+from segrl.tasks.volumes import VOLUME_COLUMNS, VolumeReader
 
 
 def rows_of(folder, *masks, slices=3, **fields) -> list[Any]:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from segrl.data import CT_WINDOW, Intensity, intensity_for, scale_intensity, uniform_slices
 from segrl.errors import DataError
-from segrl.volumes import CT_WINDOW, Intensity, intensity_for, scale_intensity, uniform_slices
 
 ENDS = st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)).filter(lambda ends: ends[0] < ends[1])
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from segrl import losses
-from segrl.loading import seg_token_id
+from segrl.models import seg_token_id
 
 TIMES = ("step_time", "runtime", "samples_per_second", "steps_per_second")
 

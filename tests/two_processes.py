@@ -11,8 +11,8 @@ from builders import add_head, seg_bias, tiny_model, tiny_rows, with_answers
 from peft import LoraConfig
 
 from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
-from segrl.loading import seg_token_id
 from segrl.losses import dice_ce
+from segrl.models import seg_token_id
 
 WITH = "<think>One.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
 WITHOUT = "<think>None.</think><answer>No dark cyst.</answer>"

@@ -16,9 +16,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.data import augment, prepare
+from segrl.data import prepare
+from segrl.data.images import augmentation as augment
 from segrl.heads import MaskHead, attach_mask_head
-from segrl.loading import ensure_seg_token, load_vlm
+from segrl.models import ensure_seg_token, load_vlm
 from segrl.scripts import find_preset
 from segrl.segmenters import Sam2Config, Sam2Segmenter
 from segrl.segmenters.sam2 import sam2_config
@@ -77,7 +78,7 @@ def rows_for(dataset: Dataset, processor: Any, recipe: Recipe, *, completions: b
 
 def _build_tiny(train: Dataset, model_path: str | None, segmenter_path: str | None) -> tuple[Any, Any]:
     """About 1.7 M parameters of Qwen2.5-VL and 2.3 M of SAM 2, random; the tokenizer learns the training texts."""
-    from segrl.testing.tiny import tiny_qwen2_5_vl
+    from segrl.models import tiny_qwen2_5_vl
 
     sample = train.select(range(min(400, len(train)))).remove_columns("image")
     corpus = [str(dict(row)[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]

@@ -16,12 +16,11 @@ from segrl.data import load_split, make_synthetic
 from segrl.errors import CheckpointError, SegRLError
 from segrl.evaluation import evaluate, evaluate_constant_mask
 from segrl.heads import MaskHead, attach_mask_head, detach_mask_head, find_mask_head
-from segrl.hub import check_source, retold
-from segrl.loading import language_model_lora
+from segrl.hub import check_source, reraise_as
 from segrl.metrics import summarise
-from segrl.report import contact_sheet, results_table, versions, write_results
-from segrl.runs import train_and_save
-from segrl.scripts import RunArguments
+from segrl.models import language_model_lora
+from segrl.reports import contact_sheet, results_table, versions, write_results
+from segrl.scripts import RunArguments, train_and_save
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -44,7 +43,7 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset) -> tu
     if example.model is not None:
         check_source("--model", example.model, "model", CheckpointError)
     given = [f"--{name} {value!r}" for name in ("model", "segmenter") if (value := getattr(example, name))]
-    with retold(" ".join(given) or example.preset, CheckpointError):
+    with reraise_as(" ".join(given) or example.preset, CheckpointError):
         model, processor = recipe.build(train, example.model, example.segmenter)
     if example.adapter is not None or example.probe is not None:
         old = detach_mask_head(model)
@@ -87,7 +86,7 @@ def load_segmenter(folder: str | Path, **settings: Any) -> ReasoningSegmenter:
             f"--model {str(folder)!r} has no mask head (no mask_head.json); train stage 1 with train_sft.py, or pass "
             "--skip_stage1 to train_grpo.py"
         )
-    with retold(f"--model {str(folder)!r}", CheckpointError):
+    with reraise_as(f"--model {str(folder)!r}", CheckpointError):
         return ReasoningSegmenter.from_pretrained(path, **settings)
 
 

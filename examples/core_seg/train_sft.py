@@ -15,8 +15,7 @@ from stages import baseline, build_model, load_rows, report, score_run, train_st
 
 from segrl import SegSFTConfig
 from segrl.errors import SegRLError
-from segrl.runs import check_output, claim_output
-from segrl.scripts import run_script
+from segrl.scripts import check_output, claim_output, run_script
 
 
 def check(argv: Sequence[str]) -> Callable[[], None]:

@@ -14,8 +14,7 @@ from recipes import find_recipe
 from stages import drawer, load_rows, load_run, or_synthetic, oracle, report, score
 
 from segrl.errors import SegRLError
-from segrl.runs import check_output, claim_output
-from segrl.scripts import Parser, check_numbers, run_script
+from segrl.scripts import Parser, check_numbers, check_output, claim_output, run_script
 
 
 def check(argv: Sequence[str]) -> Callable[[], None]:

@@ -11,12 +11,10 @@ from typing import Any
 from accelerate import PartialState
 from stages import load_run
 
-from segrl.data import read_grey, write_mask
+from segrl.data import read_grey, uniform_slices, write_mask
 from segrl.errors import SegRLError
+from segrl.reports import printable, volume_picture
 from segrl.scripts import Parser, run_script
-from segrl.terminal import printable
-from segrl.volume_picture import volume_picture
-from segrl.volumes import uniform_slices
 
 
 def parser() -> Parser:

@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from segrl.data import prepare_volumes
-from segrl.loading import load_vlm
+from segrl.models import load_vlm
 from segrl.scripts import find_preset
 from segrl.segmenters import Sam2Config, Sam2Segmenter
 from segrl.segmenters.sam2 import sam2_config
@@ -104,7 +104,7 @@ _TINY_SAM2 = Sam2Config(
 
 def _build_tiny(train: Dataset, model_path: str | None) -> tuple[Any, Any]:
     """About 3 M parameters of Qwen3-VL, random; the tokenizer learns the training texts."""
-    from segrl.testing.tiny import tiny_qwen3_vl
+    from segrl.models import tiny_qwen3_vl
 
     if model_path:
         return load_vlm(model_path)

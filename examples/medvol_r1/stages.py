@@ -16,27 +16,20 @@ from segmenter import lesions_of, train_segmenter
 from warmup import add_reasoning, pretrain_vision
 
 from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, load_reward, make_reward
-from segrl.cache import FeatureCache
-from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic_volumes, read_label
+from segrl.caching import FeatureCache
+from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic_volumes, read_label, uniform_slices
 from segrl.data.splits import load_split
 from segrl.errors import CheckpointError, DataError, SegRLError, unknown_name
-from segrl.hub import check_source, retold
-from segrl.loading import language_model_lora, load_vlm
+from segrl.evaluation import VOLUME_GROUPINGS, evaluate_oracle_boxes, evaluate_volumes, summarise_volumes
+from segrl.hub import check_source, reraise_as
+from segrl.inference import VolumeSegmenter
 from segrl.metrics import paired_bootstrap_ci
-from segrl.report import VOLUME_COLUMNS, VOLUME_STAGES, results_table, versions, write_results
-from segrl.runs import train_and_save
-from segrl.scripts import RunArguments
+from segrl.models import language_model_lora, load_vlm
+from segrl.reports import results_table, versions, volume_picture, write_results
+from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES
+from segrl.scripts import RunArguments, train_and_save
 from segrl.segmenters import Sam2Segmenter, VolumePropagator
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG
-from segrl.volume_evaluation import (
-    VOLUME_GROUPINGS,
-    evaluate_oracle_boxes,
-    evaluate_volumes,
-    summarise_volumes,
-)
-from segrl.volume_inference import VolumeSegmenter
-from segrl.volume_picture import volume_picture
-from segrl.volumes import uniform_slices
 
 SYNTHETIC = {"train": 0, "test": 1, "segmenter": 2}  # seeds of the splits, apart from the run's
 
@@ -89,11 +82,11 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed:
     if example.model is not None:
         check_source("--model", example.model, "model", CheckpointError)
     torch.manual_seed(seed)  # for random weights, here and in the warm-up
-    with retold(f"--model {example.model!r}" if example.model else example.preset, CheckpointError):
+    with reraise_as(f"--model {example.model!r}" if example.model else example.preset, CheckpointError):
         model, processor = recipe.build(train, example.model)
     if recipe.vision_warmup is not None and example.model is None and not example.skip_stage1:
         settings = dict(recipe.vision_warmup)
-        settings["steps"] = min(settings["steps"], example.first_steps or settings["steps"])
+        settings["steps"] = min(settings["steps"], example.warmup_steps or settings["steps"])
         right = pretrain_vision(model, processor, train, size=recipe.prompt["size"], seed=seed, **settings)
         if PartialState().is_main_process:
             print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
@@ -140,13 +133,13 @@ def load_run(
         raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
     if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
-    with retold(f"--model {str(folder)!r}", CheckpointError):
+    with reraise_as(f"--model {str(folder)!r}", CheckpointError):
         loaded = VolumeSegmenter.from_pretrained(
             path, segmenter=None if isinstance(segmenter, str) else segmenter, trainable=trainable, **settings
         )
     if not isinstance(segmenter, str):
         return loaded
-    with retold(f"--segmenter {segmenter!r}", CheckpointError):
+    with reraise_as(f"--segmenter {segmenter!r}", CheckpointError):
         other = Sam2Segmenter.from_pretrained(segmenter, loaded.segmenter and loaded.segmenter.config)
     return VolumeSegmenter(loaded.model, loaded.processor, loaded.settings, other.to(loaded.model.device))
 
@@ -175,7 +168,7 @@ def find_segmenter(
         path = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
     if path is None and recipe.segmenter_training is not None:
         return None
-    with retold(f"--segmenter {path!r}" if path else example.preset, CheckpointError):
+    with reraise_as(f"--segmenter {path!r}" if path else example.preset, CheckpointError):
         return recipe.segmenter(path)
 
 
@@ -188,8 +181,8 @@ def ready_segmenter(
         settings = dict(recipe.segmenter_training or {})
         if example.segmenter_steps is not None:
             settings["steps"] = example.segmenter_steps
-        elif example.first_steps is not None:
-            settings["steps"] = min(settings["steps"], example.first_steps)
+        elif example.warmup_steps is not None:
+            settings["steps"] = min(settings["steps"], example.warmup_steps)
         rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)  # all processes meet in it
         if state.is_main_process:
             torch.manual_seed(seed)

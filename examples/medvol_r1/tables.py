@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from segrl.errors import DataError
-from segrl.report import VOLUME_COLUMNS, VOLUME_STAGES, results_table
+from segrl.reports import results_table
+from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES
 from segrl.scripts import Parser, run_script
 
 # Dice of SFT + RL, by data set; the paper has none of our other columns for them.

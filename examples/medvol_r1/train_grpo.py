@@ -36,8 +36,7 @@ from trl.import_utils import is_vllm_available
 
 from segrl import SegGRPOConfig, SegSFTConfig
 from segrl.errors import SegRLError
-from segrl.runs import check_batches, check_output, claim_output, find_stage1
-from segrl.scripts import first_stage_settings, run_script
+from segrl.scripts import check_batches, check_output, claim_output, find_stage1, first_stage_settings, run_script
 
 PICTURES = 8
 

@@ -29,8 +29,7 @@ from stages import (
 
 from segrl import SegSFTConfig
 from segrl.errors import SegRLError
-from segrl.runs import check_output, claim_output
-from segrl.scripts import run_script
+from segrl.scripts import check_output, claim_output, run_script
 
 PICTURES = 8
 

@@ -18,9 +18,8 @@ from datasets import Dataset
 from rich.progress import track
 from torch import Tensor, nn
 
-from segrl.data import read_grey, read_label, render_slices
-from segrl.masks import mask_to_box
-from segrl.volumes import uniform_slices
+from segrl.data import read_grey, read_label, render_slices, uniform_slices
+from segrl.geometry import mask_to_box
 
 HELD_OUT = 0.1  # share of the slices that only measure
 BINS = 8  # of the edge of a slice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from segrl import Prediction, Target, register_reward
-from segrl.matching import match_boxes
+from segrl.geometry import match_boxes
 
 
 @register_reward(

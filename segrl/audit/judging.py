@@ -27,13 +27,13 @@ from rich.text import Text
 from segrl.audit.policies import POLICIES, answer
 from segrl.audit.scenes import Scene, make_scenes
 from segrl.errors import RewardError
-from segrl.prediction import Target, VolumeTarget
-from segrl.rewards.making import make_reward
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.target import Target, VolumeTarget
+from segrl.reports.terminal import number, printable
+from segrl.rewards.factory import make_reward
+from segrl.rewards.nodes import Sum
 from segrl.rewards.reward import Reward
-from segrl.rewards.sources import Sum
-from segrl.rewards.steps import Gate, GroupRelative
-from segrl.terminal import number, printable
+from segrl.rewards.transforms import Gate, GroupRelative
 
 __all__ = ["AuditReport", "AuditRow", "Verdict", "audit"]
 
@@ -206,7 +206,7 @@ def _scenes(reward: Reward, scenes: int | Sequence[Target | VolumeTarget], seed:
     return found
 
 
-def _grammar(reward: Reward, scenes: Sequence[Scene], progress: float) -> Reading:
+def _grammar(reward: Reward, scenes: Sequence[Scene], progress: float) -> CompletionFormat:
     """How the policies write: as the reward reads, or in JSON where a perfect answer earns more there."""
     in_json = replace(reward.reading, answer_format="json")
     if reward.volume or reward.reading == in_json:
@@ -219,7 +219,7 @@ def _grammar(reward: Reward, scenes: Sequence[Scene], progress: float) -> Readin
 
 
 def _pay(
-    reward: Reward, scenes: Sequence[Scene], reading: Reading, names: Sequence[str], progress: float
+    reward: Reward, scenes: Sequence[Scene], reading: CompletionFormat, names: Sequence[str], progress: float
 ) -> list[AuditRow]:
     """One row per policy that can answer in this grammar."""
     policies = [policy for policy in POLICIES if policy.name in names]

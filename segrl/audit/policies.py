@@ -15,10 +15,11 @@ from typing import Literal
 import numpy as np
 
 from segrl.audit.scenes import KINDS, Scene
-from segrl.frames import Frame
-from segrl.parsing import format_completion
-from segrl.prediction import Prediction, VolumeTarget
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import Frame
+from segrl.predictions.parsing import format_completion
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import VolumeTarget
 from segrl.testing.answers import PROMPT, REASONING, write_answer
 
 __all__ = ["POLICIES", "Policy", "answer"]
@@ -70,7 +71,7 @@ class Writer:
     """Writes what is said in the grammar of a reward, for one scene."""
 
     frame: Frame
-    reading: Reading
+    reading: CompletionFormat
 
     def answer(self, said: Said) -> str:
         """The content of the answer block, with the token."""
@@ -108,7 +109,7 @@ class Policy:
     instead_of: str = ""
 
 
-def answer(policy: Policy, scene: Scene, reading: Reading, with_mask: bool) -> Prediction | None:
+def answer(policy: Policy, scene: Scene, reading: CompletionFormat, with_mask: bool) -> Prediction | None:
     """What a policy says about a scene, as a trainer would parse it; None where it cannot say it in this grammar.
 
     Args:

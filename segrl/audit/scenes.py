@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segrl.prediction import Target, VolumeTarget
+from segrl.predictions.target import Target, VolumeTarget
 
 __all__ = ["KINDS", "Scene", "make_scenes"]
 

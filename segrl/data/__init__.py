@@ -4,39 +4,30 @@ Images: image, mask, query, modality, anatomy, lesion, name, [reasoning]. Volume
 intensity in the place of image and mask.
 """
 
-from segrl.data.augment import augment
-from segrl.data.folder import check_rows, load_folder
-from segrl.data.m3d_seg import M3D_SEG_DATASETS, load_m3d_seg
-from segrl.data.nifti import Volume, label_values, read_label, read_volume, write_mask, write_volume
-from segrl.data.prompts import (
-    ANSWER_ONLY_INSTRUCTION,
-    INSTRUCTION,
-    build_prompt,
-    build_query,
-    build_reasoning,
-    prepare,
-)
+from segrl.data.images.augmentation import augment
+from segrl.data.images.folder import check_rows, load_folder
+from segrl.data.images.prompts import ANSWER_ONLY_INSTRUCTION, INSTRUCTION, build_prompt, prepare
+from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
+from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
-from segrl.data.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
-from segrl.data.synthetic_volumes import VOLUME_LESIONS, SyntheticVolume, make_synthetic_volumes, make_volume
-from segrl.data.volume_folder import check_volumes, load_volumes, write_manifest
-from segrl.data.volume_prompts import (
-    SLICE_INSTRUCTION,
-    build_volume_prompt,
-    format_slice_answer,
-    prepare_volumes,
-    read_grey,
-    render_slices,
-    shown_frame,
-)
+from segrl.data.volumes.case import grey_values, read_grey, read_truth
+from segrl.data.volumes.folder import check_volumes, load_volumes, write_manifest
+from segrl.data.volumes.intensity import CT_WINDOW, Intensity, intensity_for, scale_intensity
+from segrl.data.volumes.m3d_seg import M3D_SEG_DATASETS, load_m3d_seg
+from segrl.data.volumes.nifti import Volume, label_values, read_label, read_volume, write_mask, write_volume
+from segrl.data.volumes.prompts import SLICE_INSTRUCTION, build_volume_prompt, format_slice_answer, prepare_volumes
+from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
+from segrl.data.volumes.synthetic import VOLUME_LESIONS, SyntheticVolume, make_synthetic_volumes, make_volume
 
 __all__ = [
     "ANSWER_ONLY_INSTRUCTION",
+    "CT_WINDOW",
     "INSTRUCTION",
     "LESIONS",
     "M3D_SEG_DATASETS",
     "SLICE_INSTRUCTION",
     "VOLUME_LESIONS",
+    "Intensity",
     "Scene",
     "SyntheticVolume",
     "Volume",
@@ -48,6 +39,8 @@ __all__ = [
     "check_rows",
     "check_volumes",
     "format_slice_answer",
+    "grey_values",
+    "intensity_for",
     "label_values",
     "load_folder",
     "load_m3d_seg",
@@ -61,9 +54,12 @@ __all__ = [
     "prepare_volumes",
     "read_grey",
     "read_label",
+    "read_truth",
     "read_volume",
     "render_slices",
+    "scale_intensity",
     "shown_frame",
+    "uniform_slices",
     "write_folder",
     "write_manifest",
     "write_mask",

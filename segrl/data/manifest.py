@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from segrl.data.prompts import build_query
+from segrl.data.reasoning import build_query
 from segrl.errors import DataError, unknown_name
 
 __all__: list[str] = []

@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from segrl.data.folder import check_rows, load_folder
+from segrl.data.images.folder import check_rows, load_folder
 from segrl.errors import DataError, unknown_name
-from segrl.hub import check_source, retold
+from segrl.hub import check_source, reraise_as
 
 __all__ = ["load_split"]
 
@@ -61,7 +61,7 @@ def load_split(
 
 
 def _load(load: Any, source: str, argument: str) -> DatasetDict:
-    with retold(f"{argument} {source!r} cannot be loaded", DataError):
+    with reraise_as(f"{argument} {source!r} cannot be loaded", DataError):
         return load(source)
 
 

@@ -14,13 +14,9 @@ from torch import Tensor, nn
 
 from segrl.errors import SegRLError
 from segrl.heads.mask_head import MaskHead
+from segrl.models.backbone import base_instance
 
 _ATTRIBUTE = "mask_head"
-
-
-def base_instance(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def attach_mask_head(model: Any, head: MaskHead) -> Any:
@@ -36,7 +32,7 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
     base = base_instance(model)
     if find_mask_head(model) is not None:
         raise SegRLError(
-            f"{type(base).__name__} already has a mask head; detach it first (segrl.heads.attach.detach_mask_head)"
+            f"{type(base).__name__} already has a mask head; detach it first (segrl.heads.detach_mask_head)"
         )
     backbone = getattr(base, getattr(base, "base_model_prefix", "") or "model", None)
     if not isinstance(backbone, nn.Module) or backbone is base:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segrl.heads.mask_head import MaskHead, Recording, SegInput
-from segrl.prediction import Prediction, Status
+from segrl.predictions.prediction import Prediction, Status
 
 
 def generation_states(recording: Recording, ids: Sequence[Sequence[int]]) -> Tensor | None:

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segrl.cache import FeatureCache
+from segrl.caching.feature_cache import FeatureCache
+from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.heads.adapters import LinearAdapter, MLPAdapter, SemanticGuidedAdapter
 from segrl.heads.probes import AnswerProbe, SegTokenProbe
 from segrl.segmenters.base import ImageFeatures, Segmenter, evaluating
-from segrl.segmenters.fingerprint import EncoderFingerprint, feature_key
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
 
 _SEGMENTER_MEMBERS = (

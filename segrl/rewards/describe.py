@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from segrl.errors import RewardError
-from segrl.rewards import Reward, RewardInfo, make_reward, reward_info
+from segrl.rewards.factory import make_reward
+from segrl.rewards.registry import RewardInfo, reward_info
+from segrl.rewards.reward import Reward
 
 __all__ = ["describe_info", "describe_reward"]
 

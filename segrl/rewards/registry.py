@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
 
+from segrl._version import __version__
 from segrl.errors import RewardError, unknown_name
 
 __all__ = ["ENTRY_POINT_GROUP", "RewardInfo", "list_rewards", "register_preset", "register_reward", "reward_info"]
@@ -56,7 +56,7 @@ class RewardInfo:
             "rescale" (enlarging all of them by a whole number).
         monotone: In what more overlap with the truth never lowers the score: "boxes", "mask"; or a function of all
             settings that returns it.
-        reading: Settings of `Reading` that differ from its defaults, for rewards that other answers would leave blind.
+        reading: Settings of `CompletionFormat` that differ from its defaults.
         equation: The formula as text.
         source: Paper and symbol.
         origin: Package and version, or module, that it comes from.
@@ -125,7 +125,7 @@ def register_reward(
         empty: Declared scores of empty sides.
         invariant: Declared invariances.
         monotone: Declared monotonicity.
-        reading: Default settings of `Reading`, such as ``{"answer_format": "json"}``.
+        reading: Default settings of `CompletionFormat`, such as ``{"answer_format": "json"}``.
         equation: The formula as text.
         source: Paper and symbol.
 
@@ -135,7 +135,7 @@ def register_reward(
     Raises:
         RewardError: If the name is taken (other than by the same function of the same module, which is replaced: a
             notebook's cell may be run twice), the form is not one of the three, a claim does not exist, or a setting
-            has the name of a `Reading` setting.
+            has the name of a `CompletionFormat` setting.
 
     Example:
         >>> from segrl.rewards import make_reward
@@ -188,7 +188,7 @@ def register_preset(
         source: Paper and symbol.
 
     Raises:
-        RewardError: If the name is taken, or a setting has the name of a `Reading` setting.
+        RewardError: If the name is taken, or a setting has the name of a `CompletionFormat` setting.
     """
 
     def register(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -420,7 +420,7 @@ def _imported(path: str) -> RewardInfo:
 def _origin(function: Callable[..., Any]) -> str:
     module = getattr(function, "__module__", "") or ""
     if module.partition(".")[0] == "segrl":
-        return f"segrl {sys.modules['segrl'].__version__}"
+        return f"segrl {__version__}"
     return f"module {module}"
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segrl.errors import RewardError
-from segrl.prediction import Prediction
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.prediction import Prediction
 from segrl.rewards import registry
-from segrl.rewards.reading import AnyTarget, Reading, read_rows
+from segrl.rewards.columns import AnyTarget, read_rows
+from segrl.rewards.nodes import Batch, Leaf, Sum, ignore_metric
 from segrl.rewards.registry import RewardInfo
-from segrl.rewards.sources import Batch, Leaf, Sum, ignore_metric
-from segrl.rewards.steps import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Scores, Step
+from segrl.rewards.transforms import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Scores, Step
 
 __all__ = ["AsyncReward", "Reward", "build", "progress_of", "usual_reading"]
 
@@ -45,7 +46,7 @@ class Reward:
     name: str
     source: Leaf | Sum
     steps: tuple[Step, ...] = ()
-    reading: Reading = field(default_factory=Reading)
+    reading: CompletionFormat = field(default_factory=CompletionFormat)
 
     @property
     def __name__(self) -> str:  # TRL logs a reward under this
@@ -226,8 +227,8 @@ class Reward:
             prompts: One per row: what stands in the prompt never counts as the model's; it tells groups apart.
             completions: One per row: a text, or a list of messages.
             completion_ids: Passed on to TRL reward functions.
-            prediction: Predictions, if the trainer has parsed them. Otherwise completions are parsed (see `Reading`)
-                and the share of valid ones is logged as `valid_completions`.
+            prediction: Predictions, if the trainer has parsed them. Otherwise completions are parsed (see
+                `CompletionFormat`) and the share of valid ones is logged as `valid_completions`.
             target: Targets, if the trainer has them. Otherwise they are built from the columns.
             log_metric: TRL's function to log a number.
             trainer_state: The trainer's state, for schedules; without one the progress is 1.
@@ -316,17 +317,17 @@ class Reward:
         return self._then(Scale(factor, offset))
 
     def schedule(self, points: Mapping[float, float]) -> Reward:
-        """Multiply the scores by a factor that depends on the training progress; see `segrl.rewards.steps.Schedule`."""
+        """Multiply the scores by a factor that depends on the progress; see `segrl.rewards.transforms.Schedule`."""
         return self._then(Schedule(points))  # pyright: ignore[reportArgumentType]
 
     def gate(self, other: Reward | str, above: float = 0.0, otherwise: float | None = None) -> Reward:
-        """Pay the score only where another reward exceeds `above`; see `segrl.rewards.steps.Gate`."""
-        from segrl.rewards.making import make_reward
+        """Pay the score only where another reward exceeds `above`; see `segrl.rewards.transforms.Gate`."""
+        from segrl.rewards.factory import make_reward
 
         return self._then(Gate(make_reward(other), above, otherwise))
 
     def group_relative(self, mode: GroupMode = "rank", group_size: int | None = None) -> Reward:
-        """Score each answer relative to the others to the same prompt; see `segrl.rewards.steps.GroupRelative`."""
+        """Score each answer relative to the others to the same prompt; see `segrl.rewards.transforms.GroupRelative`."""
         return self._then(GroupRelative(mode, group_size))
 
     def _then(self, step: Step) -> Reward:
@@ -342,20 +343,20 @@ class Reward:
         Raises:
             RewardError: If a function can be found neither by its registered name nor by its module.
         """
-        from segrl.rewards.files import to_dict
+        from segrl.rewards.serialization import to_dict
 
         return to_dict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any] | str) -> Reward:
         """Build a reward from plain values; see `segrl.rewards.load_reward` for their form."""
-        from segrl.rewards.files import from_dict
+        from segrl.rewards.serialization import from_dict
 
         return from_dict(data)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The YAML text that `segrl.rewards.load_reward` reads, also written to a file if a path is given."""
-        from segrl.rewards.files import to_yaml
+        from segrl.rewards.serialization import to_yaml
 
         return to_yaml(self, path)
 
@@ -369,7 +370,9 @@ class AsyncReward(Reward):
         return await self.evaluate(self._called({**dict.fromkeys(names), **call}))
 
 
-def build(name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: Reading | None = None) -> Reward:
+def build(
+    name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: CompletionFormat | None = None
+) -> Reward:
     """A `Reward`, or an `AsyncReward` where something in it waits.
 
     Without a `reading` it takes the usual one, see `usual_reading`.
@@ -387,15 +390,15 @@ def build(name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: 
     return AsyncReward(name, source, steps, reading) if reward.is_async else reward
 
 
-def usual_reading(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> Reading | None:
+def usual_reading(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> CompletionFormat | None:
     """How a reward reads completions unless it is told: as it declares, or as those of its parts and gates do that
     differ from the default; None if these differ from one another."""
     parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
     readings = {part.reading for part in parts} | {step.reward.reading for step in steps if isinstance(step, Gate)}
     if isinstance(source, Leaf):
-        readings.add(Reading(**source.info.reading))
-    special = readings - {Reading()}
-    return None if len(special) > 1 else special.pop() if special else Reading()
+        readings.add(CompletionFormat(**source.info.reading))
+    special = readings - {CompletionFormat()}
+    return None if len(special) > 1 else special.pop() if special else CompletionFormat()
 
 
 def progress_of(state: Any) -> float:

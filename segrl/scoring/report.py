@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from segrl.reports.terminal import console, excerpt, limits, number, printable
 from segrl.scoring.scores import Scores
-from segrl.terminal import console, excerpt, limits, number, printable
 
 __all__ = ["print_scores"]
 

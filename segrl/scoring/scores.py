@@ -4,7 +4,7 @@ A file of predictions is JSON lines, as `SegGRPOTrainer` with `log_completions=T
 does, or the folder of such files. Each row has a `completion` (text or messages) and any of these columns; all others
 are ignored:
 
-- the truth, see `segrl.stored`, unless it comes from a file of its own, joined by `name`;
+- the truth, see `segrl.predictions.records`, unless it comes from a file of its own, joined by `name`;
 - `predicted_mask`, in the forms of a true mask or volume: None (null) where no mask was decoded; `probability`, a .npy
   path;
 - `frame`: the frame of the boxes in the text and the slices of a volume that were shown, where they are known; instead
@@ -30,11 +30,8 @@ from typing import Any
 import numpy as np
 
 from segrl.errors import DataError, RewardError, SegRLError
-from segrl.prediction import Prediction, VolumeTarget
-from segrl.rewards.reward import Reward
-from segrl.rewards.sources import Leaf, Sum
-from segrl.scoring.files import StoredRow, read_predictions, read_truths, truth_of
-from segrl.stored import (
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.records import (
     TEXT_COLUMNS,
     TRUTH_COLUMNS,
     read_answer,
@@ -43,6 +40,10 @@ from segrl.stored import (
     read_probability,
     read_target,
 )
+from segrl.predictions.target import VolumeTarget
+from segrl.rewards.nodes import Leaf, Sum
+from segrl.rewards.reward import Reward
+from segrl.scoring.files import StoredRow, read_predictions, read_truths, truth_of
 
 __all__ = ["Scores", "histogram", "score_file", "statistics"]
 

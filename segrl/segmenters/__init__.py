@@ -1,6 +1,7 @@
 """Promptable segmenters: an image is encoded once, any number of prompts are decoded against its features."""
 
 from segrl.segmenters.base import ImageFeatures, Segmenter
+from segrl.segmenters.propagated_masks import add_volume_masks
 from segrl.segmenters.propagation import PropagationRequest, VolumePropagator
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
 from segrl.segmenters.tracking import FrameMasks, track_clip, tracking_loss
@@ -13,6 +14,7 @@ __all__ = [
     "Sam2Segmenter",
     "Segmenter",
     "VolumePropagator",
+    "add_volume_masks",
     "track_clip",
     "tracking_loss",
 ]

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segrl.cache import FeatureCache
+from segrl.caching.feature_cache import FeatureCache
+from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 from segrl.errors import SegRLError
 from segrl.segmenters.base import ImageFeatures, evaluating
-from segrl.segmenters.fingerprint import EncoderFingerprint, feature_key
 from segrl.segmenters.sam2 import Sam2Segmenter
 from segrl.segmenters.tracking import Tracker
 
@@ -57,7 +57,7 @@ class PropagationRequest:
         if volume.ndim != 3 or 0 in volume.shape or volume.dtype != np.uint8:
             raise SegRLError(
                 f"volume: expected uint8 (D, H, W), got {volume.dtype} {volume.shape}; scale it with "
-                "segrl.volumes.scale_intensity"
+                "segrl.data.scale_intensity"
             )
         if not 0 <= self.slice_index < len(volume):
             raise SegRLError(

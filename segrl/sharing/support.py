@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from segrl.errors import SegRLError
-from segrl.heads.attach import base_instance
+from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing import attention
 from segrl.sharing.layout import build_layout
 
@@ -36,11 +36,6 @@ def enable_sharing(model: Any) -> str | None:
     if any(hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in base.parameters()):
         return None  # the weights are spread over processes: nothing to try with here
     return _trial(base, backbone, layers)
-
-
-def backbone_of(base: Any) -> Any:
-    """The part of a transformers model that makes hidden states: everything but the language-model head."""
-    return getattr(base, getattr(base, "base_model_prefix", "") or "model", None)
 
 
 def _attention_layers(base: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from segrl.cache import FeatureCache
+from segrl.caching.feature_cache import FeatureCache
 from segrl.sharing.images import image_indices, pixels_of
 
 KEYWORD = "image_keys"

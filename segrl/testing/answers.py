@@ -1,4 +1,4 @@
-"""Texts for rewards: right answers in the grammar of `segrl.parsing`, broken ones, and long hostile ones.
+"""Texts for rewards: right answers in the grammar of `segrl.predictions.parsing`, broken ones, and long hostile ones.
 
 `check_reward`, the strategies and the audit give them to rewards; nothing here needs hypothesis.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from segrl.frames import Frame
-from segrl.parsing import format_answer, format_completion
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import Frame
+from segrl.predictions.parsing import format_answer, format_completion
 
 __all__ = ["HOSTILE", "PROMPT", "broken_completions", "write_answer", "write_completion"]
 
@@ -31,7 +31,7 @@ REASONING = "One region differs from the tissue around it."
 def write_answer(
     boxes_px: ArrayLike,
     frame: Frame,
-    reading: Reading | None = None,
+    reading: CompletionFormat | None = None,
     *,
     points_px: ArrayLike = (),
     scores: Sequence[float] | None = None,
@@ -44,7 +44,7 @@ def write_answer(
     Args:
         boxes_px: (N, 4) boxes in original pixels.
         frame: The frame in which the model writes.
-        reading: Its `answer_format` and `seg_token` are used; `Reading()` by default.
+        reading: Its `answer_format` and `seg_token` are used; `CompletionFormat()` by default.
         points_px: (P, 2) points in original pixels. Like confidences and slice, only JSON can hold them: an answer in
             words leaves them out.
         scores: N confidences in [0, 1].
@@ -53,14 +53,14 @@ def write_answer(
         rounding: Round to whole numbers of the frame, as models write them.
 
     Returns:
-        The answer, which `segrl.parsing.parse_completion` reads back.
+        The answer, which `segrl.predictions.parse_completion` reads back.
 
     Example:
         >>> frame = Frame("original_px", (64, 64))
-        >>> write_answer([[1, 2, 9, 8]], frame, Reading(answer_format="json"), points_px=[[4, 5]])
+        >>> write_answer([[1, 2, 9, 8]], frame, CompletionFormat(answer_format="json"), points_px=[[4, 5]])
         '[{"bbox_2d": [1, 2, 9, 8], "point_2d": [4, 5]}]<seg>'
     """
-    reading = reading or Reading()
+    reading = reading or CompletionFormat()
     if reading.answer_format == "text":
         if rounding:
             return format_answer(lesion, boxes_px, frame, reading.seg_token)
@@ -83,7 +83,12 @@ def write_answer(
 
 
 def write_completion(
-    boxes_px: ArrayLike, frame: Frame, reading: Reading | None = None, *, reasoning: str = REASONING, **answer: Any
+    boxes_px: ArrayLike,
+    frame: Frame,
+    reading: CompletionFormat | None = None,
+    *,
+    reasoning: str = REASONING,
+    **answer: Any,
 ) -> str:
     """Write a valid completion; see `write_answer` for the rest of the arguments.
 
@@ -101,7 +106,7 @@ def write_completion(
     return format_completion(reasoning, write_answer(boxes_px, frame, reading, **answer))
 
 
-def broken_completions(reasoning: str, answer: str, reading: Reading | None = None) -> dict[str, str]:
+def broken_completions(reasoning: str, answer: str, reading: CompletionFormat | None = None) -> dict[str, str]:
     """The traps of published systems: texts that hold this reasoning and answer, and that no reward may take for valid.
 
     Args:
@@ -116,7 +121,7 @@ def broken_completions(reasoning: str, answer: str, reading: Reading | None = No
         >>> broken_completions("A spot.", "No cyst is visible.<seg>")["two answers"]
         '<think>A spot.</think><answer>No cyst is visible.<seg></answer><answer>No cyst is visible.<seg></answer>'
     """
-    reading = reading or Reading()
+    reading = reading or CompletionFormat()
     token = reading.seg_token
     said = answer.removesuffix(token) if token else answer
     think, block = f"<think>{reasoning}</think>", f"<answer>{answer}</answer>"
@@ -201,7 +206,7 @@ _BROKEN_ANSWERS = {
 }
 
 
-def _boxes(size: int, reading: Reading) -> str:
+def _boxes(size: int, reading: CompletionFormat) -> str:
     count = size // (30 if reading.answer_format == "json" else 18)
     corners = [[n % 500, n // 500 % 500, n % 500 + 7, n // 500 % 500 + 7] for n in range(count)]
     listed = [{"bbox_2d": box} for box in corners] if reading.answer_format == "json" else corners
@@ -209,11 +214,11 @@ def _boxes(size: int, reading: Reading) -> str:
     return format_completion(REASONING, (text if reading.answer_format == "json" else text[1:-1]) + reading.seg_token)
 
 
-def _valid(reasoning: str, reading: Reading) -> str:
+def _valid(reasoning: str, reading: CompletionFormat) -> str:
     return write_completion([], Frame("original_px", (8, 8)), reading, reasoning=reasoning)
 
 
-HOSTILE: dict[str, Callable[[int, Reading], str]] = {
+HOSTILE: dict[str, Callable[[int, CompletionFormat], str]] = {
     "many boxes": _boxes,
     "long reasoning": lambda size, reading: _valid(" ".join(map(str, range(size // 6))), reading),
     "one sentence again and again": lambda size, reading: _valid("Look again. " * (size // 12), reading),

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from segrl.errors import RewardCheckError
-from segrl.prediction import Prediction, Target, VolumeTarget
-from segrl.rewards.making import make_reward
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
+from segrl.rewards.factory import make_reward
 from segrl.rewards.reward import Reward
 from segrl.testing import strategies  # noqa: F401  first: it says what to install where hypothesis is missing
 from segrl.testing.claims import CLAIMS

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from segrl.frames import NOT_SHOWN, Frame
-from segrl.prediction import Prediction, Target, VolumeTarget
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import NOT_SHOWN, Frame
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
 from segrl.testing import strategies
 from segrl.testing.answers import broken_completions, write_completion
 from segrl.testing.conformance import any_batch
@@ -314,7 +315,7 @@ def _blind(subject: Subject) -> str | None:
 @st.composite
 def _broken_pairs(draw: st.DrawFn, subject: Subject) -> Rows:
     """A valid answer, and an invalid text with the same content."""
-    reading: Reading = draw(st.sampled_from(subject.readings))
+    reading: CompletionFormat = draw(st.sampled_from(subject.readings))
     needs_mask, volume = subject.info.needs_mask, subject.info.volume
     target = draw((strategies.volume_targets if volume else strategies.targets)())
     valid = draw(strategies.predictions(target, valid=True, mask=needs_mask, reading=reading))

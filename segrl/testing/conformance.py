@@ -15,9 +15,10 @@ import yaml
 from hypothesis import strategies as st
 
 from segrl.errors import RewardError
-from segrl.frames import Frame
-from segrl.prediction import Prediction, Target, VolumeTarget
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import Frame
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
 from segrl.rewards.reward import Reward
 from segrl.testing import strategies
 from segrl.testing.answers import HOSTILE
@@ -122,7 +123,7 @@ def _called_by_trl(subject: Subject, rows: Rows) -> None:
         raise Violation(f"{expected} from TRL's call with unknown columns, as from score_batch", str(found), rows)
 
 
-def _parsed_again(reading: Reading, prediction: Prediction, target: Any) -> tuple[Prediction, Any]:
+def _parsed_again(reading: CompletionFormat, prediction: Prediction, target: Any) -> tuple[Prediction, Any]:
     size = (target.width, target.height)
     frame = reading.frame(size, size) if callable(reading.frame) else Frame(reading.frame, size)
     return reading.parse(prediction.text, frame), target
@@ -235,7 +236,7 @@ def _timed(subject: Subject, kind: str, size: int) -> tuple[float, list[float | 
             gc.enable()
 
 
-def _hostile_rows(subject: Subject, kind: str, size: int, reading: Reading) -> Rows:
+def _hostile_rows(subject: Subject, kind: str, size: int, reading: CompletionFormat) -> Rows:
     prediction = _hostile(kind, size, reading)
     mask = np.zeros((EDGE, EDGE), dtype=bool)
     mask[4:12, 6:20] = True
@@ -248,5 +249,5 @@ def _hostile_rows(subject: Subject, kind: str, size: int, reading: Reading) -> R
 
 
 @lru_cache(maxsize=len(HOSTILE) * len(SIZES))
-def _hostile(kind: str, size: int, reading: Reading) -> Prediction:
+def _hostile(kind: str, size: int, reading: CompletionFormat) -> Prediction:
     return reading.parse(HOSTILE[kind](size, reading), Frame("original_px", (EDGE, EDGE)))

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from segrl.frames import Frame
-from segrl.prediction import Prediction, Target, VolumeTarget
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import Frame
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
 from segrl.testing.answers import REASONING, broken_completions, write_answer, write_completion
 from segrl.testing.shapes import MAX_SIZE, boxes, masks, points, st, volumes
 
@@ -87,10 +88,10 @@ def completions(
     valid: bool | None = True,
     near: ArrayLike = (),
     depth: int | None = None,
-    reading: Reading | None = None,
+    reading: CompletionFormat | None = None,
     empty: bool | None = None,
 ) -> str:
-    """Completions in the grammar of `segrl.parsing`, or broken in one of the ways that published systems paid for.
+    """Completions in the grammar of `segrl.predictions.parsing`, or broken in one of the ways that systems paid for.
 
     Valid ones may reason in any script, with boxes in the reasoning too; in JSON they may hold points and confidences.
     Broken ones: text around the blocks, two answers, an answer in the reasoning, blocks left open, a token that is
@@ -109,7 +110,7 @@ def completions(
     Returns:
         Strategy for texts.
     """
-    reading = reading or Reading()
+    reading = reading or CompletionFormat()
     width, height = frame.original_size
     found = draw(boxes(width, height, near=near, min_boxes=int(empty is False), max_boxes=0 if empty else 4))
     said: dict[str, Any] = {"rounding": frame.kind != "original_px"}
@@ -128,7 +129,7 @@ def completions(
         texts = broken_completions(reasoning, write_answer(found, frame, reading, **said), reading)
         return texts[draw(st.sampled_from(list(texts)))]
     if not reading.require_seg and reading.seg_token and draw(st.booleans()):
-        reading = Reading(seg_token="", require_seg=False, answer_format=reading.answer_format)
+        reading = CompletionFormat(seg_token="", require_seg=False, answer_format=reading.answer_format)
     text = write_completion(found, frame, reading, reasoning=reasoning, **said)
     if not reading.require_reasoning and draw(st.booleans()):
         text = text.partition("</think>")[2]
@@ -143,7 +144,7 @@ def predictions(
     valid: bool | None = None,
     mask: bool = False,
     probability: bool = False,
-    reading: Reading | None = None,
+    reading: CompletionFormat | None = None,
     empty: bool | None = None,
 ) -> Prediction:
     """Predictions for a truth, read from `completions` in original pixels, many of them close to it.
@@ -163,7 +164,7 @@ def predictions(
         Strategy for predictions; the mask has the shape of the true one. A slice that the volume does not have is
         either given as it stands or counts as not shown, as with a frame that lists the slices.
     """
-    reading = reading or Reading()
+    reading = reading or CompletionFormat()
     shown, depth, slices = target, None, None
     if isinstance(target, VolumeTarget):
         depth = target.depth
@@ -205,7 +206,7 @@ def batches(
     max_groups: int = 2,
     group_size: int | None = None,
     valid: bool | None = None,
-    readings: Sequence[Reading] = (Reading(), Reading(answer_format="json")),
+    readings: Sequence[CompletionFormat] = (CompletionFormat(), CompletionFormat(answer_format="json")),
     max_size: int = MAX_SIZE,
 ) -> tuple[list[Prediction], list[Target | VolumeTarget], list[Hashable]]:
     """Batches as GRPO makes them: for each of some truths, several predictions in a row.

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from segrl.errors import RewardError
-from segrl.prediction import Prediction, Target, VolumeTarget
-from segrl.rewards.reading import Reading
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
 from segrl.rewards.reward import Reward
-from segrl.rewards.steps import Gate, GroupRelative
+from segrl.rewards.transforms import Gate, GroupRelative
 
 __all__ = ["AnyTarget", "Property", "Rows", "Subject", "Violation", "array_fields", "group_size", "leaves", "same"]
 
@@ -126,7 +127,7 @@ class Subject:
                 )
 
     @cached_property
-    def readings(self) -> list[Reading]:
+    def readings(self) -> list[CompletionFormat]:
         """How completions are read: in the reward's grammar, and, but for volumes, also in the other."""
         own = self.reward.reading
         other = "text" if own.answer_format == "json" else "json"

@@ -1,0 +1,88 @@
+"""`EncoderFingerprint`: which frozen encoder a segmenter has, as text that is the same in every run.
+
+`feature_key` makes a key for `segrl.caching.FeatureCache` of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segrl.caching.feature_cache import raw_bytes
+
+
+class EncoderFingerprint:
+    """Hash of class, settings and weights of a segmenter, without what trains while the encoder is frozen.
+
+    The weights are read once, and again when any of them was replaced or changed in place. A change through `.data`
+    that keeps the storage is not seen.
+
+    Args:
+        whole: nothing trains: every weight counts.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self._whole = whole
+        self._names: frozenset[str] = frozenset()
+        self._stamp: Any = None
+        self._value: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._whole,)  # a copy has weights of its own, and reads them
+
+    def __call__(self, segmenter: nn.Module) -> str | None:
+        """The fingerprint, or None where the weights are not all here (sharded over processes)."""
+        if any(type(tensor.data) is not Tensor or hasattr(tensor, "ds_id") for _, tensor in _tensors(segmenter)):
+            return None
+        if self._stamp is None or self._stamp != self._read_stamp(segmenter):
+            self._names = frozenset(name for name, _ in _tensors(segmenter)) if self._whole else _frozen(segmenter)
+            self._stamp, self._value = self._read_stamp(segmenter), self._hash(segmenter)
+        return self._value
+
+    def _read_stamp(self, segmenter: nn.Module) -> tuple[Any, ...]:
+        """What changes when a weight does, without looking at its values."""
+        return id(segmenter), *(
+            (name, tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
+            for name, tensor in _tensors(segmenter)
+            if name in self._names
+        )
+
+    def _hash(self, segmenter: Any) -> str:
+        kind = type(segmenter)
+        config = segmenter.to_config() if hasattr(segmenter, "to_config") else None
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{kind.__module__}.{kind.__qualname__} {segmenter.image_size} {config}".encode())
+        for name, tensor in sorted(_tensors(segmenter), key=lambda item: item[0]):
+            if name in self._names:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(raw_bytes(tensor))
+        return digest.hexdigest()
+
+
+def feature_key(encoder: str | None, content: str | None, device: str) -> str | None:
+    """What features are kept under: encoder (its fingerprint), precision on this type of device, and content.
+
+    Returns:
+        None where they are not kept, since one of the two is not known.
+    """
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None if encoder is None or content is None else f"{encoder} {precision} {content}"
+
+
+def _tensors(segmenter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from segmenter.named_parameters()
+    yield from segmenter.named_buffers()
+
+
+def _frozen(segmenter: Any) -> frozenset[str]:
+    """Names of all buffers and of the parameters that `freeze` freezes with the encoder."""
+    trains = {name: parameter.requires_grad for name, parameter in segmenter.named_parameters()}
+    segmenter.freeze(encoder=True)
+    names = {name for name, parameter in segmenter.named_parameters() if not parameter.requires_grad}
+    for name, parameter in segmenter.named_parameters():
+        parameter.requires_grad_(trains[name])
+    return frozenset(names | {name for name, _ in segmenter.named_buffers()})

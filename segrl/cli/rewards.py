@@ -1,0 +1,166 @@
+"""`segrl rewards`: list, describe, score, audit and check."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segrl.cli.output import BAD, OK, YAML_SUFFIXES, _complain, _print_json, _search_here
+from segrl.errors import RewardCheckError, RewardError
+
+__all__ = []
+if TYPE_CHECKING:  # imported when a command needs it, so that --help is quick
+    from segrl.rewards.reward import Reward
+
+REWARD_HELP = "a name from 'segrl rewards list', or module:attribute"
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+    from rich.text import Text
+
+    from segrl.reports.terminal import console, limits, printable
+    from segrl.rewards.describe import describe_info
+    from segrl.rewards.registry import all_reward_infos
+
+    described = [describe_info(info) for info in all_reward_infos()]
+    if arguments.json:
+        return _print_json(described)
+    table = Table("name", "form", "range", "origin", "summary")
+    for reward in described:
+        style = "red" if reward["broken"] else ""
+        cells = (reward["name"], reward["form"], limits(reward["range"]), reward["origin"], reward["summary"])
+        table.add_row(*(Text(printable(cell), style=style) for cell in cells))
+    console().print(table)
+    return OK
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+    from rich.text import Text
+
+    from segrl.reports.terminal import console, limits, number, printable, printable_lines
+    from segrl.rewards.describe import describe_reward
+
+    if ":" in arguments.reward:
+        _search_here()
+    composed = Path(arguments.reward).suffix in YAML_SUFFIXES
+    reward = describe_reward(_reward(arguments.reward) if composed else arguments.reward)
+    if arguments.json:
+        return _print_json(reward)
+    empty = ", ".join(f"{side} {number(score)}" for side, score in (reward["empty"] or {}).items())
+    facts = {
+        "form": reward["form"],
+        "equation": reward["equation"],
+        "range": limits(reward["range"]),
+        "empty sides": empty,
+        "invariant under": ", ".join(reward["invariant"]),
+        "monotone in": ", ".join(reward["monotone"]),
+        "needs": ", ".join(reward["needs"]),
+        "source": reward["source"],
+        "origin": reward["origin"],
+    }
+    out = console()
+    out.print(Text(printable(reward["name"]), style="bold"), Text(printable(reward["summary"])), sep="\n")
+    table = Table(box=None, show_header=False)
+    for name, fact in facts.items():
+        table.add_row(Text(name), Text(printable(fact) or "-"))
+    out.print(table)
+    if reward["settings"]:
+        settings = Table("setting", "default", "meaning")
+        for setting in reward["settings"]:
+            default = "(required)" if setting["required"] else repr(setting["default"])
+            settings.add_row(*(Text(printable(cell)) for cell in (setting["name"], default, setting["doc"])))
+        out.print(settings)
+    if "yaml" in reward:
+        out.print(Text(printable_lines(reward["yaml"])))
+    return OK
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from segrl.scoring.scores import check_output, score_file
+
+    names = list(arguments.rewards)
+    if arguments.predictions is None and len(names) > 1:  # they were written behind --rewards
+        arguments.predictions = names.pop()
+    path = Path(arguments.predictions or "")
+    if not path.name or not (path.suffix or path.exists()):
+        raise RewardError("no file of predictions; expected segrl rewards score --rewards FILE|NAME PREDICTIONS")
+    if arguments.output is not None:
+        check_output(arguments.output)
+    reading = {
+        "frame": arguments.frame,
+        "answer_format": arguments.answer_format,
+        "require_seg": False if arguments.no_seg else None,
+        "require_reasoning": False if arguments.no_reasoning else None,
+    }
+    reward = _sum(names, **{key: value for key, value in reading.items() if value is not None})
+    scores = score_file(reward, path, truth=arguments.truth, on=arguments.on, progress=arguments.progress)
+    if arguments.output is not None:
+        scores.write(arguments.output)
+    if arguments.json:
+        return _print_json(scores.summary(arguments.rows))
+    from segrl.scoring.report import print_scores
+
+    print_scores(scores, arguments.rows)
+    return OK
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from segrl.audit.judging import audit
+
+    if bool(arguments.names) == bool(arguments.rewards):
+        raise RewardError("expected names of rewards, or --rewards FILE")
+    if arguments.rewards:
+        rewards: list[Reward] = [_reward(arguments.rewards)]
+    else:
+        rewards = [_sum(arguments.names)] if arguments.sum else [_reward(name) for name in arguments.names]
+    report = audit(rewards)
+    if arguments.json:
+        _print_json(report.to_dict())
+    else:
+        from segrl.reports.terminal import console
+
+        console().print(report)
+    return BAD if report.gamed else OK
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from segrl.reports.terminal import console, printable_lines
+
+    try:
+        from segrl.testing.checks import check_reward
+    except ImportError as error:  # hypothesis is not installed; the message says so
+        return _complain(str(error))
+    settings = {} if arguments.examples is None else {"max_examples": arguments.examples}
+    status = OK
+    for name in arguments.names:
+        try:
+            told = str(check_reward(_reward(name), **settings))
+        except RewardCheckError as error:
+            told, status = str(error), BAD
+        console().print(printable_lines(told), soft_wrap=True)
+    return status
+
+
+def _reward(reference: str, **reading: Any) -> Reward:
+    """A reward from a YAML file or by name."""
+    from segrl.rewards.factory import make_reward
+    from segrl.rewards.serialization import load_reward
+
+    if Path(reference).suffix in YAML_SUFFIXES:
+        return make_reward(load_reward(reference), **reading)
+    if ":" in reference:
+        _search_here()
+    return make_reward(reference, **reading)
+
+
+def _sum(references: Sequence[str], **reading: Any) -> Reward:
+    """One reward, or the sum of several."""
+    from segrl.rewards.factory import make_reward, weighted_sum
+
+    if len(references) == 1:
+        return _reward(references[0], **reading)
+    return make_reward(weighted_sum([(_reward(reference), 1.0) for reference in references]), **reading)

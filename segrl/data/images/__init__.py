@@ -1,0 +1,1 @@
+"""Images: folders, prompts, synthetic lesions, augmentation."""

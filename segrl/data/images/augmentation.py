@@ -1,0 +1,87 @@
+"""Augmented copies of a small data set, made before training so that all samples of a GRPO group see the same image."""
+
+# H, W pixels of an image and its mask
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from segrl.errors import DataError
+from segrl.geometry.masks import binarize
+from segrl.predictions.frames import shrunk_size
+
+
+def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed: int = 0) -> Dataset:
+    """The rows of a data set and `copies` changed copies of each, in one data set that lives in memory.
+
+    A copy is flipped and turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in
+    brightness, contrast and gamma; its mask moves along. A crop that would cut the lesion away altogether is not
+    made. Texts stay, so do not use this where a query or a given reasoning says left, right, above or below.
+
+    Args:
+        dataset: columns image, mask and name; others are copied. A filled reasoning column is refused.
+        copies: changed copies per row; 0 only scales.
+        max_edge: scale images and masks down to this longest edge, pixels; None keeps their size.
+        seed: of all random choices; the same seed gives the same data.
+
+    Returns:
+        `len(dataset) * (1 + copies)` rows with the same columns; a copy's name ends in `#1`, `#2`, ...
+
+    Raises:
+        DataError: `copies` below 0, or a row with reasoning that describes the unchanged image.
+    """
+    if copies < 0:
+        raise DataError(f"copies={copies}: expected 0 or more")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index in range(len(dataset)):
+            row = dataset[index]
+            if copies and str(row.get("reasoning") or "").strip():
+                raise DataError(
+                    f"{row['name']}: has its own reasoning, which a turned image would contradict; use copies=0"
+                )
+            image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+            mask = PILImage.fromarray(binarize(np.asarray(row["mask"]), str(row["name"])).astype(np.uint8) * 255)
+            size = shrunk_size(image.size, max_edge)
+            if size != image.size:
+                image = image.resize(size, PILImage.Resampling.BICUBIC)
+                mask = mask.resize(size, PILImage.Resampling.NEAREST)
+            yield {**row, "image": _png(image), "mask": _png(mask)}
+            for copy in range(1, copies + 1):
+                rng = np.random.default_rng((seed, index, copy))
+                changed, moved = _changed(np.asarray(image), np.asarray(mask), rng)
+                pictures = {"image": _png(PILImage.fromarray(changed)), "mask": _png(PILImage.fromarray(moved))}
+                yield {**row, **pictures, "name": f"{row['name']}#{copy}"}
+
+    return Dataset.from_list(list(rows()), features=dataset.features)
+
+
+def _changed(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One random view of an image "H W 3" and its mask "H W", both uint8."""
+    height, width = mask.shape
+    high, wide = (max(8, int(side * rng.uniform(0.75, 1.0))) for side in (height, width))
+    top, left = int(rng.integers(max(1, height - high + 1))), int(rng.integers(max(1, width - wide + 1)))
+    window = (slice(top, top + high), slice(left, left + wide))
+    if mask[window].any() or not mask.any():
+        image, mask = image[window], mask[window]
+    turns, flip = int(rng.integers(4)), bool(rng.integers(2))
+    image, mask = np.rot90(image, turns), np.rot90(mask, turns)
+    if flip:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    gamma, contrast, shift = np.exp(rng.normal(0, 0.2)), rng.uniform(0.75, 1.25), rng.uniform(-0.1, 0.1)
+    values = (image / 255.0) ** gamma
+    values = np.clip((values - values.mean()) * contrast + values.mean() + shift, 0, 1)
+    return np.ascontiguousarray((values * 255).round().astype(np.uint8)), np.ascontiguousarray(mask)
+
+
+def _png(image: PILImage.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}

@@ -1,0 +1,1 @@
+"""Volumes: files, intensity scaling, shown slices, prompts, synthetic volumes."""

@@ -1,0 +1,168 @@
+"""Volumes as stacks of grey slices: intensity scaling, and the choice of the slices that a model is shown.
+
+A volume is an array (D, H, W): D axial slices from inferior to superior, H rows from anterior to posterior, W columns
+from the patient's right to left. `segrl.data.read_volume` brings files into this order.
+"""
+
+# D slices, H/W pixels of a slice
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.errors import DataError
+
+__all__ = ["CT_WINDOW", "Intensity", "intensity_for", "scale_intensity"]
+
+IntensityKind = Literal["window", "percentile"]
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """How voxels become grey values: `low` and below turn black, `high` and above white.
+
+    Attributes:
+        kind: `window`: low and high are voxel values (Hounsfield units for CT); `percentile`: they are percentiles,
+            0 to 100, of the voxels that are not zero, since zero is the empty space around an MR scan.
+        low: Lower end.
+        high: Upper end, above `low`.
+
+    Raises:
+        DataError: For an unknown kind, ends that are not finite or not in order, or a percentile outside 0 to 100.
+
+    Example:
+        >>> str(Intensity("window", -160, 240))
+        'window:-160:240'
+    """
+
+    kind: IntensityKind
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(IntensityKind):
+            raise DataError(f"intensity kind {self.kind!r}: expected 'window' or 'percentile'")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise DataError(f"intensity {self}: expected two finite numbers, the lower one first")
+        if self.kind == "percentile" and not (self.low >= 0 and self.high <= 100):
+            raise DataError(f"intensity {self}: expected percentiles from 0 to 100, as in 'percentile:0.5:99.5'")
+
+    @classmethod
+    def parse(cls, text: str) -> Intensity:
+        """Reads the text form, the inverse of `str`.
+
+        Args:
+            text: `window:<low>:<high>` in voxel values or `percentile:<low>:<high>`.
+
+        Raises:
+            DataError: If the text is neither.
+
+        Example:
+            >>> Intensity.parse("percentile:0.5:99.5")
+            Intensity(kind='percentile', low=0.5, high=99.5)
+        """
+        kind, *ends = text.strip().split(":")
+        try:
+            low, high = (float(end) for end in ends)
+        except ValueError:
+            raise DataError(
+                f"intensity {text!r}: expected 'window:<low>:<high>' or 'percentile:<low>:<high>', for example "
+                "'window:-160:240'"
+            ) from None
+        return cls(kind.strip(), low, high)  # pyright: ignore[reportArgumentType]  (checked in __post_init__)
+
+    def __str__(self) -> str:
+        return ":".join([str(self.kind), *(str(float(end)).removesuffix(".0") for end in (self.low, self.high))])
+
+
+CT_WINDOW = Intensity("window", -160, 240)
+"""The soft tissue window of CT: level 40, width 400 Hounsfield units."""
+_BYTES = Intensity("window", 0, 255)
+_UNIT = Intensity("window", 0, 1)
+_PERCENTILE = Intensity("percentile", 0.5, 99.5)
+
+
+def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
+    """Chooses the scaling by the modality and the range of the voxels.
+
+    A CT in Hounsfield units has negative voxels: air is -1000, fat -100. It gets the soft tissue window, `CT_WINDOW`. A
+    CT without negative voxels was windowed before: it keeps its range if that is 0 to 1 or 0 to 255. Everything else
+    has no fixed unit and is scaled between the percentiles 0.5 and 99.5.
+
+    Args:
+        modality: For example "CT", "CT scan", "MRI"; may be empty.
+        voxels: (D, H, W), any real type.
+
+    Raises:
+        DataError: If the volume is not (D, H, W) with voxels, or has NaN or infinite ones.
+
+    Example:
+        >>> str(intensity_for("CT", np.array([[[-1000, 60]]])))
+        'window:-160:240'
+    """
+    volume = _volume(voxels)
+    low, high = _range(volume)
+    words = re.split(r"[^a-z]+", modality.lower())
+    if "ct" not in words and "computed tomography" not in " ".join(words):
+        return _PERCENTILE
+    if low < 0:
+        return CT_WINDOW
+    return _UNIT if high <= 1 else _BYTES if high <= 255 else _PERCENTILE
+
+
+def scale_intensity(voxels: ArrayLike, intensity: Intensity) -> np.ndarray:
+    """Scales voxels to grey values.
+
+    Args:
+        voxels: (D, H, W), any real type; it is read slice by slice and not copied as a whole, unless for percentiles.
+        intensity: The range that is spread over 0 to 255; values beyond are clipped.
+
+    Returns:
+        (D, H, W) uint8. A constant volume is black under percentiles. Where only the voxels that are not zero are all
+        the same, as in a binary volume, minimum and maximum take the place of the percentiles.
+
+    Raises:
+        DataError: If the volume is not (D, H, W) with voxels, or has NaN or infinite ones.
+
+    Example:
+        >>> scale_intensity([[[-1000, -160, 40, 240, 3000]]], CT_WINDOW).tolist()
+        [[[0, 0, 128, 255, 255]]]
+    """
+    volume = _volume(voxels)
+    low, high = intensity.low, intensity.high
+    smallest, largest = _range(volume)
+    grey = np.zeros(volume.shape, dtype=np.uint8)
+    if intensity.kind == "percentile":
+        if smallest == largest:
+            return grey
+        low, high = (float(end) for end in np.percentile(volume[volume != 0], (low, high)))
+        if low == high:
+            low, high = smallest, largest
+    for section, shade in zip(volume, grey, strict=True):
+        share = (section.astype(np.float64) - low) / (high - low)
+        shade[...] = np.clip(share, 0, 1) * 255 + 0.5
+    return grey
+
+
+def _volume(voxels: ArrayLike) -> np.ndarray:
+    volume = np.asarray(voxels)
+    if volume.ndim != 3 or not volume.size or volume.dtype.kind not in "buif":
+        raise DataError(
+            f"voxels {volume.dtype} {volume.shape}: expected real numbers of the shape (D, H, W), not empty"
+        )
+    return volume
+
+
+def _range(volume: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest voxel; a NaN or an infinity shows up in one of the two."""
+    low, high = float(volume.min()), float(volume.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = sum(int(np.count_nonzero(~np.isfinite(section))) for section in volume)
+        raise DataError(f"voxels: {count} of {volume.size} are NaN or infinite; replace them, as with numpy.nan_to_num")
+    return low, high

@@ -1,0 +1,181 @@
+"""M3D-Seg (Bai et al., M3D, arXiv:2404.00578), where the published 3D results of MedVol-R1 come from.
+
+The layout is the one that M3D's own code writes and reads: `Data/process/m3d_seg_data_preprocess.py` and
+`m3d_seg_data_prepare.py` of https://github.com/BAAI-DCAI/M3D, and `data_load_demo.py` beside the files at
+https://huggingface.co/datasets/GoodBaiBai88/M3D-Seg. Names of structures: `LaMed/src/dataset/dataset_info.py` there.
+No file of M3D-Seg was available when this was written; it is tested on small files of the same layout.
+
+    M3D_Seg/0012/0012.json                     splits, names of the labels
+    M3D_Seg/0012/<case>/image.npy              (1, X, Y, Z) float
+    M3D_Seg/0012/<case>/mask_(6, X, Y, Z).npz  sparse (6, X * Y * Z), one row per structure
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datasets import Dataset
+
+from segrl.data.manifest import raise_all
+from segrl.data.reasoning import build_query
+from segrl.data.volumes.folder import file_problems, volume_dataset
+from segrl.data.volumes.intensity import Intensity
+from segrl.data.volumes.nifti import label_values
+from segrl.errors import DataError, unknown_name
+
+__all__ = ["M3D_SEG_DATASETS", "load_m3d_seg"]
+
+M3D_SEG_DATASETS = {"AbdomenCT-1K": "0003", "KiTS23": "0004", "CT-ORG": "0012"}
+"""Numbers of the data sets that MedVol-R1 is evaluated on; any other number of M3D-Seg loads as well."""
+
+_STRUCTURES = {
+    "0003": ("liver", "kidney", "spleen", "pancreas"),
+    "0004": ("kidney", "kidney tumor", "kidney cyst"),
+    "0012": ("liver", "bladder", "lungs", "kidneys", "bone", "brain"),
+}
+_ANATOMY = {"0003": "Abdomen", "0004": "Abdomen"}  # CT-ORG shows all of the body
+
+
+def load_m3d_seg(
+    path: str | Path,
+    dataset: str,
+    split: str | None = None,
+    *,
+    validate: bool = True,
+    limit: int | None = None,
+    intensity: str = "percentile:0:100",
+) -> Dataset:
+    """Loads a data set of M3D-Seg, one row per case and structure that is present; a case without any gives no row.
+
+    The images of M3D-Seg are not in Hounsfield units, and their affines are lost: they were clipped to the percentiles
+    0.05 and 99.95 of the voxels above their mean and standardised. The default intensity therefore takes their whole
+    range, as M3D's own code does; spacing is 1 mm (see `read_volume`), so distances are in voxels, not in millimetres.
+
+    Args:
+        path: The folder with the data sets' folders (`M3D_Seg`), the folder above it, or the folder of the data set.
+        dataset: "CT-ORG", "AbdomenCT-1K" or "KiTS23", or a number such as "0012".
+        split: "train" or "test", as the data set's JSON file has them; None takes all.
+        validate: Read every file now; the three data sets are tens of gigabytes.
+        limit: Keep only the first rows, after the split.
+        intensity: For every row, see `segrl.data.Intensity`.
+
+    Returns:
+        A data set with the columns of `load_volumes`, where label_value is the number of the structure in the JSON file
+        and lesion its name, and the columns split and source, the name of the data set. M3D-Seg has no questions: the
+        query is built from the structure.
+
+    Raises:
+        DataError: If there is no such data set in the folder, its JSON file is not of the layout, there are no rows,
+            or, with all problems in one message, for bad cases and files.
+        UnknownNameError: For a data set or split of another name.
+    """
+    code = M3D_SEG_DATASETS.get(dataset, dataset)
+    if not (code.isdecimal() and len(code) == 4):
+        raise unknown_name("data set of M3D-Seg", dataset, [*M3D_SEG_DATASETS, *M3D_SEG_DATASETS.values()])
+    Intensity.parse(intensity)
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: expected 1 or more rows, or None for all")
+    listing = _find_listing(Path(path), code)
+    content = _read_listing(listing)
+    splits = {name: cases for name, cases in content.items() if isinstance(cases, list)}
+    if split is not None and split not in splits:
+        raise unknown_name(f"split of {listing}", split, splits)
+    structures = _structures(listing, content, code)
+    source = next((name for name, number in M3D_SEG_DATASETS.items() if number == code), code)
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    problems: list[str] = []
+    chosen = splits if split is None else {split: splits[split]}
+    total = 0
+    for place, case in _cases(chosen):
+        if limit is not None and len(rows) >= limit:
+            break
+        total += 1
+        try:
+            scan, label = (_resolve(case, key, listing, code) for key in ("image", "label"))
+            values = label_values(label)
+            if values and values[-1] > len(structures):
+                raise DataError(
+                    f"{label}: has the structure {values[-1]}, but the labels of {listing.name} end at "
+                    f"{len(structures)}; complete them"
+                )
+        except DataError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        for value in values:
+            name = f"{code}/{scan.parent.name}/{structures[value - 1]}"
+            texts = (structures[value - 1], _ANATOMY.get(code, ""), "CT")
+            rows.append(
+                {"scan": str(scan), "label": str(label), "label_value": value, "intensity": intensity}
+                | {"query": build_query(*texts, name, noun="scan"), "modality": "CT", "anatomy": texts[1]}
+                | {"lesion": texts[0], "name": name, "split": place.split()[0], "source": source}
+            )
+            places.append(f"{place}: {texts[0]}")
+    made = volume_dataset(rows[:limit])
+    if validate:
+        problems += file_problems(made, places[:limit], allow_empty=False)
+    raise_all(problems, total, str(listing))
+    if not rows:
+        raise DataError(
+            f"{listing}: no structure in any case of {list(chosen)}; expected at least one; check the split"
+        )
+    return made
+
+
+def _find_listing(folder: Path, code: str) -> Path:
+    name = f"{code}.json"
+    tried = [folder / code / name, folder / "M3D_Seg" / code / name, folder / code / code / name, folder / name]
+    for listing in tried:
+        if listing.is_file():
+            return listing
+    raise DataError(
+        f"{folder}: no data set {code} of M3D-Seg; expected {tried[0]}; unpack {code}.zip there, or give the folder "
+        "that holds it"
+    )
+
+
+def _read_listing(listing: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(listing.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{listing}: not a JSON file ({error}); replace it") from error
+    if not isinstance(content, dict) or not any(isinstance(cases, list) for cases in content.values()):
+        raise DataError(f"{listing}: expected the lists 'train' and 'test' of image and label; replace the file")
+    return content
+
+
+def _structures(listing: Path, content: dict[str, Any], code: str) -> tuple[str, ...]:
+    """Names of the channels, the first one being label 1."""
+    labels = content.get("labels")
+    if labels is None and code in _STRUCTURES:
+        return _STRUCTURES[code]
+    names = [labels.get(str(number)) for number in range(1, len(labels))] if isinstance(labels, dict) else []
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise DataError(
+            f"{listing}: labels {labels!r}; expected names by number, as {{'0': 'background', '1': 'liver'}}"
+        )
+    return tuple(str(name) for name in names)
+
+
+def _cases(splits: dict[str, list[Any]]) -> Iterator[tuple[str, Any]]:
+    for split, cases in splits.items():
+        for number, case in enumerate(cases):
+            yield f"{split} case {number}", case
+
+
+def _resolve(case: Any, key: str, listing: Path, code: str) -> Path:
+    """The file of a case, whatever folder the paths in the JSON file begin with."""
+    text = case.get(key) if isinstance(case, dict) else None
+    if not isinstance(text, str) or not text:
+        raise DataError(f"{case!r}: expected the paths 'image' and 'label'")
+    parts = PurePosixPath(text).parts
+    start = len(parts) - parts[::-1].index(code) if code in parts else 0
+    if key == "label" and not text.endswith(".npz"):
+        raise DataError(
+            f"{text}: expected a sparse .npz label; M3D's own preparation, which squeezes every scan into 32 slices, "
+            "writes others; use the files as they are published"
+        )
+    return listing.parent.joinpath(*parts[start:])

@@ -1,0 +1,24 @@
+"""A model judged on a data set: one record per row, and the baselines beside it."""
+
+from segrl.evaluation.constant_mask import constant_mask_baseline, evaluate_constant_mask
+from segrl.evaluation.images import evaluate
+from segrl.evaluation.volumes import (
+    VOLUME_GROUPINGS,
+    VOLUME_METRICS,
+    evaluate_oracle_boxes,
+    evaluate_volumes,
+    summarise_volumes,
+    volume_record,
+)
+
+__all__ = [
+    "VOLUME_GROUPINGS",
+    "VOLUME_METRICS",
+    "constant_mask_baseline",
+    "evaluate",
+    "evaluate_constant_mask",
+    "evaluate_oracle_boxes",
+    "evaluate_volumes",
+    "summarise_volumes",
+    "volume_record",
+]

@@ -1,0 +1,235 @@
+"""Evaluation on volumes: the 3D mask in voxels and millimetres, and the key slice that the answer names.
+
+Beside the model stands what the frozen segmenter makes of the true boxes on the best slice: no answer of the same form
+can be expected to do better.
+"""
+
+# D slices, H/W pixels of a slice
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.progress import track
+
+from segrl.data.volumes.case import read_grey, read_truth
+from segrl.data.volumes.prompts import format_slice_answer
+from segrl.errors import DataError
+from segrl.inference.volumes import VolumeSegmenter
+from segrl.metrics.overlap import dice, iou
+from segrl.metrics.summary import summarise
+from segrl.metrics.surfaces import hausdorff, surface_dice
+from segrl.predictions.frames import Frame
+from segrl.predictions.parsing import format_completion, parse_completion
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import VolumeTarget
+from segrl.rewards.factory import make_reward
+from segrl.segmenters.propagated_masks import add_volume_masks
+from segrl.segmenters.propagation import VolumePropagator
+
+__all__ = [
+    "VOLUME_GROUPINGS",
+    "VOLUME_METRICS",
+    "evaluate_oracle_boxes",
+    "evaluate_volumes",
+    "summarise_volumes",
+    "volume_record",
+]
+
+VOLUME_METRICS = {
+    "mdice": "dice",
+    "miou": "iou",
+    "fail": "fail",
+    "hd95_mm": "hd95_mm",
+    "nsd": "nsd",
+    "slice_visibility": "slice_visibility",
+    "slice_boxes": "slice_boxes",
+}
+VOLUME_GROUPINGS = ("lesion",)  # the structure: a data set of organs names them in this column
+_UNDEFINED = ("hd95_mm",)
+_TEXTS = ("query", "modality", "anatomy", "lesion", "name")
+
+
+def volume_record(prediction: Prediction, target: VolumeTarget, *, nsd_tolerance_mm: float = 2.0) -> dict[str, Any]:
+    """Score one answer about a volume; plain Python values, ready for JSON.
+
+    A prediction without a mask counts as an empty one, so that an answer which names nothing is right about a volume
+    that holds nothing.
+
+    Args:
+        prediction: Its (D, H, W) mask is compared with the truth; its slice and boxes with that slice of it.
+        target: Truth, spacing in millimetres and texts.
+        nsd_tolerance_mm: Distance up to which two surfaces agree, millimetres; at least 0.
+
+    Returns:
+        A record for `summarise_volumes`:
+
+        - "dice", "iou": of the voxels, in [0, 1]; both masks empty 1.0, exactly one empty 0.0.
+        - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None.
+        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0.
+        - "fail": Dice is 0 or the text is invalid.
+        - "slice_visibility", "slice_boxes": the rewards of these names, which pay nothing for an invalid text.
+        - "slice_index", "boxes" (original pixels), "status", "text" of the prediction, and the texts of the target.
+
+        Where "hd95_mm" is None there is no distance: such a volume counts in the other scores alone.
+
+    Raises:
+        DataError: The mask has another shape than the truth, which is named, or a tolerance below 0.
+    """
+    mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
+    if mask.shape != target.mask.shape:
+        raise DataError(
+            f"{target.name or 'volume'}: the predicted mask has shape {mask.shape}, the true one {target.mask.shape}; "
+            "put the prediction on the grid of the scan"
+        )
+    overlap = dice(mask, target.mask)
+    distance = hausdorff(mask, target.mask, spacing=target.spacing_mm)
+    return {
+        **{name: getattr(target, name) for name in _TEXTS},
+        "dice": overlap,
+        "iou": iou(mask, target.mask),
+        "fail": not prediction.valid or overlap == 0.0,
+        "hd95_mm": distance if math.isfinite(distance) else None,
+        "nsd": surface_dice(mask, target.mask, nsd_tolerance_mm, target.spacing_mm),
+        "slice_visibility": make_reward("slice_visibility").score(prediction, target),
+        "slice_boxes": make_reward("slice_boxes").score(prediction, target),
+        "slice_index": prediction.slice_index,
+        "boxes": prediction.boxes.tolist(),
+        "status": str(prediction.status.value),
+        "text": prediction.text,
+    }
+
+
+def summarise_volumes(
+    records: Sequence[Mapping[str, Any]], *, groupings: Sequence[str] = VOLUME_GROUPINGS
+) -> dict[str, Any]:
+    """Means, 95 % bootstrap intervals and a breakdown by structure of `volume_record`s.
+
+    A mean of "hd95_mm" leaves out the volumes in which exactly one mask was empty, so a model that often finds nothing
+    may look good by it: read it beside "n_scored", the number of volumes that it is over, and beside "fail".
+
+    Args:
+        records: At least one record of `volume_record`.
+        groupings: Keys of the records that the breakdowns are by.
+
+    Returns:
+        As `segrl.metrics.summarise`: "mdice", "miou", "fail", "nsd", "slice_visibility" and "slice_boxes" in [0, 1],
+        "hd95_mm" in millimetres (None if it applies to no volume), "n", "n_scored": {"hd95_mm": ...}, "ci95", "groups".
+
+    Raises:
+        DataError: As `segrl.metrics.summarise`.
+    """
+    return summarise(records, metrics=VOLUME_METRICS, groupings=groupings, optional=_UNDEFINED)
+
+
+OnAnswer = Callable[[int, np.ndarray, Prediction, VolumeTarget], None]
+
+
+def evaluate_volumes(
+    segmenter: VolumeSegmenter,
+    dataset: Dataset,
+    *,
+    batch_size: int = 4,
+    nsd_tolerance_mm: float = 2.0,
+    progress: bool = True,
+    on_answer: OnAnswer | None = None,
+) -> list[dict[str, Any]]:
+    """Ask the model about every row, greedily.
+
+    Args:
+        segmenter: The model with its frozen segmenter.
+        dataset: Rows of `segrl.data.load_volumes`.
+        batch_size: Rows per generation; so many volumes are in memory at once.
+        nsd_tolerance_mm: See `volume_record`.
+        progress: Show a progress bar.
+        on_answer: Called for every row with its number, the grey values (D, H, W), the prediction and the truth; to
+            draw or keep what the records do not hold.
+
+    Returns:
+        One `volume_record` per row, in order.
+
+    Raises:
+        DataError: `batch_size` is below 1, or a file cannot be read.
+    """
+
+    def answers(read: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+        return segmenter.predict_batch([grey for grey, _ in read], [target.query for _, target in read])
+
+    return _scored("evaluate", answers, dataset, batch_size, nsd_tolerance_mm, progress, on_answer)
+
+
+def evaluate_oracle_boxes(
+    propagator: VolumePropagator,
+    dataset: Dataset,
+    *,
+    batch_size: int = 4,
+    nsd_tolerance_mm: float = 2.0,
+    progress: bool = True,
+    on_answer: OnAnswer | None = None,
+) -> list[dict[str, Any]]:
+    """Score what the frozen segmenter makes of the true boxes on the slice with most foreground.
+
+    Args:
+        propagator: As the model's is used: with `reach=None`.
+        dataset: As in `evaluate_volumes`, as the rest.
+        batch_size: Rows that are propagated together; so many volumes are in memory at once.
+        nsd_tolerance_mm: See `volume_record`.
+        progress: Show a progress bar.
+        on_answer: See `evaluate_volumes`.
+
+    Returns:
+        One `volume_record` per row, in order; a volume without foreground gets the answer that there is none.
+
+    Raises:
+        DataError: As `evaluate_volumes`.
+    """
+
+    def answers(read: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+        said = [_true_answer(target) for _, target in read]
+        return add_volume_masks(propagator, said, [grey for grey, _ in read], [""] * len(read))
+
+    return _scored("oracle", answers, dataset, batch_size, nsd_tolerance_mm, progress, on_answer)
+
+
+def _scored(
+    title: str,
+    answers: Callable[[list[tuple[np.ndarray, VolumeTarget]]], list[Prediction]],
+    dataset: Dataset,
+    batch_size: int,
+    nsd_tolerance_mm: float,
+    progress: bool,
+    on_answer: OnAnswer | None,
+) -> list[dict[str, Any]]:
+    """A record of every row, of what `answers` says to the grey values and truths of a batch."""
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
+    records: list[dict[str, Any]] = []
+    starts = range(0, len(dataset), batch_size)
+    for start in track(starts, title, len(starts), disable=not progress):
+        read = [_read(dataset[n]) for n in range(start, min(start + batch_size, len(dataset)))]
+        for answer, (grey, target) in zip(answers(read), read, strict=True):
+            if on_answer is not None:
+                on_answer(len(records), grey, answer, target)
+            records.append(volume_record(answer, target, nsd_tolerance_mm=nsd_tolerance_mm))
+    return records
+
+
+def _true_answer(target: VolumeTarget) -> Prediction:
+    """The true boxes, original pixels, on the slice with most foreground; without any, an answer without a slice."""
+    frame = Frame("original_px", (target.width, target.height))
+    answer = "{}"
+    if not target.empty:
+        key = int(target.slice_areas.argmax())
+        answer = format_slice_answer(key, target.at(key).boxes, frame)
+    return parse_completion(format_completion("The truth.", answer), frame, require_seg=False, answer_format="json")
+
+
+def _read(row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
+    """Grey values and truth of a row."""
+    volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
+    mask = read_truth(row, volume, allow_empty=True)
+    return grey, VolumeTarget(mask, volume.spacing_mm, **{name: str(row.get(name) or "") for name in _TEXTS})

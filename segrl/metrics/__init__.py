@@ -1,0 +1,22 @@
+"""Scores of one mask against another, and their summary over a data set with bootstrap intervals."""
+
+from segrl.metrics.overlap import dice, failure, iou
+from segrl.metrics.structure import s_measure, soft_dice
+from segrl.metrics.summary import bootstrap_ci, paired_bootstrap_ci, summarise
+from segrl.metrics.surfaces import boundary_iou, hausdorff, surface, surface_dice, surface_distances
+
+__all__ = [
+    "bootstrap_ci",
+    "boundary_iou",
+    "dice",
+    "failure",
+    "hausdorff",
+    "iou",
+    "paired_bootstrap_ci",
+    "s_measure",
+    "soft_dice",
+    "summarise",
+    "surface",
+    "surface_dice",
+    "surface_distances",
+]

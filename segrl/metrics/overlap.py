@@ -1,0 +1,81 @@
+"""Evaluation: mask overlap, failures, bootstrap intervals and the summary of a run.
+
+Overlap scores are fractions in [0, 1]; reports multiply by 100. Masks are bool or integer arrays in which every nonzero
+pixel is foreground. Empty masks follow `segrl.geometry.empty_score`: both empty 1.0, exactly one empty 0.0.
+"""
+
+# n samples, k metrics, S side of a square mask
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.errors import DataError
+from segrl.geometry.masks import empty_score, foreground
+
+__all__ = ["dice", "failure", "iou"]
+
+
+def dice(pred: ArrayLike, true: ArrayLike) -> float:
+    """Dice coefficient, `2 |P and T| / (|P| + |T|)`.
+
+    Args:
+        pred: Predicted mask, (H, W) or a volume (D, H, W); bool or integer.
+        true: True mask of the same shape.
+
+    Returns:
+        Dice in [0, 1]; both empty 1.0, exactly one empty 0.0.
+
+    Raises:
+        DataError: Shapes differ, or a float mask.
+
+    Example:
+        >>> dice([[1, 1, 0]], [[0, 255, 255]])
+        0.5
+    """
+    overlap, pred_area, true_area = _areas(pred, true)
+    empty = empty_score(pred_area == 0, true_area == 0)
+    return 2 * overlap / (pred_area + true_area) if empty is None else empty
+
+
+def iou(pred: ArrayLike, true: ArrayLike) -> float:
+    """Intersection over union, `|P and T| / |P or T|`.
+
+    Args:
+        pred: Predicted mask, (H, W) or a volume (D, H, W); bool or integer.
+        true: True mask of the same shape.
+
+    Returns:
+        IoU in [0, 1]; both empty 1.0, exactly one empty 0.0.
+
+    Raises:
+        DataError: Shapes differ, or a float mask.
+    """
+    overlap, pred_area, true_area = _areas(pred, true)
+    empty = empty_score(pred_area == 0, true_area == 0)
+    return overlap / (pred_area + true_area - overlap) if empty is None else empty
+
+
+def _areas(pred: ArrayLike, true: ArrayLike) -> tuple[int, int, int]:
+    inside, truth = foreground(pred, "pred", ndim=None), foreground(true, "true", ndim=None)
+    if inside.shape != truth.shape:
+        raise DataError(f"pred: expected the shape of true {truth.shape}, got {inside.shape}; resize the prediction")
+    return int(np.count_nonzero(inside & truth)), int(np.count_nonzero(inside)), int(np.count_nonzero(truth))
+
+
+def failure(prediction_mask: ArrayLike | None, true_mask: ArrayLike, valid_format: bool) -> bool:
+    """Whether a sample counts into the Failure Rate: Dice is 0, or the format is invalid (CORE-Seg, evaluation).
+
+    Args:
+        prediction_mask: (H, W) mask, or `None` if none was predicted, which is a failure.
+        true_mask: (H, W) mask.
+        valid_format: Whether the text had the required form.
+
+    Returns:
+        True for a failure. An empty prediction of an empty truth has Dice 1 and is none.
+
+    Raises:
+        DataError: As `dice`.
+    """
+    return not valid_format or prediction_mask is None or dice(prediction_mask, true_mask) == 0.0

@@ -1,0 +1,161 @@
+"""Summarise per-sample scores: means, bootstrap confidence intervals, breakdowns by group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.errors import DataError
+
+__all__ = ["bootstrap_ci", "paired_bootstrap_ci", "summarise"]
+
+SUMMARY_METRICS = {"mdice": "dice", "miou": "iou", "fail": "fail"}
+
+
+GROUPINGS = ("modality", "anatomy")
+
+
+RESAMPLED_VALUES_AT_ONCE = 2**22
+
+
+def bootstrap_ci(
+    values: ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean.
+
+    Args:
+        values: (n,) finite values, one per sample.
+        level: Coverage, between 0 and 1.
+        n_resamples: How often the samples are redrawn with replacement.
+        seed: The same seed and values give the same interval.
+
+    Returns:
+        Lower and upper end; both equal the value if n is 1.
+
+    Raises:
+        DataError: No values, values that are not finite, or a setting out of range.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise DataError(f"values: expected shape (n,), got {array.shape}")
+    low, high = _intervals(array[:, None], level, n_resamples, seed)[:, 0]
+    return float(low), float(high)
+
+
+def paired_bootstrap_ci(
+    a: ArrayLike, b: ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `mean(a - b)`, two systems scored on the same samples.
+
+    Args:
+        a: (n,) scores of one system.
+        b: (n,) scores of the other, in the same order.
+        level: See `bootstrap_ci`.
+        n_resamples: See `bootstrap_ci`.
+        seed: See `bootstrap_ci`.
+
+    Returns:
+        Lower and upper end; an interval above 0 says that `a` is better.
+
+    Raises:
+        DataError: The lengths differ, or as `bootstrap_ci`.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise DataError(f"a and b: expected scores of the same samples, got shapes {first.shape} and {second.shape}")
+    return bootstrap_ci(first - second, level=level, n_resamples=n_resamples, seed=seed)
+
+
+def _intervals(values: np.ndarray, level: float, n_resamples: int, seed: int) -> np.ndarray:
+    """(n, k) values to the (2, k) ends of the intervals of their means; the k columns share their resamples."""
+    n = len(values)
+    if n == 0:
+        raise DataError("values: expected at least one sample, got none")
+    if not np.isfinite(values).all():
+        raise DataError(f"values: expected finite numbers, got {values[~np.isfinite(values)][0]}")
+    if not 0 < level < 1 or n_resamples < 1:
+        raise DataError(f"expected 0 < level < 1 and n_resamples >= 1, got level={level} and n_resamples={n_resamples}")
+    rng = np.random.default_rng(seed)
+    block = max(1, RESAMPLED_VALUES_AT_ONCE // n)
+    means = [
+        values[rng.integers(n, size=(min(block, n_resamples - start), n))].mean(axis=1)
+        for start in range(0, n_resamples, block)
+    ]
+    return np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def summarise(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    metrics: Mapping[str, str] = SUMMARY_METRICS,
+    groupings: Sequence[str] = GROUPINGS,
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
+    """Means, 95% bootstrap intervals and breakdowns of per-sample results; plain Python values, ready for JSON.
+
+    Args:
+        records: One mapping per sample with a finite number (or bool) for each metric, by default "dice", "iou" and
+            "fail". The keys in `groupings` are optional: missing or empty ones form the group "unspecified". Other keys
+            are ignored.
+        metrics: Names of the means, each with the key in the records of what is averaged.
+        groupings: Keys of the records that the breakdowns are by.
+        optional: Names of the metrics that do not apply to every sample: a record may hold None for them. Their mean is
+            over the other records, and None if there is none.
+
+    Returns:
+        `{"mdice", "miou", "fail", "n", "ci95": {"mdice": [low, high], "miou": ..., "fail": ...}, "groups": {"modality":
+        {name: the same without "groups"}, "anatomy": ...}}`; groups are in alphabetical order. With `optional` metrics
+        "n_scored" says for each over how many of the n records its mean is; its interval is None where that is 0.
+
+    Raises:
+        DataError: No records, a missing key, or a value that is not finite; the record is named. Also an `optional`
+            name that is no metric.
+    """
+    if len(records) == 0:
+        raise DataError("records: expected at least one sample, got none")
+    unknown = sorted(set(optional) - set(metrics))
+    if unknown:
+        raise DataError(f"optional: {unknown}; expected some of the metrics {list(metrics)}")
+    keys, free = list(metrics.values()), [name in optional for name in metrics]
+    values = np.array([_scores(index, record, keys, free) for index, record in enumerate(records)])
+    groups = {}
+    for grouping in groupings:
+        names = np.array([str(record.get(grouping) or "unspecified") for record in records])
+        groups[grouping] = {str(name): _summary(values[names == name], metrics, free) for name in np.unique(names)}
+    return {**_summary(values, metrics, free), "groups": groups}
+
+
+def _scores(index: int, record: Mapping[str, Any], keys: Sequence[str], free: Sequence[bool]) -> list[float]:
+    """The values of one record; NaN, which no record may hold, stands for a None where that is allowed."""
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise DataError(f"records[{index}]: missing {missing}, got the keys {sorted(record)}")
+    given = {key: record[key] for key in keys}
+    try:
+        scores = [
+            math.nan if may and record[key] is None else float(record[key]) for key, may in zip(keys, free, strict=True)
+        ]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"records[{index}]: expected numbers, got {given}") from error
+    if not all(record[key] is None or math.isfinite(score) for key, score in zip(keys, scores, strict=True)):
+        raise DataError(f"records[{index}]: expected finite scores, got {given}")
+    return scores
+
+
+def _summary(values: np.ndarray, names: Iterable[str], free: Sequence[bool]) -> dict[str, Any]:
+    """The (n, k) values of the k named metrics; a column that is `free` leaves its NaN out."""
+    columns = dict(zip(names, values.T, strict=True))
+    scored = {name: column[~np.isnan(column)] for (name, column), may in zip(columns.items(), free, strict=True) if may}
+    always = np.ascontiguousarray(values[:, ~np.array(free)])
+    means = dict(zip([name for name in columns if name not in scored], always.mean(axis=0).tolist(), strict=True))
+    ends = dict(zip(means, _intervals(always, 0.95, 2000, 0).T.tolist(), strict=True))
+    means |= {name: float(column.mean()) if len(column) else None for name, column in scored.items()}
+    ends |= {name: list(bootstrap_ci(column)) if len(column) else None for name, column in scored.items()}
+    summary: dict[str, Any] = {**{name: means[name] for name in columns}, "n": len(values)}
+    if scored:
+        summary["n_scored"] = {name: len(column) for name, column in scored.items()}
+    return {**summary, "ci95": {name: ends[name] for name in columns}}

@@ -1,0 +1,57 @@
+"""From the text of a completion to one `Prediction`, its ground truth, and the coordinate frame between them."""
+
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import NOT_SHOWN, Frame, FrameKind, frame_for, shrunk_size, smart_resize_size
+from segrl.predictions.json_answers import Answer, read_json_answer
+from segrl.predictions.parsing import (
+    MAX_COORDINATE,
+    SEG_TOKEN,
+    AnswerFormat,
+    completion_text,
+    format_answer,
+    format_completion,
+    parse_completion,
+)
+from segrl.predictions.prediction import Prediction, Status
+from segrl.predictions.records import (
+    TEXT_COLUMNS,
+    TRUTH_COLUMNS,
+    answer_record,
+    read_answer,
+    read_frame,
+    read_mask,
+    read_probability,
+    read_target,
+)
+from segrl.predictions.target import Target, VolumeTarget
+
+__all__ = [
+    "MAX_COORDINATE",
+    "NOT_SHOWN",
+    "SEG_TOKEN",
+    "TEXT_COLUMNS",
+    "TRUTH_COLUMNS",
+    "Answer",
+    "AnswerFormat",
+    "CompletionFormat",
+    "Frame",
+    "FrameKind",
+    "Prediction",
+    "Status",
+    "Target",
+    "VolumeTarget",
+    "answer_record",
+    "completion_text",
+    "format_answer",
+    "format_completion",
+    "frame_for",
+    "parse_completion",
+    "read_answer",
+    "read_frame",
+    "read_json_answer",
+    "read_mask",
+    "read_probability",
+    "read_target",
+    "shrunk_size",
+    "smart_resize_size",
+]

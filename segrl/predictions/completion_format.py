@@ -1,0 +1,56 @@
+"""How the completions of a model are written: the frame of its boxes, the answer format, what a valid text needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from segrl.errors import FrameError
+from segrl.predictions.frames import Frame, FrameKind
+from segrl.predictions.parsing import SEG_TOKEN, AnswerFormat, parse_completion
+from segrl.predictions.prediction import Prediction
+
+__all__ = ["CompletionFormat"]
+
+
+@dataclass(frozen=True)
+class CompletionFormat:
+    """How a reward reads completions when the trainer does not pass predictions (a plain TRL `GRPOTrainer`).
+
+    Attributes:
+        frame: Frame kind in which the model writes boxes, or a function ``(image_size, original_size) -> Frame`` of
+            (width, height) pairs, such as ``functools.partial(frame_for, processor)``.
+        seg_token: See `segrl.predictions.parse_completion`, as the rest.
+        require_seg: Whether a valid text needs the token.
+        require_reasoning: Whether a valid text needs a reasoning block.
+        answer_format: "text" or "json".
+
+    Raises:
+        FrameError: For a frame kind that does not exist, or that needs a processor.
+    """
+
+    frame: FrameKind | Callable[..., Frame] = "relative_1000"
+    seg_token: str = SEG_TOKEN
+    require_seg: bool = True
+    require_reasoning: bool = True
+    answer_format: AnswerFormat = "text"
+
+    def __post_init__(self) -> None:
+        if self.frame == "resized_px":
+            raise FrameError(
+                "frame='resized_px' depends on the processor; pass frame=functools.partial(frame_for, processor)"
+            )
+        if not callable(self.frame):
+            Frame(self.frame, (1, 1))  # raises for an unknown kind
+        self.parse("", Frame("original_px", (1, 1)))  # raises for an unknown answer format
+
+    def parse(self, text: str, frame: Frame) -> Prediction:
+        """Parse a completion as these settings say."""
+        return parse_completion(
+            text,
+            frame,
+            seg_token=self.seg_token,
+            require_seg=self.require_seg,
+            require_reasoning=self.require_reasoning,
+            answer_format=self.answer_format,
+        )

@@ -1,0 +1,266 @@
+"""Coordinate frames: a box is a number only together with the frame it is written in.
+
+Everything inside segrl is in original pixels (xyxy, half-open). Models write boxes in frames of their own; only the
+parser and the prompt builder convert, and they do it here. Sizes are (width, height) unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.errors import FrameError
+from segrl.geometry.boxes import validate_boxes
+
+__all__ = ["NOT_SHOWN", "Frame", "FrameKind", "frame_for", "shrunk_size", "smart_resize_size"]
+
+FrameKind = Literal["original_px", "resized_px", "relative_1000"]
+Size = tuple[int, int]
+
+# Processors of models trained on absolute pixels of the resized image; all others write thousandths of the image.
+_RESIZED_PX_PROCESSORS = frozenset({"Qwen2_5_VLProcessor"})
+_MAX_ASPECT_RATIO = 200
+NOT_SHOWN = -1  # in place of the index of a slice that was not shown
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A coordinate frame for boxes on one image.
+
+    Attributes:
+        kind: `original_px` (pixels of the original image), `resized_px` (pixels of the image that the vision encoder
+            saw) or `relative_1000` (thousandths of width and height).
+        original_size: (width, height) of the original image.
+        resized_size: (width, height) that the encoder saw; required for `resized_px`, unused otherwise.
+        slices: For a volume: the index in it of every slice that is shown, in the order of the numbers by which the
+            model calls them; None where the model sees all slices, or an image.
+
+    Raises:
+        FrameError: For an unknown kind, a size that is not two positive integers, a missing `resized_size`, or slices
+            that are not increasing indices.
+
+    Example:
+        >>> frame = Frame("relative_1000", original_size=(200, 100))
+        >>> frame.to_original([[500, 500, 1000, 1000]]).tolist()
+        [[100.0, 50.0, 200.0, 100.0]]
+    """
+
+    kind: FrameKind
+    original_size: Size
+    resized_size: Size | None = None
+    slices: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind)
+        object.__setattr__(self, "original_size", _check_size(self.original_size, "original_size"))
+        if self.resized_size is not None:
+            object.__setattr__(self, "resized_size", _check_size(self.resized_size, "resized_size"))
+        elif self.kind == "resized_px":
+            raise FrameError(
+                "frame 'resized_px' needs resized_size=(width, height); build it with frame_for(processor)."
+            )
+        if self.slices is not None:
+            object.__setattr__(self, "slices", _check_slices(self.slices))
+
+    @property
+    def size(self) -> Size:
+        """(width, height) of the frame in its own unit: the largest coordinates that a box can have."""
+        if self.kind == "relative_1000":
+            return (1000, 1000)
+        if self.kind == "resized_px":
+            assert self.resized_size is not None
+            return self.resized_size
+        return self.original_size
+
+    def to_original(self, boxes: ArrayLike) -> np.ndarray:
+        """Convert boxes of this frame to original pixels, without rounding or clipping.
+
+        Args:
+            boxes: (N, 4) xyxy in this frame; N = 0 gives (0, 4).
+
+        Returns:
+            (N, 4) float64 in original pixels.
+
+        Raises:
+            SegRLError: If the boxes are not valid (see `segrl.geometry.validate_boxes`).
+        """
+        return validate_boxes(boxes, "boxes") * self._scale(self.original_size, self.size)
+
+    def from_original(self, boxes: ArrayLike, rounding: bool = True) -> np.ndarray:
+        """Convert boxes in original pixels to this frame.
+
+        Args:
+            boxes: (N, 4) xyxy in original pixels; N = 0 gives (0, 4).
+            rounding: Round to the nearest integers inside the frame. A box that has an area keeps one: it is at least
+                one unit wide and high. Without rounding the exact values are returned, unclipped.
+
+        Returns:
+            (N, 4) int64 with rounding, float64 without.
+
+        Raises:
+            SegRLError: If the boxes are not valid.
+        """
+        exact = validate_boxes(boxes, "boxes") * self._scale(self.size, self.original_size)
+        if not rounding:
+            return exact
+        limit = np.array(self.size, dtype=np.int64)
+        low = np.clip(np.rint(exact[:, :2]), 0, limit).astype(np.int64)
+        high = np.clip(np.rint(exact[:, 2:]), 0, limit).astype(np.int64)
+        vanished = (exact[:, 2:] > exact[:, :2]) & (high <= low)
+        start = np.clip(np.floor(exact[:, :2]), 0, limit - 1).astype(np.int64)
+        return np.concatenate([np.where(vanished, start, low), np.where(vanished, start + 1, high)], axis=1)
+
+    def original_slice(self, place: int) -> int:
+        """Index in the volume of a slice that the model names.
+
+        Args:
+            place: Its place among the slices that are shown, counted from 0: the written number minus 1.
+
+        Returns:
+            The index, or -1 (`NOT_SHOWN`) if no slice has that place. Without `slices` the place
+            itself, which is not compared with the depth of the volume.
+
+        Example:
+            >>> frame = Frame("original_px", (8, 8), slices=(0, 3, 7))
+            >>> frame.original_slice(2), frame.original_slice(3)
+            (7, -1)
+        """
+        if self.slices is None:
+            return place
+        return self.slices[place] if 0 <= place < len(self.slices) else NOT_SHOWN
+
+    @staticmethod
+    def _scale(to: Size, source: Size) -> np.ndarray:
+        return np.array([to[0] / source[0], to[1] / source[1]] * 2, dtype=np.float64)
+
+
+def smart_resize_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the size to which the Qwen-VL image processors resize an image.
+
+    Both edges become multiples of `factor`, the area falls between the two bounds where that is possible, and the
+    aspect ratio is kept as well as that allows (rule of the Qwen2-VL image processor).
+
+    Args:
+        height: Image rows.
+        width: Image columns.
+        factor: Patch size times merge size of the vision encoder, in pixels.
+        min_pixels: Smallest area.
+        max_pixels: Largest area.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        FrameError: If an edge is not positive or the long edge is more than 200 times the short one.
+
+    Example:
+        >>> smart_resize_size(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
+        (112, 196)
+    """
+    if min(height, width, factor) < 1:
+        raise FrameError(f"height={height}, width={width}, factor={factor}; expected positive numbers of pixels.")
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        raise FrameError(
+            f"image of height={height}, width={width} has an aspect ratio above {_MAX_ASPECT_RATIO}, which the image "
+            "processor refuses; crop or pad it."
+        )
+    rounded = [round(edge / factor) * factor for edge in (height, width)]
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rounded = [max(factor, math.floor(edge / shrink / factor) * factor) for edge in (height, width)]
+    elif math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rounded = [math.ceil(edge * grow / factor) * factor for edge in (height, width)]
+    return rounded[0], rounded[1]
+
+
+def shrunk_size(size: Size, max_edge: int | None) -> Size:
+    """The size of an image shown with at most `max_edge` pixels on its longest edge: training and inference must agree.
+
+    Args:
+        size: (width, height), pixels.
+        max_edge: Longest edge allowed, pixels; `None` allows any.
+
+    Returns:
+        (width, height), the aspect kept up to rounding and no edge below 1; `size` itself if it fits.
+
+    Example:
+        >>> shrunk_size((1024, 512), 512)
+        (512, 256)
+    """
+    if not max_edge or max(size) <= max_edge:
+        return size
+    scale = max_edge / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def frame_for(
+    processor: Any, image_size: Size, original_size: Size | None = None, *, kind: FrameKind | None = None
+) -> Frame:
+    """Return the frame in which a model writes boxes on an image.
+
+    Qwen2.5-VL writes absolute pixels of the resized image; Qwen2-VL, Qwen3-VL and all others are taken to write
+    thousandths of the image.
+
+    Args:
+        processor: The model's processor; its image processor holds patch size, merge size and area bounds.
+        image_size: (width, height) of the image that is given to the processor.
+        original_size: (width, height) of the original image, if it was downscaled before; same as `image_size` if None.
+        kind: The frame kind, where the processor's class does not tell the truth about the model.
+
+    Raises:
+        FrameError: If a size is wrong, or `resized_px` is asked of a processor whose resize rule is not known.
+    """
+    if kind is None:
+        classes = {base.__name__ for base in type(processor).__mro__}
+        kind = "resized_px" if classes & _RESIZED_PX_PROCESSORS else "relative_1000"
+    width, height = _check_size(image_size, "image_size")
+    original = (width, height) if original_size is None else original_size
+    if _check_kind(kind) != "resized_px":
+        return Frame(kind, original)
+    images = getattr(processor, "image_processor", processor)
+    if getattr(images, "do_resize", True) is False:
+        return Frame(kind, original, (width, height))
+    try:
+        factor = int(images.patch_size * images.merge_size)
+        bounds = int(images.size["shortest_edge"]), int(images.size["longest_edge"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FrameError(
+            f"{type(images).__name__} has no patch_size, merge_size and size with shortest_edge and longest_edge, so "
+            "its resized size is not known; pass kind='original_px' or 'relative_1000', or build Frame yourself."
+        ) from error
+    resized_height, resized_width = smart_resize_size(height, width, factor, *bounds)
+    return Frame(kind, original, (resized_width, resized_height))
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in get_args(FrameKind):
+        raise FrameError(f"frame kind {kind!r}; expected one of {', '.join(get_args(FrameKind))}.")
+    return kind
+
+
+def _check_slices(slices: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(int(index) for index in slices)
+        exact = found == tuple(slices)
+    except (TypeError, ValueError):
+        found, exact = (), False
+    if not exact or not found or min(found) < 0 or any(a >= b for a, b in itertools.pairwise(found)):
+        raise FrameError(f"slices={slices!r:.100}; expected increasing indices of slices, 0 or more.")
+    return found
+
+
+def _check_size(size: Any, name: str) -> Size:
+    try:
+        width, height = (int(edge) for edge in size)
+        exact = (width, height) == tuple(size)
+    except (TypeError, ValueError):
+        exact, width, height = False, 0, 0
+    if not exact or min(width, height) < 1:
+        raise FrameError(f"{name}={size!r}; expected (width, height) as two positive integers.")
+    return width, height

@@ -1,0 +1,266 @@
+"""Completion text to `Prediction`, and back. Bad model text is data: the parser never raises and is linear in time.
+
+The grammar, over the whole stripped text::
+
+    <think>reasoning</think> <answer>The cyst is located at [x1, y1, x2, y2], [x1, y1, x2, y2].<seg></answer>
+
+or, with `answer_format="json"`, an answer in the schema of `segrl.predictions.json_answers`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from segrl.errors import DataError
+from segrl.predictions.frames import Frame
+from segrl.predictions.json_answers import Answer, read_json_answer
+from segrl.predictions.prediction import Prediction, Status
+
+__all__ = [
+    "MAX_COORDINATE",
+    "SEG_TOKEN",
+    "AnswerFormat",
+    "completion_text",
+    "format_answer",
+    "format_completion",
+    "parse_completion",
+]
+
+AnswerFormat = Literal["text", "json"]
+SEG_TOKEN = "<seg>"
+MAX_COORDINATE = 1e6
+_MAX_DIGITS = 32
+
+# No pattern below can backtrack over what it has read, so each is linear on any text.
+_TAG = re.compile(r"<(/?)(think|answer)>")
+_BRACKET = re.compile(r"[\[\]]")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+
+
+def completion_text(completion: Any) -> str:
+    """The model's text of a completion as TRL passes it to rewards.
+
+    Args:
+        completion: A string, or messages, whose assistant parts are joined in order (tools' messages are not the
+            model's).
+
+    Raises:
+        TypeError: Neither a string nor a sequence of messages.
+    """
+    if isinstance(completion, str):
+        return completion
+    if not isinstance(completion, Sequence):
+        raise TypeError(f"a completion is a {type(completion).__name__}; expected a text or a list of messages")
+    contents = [message["content"] for message in completion if message.get("role", "assistant") == "assistant"]
+    parts = [[content] if isinstance(content, str) else content or [] for content in contents]
+    return "".join(part if isinstance(part, str) else part.get("text") or "" for block in parts for part in block)
+
+
+def parse_completion(
+    text: str,
+    frame: Frame,
+    *,
+    seg_token: str = SEG_TOKEN,
+    require_seg: bool = True,
+    require_reasoning: bool = True,
+    answer_format: AnswerFormat = "text",
+) -> Prediction:
+    """Parse a completion (without its prompt).
+
+    Boxes are read only from the one answer block: every innermost bracket must hold four numbers with x1 <= x2 and
+    y1 <= y2 (JSON such as ``[{"bbox_2d": [1, 2, 3, 4]}]`` is fine, an empty bracket is no box). Bad boxes are dropped
+    and make the status MALFORMED_BOXES; the others are converted to original pixels and clipped to the image, where a
+    box outside of it keeps zero area. Duplicates stay, for a reward to punish. No box at all is valid.
+
+    The status is the first of these that applies:
+
+    1. NO_ANSWER: no closed, non-blank answer block outside of the reasoning.
+    2. NO_REASONING: no closed, non-blank reasoning block (with `require_reasoning`).
+    3. EXTRA_TEXT: text outside the blocks, blocks repeated, nested or swapped, or the segmentation token more than once
+       in the whole text. With several answer blocks none is read: `answer` is None and `boxes` is empty.
+    4. MALFORMED_BOXES, or MALFORMED_JSON with `answer_format="json"`: then the answer, up to a segmentation token at
+       its end, must be JSON in the schema of `segrl.predictions.json_answers`, which also holds points, confidences
+       and a slice.
+    5. NO_SEG_TOKEN: no segmentation token in the answer (with `require_seg`).
+
+    Args:
+        text: The completion; the prompt must not be part of it, so that a token in the prompt never counts.
+        frame: The frame in which the model writes boxes.
+        seg_token: The segmentation token as text. Decode the completion so that it stays visible: a special token is
+            dropped by `skip_special_tokens=True`.
+        require_seg: Whether a valid text needs the token.
+        require_reasoning: Whether a valid text needs a reasoning block. Without it the grammar is the answer block
+            alone, and a reasoning block before it stays allowed.
+        answer_format: "text" reads boxes in brackets from any sentence, "json" reads JSON.
+
+    Returns:
+        The prediction, without a mask.
+
+    Raises:
+        DataError: For an unknown `answer_format`; never for a text.
+
+    Example:
+        >>> frame = Frame("original_px", (64, 64))
+        >>> parse_completion("<think>Dark spot.</think><answer>At [1, 2, 9, 8].<seg></answer>", frame).status.value
+        'valid'
+    """
+    if answer_format not in get_args(AnswerFormat):
+        raise DataError(f"answer_format={answer_format!r}; expected one of {', '.join(get_args(AnswerFormat))}")
+    body = text.strip()
+    blocks, closed = _blocks(body)
+    reasonings = [block.content for block in blocks if block.kind == "think"]
+    answers = [block.content for block in blocks if block.kind == "answer"]
+    reasoning = reasonings[0] if len(reasonings) == 1 else None
+    answer = answers[0] if len(answers) == 1 else None
+    has_seg = bool(seg_token) and seg_token in (answer or "")
+    token = seg_token or SEG_TOKEN
+    if answer_format == "json":
+        found = read_json_answer((answer or "").removesuffix(token), MAX_COORDINATE)
+    else:
+        found = _read_brackets((answer or "").replace(token, "|"))  # the token may hold brackets
+
+    ordered = [block.kind for block in blocks] in (["think", "answer"], ["answer"])
+    if not any(answers):
+        status = Status.NO_ANSWER
+    elif require_reasoning and not any(reasonings):
+        status = Status.NO_REASONING
+    elif not (closed and ordered) or _text_outside(body, blocks) or (seg_token and body.count(seg_token) > 1):
+        status = Status.EXTRA_TEXT
+    elif not found.well_formed:
+        status = Status.MALFORMED_JSON if answer_format == "json" else Status.MALFORMED_BOXES
+    elif require_seg and not has_seg:
+        status = Status.NO_SEG_TOKEN
+    else:
+        status = Status.VALID
+    return Prediction(
+        text=text,
+        reasoning=reasoning,
+        answer=answer,
+        boxes=_to_pixels(found.boxes, 4, frame),
+        status=status,
+        has_seg=has_seg,
+        points=_to_pixels(found.points, 2, frame),
+        scores=np.array(found.scores) if found.scores else None,
+        slice_index=None if found.slice_index is None else frame.original_slice(found.slice_index),
+    )
+
+
+def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str = SEG_TOKEN) -> str:
+    """Write the answer sentence for boxes, in the model's frame.
+
+    Args:
+        lesion: Name of the lesion.
+        boxes_px: (N, 4) boxes in original pixels; with N = 0 the sentence says that no lesion is visible.
+        frame: The frame in which the model writes boxes.
+        seg_token: The segmentation token, or "" for a text-only answer.
+
+    Returns:
+        The sentence, which `parse_completion` reads back up to the rounding of the frame.
+
+    Raises:
+        DataError: If the name holds brackets or the token, which would not be read back.
+        SegRLError: If the boxes are not valid.
+
+    Example:
+        >>> format_answer("cyst", [[1, 2, 9, 8]], Frame("original_px", (64, 64)))
+        'The cyst is located at [1, 2, 9, 8].<seg>'
+    """
+    if set("[]<>") & set(lesion) or (seg_token and seg_token in lesion):
+        raise DataError(
+            f"lesion {lesion!r} holds a bracket or the segmentation token; expected a plain name, rename it"
+        )
+    places = ", ".join(str(box) for box in frame.from_original(boxes_px).tolist())
+    return (f"The {lesion} is located at {places}." if places else f"No {lesion} is visible.") + seg_token
+
+
+def format_completion(reasoning: str | None, answer: str) -> str:
+    """Write a completion in the grammar of `parse_completion`.
+
+    Args:
+        reasoning: Text of the reasoning block; None leaves the block out (then parse with `require_reasoning=False`).
+        answer: Text of the answer block, see `format_answer`.
+
+    Raises:
+        DataError: If a text holds a block tag of its own.
+
+    Example:
+        >>> format_completion("Dark spot.", "The cyst is located at [1, 2, 9, 8].<seg>")
+        '<think>Dark spot.</think><answer>The cyst is located at [1, 2, 9, 8].<seg></answer>'
+    """
+    for name, text in (("reasoning", reasoning or ""), ("answer", answer)):
+        if found := _TAG.search(text):
+            raise DataError(f"{name} holds the tag {found.group()!r}; expected text without block tags, remove it")
+    return ("" if reasoning is None else f"<think>{reasoning}</think>") + f"<answer>{answer}</answer>"
+
+
+class _Block(NamedTuple):
+    kind: str
+    content: str
+    start: int
+    end: int
+
+
+def _blocks(body: str) -> tuple[list[_Block], bool]:
+    """Return the closed blocks in order, and whether every tag belongs to one of them (none nested or left open)."""
+    blocks: list[_Block] = []
+    opening: re.Match[str] | None = None
+    closed = True
+    for tag in _TAG.finditer(body):
+        is_end, kind = tag.groups()
+        if opening is None and not is_end:
+            opening = tag
+        elif opening is not None and is_end and kind == opening[2]:
+            blocks.append(_Block(kind, body[opening.end() : tag.start()].strip(), opening.start(), tag.end()))
+            opening = None
+        else:
+            closed = False
+    return blocks, closed and opening is None
+
+
+def _text_outside(body: str, blocks: list[_Block]) -> bool:
+    ends = [0, *(block.end for block in blocks)]
+    starts = [*(block.start for block in blocks), len(body)]
+    return any(body[end:start].strip() for end, start in zip(ends, starts, strict=True))
+
+
+def _read_brackets(answer: str) -> Answer:
+    """The boxes in brackets, in the model's frame; well formed if every bracket is a box, a list of boxes or empty."""
+    found = Answer()
+    depth, start = 0, None  # start of the innermost open bracket's content
+    for bracket in _BRACKET.finditer(answer):
+        if bracket.group() == "[":
+            depth, start = depth + 1, bracket.end()
+            continue
+        depth -= 1
+        content = "" if start is None else answer[start : bracket.start()]
+        start = None
+        if depth < 0:
+            depth, found.well_formed = 0, False
+        elif content.strip():
+            box = _box(content)
+            found.well_formed = found.well_formed and box is not None
+            if box is not None:
+                found.boxes.append(box)
+    found.well_formed = found.well_formed and depth == 0
+    return found
+
+
+def _to_pixels(numbers: list[list[float]], width: int, frame: Frame) -> np.ndarray:
+    """Boxes (N, 4) or points (N, 2) of the model's frame in original pixels, clipped to the image."""
+    size = np.array(frame.original_size, dtype=np.float64)
+    corners = np.array(numbers, dtype=np.float64).reshape(-1, width)
+    boxes = frame.to_original(np.concatenate([corners, corners], axis=1) if width == 2 else corners)
+    return np.clip(boxes, 0, np.concatenate([size, size]))[:, :width]
+
+
+def _box(content: str) -> list[float] | None:
+    words = [word.strip() for word in content.split(",", maxsplit=4)]
+    if len(words) != 4 or not all(len(word) <= _MAX_DIGITS and _NUMBER.fullmatch(word) for word in words):
+        return None
+    x1, y1, x2, y2 = box = [float(word) for word in words]
+    return box if x1 <= x2 and y1 <= y2 and max(map(abs, box)) <= MAX_COORDINATE else None

@@ -1,0 +1,110 @@
+"""What a model said and what is true: the records that every reward, metric and report reads.
+
+Legend: N boxes, P points, D slices, H/W pixels of the original image. Boxes are xyxy, half-open, in original pixels;
+points are (x, y) in original pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+
+from segrl.errors import DataError
+from segrl.geometry.boxes import validate_boxes
+from segrl.predictions.target import _check_mask
+
+__all__ = ["Prediction", "Status"]
+
+
+class Status(StrEnum):
+    """Whether a completion follows the grammar, and if not, the first rule that it breaks."""
+
+    VALID = "valid"
+    NO_REASONING = "no_reasoning"
+    NO_ANSWER = "no_answer"
+    EXTRA_TEXT = "extra_text"
+    MALFORMED_JSON = "malformed_json"
+    MALFORMED_BOXES = "malformed_boxes"
+    NO_SEG_TOKEN = "no_seg_token"
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One completion, parsed once; `segrl.predictions.parse_completion` makes it, a mask head adds the mask.
+
+    Attributes:
+        text: The completion as it came.
+        reasoning: Text of the reasoning block, or None without one.
+        answer: Text of the answer block, or None when there is none or it is ambiguous which one counts.
+        boxes: (N, 4) float64, clipped to the image; (0, 4) when nothing was predicted. Duplicates are kept.
+        status: `Status.VALID`, or what is wrong with the text.
+        has_seg: Whether the answer holds the segmentation token.
+        mask: (H, W) bool in original pixels, of a volume (D, H, W), or None while no mask was decoded.
+        points: (P, 2) float64, clipped to the image; (0, 2) when none was given. With as many points as boxes, the
+            n-th point belongs to the n-th box.
+        scores: (N,) float64 in [0, 1], the confidence of each box, or None when the answer gave none.
+        slice_index: Index in the whole volume of the slice that the answer names, counted from 0; -1
+            (`segrl.predictions.NOT_SHOWN`) for one that was not shown, None where none is named. Without
+            `Frame.slices` it may lie outside the volume.
+        probability: Foreground probabilities of `mask`, same shape, float in [0, 1]; None unless they were asked for.
+    """
+
+    text: str
+    reasoning: str | None
+    answer: str | None
+    boxes: np.ndarray
+    status: Status
+    has_seg: bool
+    mask: np.ndarray | None = None
+    points: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    scores: np.ndarray | None = None
+    slice_index: int | None = None
+    probability: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boxes", validate_boxes(self.boxes, "Prediction.boxes"))
+        object.__setattr__(self, "points", _check_points(self.points))
+        if self.scores is not None:
+            object.__setattr__(self, "scores", _check_scores(self.scores, len(self.boxes)))
+        if self.mask is not None:
+            _check_mask(self.mask, "Prediction.mask", 3 if np.ndim(self.mask) == 3 else 2)
+        if self.probability is not None and (self.mask is None or self.probability.shape != self.mask.shape):
+            shape = None if self.mask is None else self.mask.shape
+            raise DataError(
+                f"Prediction.probability: expected the shape of the mask {shape}, got {self.probability.shape}"
+            )
+
+    @property
+    def valid(self) -> bool:
+        """Whether the text follows the grammar."""
+        return self.status is Status.VALID
+
+    def with_mask(self, mask: np.ndarray, probability: np.ndarray | None = None) -> Prediction:
+        """Return a copy that carries a decoded mask.
+
+        Args:
+            mask: (H, W) bool in original pixels, (D, H, W) for a volume; all False is a prediction of "nothing".
+            probability: Foreground probabilities of the same shape, for rewards that read them.
+
+        Raises:
+            DataError: If the mask is not a bool array (logits must be thresholded first), or the shapes differ.
+        """
+        return replace(self, mask=mask, probability=probability)
+
+
+def _check_points(points: object) -> np.ndarray:
+    array = np.asarray(points, dtype=np.float64)
+    if array.shape == (0,):
+        return np.zeros((0, 2))
+    if array.ndim != 2 or array.shape[1] != 2 or not np.isfinite(array).all():
+        raise DataError(f"Prediction.points: expected finite numbers of shape (P, 2), got {points!r:.200}")
+    return array
+
+
+def _check_scores(scores: object, boxes: int) -> np.ndarray:
+    array = np.asarray(scores, dtype=np.float64)
+    if array.shape != (boxes,) or not ((array >= 0) & (array <= 1)).all():
+        raise DataError(f"Prediction.scores: expected {boxes} numbers in [0, 1], one per box, got {scores!r:.200}")
+    return array

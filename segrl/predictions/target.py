@@ -1,0 +1,201 @@
+"""The ground truth of one row, of an image (`Target`) or of a volume (`VolumeTarget`).
+
+Legend: N boxes, D slices, H/W pixels of the original image. Boxes are xyxy, half-open, in original pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from segrl.errors import DataError
+from segrl.geometry.boxes import validate_boxes
+from segrl.geometry.masks import binarize, boxes_from_mask, deepest_points, foreground, mask_to_box
+
+__all__ = ["Target", "VolumeTarget"]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The truth for one row.
+
+    Attributes:
+        mask: (H, W) bool in original pixels; all False when the image holds nothing that was asked for.
+        boxes: (N, 4) float64, one box per lesion; (0, 4) for an empty mask.
+        query: What was asked.
+        modality: Imaging modality, used to group results.
+        anatomy: Body region, used to group results.
+        lesion: Name of the lesion.
+        name: File name or row id, named in errors.
+    """
+
+    mask: np.ndarray
+    boxes: np.ndarray
+    query: str = ""
+    modality: str = ""
+    anatomy: str = ""
+    lesion: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        label = f" of {self.name!r}" if self.name else ""
+        _check_mask(self.mask, f"Target.mask{label}")
+        object.__setattr__(self, "boxes", validate_boxes(self.boxes, f"Target.boxes{label}"))
+
+    @classmethod
+    def from_mask(cls, mask: Any, **fields: str) -> Target:
+        """Build a target whose boxes are those of the mask's 8-connected components.
+
+        Args:
+            mask: (H, W) array or PIL image with at most two values, nonzero being foreground.
+            **fields: Any of `query`, `modality`, `anatomy`, `lesion`, `name`.
+
+        Raises:
+            DataError: If the mask is not a binary single-channel mask.
+
+        Example:
+            >>> mask = np.zeros((4, 6), dtype=bool)
+            >>> mask[1:3, 2:5] = True
+            >>> Target.from_mask(mask, lesion="cyst").boxes.tolist()
+            [[2.0, 1.0, 5.0, 3.0]]
+        """
+        foreground = binarize(np.asarray(mask), fields.get("name") or "mask")
+        return cls(mask=foreground, boxes=boxes_from_mask(foreground), **fields)
+
+    @property
+    def height(self) -> int:
+        """Rows of the mask, in original pixels."""
+        return int(self.mask.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns of the mask, in original pixels."""
+        return int(self.mask.shape[1])
+
+    @cached_property
+    def empty(self) -> bool:
+        """Whether the mask has no foreground."""
+        return not bool(self.mask.any())
+
+    @cached_property
+    def area(self) -> int:
+        """Number of foreground pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def mask_box(self) -> np.ndarray | None:
+        """(4,) box around the whole foreground, or None without any; see `segrl.geometry.mask_to_box`."""
+        return mask_to_box(self.mask)
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """(N, 2) float64, one point inside each box's lesion; see `segrl.geometry.deepest_points`."""
+        return deepest_points(self.mask, self.boxes)
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeTarget:
+    """The truth for one volume: a stack of slices of which an answer names one.
+
+    Attributes:
+        mask: (D, H, W) bool in original pixels; the D slices of the whole volume, of which the model may see fewer.
+        spacing_mm: Size of a voxel along D, H and W in millimetres.
+        query: What was asked, as the rest: see `Target`.
+        modality: Imaging modality.
+        anatomy: Body region.
+        lesion: Name of the lesion or structure.
+        name: File name or row id, named in errors.
+    """
+
+    mask: np.ndarray
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    query: str = ""
+    modality: str = ""
+    anatomy: str = ""
+    lesion: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        label = f" of {self.name!r}" if self.name else ""
+        _check_mask(self.mask, f"VolumeTarget.mask{label}", 3)
+        if len(self.spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in self.spacing_mm):
+            raise DataError(
+                f"VolumeTarget.spacing_mm{label}: {self.spacing_mm}; expected three positive millimetres (z, y, x)"
+            )
+        object.__setattr__(self, "_slices", {})
+
+    @classmethod
+    def from_mask(
+        cls, mask: Any, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0), **fields: str
+    ) -> VolumeTarget:
+        """Build a target from a stored volume.
+
+        Args:
+            mask: (D, H, W) bool or integer array, nonzero being foreground.
+            spacing_mm: Size of a voxel along D, H and W.
+            **fields: Any of `query`, `modality`, `anatomy`, `lesion`, `name`.
+
+        Raises:
+            DataError: If the array is not a bool or integer volume.
+
+        Example:
+            >>> volume = np.zeros((3, 4, 6), dtype=np.uint8)
+            >>> volume[1, 1:3, 2:5] = 1
+            >>> VolumeTarget.from_mask(volume).slice_areas.tolist()
+            [0, 6, 0]
+        """
+        return cls(foreground(mask, fields.get("name") or "mask", ndim=3), spacing_mm, **fields)
+
+    @cached_property
+    def slice_areas(self) -> np.ndarray:
+        """(D,) int64: foreground pixels of each slice."""
+        return np.array([np.count_nonzero(section) for section in self.mask], dtype=np.int64)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no slice has foreground."""
+        return not bool(self.slice_areas.any())
+
+    @property
+    def depth(self) -> int:
+        """Number of slices."""
+        return int(self.mask.shape[0])
+
+    @property
+    def height(self) -> int:
+        """Rows of a slice, in original pixels."""
+        return int(self.mask.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Columns of a slice, in original pixels."""
+        return int(self.mask.shape[2])
+
+    def at(self, index: int) -> Target:
+        """The truth on one slice, with the boxes of its 8-connected components; computed once per slice.
+
+        Args:
+            index: Slice, 0 <= index < depth.
+
+        Raises:
+            DataError: For an index outside the volume.
+        """
+        if not 0 <= index < self.depth:
+            raise DataError(f"{self.name or 'volume'}: slice {index}; expected 0 <= slice < {self.depth}")
+        known: dict[int, Target] = self._slices  # pyright: ignore[reportAttributeAccessIssue]
+        if index not in known:
+            fields = {key: getattr(self, key) for key in ("query", "modality", "anatomy", "lesion", "name")}
+            known[index] = Target.from_mask(self.mask[index], **fields)
+        return known[index]
+
+
+def _check_mask(mask: object, name: str, ndim: int = 2) -> None:
+    if not isinstance(mask, np.ndarray) or mask.ndim != ndim or mask.dtype != np.bool_:
+        found = f"{mask.dtype} array of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        expected = "an (H, W)" if ndim == 2 else "a (D, H, W)"
+        raise DataError(
+            f"{name} is a {found}; expected {expected} bool numpy array; threshold logits, or use Target.from_mask"
+        )

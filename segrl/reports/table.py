@@ -1,0 +1,127 @@
+"""What a run found, for a person to read: the results table, the results file and a sheet of pictures.
+
+Scores are fractions in [0, 1] everywhere in the data; only the printed table multiplies by 100. Distances are in
+millimetres. Model text is drawn or printed as escaped plain text and never interpreted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from segrl.errors import DataError
+from segrl.metrics.summary import GROUPINGS
+from segrl.reports.terminal import printable
+
+__all__ = ["Column", "results_table"]
+
+STAGES = ("baseline", "stage1", "stage2", "model")  # "model": one that is only evaluated
+VOLUME_STAGES = ("oracle", *STAGES[1:])  # "oracle": the segmenter prompted with the truth
+PLAIN_WIDTH = 100  # columns at least, where the output is not a terminal
+WIDEST = 1000  # columns that are enough for every table
+_PLAIN = (1, sys.float_info.max, "a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the results table.
+
+    Attributes:
+        title: What stands above it, with the unit.
+        percent: Whether the scores are fractions in [0, 1], printed times 100; else they are printed as they are and
+            are at least 0, such as a distance in millimetres.
+    """
+
+    title: str
+    percent: bool = True
+
+
+COLUMNS = {"mdice": Column("mDice %"), "miou": Column("mIoU %"), "fail": Column("Failure Rate %")}
+VOLUME_COLUMNS = {
+    "mdice": Column("Dice %"),
+    "miou": Column("IoU %"),
+    "hd95_mm": Column("HD95 mm", percent=False),
+    "nsd": Column("NSD %"),
+    "slice_visibility": Column("visibility %"),
+    "slice_boxes": Column("boxes %"),
+    "fail": Column("Failure Rate %"),
+}
+
+
+def results_table(
+    results: Mapping[str, Any],
+    console: Console | None = None,
+    *,
+    columns: Mapping[str, Column] = COLUMNS,
+    stages: Sequence[str] = STAGES,
+    groupings: Sequence[str] = GROUPINGS,
+) -> None:
+    """Print the stages of a run with 95 % intervals, over all samples and then by groups, such as modality and anatomy.
+
+    A mean that does not apply to every sample (see `optional` of `segrl.metrics.summarise`) stands with the number of
+    samples that it is over, where that is not all, and as a dash where it is over none.
+
+    Args:
+        results: Summaries as `segrl.metrics.summarise` returns them, under the names in `stages`. Any of them may be
+            absent, and so may "ci95" and "groups"; other keys are ignored.
+        console: Where to print; standard output by default.
+        columns: What to print of a summary, by its keys. For volumes pass `VOLUME_COLUMNS`, or some of it.
+        stages: Keys of `results`, in the order in which they are printed; for volumes `VOLUME_STAGES`.
+        groupings: Which of the summaries' "groups" to print, in this order; for volumes
+            `segrl.evaluation.VOLUME_GROUPINGS`.
+
+    Raises:
+        DataError: No stage at all, or a score that is missing, not a fraction or, of a column that is not in percent,
+            below 0; the stage and score are named.
+    """
+    present = [stage for stage in stages if stage in results]
+    if not present:
+        raise DataError(f"results: expected at least one of {', '.join(stages)}, got the keys {sorted(results)}")
+    table = Table(title="Mean and 95 % interval", title_justify="left")
+    table.add_column("")
+    for title in (*(column.title for column in columns.values()), "n"):
+        table.add_column(title, justify="right")
+    for stage in present:
+        table.add_row(Text(printable(stage)), *_cells(results[stage], stage, columns))
+    for grouping in groupings:
+        groups = {stage: results[stage].get("groups", {}).get(grouping, {}) for stage in present}
+        for name in sorted({name for members in groups.values() for name in members}):
+            table.add_section()
+            table.add_row(Text(f"{grouping}: {printable(name)}", style="bold"))
+            for stage in present:
+                if name in groups[stage]:
+                    cells = _cells(groups[stage][name], f"{stage}, {grouping} {name!r}", columns)
+                    table.add_row(Text(f"  {printable(stage)}"), *cells)
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # no cell of the table is broken
+            wide = Console(width=WIDEST)
+            console = Console(width=max(PLAIN_WIDTH, Measurement.get(wide, wide.options, table).maximum))
+    console.print(table)
+
+
+def _cells(summary: Mapping[str, Any], where: str, columns: Mapping[str, Column]) -> list[Text]:
+    """The score cells and the sample count of one row."""
+    n, scored = summary.get("n", ""), summary.get("n_scored", {})
+    cells = []
+    for key, column in columns.items():
+        if scored.get(key) == 0:
+            cells.append("-")
+            continue
+        factor, most, expected = (100, 1.0, "a fraction in [0, 1], not a percentage") if column.percent else _PLAIN
+        shown = [summary.get(key), *(summary.get("ci95", {}).get(key) or ())]
+        for value in shown:
+            if not isinstance(value, int | float | np.floating) or not 0.0 <= value <= most:
+                raise DataError(f"{where}: {key} is {value}; expected {expected}")
+        mean, *interval = (factor * float(value) for value in shown)
+        text = f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
+        cells.append(text if scored.get(key, n) == n else f"{text} (n {scored[key]})")
+    return [Text(cell) for cell in (*cells, str(n))]

@@ -1,0 +1,290 @@
+"""One picture of an answer about a volume: its key slice, the mask on slices around it, and what the model said."""
+
+# D slices, H/W pixels of a slice, h/w pixels of the drawn slice
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from segrl.errors import DataError
+from segrl.geometry.masks import mask_to_box
+from segrl.metrics.overlap import dice
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import VolumeTarget
+from segrl.reports.drawing import (
+    GROUND,
+    INK,
+    LEGEND,
+    PALE,
+    PAPER,
+    PREDICTED,
+    Colour,
+    draw_legend,
+    draw_overlay,
+    wrap_text,
+)
+
+__all__ = ["volume_picture"]
+
+KEY, GAP, MARGIN = 480, 10, 14  # pixels: edge of the key slice, between slices, around everything
+TITLE, TEXT, CAPTION = 17, 14, 13  # font sizes
+LEADING = 6  # pixels between lines of text
+TILE = (KEY - GAP - CAPTION - LEADING) // 2  # two rows of neighbours are as high as the key slice
+ENLARGED = (110, 170, 255)
+LINE = 2  # width of outlines, pixels
+QUERY_LINES, REASONING_LINES, ANSWER_LINES = 3, 12, 5
+SMALLEST_VIEW = 0.25  # of the slice's longest edge
+EMPTY = np.zeros((0, 4))
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What is drawn: grey values, masks (None where there is none) and the size of a pixel."""
+
+    volume: np.ndarray
+    mask: np.ndarray | None
+    truth: np.ndarray | None
+    spacing_yx: tuple[float, float]
+
+    def marked(self, index: int) -> np.ndarray:
+        """(H, W) bool: where the slice has a predicted or a true mask."""
+        inside = np.zeros(self.volume.shape[1:], dtype=bool)
+        for mask in (self.mask, self.truth):
+            if mask is not None:
+                inside |= mask[index]
+        return inside
+
+    def draw(self, index: int, boxes: np.ndarray, view: tuple[slice, slice], edge: int) -> Image.Image:
+        """The part of a slice that `view` (rows, columns) selects, in its true proportions in a square of `edge`."""
+        image = Image.fromarray(self.volume[index][view])
+        millimetres = np.array((image.width * self.spacing_yx[1], image.height * self.spacing_yx[0]))
+        w, h = np.maximum(1, np.rint(edge * millimetres / millimetres.max())).astype(int).tolist()
+        left, top = view[1].start, view[0].start
+        drawn = draw_overlay(
+            image,
+            (w, h),
+            mask=None if self.mask is None else self.mask[index][view],
+            truth=None if self.truth is None else self.truth[index][view],
+            boxes=boxes - (left, top, left, top),
+            line=LINE,
+        )
+        square = Image.new("RGB", (edge, edge), GROUND)
+        square.paste(drawn, ((edge - w) // 2, (edge - h) // 2))
+        return square
+
+
+def volume_picture(
+    volume: np.ndarray,
+    prediction: Prediction,
+    target: VolumeTarget | None,
+    path: str | os.PathLike[str],
+    *,
+    spacing_mm: Sequence[float],
+    query: str = "",
+    neighbours: int = 2,
+    reach: int | None = None,
+) -> Path:
+    """Draw one answer about a volume into one picture.
+
+    On the left the key slice with the predicted boxes in yellow, the predicted mask in translucent red and the truth
+    outlined in green; beside it slices below and above, enlarged around what is marked (the blue frame on the key
+    slice). Below them the reasoning and the answer, or the whole text where it lacks one of them.
+
+    Neighbours are spread evenly over the slices where the predicted or the true mask has foreground, the farthest among
+    them; a side that has too few leaves its places to the other. An answer that names no slice, or none that there is,
+    is drawn without boxes on the slice with most of the truth, else most of the predicted mask, else the middle one.
+
+    Args:
+        volume: (D, H, W) uint8 grey values.
+        prediction: Its slice, boxes, mask and texts; without a mask none is drawn.
+        target: The truth, or None where it is not known.
+        path: The picture; its suffix sets the format, missing folders are made.
+        spacing_mm: Size of a voxel along D, H and W, millimetres; slices keep their true proportions.
+        query: What was asked; by default the target's.
+        neighbours: How many slices on either side, at most.
+        reach: Neighbours at most so many slices away, such as the reach of the propagation; None for any.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: A volume that is not (D, H, W) uint8, masks that are not as large as it, a spacing that is not three
+            positive numbers, or numbers of slices below 0.
+    """
+    name = (target.name if target is not None else "") or "volume"
+    scan = _scan(volume, prediction, target, spacing_mm, name)
+    if neighbours < 0 or (reach is not None and reach < 0):
+        raise DataError(f"neighbours={neighbours}, reach={reach}; expected 0 or more slices")
+    key, caption = _key_slice(scan, prediction)
+    named = prediction.slice_index == key
+    boxes = prediction.boxes if named else EMPTY
+    others = [n for n in range(len(volume)) if n != key and (reach is None or abs(n - key) <= reach)]
+    around = _spread([n for n in others if scan.marked(n).any()], key, neighbours)
+    whole = slice(0, volume.shape[1]), slice(0, volume.shape[2])
+    view = _view(scan, [key, *around], boxes) if around else whole
+
+    legend = [entry for entry in LEGEND if target is not None or entry[1] != "truth"]
+    picture = scan.draw(key, boxes, whole, KEY)
+    if view != whole:
+        _frame(picture, view, scan)
+        legend.append((ENLARGED, "enlarged at the right"))
+    tiles = [(picture, caption, INK if named else PREDICTED)]
+    tiles += [(scan.draw(n, EMPTY, view, TILE), _offset(n - key, n, float(spacing_mm[0])), INK) for n in around]
+    page = _Page(_grid_size(len(around))[0])
+    page.write(name, TITLE, INK, 2)
+    page.write(query or (target.query if target is not None else ""), TEXT, INK, QUERY_LINES)
+    page.legend(legend)
+    page.paste(_grid(tiles))
+    page.space()
+    scored = f"Dice {dice(_mask(scan), target.mask):.2f}   " if target is not None else ""
+    page.write(f"{scored}{prediction.status.value}", TEXT, INK if prediction.valid else PREDICTED, 1)
+    if prediction.reasoning is None or prediction.answer is None:
+        page.section("Text", prediction.text, REASONING_LINES)
+    else:
+        page.section("Reasoning", prediction.reasoning, REASONING_LINES)
+        page.section("Answer", prediction.answer, ANSWER_LINES)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.image().save(path)
+    return path
+
+
+def _scan(
+    volume: Any, prediction: Prediction, target: VolumeTarget | None, spacing_mm: Sequence[float], name: str
+) -> _Scan:
+    if not isinstance(volume, np.ndarray) or volume.dtype != np.uint8 or volume.ndim != 3 or volume.size == 0:
+        found = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
+        raise DataError(f"{name}: expected grey values, uint8 of shape (D, H, W), got {found}")
+    spacing = tuple(map(float, spacing_mm))
+    if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing):
+        raise DataError(f"{name}: spacing_mm={spacing_mm}; expected three positive millimetres (z, y, x)")
+    for kind, mask in (("predicted", prediction.mask), ("true", target.mask if target is not None else None)):
+        if mask is not None and mask.shape != volume.shape:
+            raise DataError(
+                f"{name}: the {kind} mask has shape {mask.shape}, the volume {volume.shape}; expected the same grid"
+            )
+    return _Scan(volume, prediction.mask, None if target is None else target.mask, spacing[1:])
+
+
+def _mask(scan: _Scan) -> np.ndarray:
+    return np.zeros(scan.volume.shape, dtype=bool) if scan.mask is None else scan.mask
+
+
+def _key_slice(scan: _Scan, prediction: Prediction) -> tuple[int, str]:
+    """The slice to draw large, and what to write below it."""
+    depth, named = len(scan.volume), prediction.slice_index
+    if named is not None and 0 <= named < depth:
+        return named, f"key slice {named} of 0-{depth - 1}"
+    problem = "no slice named" if named is None else "named a slice that was not shown"
+    for mask, whose in ((scan.truth, "truth"), (scan.mask, "mask")):
+        if mask is not None and mask.any():
+            best = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
+            return best, f"{problem}: here {best} of 0-{depth - 1}, most {whose}"
+    return depth // 2, f"{problem}: here {depth // 2} of 0-{depth - 1}"
+
+
+def _spread(candidates: Sequence[int], key: int, most: int) -> list[int]:
+    """At most `most` candidates on either side of the key slice, evenly spread, in order."""
+    below, above = [n for n in candidates if n < key][::-1], [n for n in candidates if n > key]
+    up = min(len(above), 2 * most - min(most, len(below)))
+    down = min(len(below), 2 * most - up)
+    sides = ((below, down), (above, up))
+    return sorted(side[(i + 1) * len(side) // count - 1] for side, count in sides for i in range(count))
+
+
+def _view(scan: _Scan, shown: Sequence[int], boxes: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of a square, in millimetres, around all that is marked on the shown slices."""
+    marked = np.any([scan.marked(n) for n in shown], axis=0)
+    for left, top, right, bottom in boxes:
+        marked[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
+    box = mask_to_box(marked)
+    assert box is not None  # neighbours are chosen by what is marked on them
+    sizes = np.array(marked.shape)
+    start, end = box[[1, 0]], box[[3, 2]]
+    edges = sizes * scan.spacing_yx
+    edge = max(2 * ((end - start) * scan.spacing_yx).max(), SMALLEST_VIEW * edges.max())
+    lengths = np.minimum(sizes, np.ceil(edge / np.array(scan.spacing_yx))).astype(int)
+    first = np.clip(np.rint((start + end - lengths) / 2).astype(int), 0, sizes - lengths)
+    rows, columns = (slice(int(a), int(a + n)) for a, n in zip(first, lengths, strict=True))
+    return rows, columns
+
+
+def _frame(picture: Image.Image, view: tuple[slice, slice], scan: _Scan) -> None:
+    """Mark on the drawn key slice what its neighbours show."""
+    height, width = scan.volume.shape[1:]
+    step = KEY / max(height * scan.spacing_yx[0], width * scan.spacing_yx[1])  # drawn pixels per millimetre
+    y, x = (step * spacing for spacing in scan.spacing_yx)
+    left, top = (picture.width - round(width * x)) / 2, (picture.height - round(height * y)) / 2
+    rows, columns = view
+    corners = (left + columns.start * x, top + rows.start * y, left + columns.stop * x - 1, top + rows.stop * y - 1)
+    ImageDraw.Draw(picture).rectangle(corners, outline=ENLARGED)
+
+
+def _offset(offset: int, index: int, spacing: float) -> str:
+    return f"slice {index}  ({offset:+d}, {offset * spacing:+.1f} mm)"
+
+
+def _grid_size(neighbours: int) -> tuple[int, int]:
+    columns = -(-neighbours // 2)
+    return KEY + columns * (GAP + TILE), KEY + LEADING + CAPTION
+
+
+def _grid(tiles: Sequence[tuple[Image.Image, str, Colour]]) -> Image.Image:
+    """The first tile large on the left, the others in two rows beside it, each with its caption below."""
+    columns = len(tiles) // 2
+    grid = Image.new("RGB", _grid_size(len(tiles) - 1), PAPER)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(CAPTION)
+    for index, (picture, caption, colour) in enumerate(tiles):
+        x, y = 0, 0
+        if index > 0:
+            row, column = divmod(index - 1, columns)
+            x, y = KEY + GAP + column * (TILE + GAP), row * (TILE + LEADING + CAPTION + GAP)
+        grid.paste(picture, (x, y))
+        draw.text((x, y + picture.height + LEADING // 2), caption, fill=colour, font=font)
+    return grid
+
+
+class _Page:
+    """Pictures and lines of text from top to bottom, on paper that grows."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.parts = width, []
+
+    def paste(self, picture: Image.Image) -> None:
+        self.parts.append(picture)
+
+    def write(self, text: str, size: int, colour: Colour, most: int) -> None:
+        font = ImageFont.load_default(size)
+        for line in wrap_text(text, font, self.width, most):
+            strip = Image.new("RGB", (self.width, size + LEADING), PAPER)
+            ImageDraw.Draw(strip).text((0, 0), line, fill=colour, font=font)
+            self.paste(strip)
+
+    def space(self) -> None:
+        self.paste(Image.new("RGB", (self.width, LEADING), PAPER))
+
+    def section(self, heading: str, text: str, most: int) -> None:
+        self.space()
+        self.write(heading, CAPTION, PALE, 1)
+        self.write(text, TEXT, INK, most)
+
+    def legend(self, entries: Sequence[tuple[Colour, str]]) -> None:
+        strip = Image.new("RGB", (self.width, CAPTION + 2 * LEADING), PAPER)
+        draw_legend(ImageDraw.Draw(strip), 0, LEADING // 2, CAPTION, entries)
+        self.paste(strip)
+
+    def image(self) -> Image.Image:
+        page = Image.new("RGB", (self.width + 2 * MARGIN, sum(part.height for part in self.parts) + 2 * MARGIN), PAPER)
+        y = MARGIN
+        for part in self.parts:
+            page.paste(part, (MARGIN, y))
+            y += part.height
+        return page

@@ -1,0 +1,124 @@
+"""The three rewards of CORE-Seg, `R = format + box_f1 + dual_granularity_mask` with a weight of 1.0 each.
+
+The paper is silent on invalid texts, empty sides and empty masks. The choice here is one rule: what is invalid or
+missing earns the lowest value of the reward, so that no text can gain by not answering.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from segrl.errors import DataError, RewardError
+from segrl.geometry.boxes import giou
+from segrl.geometry.masks import empty_score, mask_to_box
+from segrl.geometry.matching import match_boxes
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target
+from segrl.rewards.builtin.rules import drop_duplicates
+from segrl.rewards.registry import register_reward
+
+__all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
+
+LOWEST_GIOU = -1.0
+
+
+@register_reward("format", needs_truth=False, range=(0.0, 1.0), invariant=("box_order", "flip", "rescale"),
+                 equation="1 if the text follows the grammar, else 0", source="CORE-Seg, r_fmt")  # fmt: skip
+def format_reward(prediction: Prediction, target: Target) -> float:
+    """Return 1.0 if the whole text follows the grammar and its answer holds the segmentation token, else 0.0.
+
+    The truth does not matter; see `segrl.predictions.parse_completion` for the grammar.
+    """
+    return float(prediction.valid)
+
+
+@register_reward(
+    "box_f1",
+    range=(0.0, 1.0),
+    empty={"both": 1.0, "prediction": 0.0, "truth": 0.0},
+    invariant=("box_order", "flip", "rescale"),
+    monotone=("boxes",),
+    equation="mean IoU of matched pairs · F1, F1 = 2 · TP / (N + M), TP: matched pairs with IoU > min_iou",
+    source="CORE-Seg, r_bbox",
+)
+def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, require_valid: bool = True) -> float:
+    """Mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
+
+    Boxes are matched one-to-one for the largest total IoU. A pair whose IoU exceeds `min_iou` is a true positive; the
+    mean runs over those pairs. A repeated box is never matched and lowers the precision.
+
+    Args:
+        prediction: Boxes in original pixels.
+        target: True boxes in original pixels.
+        min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent. Below 0.5 a box may be a true
+            positive of a lesion that it hardly touches.
+        require_valid: Pay 0.0 for boxes of a text that is not valid. The paper is silent.
+
+    Returns:
+        A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
+
+    Raises:
+        RewardError: If `min_iou` is not in [0, 1).
+    """
+    if not 0 <= min_iou < 1:
+        raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
+    if require_valid and not prediction.valid:
+        return 0.0
+    n_pred, n_true = len(prediction.boxes), len(target.boxes)
+    score = empty_score(n_pred == 0, n_true == 0)
+    if score is not None:
+        return score
+    candidates = drop_duplicates(prediction.boxes, target.boxes)
+    matched = match_boxes(prediction.boxes[candidates], target.boxes, min_iou).iou
+    return 2 * float(matched.sum()) / (n_pred + n_true)  # the number of matches, TP, cancels out
+
+
+@register_reward(
+    "dual_granularity_mask",
+    needs_mask=True,
+    range=lambda dice_weight, **_: (LOWEST_GIOU, 1.0 + dice_weight),
+    empty=lambda dice_weight, **_: {"both": 1.0 + dice_weight, "prediction": LOWEST_GIOU, "truth": LOWEST_GIOU},
+    invariant=("box_order", "flip", "rescale"),
+    equation="GIoU(box of predicted mask, box of true mask) if Dice < dice_threshold, else 1 + dice_weight · Dice",
+    source="CORE-Seg, r_mask",
+)
+def dual_granularity_mask(
+    prediction: Prediction,
+    target: Target,
+    *,
+    dice_threshold: float = 0.05,
+    dice_weight: float = 2.0,
+    require_valid: bool = True,
+) -> float:
+    """Reward a mask coarsely while it misses and finely once it overlaps (CORE-Seg, r_mask).
+
+    Below `dice_threshold` the reward is the GIoU of the two masks' bounding boxes, which still says how far off the
+    mask is; from there on it is ``1 + dice_weight * Dice``.
+
+    Args:
+        prediction: Mask in original pixels.
+        target: True mask, of the same shape.
+        dice_threshold: Dice from which the fine reward applies.
+        dice_weight: Slope of the fine reward.
+        require_valid: Pay the lowest value for a text that is not valid. The paper is silent.
+
+    Returns:
+        A score in [-1, 1 + dice_weight]. No mask, or an empty mask on exactly one side, gives -1.0, which is the
+        infimum of GIoU. Both masks empty: ``1 + dice_weight``.
+
+    Raises:
+        DataError: If the masks differ in shape.
+    """
+    mask, truth = prediction.mask, target.mask
+    if mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
+        return LOWEST_GIOU
+    if mask.shape != truth.shape:
+        raise DataError(f"the mask has shape {mask.shape}, but the truth {truth.shape}; resize the prediction")
+    both = int(np.count_nonzero(mask & truth))
+    dice = 2 * both / (int(np.count_nonzero(mask)) + target.area) if both else 0.0
+    if 0 < dice >= dice_threshold:
+        return 1.0 + dice_weight * dice
+    pred_box, true_box = mask_to_box(mask), target.mask_box
+    if pred_box is None or true_box is None:
+        return 1.0 + dice_weight if pred_box is None and true_box is None else LOWEST_GIOU
+    return 1.0 if dice >= dice_threshold else float(giou(pred_box, true_box))

@@ -1,0 +1,261 @@
+"""Rewards for the text alone: its format, its length and its repetitions. None of them looks at the truth.
+
+Each is linear in the text. A format reward pays for form only, so it belongs beside a reward for what is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from segrl.predictions.json_answers import read_json_answer
+from segrl.predictions.parsing import MAX_COORDINATE
+from segrl.predictions.prediction import Prediction
+from segrl.rewards.builtin.rules import ALL_INVARIANCES, JSON_ANSWERS, check_setting
+from segrl.rewards.registry import register_reward
+
+__all__ = ["json_format", "length_budget", "non_repeat", "repetition", "think_answer_format"]
+
+Part = Literal["text", "reasoning", "answer"]
+Unit = Literal["words", "characters"]
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+_GRAMMAR = ["<think>", "</think>", "<answer>", "</answer>"]
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？\n]")  # one character each: linear on a text of dots
+
+
+@register_reward(
+    "think_answer_format",
+    needs_truth=False,
+    range=(0.0, 1.0),
+    empty={"both": 1.0, "prediction": 1.0, "truth": 1.0},
+    invariant=ALL_INVARIANCES,
+    equation="[text = <think>…</think><answer>…</answer>]; graded: rules kept / 4",
+    source="DeepSeek-R1 and its followers",
+)
+def think_answer_format(prediction: Prediction, target: Any, *, graded: bool = False) -> float:
+    """Pay for a text that is one reasoning block and one answer block, whatever they hold.
+
+    The rules: exactly one reasoning block, and one answer block, neither blank nor holding a tag of the grammar; the
+    reasoning comes first; nothing but white space stands outside. The last two count only if the first two are kept,
+    and a repeated tag breaks the rule of its block, so that more tags never earn more.
+
+    Args:
+        prediction: Only its text is read.
+        target: Not read.
+        graded: Pay the share of the four rules kept, instead of 1.0 for all of them and 0.0 otherwise.
+
+    Returns:
+        0.0 or 1.0; with `graded` 0, 0.25, 0.5, 0.75 or 1. The empty text earns 0.0.
+    """
+    body = prediction.text.strip()
+    tags = list(_TAG.finditer(body))
+    names = [tag.group() for tag in tags]
+    kept = 0
+    for opening, closing in (_GRAMMAR[:2], _GRAMMAR[2:]):
+        if names.count(opening) == names.count(closing) == 1:
+            first = names.index(opening)
+            is_block = names[first : first + 2] == [opening, closing]
+            kept += is_block and bool(body[tags[first].end() : tags[first + 1].start()].strip())
+    if kept == 2:
+        outside = body[: tags[0].start()], body[tags[1].end() : tags[2].start()], body[tags[3].end() :]
+        kept += (names == _GRAMMAR) + (not any(text.strip() for text in outside))
+    return kept / 4 if graded else float(kept == 4)
+
+
+@register_reward(
+    "json_format",
+    reading=JSON_ANSWERS,
+    needs_truth=False,
+    range=(0.0, 1.0),
+    invariant=ALL_INVARIANCES,
+    equation="[every object is well formed and has the keys]; graded: mean over objects of keys there / keys wanted",
+    source="VisionReasoner (graded), Seg-Zero (strict)",
+)
+def json_format(
+    prediction: Prediction, target: Any, *, graded: bool = False, keys: Sequence[str] = ("bbox_2d",)
+) -> float:
+    """Pay for an answer that is JSON in the schema of `segrl.predictions.json_answers`, with every key in every object.
+
+    The answer must be JSON as a whole, up to a token in angle brackets at its end; text around it, two answers or two
+    JSON values earn 0.0. An object that gives earlier values again counts as a bad one.
+
+    Args:
+        prediction: Its one answer is read, whatever the rest of the text is: see `think_answer_format`.
+        target: Not read.
+        graded: Pay the mean over the objects of the share of keys they have (0 for a bad object), instead of 1.0 if
+            that is 1 and 0.0 otherwise.
+        keys: Keys that each object needs.
+
+    Returns:
+        A score in [0, 1]. `[]` and `{}`, which say that nothing was found, earn 1.0; no answer earns 0.0.
+
+    Raises:
+        RewardError: If `keys` is empty or not a list of texts.
+    """
+    wanted = [] if isinstance(keys, str) else list(keys)
+    check_setting(bool(wanted) and all(isinstance(key, str) for key in wanted), "keys", keys, 'a list as ["bbox_2d"]')
+    text = prediction.answer or ""
+    if text.endswith(">"):  # the segmentation token: JSON never ends like this
+        text = text[: max(text.rfind("<"), 0)]
+    answer = read_json_answer(text, MAX_COORDINATE)
+    if not answer.objects:
+        return float(answer.well_formed)
+    seen: set[str] = set()
+    total = 0.0
+    for item in answer.objects:
+        if item is None:
+            continue
+        try:
+            values = repr([item.get(key) for key in wanted])
+        except RecursionError:  # a value nested too deep to be compared
+            continue
+        if values not in seen:
+            total += sum(item.get(key) is not None for key in wanted) / len(wanted)
+        seen.add(values)
+    score = total / len(answer.objects)
+    return score if graded else float(score == 1.0 and answer.well_formed)
+
+
+@register_reward(
+    "length_budget",
+    needs_truth=False,
+    range=(0.0, 1.0),
+    invariant=ALL_INVARIANCES,
+    equation="min(1, length / minimum, 1 − (length − limit) / margin), not below 0",
+    source="PixelThink, soft length penalty",
+)
+def length_budget(
+    prediction: Prediction,
+    target: Any,
+    *,
+    limit: int = 256,
+    margin: int = 500,
+    minimum: int = 1,
+    unit: Unit = "words",
+    part: Part = "text",
+    require_valid: bool = True,
+) -> float:
+    """Pay 1.0 for a text within its budget, and linearly less for one that is longer or shorter.
+
+    Args:
+        prediction: Only its text is read.
+        target: Not read.
+        limit: Longest text that earns 1.0.
+        margin: A text longer than the limit by this much earns 0.0; with 0 every longer one does.
+        minimum: Shortest text that earns 1.0; half as long earns 0.5.
+        unit: "words" are separated by white space; "characters" do not count white space (for languages without it).
+        part: "text", "reasoning" or "answer".
+        require_valid: Pay 0.0 for a text that is not valid.
+
+    Returns:
+        A score in [0, 1]; a part that is missing or blank earns 0.0 if `minimum` is positive.
+
+    Raises:
+        RewardError: If a number is negative, `minimum` exceeds `limit`, or `unit` or `part` does not exist.
+    """
+    check_setting(0 <= minimum <= limit, "minimum", minimum, f"a number from 0 to limit={limit}")
+    check_setting(margin >= 0, "margin", margin, "0 or more")
+    length = _length(_part(prediction, part), unit)
+    if require_valid and not prediction.valid:
+        return 0.0
+    if length < minimum:
+        return length / minimum
+    over = length - limit
+    return 1.0 if over <= 0 else max(0.0, 1 - over / margin) if margin else 0.0
+
+
+@register_reward(
+    "repetition",
+    needs_truth=False,
+    range=(0.0, 1.0),
+    invariant=ALL_INVARIANCES,
+    equation="different n-grams / n-grams",
+    source="VLM-R1 (6-grams of the whole text, as a penalty)",
+)
+def repetition(
+    prediction: Prediction,
+    target: Any,
+    *,
+    n: int = 4,
+    unit: Unit = "words",
+    part: Part = "reasoning",
+    require_valid: bool = True,
+) -> float:
+    """Pay the share of runs of `n` words that are not repetitions of an earlier run.
+
+    Args:
+        prediction: Only its text is read.
+        target: Not read.
+        n: Words in a run, 1 to 16; case does not count.
+        unit: As in `length_budget`.
+        part: "text", "reasoning" or "answer".
+        require_valid: Pay 0.0 for a text that is not valid.
+
+    Returns:
+        A score in [0, 1]: 1.0 if nothing is repeated, or if the part is shorter than one run; 0.0 if it is missing or
+        blank.
+
+    Raises:
+        RewardError: If `n` is out of its range, or `unit` or `part` does not exist.
+    """
+    check_setting(isinstance(n, int) and 1 <= n <= 16, "n", n, "a whole number from 1 to 16")
+    text = _part(prediction, part).casefold()
+    units = text.split() if _is_words(unit) else "".join(text.split())
+    if not units or (require_valid and not prediction.valid):
+        return 0.0
+    runs = max(len(units) - n + 1, 1)
+    return len(set(zip(*(units[start:] for start in range(n)), strict=False)) or {()}) / runs
+
+
+@register_reward(
+    "non_repeat",
+    needs_truth=False,
+    range=(0.0, 1.0),
+    invariant=ALL_INVARIANCES,
+    equation="[sentences that were there before ≤ allowed]",
+    source="VisionReasoner, non-repeat reward",
+)
+def non_repeat(
+    prediction: Prediction, target: Any, *, allowed: int = 1, part: Part = "reasoning", require_valid: bool = True
+) -> float:
+    """Pay 1.0 unless sentences are said again.
+
+    A sentence ends at `.`, `!` or `?` before white space, at their full-width forms, or at a line break. Case and
+    spaces do not count.
+
+    Args:
+        prediction: Only its text is read.
+        target: Not read.
+        allowed: Repeated sentences that are let pass (VisionReasoner: 1).
+        part: "text", "reasoning" or "answer".
+        require_valid: Pay 0.0 for a text that is not valid.
+
+    Returns:
+        0.0 or 1.0; a part that is missing or blank earns 0.0.
+
+    Raises:
+        RewardError: If `allowed` is negative or `part` does not exist.
+    """
+    check_setting(allowed >= 0, "allowed", allowed, "0 or more")
+    text = _part(prediction, part).casefold()
+    sentences = [" ".join(words) for words in map(str.split, _SENTENCE_END.split(text)) if words]
+    if not sentences or (require_valid and not prediction.valid):
+        return 0.0
+    return float(len(sentences) - len(set(sentences)) <= allowed)
+
+
+def _part(prediction: Prediction, part: str) -> str:
+    check_setting(part in ("text", "reasoning", "answer"), "part", part, "'text', 'reasoning' or 'answer'")
+    return getattr(prediction, part) or ""
+
+
+def _is_words(unit: str) -> bool:
+    check_setting(unit in ("words", "characters"), "unit", unit, "'words' or 'characters'")
+    return unit == "words"
+
+
+def _length(text: str, unit: str) -> int:
+    words = text.split()
+    return len(words) if _is_words(unit) else sum(map(len, words))

@@ -1,0 +1,128 @@
+"""From the columns of a trainer's batch to predictions and targets, for trainers that know neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from segrl.errors import RewardError
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.frames import Frame
+from segrl.predictions.parsing import completion_text
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
+
+__all__ = []
+
+_TEXT_COLUMNS = ("query", "modality", "anatomy", "lesion", "name")
+_UNKNOWN_SIZE = (1000, 1000)  # of an image of which neither the truth nor the image is there
+AnyTarget = Target | VolumeTarget | None
+
+
+def read_rows(
+    call: Mapping[str, Any], reading: CompletionFormat, name: str, truth: bool
+) -> tuple[Sequence[Prediction], Sequence[AnyTarget]]:
+    """The predictions and targets of a trainer's call: its own, or built from its columns.
+
+    Args:
+        call: TRL's keyword arguments.
+        reading: How completions are read.
+        name: Of the reward, for errors.
+        truth: Whether the target is read; None stands for it otherwise.
+
+    Raises:
+        RewardError: Lengths differ, or a row cannot be read; names the reward, the row and the column.
+    """
+    completions, targets, predictions = call["completions"], call["target"], call["prediction"]
+    if targets is None:
+        targets = [_target(call, row, name) if truth else None for row in range(len(completions))]
+    _check_length("target", targets, completions, name)
+    if predictions is None:
+        predictions = [_prediction(text, targets[n], call, n, reading, name) for n, text in enumerate(completions)]
+    _check_length("prediction", predictions, completions, name)
+    return predictions, targets
+
+
+def check_truth(target: object, volume: bool, where: str) -> None:
+    """Refuse a missing truth, and a volume where an image is expected or the other way round."""
+    expected = VolumeTarget if volume else Target
+    if not isinstance(target, expected):
+        column = "volume" if volume else "mask"
+        raise RewardError(
+            f"{where}: the truth is a {type(target).__name__}, expected a {expected.__name__}; "
+            f"give the column {column!r}, or targets of this type"
+        )
+
+
+def same_truth(a: AnyTarget, b: AnyTarget) -> bool:
+    """Whether two rows have the same truth."""
+    if a is b:
+        return True
+    if a is None or b is None or type(a) is not type(b) or a.mask.shape != b.mask.shape:
+        return False
+    return all(getattr(a, key) == getattr(b, key) for key in _TEXT_COLUMNS) and bool((a.mask == b.mask).all())
+
+
+def place(name: str, row: int | None, row_name: str) -> str:
+    """The reward and the row, for an error."""
+    number = "" if row is None else f", row {row}"
+    return f"reward {name!r}{number}" + (f" ({row_name})" if row_name else "")
+
+
+def _check_length(column: str, values: Sequence[Any], completions: Sequence[Any], name: str) -> None:
+    if len(values) != len(completions):
+        raise RewardError(
+            f"reward {name!r}: column {column!r} has {len(values)} rows for {len(completions)} completions"
+        )
+
+
+def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarget:
+    truth = next((column for column in ("volume", "mask") if call.get(column) is not None), None)
+    if truth is None:
+        found = ", ".join(sorted(key for key, value in call.items() if value is not None))
+        raise RewardError(
+            f"reward {name!r} needs a column 'mask' or 'target'; columns passed: {found} (for a volume: 'volume')"
+        )
+    column, where = "name", place(name, row, "")
+    texts: dict[str, str] = {}
+    try:
+        for column in reversed(_TEXT_COLUMNS):
+            if call.get(column) is not None:
+                texts[column] = str(call[column][row] or "")
+        where = place(name, row, texts.get("name", ""))
+        column = truth
+        if truth == "volume":
+            z, y, x = call["spacing_mm"][row] if call.get("spacing_mm") is not None else (1.0, 1.0, 1.0)
+            return VolumeTarget.from_mask(call[truth][row], (z, y, x), **texts)
+        target = Target.from_mask(call[truth][row], **texts)
+        column = "boxes"
+        boxes = None if call.get("boxes") is None else call["boxes"][row]
+        return target if boxes is None else Target(target.mask, np.asarray(boxes, dtype=np.float64), **texts)
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        raise RewardError(f"{where}: cannot build the target from column {column!r}: {error}") from error
+
+
+def _prediction(
+    completion: Any, target: AnyTarget, call: Mapping[str, Any], row: int, reading: CompletionFormat, name: str
+) -> Prediction:
+    try:
+        shown = _image_size(call, row)
+        original = (target.width, target.height) if target is not None else shown or _UNKNOWN_SIZE
+        frame = reading.frame
+        known = frame(shown or original, original) if callable(frame) else Frame(frame, original)
+        if isinstance(target, VolumeTarget) and call.get("slices") is not None:
+            known = replace(known, slices=tuple(call["slices"][row]))  # of a volume the model saw these
+        text = completion_text(completion)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        where = place(name, row, target.name if target is not None else "")
+        raise RewardError(f"{where}: cannot read the completion: {error}") from error
+    return reading.parse(text, known)
+
+
+def _image_size(call: Mapping[str, Any], row: int) -> tuple[int, int] | None:
+    if call.get("image") is not None:
+        return call["image"][row].size
+    return call["images"][row][0].size if call.get("images") is not None else None

@@ -1,0 +1,295 @@
+"""What a `Reward` is made of: a function or class with its settings, or a weighted sum; and the batch it scores."""
+
+# n rows, G answers to one prompt
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from segrl.errors import RewardError
+from segrl.predictions.prediction import Prediction
+from segrl.rewards import columns as reading
+from segrl.rewards import registry
+from segrl.rewards.columns import AnyTarget
+from segrl.rewards.registry import RewardInfo
+from segrl.rewards.transforms import Scores
+
+if TYPE_CHECKING:
+    from segrl.rewards.reward import Reward
+
+__all__ = ["Batch", "Leaf", "Sum"]
+
+
+def ignore_metric(name: str, value: float) -> None:
+    """A `log_metric` outside of training."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """The rows that are scored together, and what a trainer says about them.
+
+    Attributes:
+        predictions: One per row.
+        targets: One per row; None where there is no truth.
+        group_ids: One per row, equal for the answers to one prompt; None finds them, see `groups`.
+        progress: Training progress in [0, 1].
+        log_metric: TRL's function to log a number.
+        call: TRL's keyword arguments; empty outside of a trainer.
+        columns: Data set columns for TRL functions outside of a trainer, one value per row.
+    """
+
+    predictions: Sequence[Prediction]
+    targets: Sequence[AnyTarget]
+    group_ids: Sequence[Hashable] | None = None
+    progress: float = 1.0
+    log_metric: Callable[[str, float], None] = ignore_metric
+    call: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.predictions)
+
+    def groups(self) -> list[list[int]]:
+        """The rows of each group: those with equal ids, or runs of rows with the same prompt and the same truth."""
+        if self.group_ids is not None:
+            by_id: dict[Hashable, list[int]] = {}
+            for row, key in enumerate(self.group_ids):
+                by_id.setdefault(key, []).append(row)
+            return list(by_id.values())
+        prompts = self.call.get("prompts") or [None] * len(self)
+        found: list[list[int]] = []
+        for row in range(len(self)):
+            start = found[-1][0] if found else None
+            if (
+                start is not None
+                and prompts[row] == prompts[start]
+                and reading.same_truth(self.targets[row], self.targets[start])
+            ):
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return found
+
+    def where(self, name: str, row: int) -> str:
+        """The reward and the row, for an error."""
+        target = self.targets[row]
+        return reading.place(name, row if len(self) > 1 or self.call else None, target.name if target else "")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A reward function or class with its settings.
+
+    Attributes:
+        function: One of the forms of `segrl.rewards.registry`.
+        settings: Keyword arguments of the function, or of the class's constructor.
+        registered: The name under which its `RewardInfo` is found.
+    """
+
+    function: Callable[..., Any]
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    registered: str = ""
+
+    def __post_init__(self) -> None:
+        if self.info.form in ("batch", "group"):
+            self._instance  # noqa: B018  bad settings fail here, not in the first training step
+
+    @property
+    def info(self) -> RewardInfo:
+        """What the reward declares, with its settings filled in."""
+        return registry.info_of(self.function, self.registered).resolved(self.settings)
+
+    @cached_property
+    def _instance(self) -> Any:
+        return self.function(**self.settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"function": self.function, "settings": self.settings, "registered": self.registered}
+
+    @cached_property
+    def is_async(self) -> bool:
+        """Whether its function or method is a coroutine function."""
+        form = registry.form_of(self.function, self.registered)
+        if form in ("batch", "group"):
+            return inspect.iscoroutinefunction(getattr(self.function, f"score_{form}"))
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
+            getattr(self.function, "__call__", None)  # noqa: B004
+        )
+
+    async def evaluate(self, batch: Batch, name: str) -> Scores:
+        """One score per row."""
+        info = registry.info_of(self.function, self.registered)
+        if info.needs_truth:
+            for row, target in enumerate(batch.targets):
+                reading.check_truth(target, info.volume, batch.where(name, row))
+        if info.form == "function":
+            return await self._rows(batch, name)
+        if info.form == "trl":
+            return await self._many(range(len(batch)), batch, name, self.function, _trl_call(batch))
+        if info.form == "batch":
+            arguments = {"predictions": batch.predictions, "targets": batch.targets}
+            return await self._many(range(len(batch)), batch, name, self._instance.score_batch, arguments)
+        scores: Scores = [None] * len(batch)
+        for rows in batch.groups():
+            arguments = {key: [getattr(batch, key)[row] for row in rows] for key in ("predictions", "targets")}
+            found = await self._many(rows, batch, name, self._instance.score_group, arguments)
+            for row, score in zip(rows, found, strict=True):
+                scores[row] = score
+        return scores
+
+    async def _rows(self, batch: Batch, name: str) -> Scores:
+        extra = self._filled_in(self.function, batch)
+        pairs = list(zip(batch.predictions, batch.targets, strict=True))
+
+        async def one(row: int) -> float | None:
+            prediction, target = pairs[row]
+            try:
+                value = self.function(prediction, target, **self.settings, **extra)
+                return _number(await self._settled(value))
+            except Exception as error:  # any failure of foreign code, re-raised with the row it happened in
+                raise _failure(batch.where(name, row), error) from error
+
+        if self.is_async:
+            return list(await asyncio.gather(*map(one, range(len(pairs)))))
+        return [await one(row) for row in range(len(pairs))]
+
+    async def _many(
+        self, rows: Sequence[int], batch: Batch, name: str, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> Scores:
+        """Scores of several rows from one call; the function may be TRL's or the method of a class."""
+        trl = function is self.function
+        given = registry.accepted(function, arguments) if trl else dict(arguments)
+        extra = {**self._filled_in(function, batch), **(self.settings if trl else {})}
+        where = f"reward {name!r}" + (f", rows {rows[0]} to {rows[-1]}" if len(rows) else "")
+        try:
+            values = function(**{**given, **extra})
+            values = list(await self._settled(values))
+        except Exception as error:  # as above
+            raise _failure(where, error) from error
+        if len(values) != len(rows):
+            raise RewardError(f"{where}: returned {len(values)} scores for {len(rows)} rows; expected one per row")
+        scores: Scores = []
+        for row, value in zip(rows, values, strict=True):
+            try:
+                scores.append(_number(value))
+            except (TypeError, ValueError) as error:
+                raise _failure(batch.where(name, row), error) from error
+        return scores
+
+    async def _settled(self, value: Any) -> Any:
+        """What a function returned, awaited if the function is async."""
+        if not inspect.isawaitable(value):
+            return value
+        if not self.is_async:  # then nobody runs a loop for it
+            if inspect.iscoroutine(value):
+                value.close()
+            raise TypeError("it returned something to be awaited; declare it with async def")
+        return await value
+
+    @staticmethod
+    def _filled_in(function: Callable[..., Any], batch: Batch) -> dict[str, Any]:
+        return {key: getattr(batch, key) for key in registry.filled_in(function)}
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A weighted sum of rewards, each with a name of its own.
+
+    A part that does not apply to a row is left out of its sum, as TRL does; the sum is None where no part applies.
+    """
+
+    parts: tuple[tuple[Reward, float], ...]
+
+    async def evaluate(self, batch: Batch, name: str) -> Scores:
+        """One score per row; logs the mean of every part as `name/part`."""
+        columns = await self.components(batch)
+        for part, scores in columns.items():
+            present = [score for score in scores if score is not None]
+            if present:
+                batch.log_metric(f"{name}/{part}", sum(present) / len(present))
+        return self.total(columns)
+
+    def total(self, columns: Mapping[str, Scores]) -> Scores:
+        """The weighted sum of the scores of the parts, row by row."""
+        weights = [weight for _, weight in self.parts]
+        totals: Scores = []
+        for row in zip(*columns.values(), strict=True):
+            present = [weight * score for weight, score in zip(weights, row, strict=True) if score is not None]
+            totals.append(sum(present) if present else None)
+        return totals
+
+    async def components(self, batch: Batch) -> dict[str, Scores]:
+        """The scores of every part, before weights."""
+        found = await asyncio.gather(*(part.evaluate(batch) for part, _ in self.parts)) if self.is_async else [
+            await part.evaluate(batch) for part, _ in self.parts
+        ]  # fmt: skip
+        return {part.name: scores for (part, _), scores in zip(self.parts, found, strict=True)}
+
+    @property
+    def is_async(self) -> bool:
+        """Whether any part is."""
+        return any(part.is_async for part, _ in self.parts)
+
+    @property
+    def info(self) -> RewardInfo:
+        """What follows for the sum from what its parts declare."""
+        infos = [part.info for part, _ in self.parts]
+        invariant = set.intersection(*(set(info.invariant) for info in infos))
+        low = high = 0.0  # a part may be left out, so each range is widened to hold 0
+        known = all(info.range is not None for info in infos)
+        for part, weight in self.parts if known else ():
+            ends = [0.0, *(weight * end for end in part.range or ())]
+            low, high = low + min(ends), high + max(ends)
+        equation = " + ".join(f"{weight:g} · {part.name}" for part, weight in self.parts)
+        return RewardInfo(
+            name="sum",
+            function=None,
+            form="composition",
+            needs_mask=any(info.needs_mask for info in infos),
+            needs_truth=any(info.needs_truth for info in infos),
+            needs_probability=any(info.needs_probability for info in infos),
+            volume=any(info.volume for info in infos),
+            range=(low, high) if known else None,
+            invariant=tuple(sorted(invariant)),
+            equation=equation,
+        )
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, str | bytes):
+        raise TypeError(f"the score is the text {value!r:.50}; expected a number or None")
+    score = float(value)
+    if not math.isfinite(score):
+        raise ValueError(f"returned {score}; expected a finite number, or None where it does not apply")
+    return score
+
+
+def _failure(where: str, error: Exception) -> RewardError:
+    message = str(error)
+    if isinstance(error, ValueError) and message.startswith("returned "):
+        return RewardError(f"{where} {message}")
+    return RewardError(f"{where}: {type(error).__name__}: {message}")
+
+
+def _trl_call(batch: Batch) -> dict[str, Any]:
+    """The keyword arguments of a TRL reward function, also outside of a trainer."""
+    if batch.call:
+        return {**batch.call, "prediction": batch.predictions, "target": batch.targets}
+    fields = ("query", "modality", "anatomy", "lesion", "name", "mask", "boxes")
+    return {
+        "prompts": [getattr(target, "query", "") for target in batch.targets],
+        "completions": [prediction.text for prediction in batch.predictions],
+        "prediction": batch.predictions,
+        "target": batch.targets,
+        "log_metric": batch.log_metric,
+        **{key: [getattr(target, key, None) for target in batch.targets] for key in fields},
+        **batch.columns,
+    }

@@ -1,0 +1,256 @@
+"""Rewards as plain values and as YAML, there and back.
+
+    name: mine                       # optional
+    reading: {frame: relative_1000}  # optional; see `CompletionFormat`
+    rewards:
+      - reward: format
+      - reward: box_f1               # a registered name, or module:attribute
+        name: boxes                  # optional
+        weight: 2.0                  # 1.0 if left out
+        settings: {min_iou: 0.3}
+        steps:
+          - gate: {reward: format}
+          - clip: [0, 1]
+          - schedule: {0: 0, 0.3: 1}
+
+A file may also hold a single reward: the keys of one item, without `rewards`. An item may be a sum of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segrl.errors import RewardError, SegRLError, unknown_name
+from segrl.predictions.completion_format import CompletionFormat
+from segrl.rewards import registry
+from segrl.rewards.factory import make_reward, weighted_sum
+from segrl.rewards.nodes import Leaf
+from segrl.rewards.reward import Reward, build, usual_reading
+from segrl.rewards.transforms import STEPS, Gate, Schedule, Step
+
+__all__ = ["load_reward"]
+
+KEYS = ("name", "reading", "reward", "rewards", "settings", "steps", "weight")
+
+
+def load_reward(path: str | Path) -> Reward:
+    """Read a reward from a YAML file.
+
+    Args:
+        path: The file; the module docstring of `segrl.rewards.serialization` shows its form.
+
+    Raises:
+        RewardError: If the file is missing, is not YAML, repeats a key, or a value is wrong; names the place in it.
+        UnknownNameError: For a reward, setting, step or key that does not exist; it suggests the closest one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"{path}: cannot be read: {error}") from error
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RewardError(f"{path}: not valid YAML: {error}") from error
+    return from_dict(data, str(path))
+
+
+def from_dict(data: Any, where: str = "reward") -> Reward:
+    """Build a reward from plain values; `where` names them in errors."""
+    if isinstance(data, str):
+        return _placed(where, make_reward, data)
+    if not isinstance(data, Mapping):
+        raise RewardError(f"{where}: expected a mapping with 'reward' or 'rewards', got {data!r:.100}")
+    for key in data:
+        if key not in KEYS:
+            raise unknown_name(f"key in {where}", str(key), KEYS)
+    if ("reward" in data) == ("rewards" in data):
+        raise RewardError(f"{where}: expected one of 'reward' (a name) and 'rewards' (a list), got {sorted(data)}")
+    given = _mapping(data.get("reading"), f"{where}.reading")
+    for key in given:
+        if key not in registry.READING_SETTINGS:
+            raise unknown_name(f"key in {where}.reading", str(key), registry.READING_SETTINGS)
+    if "reward" in data:
+        if not isinstance(data["reward"], str):
+            raise RewardError(f"{where}.reward: {data['reward']!r:.100}; expected the name of a reward")
+        settings = _mapping(data.get("settings"), f"{where}.settings")
+        reward = _placed(where, make_reward, data["reward"], **settings)
+    else:
+        if "settings" in data:
+            raise RewardError(f"{where}: a sum has no 'settings'; give them to its rewards")
+        parts = []
+        for n, item in enumerate(_list(data["rewards"], f"{where}.rewards")):
+            place = f"{where}.rewards[{n}]"
+            weight = item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0
+            parts.append((from_dict(item, place), weight))
+        # How a sum reads completions is settled below, where all that is given is known.
+        reward = _placed(where, weighted_sum, parts, "total", reading=CompletionFormat() if given else None)
+    steps = tuple(
+        _step(item, f"{where}.steps[{n}]") for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
+    )
+    steps = (*reward.steps, *steps)
+    told = reward.reading != usual_reading(reward.source, reward.steps) and "reward" in data  # by a preset
+    reading = reward.reading if told else None
+    if given:
+        reading = reading or usual_reading(reward.source, steps) or CompletionFormat()
+        reading = _placed(f"{where}.reading", replace, reading, **given)
+    name = data.get("name", reward.name)
+    if not isinstance(name, str) or not name:
+        raise RewardError(f"{where}.name: {name!r}; expected a text")
+    return _placed(where, build, name, reward.source, steps, reading)
+
+
+def to_dict(reward: Reward) -> dict[str, Any]:
+    """Plain values from which `from_dict` builds an equal reward."""
+    data: dict[str, Any] = {}
+    if isinstance(reward.source, Leaf):
+        reference = _reference(reward.source, reward.name)
+        data["reward"] = reference
+        if reward.name != reference.rpartition(":")[2]:
+            data["name"] = reward.name
+        if reward.source.settings:
+            data["settings"] = {key: _thawed(value) for key, value in reward.source.settings.items()}
+    else:
+        data["name"] = reward.name
+        data["rewards"] = [
+            {**to_dict(part), **({} if weight == 1.0 else {"weight": weight})} for part, weight in reward.source.parts
+        ]
+    if reward.steps:
+        data["steps"] = [{step.key: _step_values(step)} for step in reward.steps]
+    usual = usual_reading(reward.source, reward.steps)
+    changed = {
+        option.name: getattr(reward.reading, option.name)
+        for option in fields(CompletionFormat)
+        if usual is None or getattr(reward.reading, option.name) != getattr(usual, option.name)
+    }
+    if callable(changed.get("frame")):
+        raise RewardError(
+            f"reward {reward.name!r}: a frame that is a function cannot be written; expected a frame kind"
+        )
+    if changed:
+        data["reading"] = changed
+    return data
+
+
+def to_yaml(reward: Reward, path: str | Path | None = None) -> str:
+    """The YAML text of a reward, also written to a file if a path is given."""
+    text = yaml.safe_dump(to_dict(reward), sort_keys=False, allow_unicode=True)
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.YAMLError(f"the key {twice!r} stands twice{node.start_mark}")
+        return mapping
+
+
+def _step(item: Any, where: str) -> Step:
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise RewardError(f"{where}: expected one step, such as clip: [0, 1], got {item!r:.100}")
+    ((key, values),) = item.items()
+    if key not in STEPS:
+        raise unknown_name(f"step in {where}", str(key), STEPS)
+    step = STEPS[key]
+    known = [option.name for option in fields(step)]  # pyright: ignore[reportArgumentType]
+    if step is Schedule and isinstance(values, Mapping) and "points" not in values and not _texts(values):
+        values = {"points": values}
+    if not isinstance(values, Mapping):
+        listed = values if isinstance(values, list) else [values]
+        if step is Schedule:
+            listed = [values]
+        if len(listed) > len(known):
+            raise RewardError(f"{where}.{key}: {values!r}; expected at most {len(known)} values ({', '.join(known)})")
+        values = dict(zip(known, listed, strict=False))
+    for name in values:
+        if name not in known:
+            raise unknown_name(f"setting in {where}.{key}", str(name), known)
+    for option in fields(step):  # pyright: ignore[reportArgumentType]
+        if option.default is MISSING and option.name not in values:
+            raise RewardError(f"{where}.{key}: needs the setting {option.name!r}")
+    given = dict(values)
+    if step is Gate:
+        given["reward"] = from_dict(given["reward"], f"{where}.gate.reward")
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in ("low", "high", "factor", "offset", "above") and not number:
+            raise RewardError(f"{where}.{key}.{name}: {value!r}; expected a number")
+    return _placed(f"{where}.{key}", step, **given)
+
+
+def _step_values(step: Step) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for option in fields(step):  # pyright: ignore[reportArgumentType]
+        value = getattr(step, option.name)
+        if isinstance(value, Reward):
+            value = to_dict(value)
+        elif isinstance(step, Schedule):
+            value = dict(value)
+        if option.default is MISSING or value != option.default:
+            values[option.name] = value
+    return values
+
+
+def _reference(leaf: Leaf, name: str) -> str:
+    """A name that `make_reward` turns into the same function."""
+    if registry.registered_name(leaf.function):
+        return registry.registered_name(leaf.function) or ""
+    module, path = getattr(leaf.function, "__module__", ""), getattr(leaf.function, "__qualname__", "")
+    found: Any = None
+    if module and path and "<" not in path:
+        found = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part, None)
+    if found is not leaf.function:
+        raise RewardError(
+            f"reward {name!r} cannot be written: its function is neither registered nor at the top of a module; "
+            "decorate it with @register_reward"
+        )
+    return f"{module}:{path}"
+
+
+def _placed(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function; its errors name the place in the file."""
+    try:
+        return function(*args, **kwargs)
+    except SegRLError as error:
+        message = str(error)
+        raise (error if message.startswith(where) else type(error)(f"{where}: {message}")) from error
+    except TypeError as error:
+        raise RewardError(f"{where}: {error}") from error
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise RewardError(f"{where}: expected a mapping of names to values, got {value!r:.100}")
+    return dict(value)
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise RewardError(f"{where}: expected a list, got {value!r:.100}")
+    return list(value)
+
+
+def _texts(values: Mapping[Any, Any]) -> bool:
+    return any(isinstance(key, str) for key in values)
+
+
+def _thawed(value: Any) -> Any:
+    return [_thawed(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,133 @@
+"""Flags that training and evaluation scripts share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from segrl.errors import SegRLError
+
+__all__ = [
+    "MACHINE_FLAGS",
+    "EvaluationArguments",
+    "RunArguments",
+    "TwoStageArguments",
+    "check_numbers",
+    "first_stage_settings",
+]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# flags of the machine rather than of the method: given to a script, they hold for each of its stages
+MACHINE_FLAGS = (
+    *("seed", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "gradient_checkpointing", "activation_checkpointing"),
+    *("optim", "deepspeed", "fsdp", "fsdp_config", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("disable_tqdm", "report_to", "logging_steps"),
+)
+
+
+_LEAST = {"train_limit": 1, "eval_limit": 1, "eval_batch_size": 1, "sft_max_steps": 1}
+
+
+@dataclass
+class RunArguments:
+    """What every script asks. A subclass that gives a field another default or help leaves it in its place."""
+
+    preset: str = field(default="tiny", metadata={"help": "What is built, and with which settings it is trained."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Folder, DatasetDict saved to disk, or hub data set owner/name, with splits train and test."},
+    )
+    train_limit: int | None = field(default=None, metadata={"help": "Use only the first rows of the training split."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate only the first rows of the test split."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Rows per generation in the evaluation."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir, all of the folder."})
+
+    def limited(self, rows: Dataset, split: str) -> Dataset:
+        """The rows of a split that `--train_limit` (of "train") or `--eval_limit` (of any other) leaves."""
+        limit = self.train_limit if split == "train" else self.eval_limit
+        return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+    def inputs(self) -> dict[str, str | None]:
+        """What the run reads, by the names of the flags, for `segrl.scripts.check_output`."""
+        return {name: getattr(self, name, None) for name in ("model", "data", "segmenter")}
+
+
+@dataclass
+class TwoStageArguments(RunArguments):
+    """What training adds when SFT (stage 1) comes before GRPO (stage 2), in two scripts or in the one of stage 2."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "train_sft: base model (path or hub name). train_grpo: a stage 1 run; None runs stage 1 first; "
+            "with --skip_stage1 a base model."
+        },
+    )
+    segmenter: str | None = field(default=None, metadata={"help": "SAM 2 weights: a .pt file or owner/repo:file.pt."})
+    skip_stage1: bool = field(default=False, metadata={"help": "train_grpo without stage 1 (ablation)."})
+    rewards: list[str] | None = field(
+        default=None, metadata={"help": "Registered rewards, module:attribute, or YAML files; default: the preset's."}
+    )
+    sft_max_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of stage 1 when train_grpo runs it; default: the preset's, at most --max_steps if given."
+        },
+    )
+    sft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that stage 1."})
+
+
+@dataclass
+class EvaluationArguments(RunArguments):
+    """What the evaluation of a run adds."""
+
+    model: str | None = field(default=None, metadata={"help": "The run to evaluate: its output_dir."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: MODEL/evaluation."})
+    seed: int = field(default=42, metadata={"help": "Seed of the synthetic data; the trainers' default is 42."})
+
+
+def check_numbers(arguments: Any, least: Mapping[str, float] | None = None) -> None:
+    """Refuse numbers that are too small.
+
+    Args:
+        arguments: A dataclass; fields that are None are left out.
+        least: The smallest value that each field may have; the limits and sizes of `RunArguments` and
+            `TwoStageArguments` need no entry, they are at least 1.
+
+    Raises:
+        SegRLError: A number that is smaller, or NaN.
+    """
+    smallest = {**_LEAST, **(least or {})}
+    for name in (item.name for item in fields(arguments)):
+        value = getattr(arguments, name)
+        if name in smallest and value is not None and not value >= smallest[name]:
+            raise SegRLError(f"--{name} {value}: expected {smallest[name]} or more; leave the flag out for the default")
+
+
+def first_stage_settings(
+    preset: Mapping[str, Any], config: Any, given: set[str], arguments: TwoStageArguments, output_dir: str
+) -> dict[str, Any]:
+    """Settings of stage 1 when the script of stage 2 trains it first: the preset's, and what the command line says.
+
+    Args:
+        preset: The preset's settings of stage 1.
+        config: The config of stage 2; its seed and those of `MACHINE_FLAGS` that were given hold for stage 1 too.
+        given: The flags that were given, from `parse`.
+        arguments: `sft_max_steps` and `sft_learning_rate`. Without the first, `--max_steps` shortens stage 1 as well.
+        output_dir: Where stage 1 goes.
+
+    Returns:
+        Arguments for the config of stage 1.
+    """
+    settings = {**preset, "output_dir": output_dir, "seed": config.seed}
+    settings |= {name: getattr(config, name) for name in MACHINE_FLAGS if name in given}
+    if arguments.sft_learning_rate is not None:
+        settings["learning_rate"] = arguments.sft_learning_rate
+    if arguments.sft_max_steps is not None:
+        settings["max_steps"] = arguments.sft_max_steps
+    elif "max_steps" in given and config.max_steps > 0:
+        steps = settings.get("max_steps", -1)
+        settings["max_steps"] = min(steps, config.max_steps) if steps > 0 else config.max_steps
+    return settings

@@ -1,0 +1,203 @@
+"""Command lines of training scripts: their own flags beside all of a trainer's, presets, and errors of one line.
+
+A script is a function `check(argv)` that finds whatever can be wrong before anything is written and returns the work;
+`run_script(check)` is its last line. See `docs/how-to/write-a-training-script.md`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformers import HfArgumentParser
+
+from segrl.errors import SegRLError, UnknownNameError, unknown_name
+from segrl.rewards.factory import make_reward
+from segrl.rewards.serialization import load_reward
+from segrl.scripts.arguments import check_numbers
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Parser", "check_rewards", "find_preset", "missing_processes", "parse", "run_script"]
+
+
+Arguments = TypeVar("Arguments")
+Config = TypeVar("Config")
+Preset = TypeVar("Preset")
+
+
+# ---- flags that scripts share ----------------------------------------------------------------------------------------
+
+
+# ---- reading a command line ------------------------------------------------------------------------------------------
+
+
+class Parser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line instead of the usage of 300 flags, and that guesses no flags.
+
+    Args:
+        *types: Dataclasses; every field is a flag.
+        **settings: Those of `argparse.ArgumentParser`, for example `description`.
+    """
+
+    def __init__(self, *types: type, **settings: Any) -> None:
+        super().__init__(types, usage="%(prog)s [flags]", allow_abbrev=False, **settings)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> Any:
+        """Raise what is wrong, as `SegRLError`."""
+        raise SegRLError(f"{message}; --help lists all flags")
+
+    def read(self, argv: Sequence[str]) -> list[Any]:
+        """One object per dataclass.
+
+        Raises:
+            SegRLError: A value that does not fit its flag, or settings that contradict each other.
+            UnknownNameError: An unknown flag; the closest is suggested.
+        """
+        try:
+            *objects, unknown = self.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
+        except SegRLError:
+            raise
+        except (ValueError, NotImplementedError) as error:  # settings of TRL or transformers that contradict each other
+            raise SegRLError(" ".join(str(error).split())) from error
+        if unknown:
+            raise _unexpected(unknown[0], self._option_string_actions)
+        return objects
+
+
+def parse(
+    argv: Sequence[str],
+    arguments_class: type[Arguments],
+    config_class: type[Config],
+    *,
+    defaults: Callable[[Any], Mapping[str, Any]] | None = None,
+    description: str | None = None,
+    least: Mapping[str, float] | None = None,
+) -> tuple[Arguments, Config, set[str]]:
+    """Read the command line of a script that trains.
+
+    Args:
+        argv: The command line, without the script.
+        arguments_class: Dataclass of the script's own flags.
+        config_class: Dataclass of the trainer's flags, for example `SegGRPOConfig`.
+        defaults: `defaults(arguments)` gives the settings of the chosen preset; `arguments` has the script's own flags
+            as attributes. They replace the defaults of flags, and every flag that is given overrides them.
+        description: For `--help`.
+        least: For `check_numbers`.
+
+    Returns:
+        The script's arguments, the trainer's config, and the names of the flags that were given.
+
+    Raises:
+        SegRLError: A value that does not fit its flag, or settings that contradict each other.
+        UnknownNameError: An unknown flag, or an unknown setting in `defaults`; the closest is suggested.
+    """
+    parser = Parser(arguments_class, config_class, description=description)
+    if defaults is not None:
+        settings = defaults(Parser(arguments_class, add_help=False).parse_known_args(list(argv))[0])
+        known = [item.name for part in (arguments_class, config_class) for item in fields(part) if item.init]  # type: ignore[arg-type]
+        for name in settings:
+            if name not in known:  # argparse would keep it and nobody would read it
+                raise unknown_name(f"setting of {config_class.__name__}", name, known)
+        parser.set_defaults(**settings)
+    arguments, config = parser.read(argv)
+    check_numbers(arguments, least)
+    given = {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}
+    return arguments, config, given
+
+
+def check_rewards(names: Sequence[str]) -> list[str]:
+    """Refuse rewards that cannot be made now, rather than after hours of stage 1.
+
+    Args:
+        names: Registered names, `module:attribute`, or YAML files.
+
+    Returns:
+        The names, as a list.
+
+    Raises:
+        SegRLError: A reward is named twice, or cannot be made.
+        UnknownNameError: An unknown reward; the closest is suggested.
+    """
+    for name in names:
+        load_reward(name) if name.endswith((".yaml", ".yml")) else make_reward(name)
+    if len(set(names)) < len(names):
+        raise SegRLError(f"--rewards {' '.join(names)}: a reward is named twice, expected each once")
+    return list(names)
+
+
+def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        UnknownNameError: There is none; the closest is suggested.
+    """
+    if name not in presets:
+        raise unknown_name("preset", name, presets)
+    return presets[name]
+
+
+# ---- running a script ------------------------------------------------------------------------------------------------
+
+
+def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None = None) -> None:
+    """Run a script, so that what its user can mend is one message on stderr instead of a traceback.
+
+    Args:
+        check: `check(argv)` finds what can be wrong before anything is written and returns the work.
+        argv: The command line; that of the process by default.
+
+    Raises:
+        SystemExit: 2 after a `SegRLError`, 130 after an interruption. With several processes the first one speaks for
+            all if the checks fail, since they fail alike; the work can fail on one alone, which then says its rank.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    working = False
+    if (warning := missing_processes(os.environ)) is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    try:
+        work = check(sys.argv[1:] if argv is None else argv)
+        working = True
+        work()
+    except SegRLError as error:
+        if rank == 0 or working:
+            print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted; checkpoints written so far stay in the output directory", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def missing_processes(environment: Mapping[str, str]) -> str | None:
+    """What to say when `accelerate launch --cpu --num_processes 2` was asked for several processes and started one.
+
+    accelerate leaves the others to MPI: it sets an address to meet at, and nobody else comes.
+
+    Args:
+        environment: The environment variables of the process.
+
+    Returns:
+        The warning; None if nobody is missing.
+    """
+    several = "MASTER_PORT" in environment and environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not several or {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & environment.keys():
+        return None
+    return (
+        "accelerate starts one process on a CPU, whatever --num_processes says, unless MPI starts the others; for two: "
+        f"torchrun --standalone --nproc_per_node 2 {sys.argv[0]} --use_cpu"
+    )
+
+
+def _unexpected(argument: str, options: Sequence[str] | dict[str, Any]) -> UnknownNameError:
+    flag = argument.split("=")[0]
+    if not flag.startswith("-"):
+        return UnknownNameError(f"unexpected argument {argument!r}; expected flags, such as --data {argument}")
+    closest = difflib.get_close_matches(flag, [name for name in options if name.startswith("--")], n=1)
+    hint = f"did you mean {closest[0]!r}? " if closest else ""
+    return UnknownNameError(f"unknown flag {flag!r}; {hint}--help lists all flags")

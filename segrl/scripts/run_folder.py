@@ -1,0 +1,201 @@
+"""The output folder of a training script: claimed without losing anything, continued, and filled when a stage is done.
+
+`check_output` looks and `claim_output` writes, so that whatever else can be wrong is found between the two, while the
+folder still is as it was. A run that two stages make keeps the first in `<output_dir>/stage1`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+
+from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.inference.base import save_settings
+from segrl.reports.results_file import versions, write_results
+
+__all__ = ["check_batches", "check_output", "claim_output", "find_stage1", "is_finished", "train_and_save"]
+
+MARKER, HISTORY, STAGE1 = "segrl_run.json", "log_history.json", "stage1"
+
+
+def check_output(
+    folder: Path, *, overwrite: bool = False, resume: Any = None, inputs: Mapping[str, str | None] | None = None
+) -> str | None:
+    """Refuse a folder that must not be written to, and change nothing.
+
+    Args:
+        folder: The run's `output_dir`. It may be absent or empty.
+        overwrite: Whether a run that is there may be replaced (`--overwrite`).
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `true` or `last` for the newest in `folder`; None or
+            `false` for none.
+        inputs: Paths that the run reads, by the names of their flags: they must not be removed along with an old run.
+
+    Returns:
+        The checkpoint to continue from, or None.
+
+    Raises:
+        SegRLError: The folder is a file, or holds something that may not be replaced: anything without `overwrite`,
+            with it the run's own checkpoint or input, or a folder without `segrl_run.json`, which no run has written.
+        CheckpointError: There is no checkpoint where `resume` says.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SegRLError(f"output_dir {str(folder)!r} is a file; pass a folder")
+    checkpoint = _checkpoint(folder, resume)
+    if checkpoint is not None and _inside(checkpoint, folder):
+        if overwrite:
+            raise SegRLError(
+                "--overwrite would remove the run that --resume_from_checkpoint continues; pass one of them"
+            )
+        return checkpoint
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return checkpoint
+    if not overwrite:
+        raise SegRLError(
+            f"output_dir {str(folder)!r} is not empty; pass another --output_dir, --resume_from_checkpoint to continue "
+            "that run, or --overwrite to replace it"
+        )
+    if not (folder / MARKER).is_file():
+        raise SegRLError(
+            f"--overwrite: {str(folder)!r} was not written by a training script (no {MARKER}); remove it yourself"
+        )
+    for name, path in {**(inputs or {}), "resume_from_checkpoint": checkpoint}.items():
+        if path and _inside(path, folder):
+            raise SegRLError(f"--overwrite would remove --{name} {path!r}; pass another --output_dir")
+    return checkpoint
+
+
+def claim_output(folder: Path, arguments: Mapping[str, Any], checkpoint: str | None = None) -> None:
+    """Make `folder`, which passed `check_output`, this run's. The run that it held is removed here.
+
+    Called by every process: the first one writes, and none returns before that.
+
+    Args:
+        folder: The run's `output_dir`; made if it is absent, emptied unless it holds `checkpoint`.
+        arguments: What the run was asked to do, written to `segrl_run.json` with the versions.
+        checkpoint: What `check_output` returned.
+
+    Raises:
+        SegRLError: The folder cannot be written.
+    """
+    state = PartialState()
+    state.wait_for_everyone()  # until the other processes have checked the folder too
+    if state.is_main_process and not (checkpoint and _inside(checkpoint, folder)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            write_results(folder / MARKER, {"arguments": dict(arguments), "versions": versions()})
+        except OSError as error:
+            raise SegRLError(f"output_dir {str(folder)!r} cannot be written: {error}; pass another") from error
+    state.wait_for_everyone()
+
+
+def check_batches(config: Any, rows: Sized) -> None:
+    """Refuse a data set smaller than one batch of GRPO's questions: TRL drops the last, incomplete one, so nothing
+    would be trained.
+
+    Args:
+        config: A `GRPOConfig`.
+        rows: The training rows.
+
+    Raises:
+        DataError: Too few rows; both numbers and the settings are named.
+    """
+    questions = (config.generation_batch_size or 0) // (config.num_generations or 1)
+    if len(rows) < questions:
+        raise DataError(
+            f"{len(rows)} training rows, expected at least {questions}: one batch holds that many questions "
+            f"(generation_batch_size={config.generation_batch_size} / num_generations={config.num_generations}); "
+            "lower --per_device_train_batch_size or add rows"
+        )
+
+
+def train_and_save(trainer: Any, settings: Mapping[str, Any] | None = None) -> None:
+    """Train a stage to its end and save it in the trainer's `output_dir`, on every process.
+
+    The checkpoint that `resume_from_checkpoint` of the trainer's settings names is continued.
+
+    Args:
+        trainer: A trainer of segrl, TRL or transformers.
+        settings: How the model is asked, for `segrl.json` (see `segrl.inference.save_settings`); None writes none.
+    """
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        if settings is not None:
+            save_settings(folder, dict(settings))
+        history: Any = [{key: _finite(value) for key, value in entry.items()} for entry in trainer.state.log_history]
+        write_results(folder / HISTORY, history)  # last: `is_finished` looks for it
+    trainer.accelerator.wait_for_everyone()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `train_and_save` has trained a stage to its end and saved it in `folder`."""
+    return (folder / HISTORY).is_file()
+
+
+def find_stage1(model: str | None, checkpoint: str | None, *, skip: bool = False) -> Path | None:
+    """The stage 1 run that stage 2 starts from.
+
+    Args:
+        model: `--model`: a stage 1 run; None if the script trains stage 1 itself.
+        checkpoint: The checkpoint of stage 2 that is continued, which has its stage 1 beside it; None if there is none.
+        skip: `--skip_stage1`.
+
+    Returns:
+        The run's folder. None if stage 1 is skipped or still has to be trained.
+
+    Raises:
+        SegRLError: There is no finished stage 1 beside the checkpoint; the run's own `--model` is named if it had one.
+    """
+    if skip:
+        return None
+    if model is not None:
+        return Path(model)
+    if checkpoint is None:
+        return None
+    folder = Path(checkpoint).parent
+    if is_finished(folder / STAGE1):
+        return folder / STAGE1
+    was = "..."
+    if (folder / MARKER).is_file():
+        was = json.loads((folder / MARKER).read_text(encoding="utf-8"))["arguments"].get("model") or was
+    raise SegRLError(
+        f"--resume_from_checkpoint: {str(folder)!r} holds no stage 1; pass --model {was} or --skip_stage1, "
+        "whichever the run began with"
+    )
+
+
+def _checkpoint(folder: Path, value: Any) -> str | None:
+    if value is None or str(value).lower() == "false":
+        return None
+    if str(value).lower() in ("true", "last"):
+        newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if newest is None:
+            raise SegRLError(
+                f"--resume_from_checkpoint {value}: no checkpoint in {str(folder)!r}; start without the flag"
+            )
+        value = newest
+    if not (Path(value) / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {str(value)!r}: no checkpoint there (no trainer_state.json); expected a folder "
+            "checkpoint-N, or 'last' for the newest in output_dir"
+        )
+    return str(value)
+
+
+def _inside(path: str, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN, which the log gives a reward that applied to no row."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""What is segmented: images or volumes."""

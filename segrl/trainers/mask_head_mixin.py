@@ -1,0 +1,190 @@
+"""What both trainers share: a mask head beside the language model through construction, optimiser, saving and loading.
+
+TRL's trainer never sees the head while it is built, saved or loaded: PEFT would freeze, wrap or copy it, a reference
+model would duplicate it, and `save_pretrained` would mix it into the language model's files. The head has files of
+its own in the same folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from segrl.caching.feature_cache import FeatureCache
+from segrl.errors import SegRLError
+from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
+from segrl.heads.dense import DenseLoss, check_dense_losses, dense_terms
+from segrl.heads.mask_head import MaskHead, MaskRequest
+from segrl.models.loading import restore_weights
+from segrl.trainers.config import SegSFTConfig
+
+
+@contextmanager
+def head_detached(model: Any) -> Iterator[MaskHead | None]:
+    """Take the mask head off `model` inside the context. A model without one is left alone."""
+    head = detach_mask_head(model)
+    try:
+        yield head
+    finally:
+        if head is not None:
+            attach_mask_head(model, head)
+
+
+class MaskHeadMixin:
+    """Mixin before a TRL trainer: `class SegXTrainer(MaskHeadMixin, XTrainer)`."""
+
+    mask_head: MaskHead | None = None
+    dense_losses: list[DenseLoss]
+    _text_term: str  # name of TRL's own loss in the logs
+
+    def _init_joint(self, model: Any, dense_losses: Sequence[DenseLoss] | None, build: Any) -> None:
+        """Run TRL's `__init__` (`build`) with the head off the model, then put it on the model that TRL prepared."""
+        self.dense_losses = check_dense_losses(dense_losses)
+        head = None if isinstance(model, str) else find_mask_head(model)
+        if self.dense_losses and head is None:
+            raise SegRLError(
+                f"dense_losses={self.dense_losses} need mask logits, but the model has no mask head; "
+                "call attach_mask_head(model, head) first"
+            )
+        trained: Any = model
+        if head is not None:
+            detach_mask_head(model)
+        try:
+            build()
+            trained = self.model  # type: ignore[attr-defined]
+        finally:
+            if head is not None:
+                attach_mask_head(trained, head)
+        _name_missing_bias(trained)
+        if head is not None:
+            head.freeze()
+            if not self.dense_losses:
+                head.requires_grad_(False)  # masks for rewards only
+            head.cache = _feature_cache(self.args, head.cache)  # type: ignore[attr-defined]
+        self.mask_head = head
+
+    def _mode(self) -> str:
+        """TRL's key of the metrics: "train" or "eval"."""
+        trainer: Any = self
+        return "train" if trainer.model.training else "eval"
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def _joint_loss(self, loss: Tensor, weight: float, request: MaskRequest | None, scale: float, mode: str) -> Tensor:
+        """`weight * loss + scale * sum_i weight_i * term_i`, every term logged raw and weighted."""
+        total = loss if weight == 1.0 else weight * loss
+        if request is None:
+            return total
+        terms, statistics = dense_terms(self.dense_losses, request)
+        trainer: Any = self
+        metrics = trainer._metrics[mode]
+        for item in self.dense_losses:
+            total = total + scale * item.weight * terms[item.name]
+            value = trainer.accelerator.gather(terms[item.name].detach()).mean().item()
+            metrics[f"dense/{item.name}"].append(value)
+            metrics[f"dense/{item.name}_weighted"].append(item.weight * value)
+        text = trainer.accelerator.gather(loss.detach()).mean().item() / scale
+        metrics[f"{self._text_term}"].append(text)
+        metrics[f"{self._text_term}_weighted"].append(weight * text)
+        dice = statistics["dice"]
+        overlap = (
+            torch.stack([dice * len(request.rows), dice.new_tensor(len(request.rows))])
+            if dice is not None and request.rows is not None
+            else torch.zeros(2, device=loss.device)
+        )
+        joined = trainer.accelerator.reduce(overlap.float(), reduction="sum")
+        if joined[1] > 0:
+            metrics["mask/dice"].append((joined[0] / joined[1]).item())
+        return total
+
+    # ---- optimiser ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        fresh = trainer.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        rate = getattr(trainer.args, "head_learning_rate", None)
+        if fresh and rate is not None and self.mask_head is not None:
+            own = {id(parameter) for parameter in self.mask_head.parameters()}
+            for group in list(optimizer.param_groups):
+                head_params = [p for p in group["params"] if id(p) in own]
+                if head_params:
+                    group["params"] = [p for p in group["params"] if id(p) not in own]
+                    optimizer.add_param_group({**group, "params": head_params, "lr": rate})
+        return optimizer
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        trainer: Any = self
+        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+            super()._save(output_dir, None if state_dict is None else without_prefix(state_dict))  # type: ignore[misc]
+        if self.mask_head is not None and trainer.args.should_save:
+            self.mask_head.save_pretrained(output_dir if output_dir is not None else trainer.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._load(
+            resume_from_checkpoint,
+            lambda: super(MaskHeadMixin, self)._load_from_checkpoint(resume_from_checkpoint, model),  # type: ignore[misc]
+        )
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        self._load(
+            os.fspath(trainer.state.best_model_checkpoint),
+            lambda: super(MaskHeadMixin, self)._load_best_model(),  # type: ignore[misc]
+        )
+
+    def _load(self, folder: str, load: Callable[[], None]) -> None:
+        """Load model and head. For a whole model transformers' own way (`load`) would lose every renamed weight."""
+        trainer: Any = self
+        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+            if _is_whole(trainer, folder):
+                restore_weights(trainer.model, folder)
+            else:
+                load()
+        if self.mask_head is not None:
+            self.mask_head.load_weights(folder)
+
+
+def _feature_cache(args: Any, old: FeatureCache | None) -> FeatureCache:
+    """The cache that the settings ask for (TRL's own have none: then the defaults); `old` if it is just that."""
+    memory, folder, disk = (
+        getattr(args, f"feature_cache_{name}", getattr(SegSFTConfig, f"feature_cache_{name}"))
+        for name in ("memory", "dir", "disk")
+    )
+    new = FeatureCache(memory, folder, disk)
+    return old if old is not None and old.__reduce__() == new.__reduce__() else new
+
+
+def _name_missing_bias(model: Any) -> None:
+    """Let TRL read `bias` of tied output embeddings that PEFT's `trainable_token_indices` wrapped.
+
+    TRL's fused head reads `weight` and `bias` of that layer; the wrapper has the weight, with its trained rows, but no
+    name `bias`, which ends in an AttributeError.
+    """
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    wrapped = getattr(layer, "original_module", None)
+    if layer is not None and wrapped is not None and getattr(wrapped, "bias", None) is None:
+        layer.register_parameter("bias", None)
+
+
+def _is_whole(trainer: Any, folder: str) -> bool:
+    """Whether `folder` holds what `save_pretrained` of a plain model in this process's memory wrote."""
+    model, path = trainer.model, Path(folder)
+    return (
+        isinstance(model, PreTrainedModel)
+        and not getattr(model, "_hf_peft_config_loaded", False)
+        and not getattr(model, "is_quantized", False)
+        and not trainer.is_fsdp_enabled
+        and not trainer.is_deepspeed_enabled
+        and (path / "config.json").is_file()
+        and any(next(path.glob(pattern), None) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    )

@@ -1,0 +1,89 @@
+"""`SegSFTTrainer`: TRL's supervised fine-tuning plus dense losses on the answers' masks (CORE-Seg: `L_S1`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from trl.trainer.sft_trainer import SFTTrainer
+
+from segrl.errors import SegRLError
+from segrl.heads.dense import DenseLoss
+from segrl.tasks.images import SEG_COLUMNS, RowReader, check_columns
+from segrl.trainers.config import SegSFTConfig
+from segrl.trainers.mask_head_mixin import MaskHeadMixin
+
+
+class SegCollator:
+    """TRL's collator, plus `seg_inputs`: the segmenter's input and target of each row."""
+
+    def __init__(self, collator: Any, reader: RowReader) -> None:
+        self.collator, self.reader = collator, reader
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = self.reader(examples)  # before TRL's collator, which rewrites the examples
+        batch = self.collator([{k: v for k, v in row.items() if k not in SEG_COLUMNS} for row in examples])
+        batch["seg_inputs"] = [row.seg_input for row in rows]
+        return batch
+
+
+class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
+    """`SFTTrainer` whose model also learns masks: `text_weight * L_txt + sum_i weight_i * term_i`.
+
+    Called as TRL's trainer, with `dense_losses=[DenseLoss("dice_ce")]` for a model with a mask head. Masks are
+    decoded inside TRL's own forward, at the `<seg>` of the completion (never of the prompt). Data set columns:
+    `prompt`, `completion` (or `messages`), `image` or `images` (the first is segmented), `mask`.
+
+    Without dense losses this is TRL's trainer, bit for bit.
+
+    Raises:
+        SegRLError: before training, for dense losses without a mask head, with packing or padding-free batches, where
+            rows are not images, or on data without the columns that masks need.
+    """
+
+    _text_term = "text"
+    _tag_names = ("trl", "sft", "segrl")
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *positional: Any,
+        dense_losses: Sequence[DenseLoss] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
+            args = SegSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SegSFT")
+        if dense_losses and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
+            raise SegRLError("dense losses need one row per image: set packing=False and padding_free=False")
+        self._init_joint(model, dense_losses, lambda: SFTTrainer.__init__(self, model, args, *positional, **kwargs))
+        if self.dense_losses and self.mask_head is not None:
+            check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, ("image", "mask"))
+            self.data_collator = SegCollator(
+                self.data_collator, RowReader(self.processing_class, self.mask_head.segmenter)
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.dense_losses and "mask" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, *SEG_COLUMNS]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        weight = getattr(self.args, "text_weight", 1.0)
+        mode = self._mode()
+        steps = self.current_gradient_accumulation_steps if mode == "train" and num_items_in_batch is not None else 1
+        request = None
+        if self.dense_losses and self.mask_head is not None:
+            seg_inputs = inputs.pop("seg_inputs")
+            index, valid = self.mask_head.probe(inputs["input_ids"], inputs["labels"] != -100)
+            with self.mask_head.decode_next(index, valid, seg_inputs) as request:
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss: Tensor = result[0] if return_outputs else result
+        joint = self._joint_loss(loss, weight, request, 1.0 / steps, mode)
+        return (joint, result[1]) if return_outputs else joint

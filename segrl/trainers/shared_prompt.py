@@ -1,0 +1,200 @@
+"""TRL's GRPO with a prompt computed once for the G completions that answer it: in generation, scoring and loss.
+
+What is overridden, and why (each calls `super()`):
+
+- `_generate_and_score_completions`: images are preprocessed once; rows get the key of their prompt.
+- `_generate`: reads these keys off the prompts as they were tokenised.
+- `_generate_single_turn`: one prefill per prompt.
+- `_get_per_token_logps_and_entropies`: one packed row for all completions of a micro-batch.
+- `_prepare_inputs`: puts the answers to one prompt back side by side after TRL's shuffle.
+- `_compute_loss`: says which rows share a prompt.
+
+How it is done is in `segrl.sharing`, which knows nothing of TRL.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+
+from segrl import sharing
+from segrl.caching.feature_cache import FeatureCache
+from segrl.models.backbone import base_instance
+
+
+class SharedPromptGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` that heeds `share_prompt` of `SegGRPOConfig` (None means yes); off, it is `GRPOTrainer`.
+
+    Also off with settings that do not have it, as TRL's own.
+    """
+
+    args: Any
+    _buffered_inputs: Any
+    _prompt_keys: list[sharing.PromptKey] | None = None  # of the rows that are to be scored next
+    _image_keys: sharing.ImageKeys | None = None  # of one rollout
+    _shares = False
+    _share_by_default = True
+    _told = False  # whether the warning about inputs has been given
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shares = self._wants_sharing and self._start_sharing()
+
+    @property
+    def _wants_sharing(self) -> bool:
+        wanted = getattr(self.args, "share_prompt", False)
+        return self._share_by_default if wanted is None else wanted
+
+    def _start_sharing(self) -> bool:
+        """Prepare policy and reference model for packed rows, or warn why they cannot take them."""
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        reason = "the router's auxiliary loss counts every token" if self.aux_loss_enabled else None
+        if self.args.torch_compile:
+            reason = "torch_compile=True would compile the model anew for every layout"
+        for model in models:
+            reason = reason or sharing.enable_sharing(model)
+        if reason is not None:
+            _warn(reason)
+            return False
+        for model in models:
+            base = base_instance(model)
+            cache = FeatureCache(memory_bytes=self.args.feature_cache_memory)
+            sharing.install_vision(sharing.backbone_of(base), base.get_decoder(), cache)
+        return True
+
+    # ---- rollout -----------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._image_keys = keys = sharing.ImageKeys()
+        once = sharing.preprocess_once(self.processing_class, keys) if self._wants_sharing else nullcontext()
+        try:
+            with once:
+                output = super()._generate_and_score_completions(inputs)
+            if self._prompt_keys is not None:
+                output["prompt_keys"] = self._prompt_keys  # type: ignore[assignment]  # a list, as num_images
+        finally:
+            self._prompt_keys = self._image_keys = None
+        return output
+
+    def _generate(self, prompts: list) -> Any:
+        output = super()._generate(prompts)
+        if self._shares:
+            prompt_ids, completion_ids, images = output[0], output[1], output[6]
+            shown = images if images is not None else [sharing.images_of(prompt) for prompt in prompts]
+            self._prompt_keys = self._keys(prompt_ids, shown)
+            image = self._image_token  # TRL lets no model write it
+            if any(token == image for row in completion_ids for token in row):
+                self._prompt_keys = None  # tools answered with images, which are not the prompt's
+        return output
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._shares or self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        backbone = sharing.backbone_of(base_instance(self.accelerator.unwrap_model(self.model_wrapped)))
+        counts = None if images is None else [len(group or ()) for group in images]
+        with sharing.prefill_once(backbone, self._keys(prompt_ids, images), counts):
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+
+    def _keys(self, prompt_ids: Sequence[Sequence[int]], images: Sequence[Any] | None) -> list[sharing.PromptKey]:
+        read = self._image_keys or sharing.ImageKeys()
+        groups: Sequence[Any] = images or [None] * len(prompt_ids)
+        return [
+            sharing.PromptKey(tuple(map(int, row)), tuple(map(read, group or ())))
+            for row, group in zip(prompt_ids, groups, strict=True)
+        ]
+
+    @property
+    def _image_token(self) -> int | None:
+        config = base_instance(self.accelerator.unwrap_model(self.model)).config
+        return getattr(config, "image_token_id", None)
+
+    # ---- scoring -----------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> Any:
+        keys, rows, keep = self._prompt_keys, len(input_ids), logits_to_keep
+        dense = super()._get_per_token_logps_and_entropies
+        other = {name for name, value in images.items() if value is not None} - set(sharing.IMAGE_INPUTS)
+        if not self._shares or keys is None or len(keys) != rows or compute_aux_loss or other:
+            if self._shares and other and not self._told:
+                self._told = True
+                _warn(f"the model takes {', '.join(sorted(other))}, which cannot be shared")
+            settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
+        backbone = sharing.backbone_of(base_instance(self.accelerator.unwrap_model(model)))
+        results = []
+        for start in range(0, rows, batch_size or rows):
+            part = range(start, min(start + (batch_size or rows), rows))
+            packed = sharing.pack_rows(backbone, input_ids, attention_mask, keep, keys, part, **images)
+            if packed is None:
+                ids, mask = input_ids[part.start : part.stop], attention_mask[part.start : part.stop]
+                own = sharing.select_rows(part, **images)
+                results.append(dense(model, ids, mask, keep, compute_entropy=compute_entropy, **own)[:2])
+                continue
+            with self.accelerator.autocast():
+                output = model(**packed.inputs, shift_labels=packed.labels, fused_lm_head=True)
+            results.append((output.log_probs[:, :keep], output.entropy[:, :keep] if compute_entropy else None))
+        entropies = torch.cat([entropy for _, entropy in results]) if compute_entropy else None
+        return torch.cat([logps for logps, _ in results]), entropies, None
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or "prompt_keys" not in inputs or len(self._buffered_inputs) == 1:
+            return inputs
+        self._buffered_inputs = _side_by_side(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._prompt_keys = inputs.get("prompt_keys")
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._prompt_keys = None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"share_prompt: {reason}. Every completion is computed with a prompt of its own, as in TRL; "
+        "share_prompt=False says that this is meant.",
+        stacklevel=7,  # where the trainer is made
+    )
+
+
+def _side_by_side(batches: list[dict[str, Any]]) -> list[Any]:
+    """The micro-batches of a rollout, with the answers to one prompt in as few of them as can be."""
+    whole: Any = split_pixel_values_by_grid({key: _joined([batch[key] for batch in batches]) for key in batches[0]})
+    keys = whole["prompt_keys"]
+    place = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # prompts stay in TRL's random order
+    order = sorted(range(len(keys)), key=lambda row: place[keys[row]])
+
+    def reorder(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[row] for row in order]
+
+    parts: list[Any] = split_tensor_dict({key: reorder(value) for key, value in whole.items()}, len(batches))
+    return [unsplit_pixel_values_by_grid(part) for part in parts]
+
+
+def _joined(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, list):
+        return [item for value in values for item in value]
+    return torch.cat(values) if isinstance(first, Tensor) and first.ndim else first
