@@ -12,6 +12,7 @@ from scipy import stats
 
 from segrl import metrics
 from segrl.errors import DataError
+from segrl.evaluation import constant_mask_baseline
 from segrl.geometry import resize_mask
 
 
@@ -230,7 +231,7 @@ def test_summary_refuses_what_an_optional_metric_cannot_be():
 def test_constant_mask_is_the_best_cut(seed: int, count: int, density: float):
     rng = np.random.default_rng(seed)
     train = [rng.random((8, 8)) < density for _ in range(count)]
-    mask, threshold = metrics.constant_mask_baseline(train, size=8)
+    mask, threshold = constant_mask_baseline(train, size=8)
     average = np.mean(train, axis=0)
     np.testing.assert_array_equal(mask, average > threshold)
 
@@ -246,7 +247,7 @@ def test_constant_mask_of_differing_sizes_and_given_thresholds():
     centre = np.zeros((40, 20), dtype=np.uint8)
     centre[10:30, 5:15] = 255
     everything = np.ones((7, 9), dtype=bool)
-    mask, threshold = metrics.constant_mask_baseline(iter([centre, centre, everything]), size=16, thresholds=[0.5, 0.1])
+    mask, threshold = constant_mask_baseline(iter([centre, centre, everything]), size=16, thresholds=[0.5, 0.1])
     np.testing.assert_array_equal(mask, resize_mask(centre, (16, 16)))
     assert threshold == 0.5
     assert metrics.dice(resize_mask(mask, centre.shape), centre) == 1.0
@@ -254,23 +255,23 @@ def test_constant_mask_of_differing_sizes_and_given_thresholds():
 
 def test_constant_mask_of_a_tie_has_the_lowest_threshold():
     train = [np.eye(4, dtype=bool), np.eye(4, dtype=bool)]
-    assert metrics.constant_mask_baseline(train, size=4, thresholds=[0.5, 0.2, 0.9])[1] == 0.2
+    assert constant_mask_baseline(train, size=4, thresholds=[0.5, 0.2, 0.9])[1] == 0.2
 
 
 def test_constant_mask_of_mostly_empty_masks_is_empty():
     train = [np.zeros((4, 4), dtype=bool)] * 2 + [np.eye(4, dtype=bool)]
-    mask, threshold = metrics.constant_mask_baseline(train, size=4)
+    mask, threshold = constant_mask_baseline(train, size=4)
     assert not mask.any()
     assert threshold == pytest.approx(1 / 3)
 
 
 def test_constant_mask_of_empty_masks_is_empty():
-    mask, _ = metrics.constant_mask_baseline([np.zeros((4, 4), dtype=bool)] * 2, size=4)
+    mask, _ = constant_mask_baseline([np.zeros((4, 4), dtype=bool)] * 2, size=4)
     assert not mask.any()
 
 
 def test_constant_mask_errors():
     with pytest.raises(DataError, match="train_masks: expected at least one mask"):
-        metrics.constant_mask_baseline([])
+        constant_mask_baseline([])
     with pytest.raises(DataError, match="thresholds: expected at least one candidate"):
-        metrics.constant_mask_baseline([np.ones((2, 2), dtype=bool)], thresholds=[])
+        constant_mask_baseline([np.ones((2, 2), dtype=bool)], thresholds=[])

@@ -16,8 +16,9 @@ import segrl
 from segrl import metrics
 from segrl.errors import DataError, SegRLError
 from segrl.predictions import Prediction, Status, Target
-from segrl.reports import drawing
-from segrl.reports import table as report
+from segrl.reports import contact_sheet, drawing, results_table, versions, write_results
+from segrl.reports.contact_sheets import LINE, MARGIN
+from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES
 
 SUMMARY = {"mdice": 0.3706, "miou": 0.2779, "fail": 0.1842, "n": 2421}
 CI95 = {"mdice": [0.35, 0.391], "miou": [0.26, 0.3], "fail": [0.17, 0.2]}
@@ -25,7 +26,7 @@ CI95 = {"mdice": [0.35, 0.391], "miou": [0.26, 0.3], "fail": [0.17, 0.2]}
 
 def printed(results, width=100) -> list[str]:
     stream = io.StringIO()
-    report.results_table(results, Console(file=stream, width=width))
+    results_table(results, Console(file=stream, width=width))
     return stream.getvalue().splitlines()
 
 
@@ -70,14 +71,14 @@ def test_table_escapes_names_from_the_data():
     text = "\n".join(printed({"stage1": {**SUMMARY, "groups": {"modality": {name: SUMMARY}}}}))
     assert "[red]C\\x1b[31mT" in text
     stream = io.StringIO()
-    report.results_table({name: SUMMARY}, Console(file=stream, width=100), stages=[name])
+    results_table({name: SUMMARY}, Console(file=stream, width=100), stages=[name])
     text += stream.getvalue()
     assert text.count("[red]C\\x1b[31mT") == 2
     assert "\x1b" not in text
 
 
 def test_table_without_a_terminal_is_wide_enough_for_its_cells(capsys):
-    report.results_table({"stage1": {**SUMMARY, "ci95": CI95}})
+    results_table({"stage1": {**SUMMARY, "ci95": CI95}})
     assert "37.06 [35.0, 39.1]" in capsys.readouterr().out
 
 
@@ -97,11 +98,11 @@ VOLUMES = {
     **{"hd95_mm": 12.346, "n_scored": {"hd95_mm": 19}},
     "ci95": {"mdice": [0.8, 0.9], "hd95_mm": [7.04, 21.5]},
 }
-FOR_VOLUMES = {"columns": report.VOLUME_COLUMNS, "stages": report.VOLUME_STAGES, "groupings": ("lesion",)}
+FOR_VOLUMES = {"columns": VOLUME_COLUMNS, "stages": VOLUME_STAGES, "groupings": ("lesion",)}
 
 
 def test_table_of_volumes_has_millimetres_and_says_over_how_many(capsys):
-    report.results_table(
+    results_table(
         {
             "stage2": {**VOLUMES, "groups": {"lesion": {"liver": VOLUMES}, "modality": {"CT": VOLUMES}}},
             "oracle": VOLUMES,
@@ -122,7 +123,7 @@ def test_table_of_volumes_has_millimetres_and_says_over_how_many(capsys):
 def test_table_of_volumes_shows_a_dash_for_what_applies_to_none():
     nowhere = {**VOLUMES, "hd95_mm": None, "n_scored": {"hd95_mm": 0}, "ci95": {"hd95_mm": None}}
     stream = io.StringIO()
-    report.results_table({"model": nowhere}, Console(file=stream, width=200), **FOR_VOLUMES)
+    results_table({"model": nowhere}, Console(file=stream, width=200), **FOR_VOLUMES)
     (row,) = [line for line in stream.getvalue().splitlines() if "model" in line]
     assert cells(row)[3] == "-"
 
@@ -130,15 +131,15 @@ def test_table_of_volumes_shows_a_dash_for_what_applies_to_none():
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), None, "3.5"])
 def test_table_refuses_distances_that_are_none(value):
     with pytest.raises(DataError, match=f"stage1: hd95_mm is {value}; expected a finite number of at least 0"):
-        report.results_table({"stage1": {**VOLUMES, "hd95_mm": value}}, Console(file=io.StringIO()), **FOR_VOLUMES)
+        results_table({"stage1": {**VOLUMES, "hd95_mm": value}}, Console(file=io.StringIO()), **FOR_VOLUMES)
     with pytest.raises(DataError, match="expected at least one of oracle, stage1, stage2, model, got the keys"):
-        report.results_table({"baseline": SUMMARY}, **FOR_VOLUMES)
+        results_table({"baseline": SUMMARY}, **FOR_VOLUMES)
 
 
 def test_versions_names_what_a_result_depends_on():
     import torch
 
-    found = report.versions()
+    found = versions()
     assert list(found) == [
         "python", "segrl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "sam2",
     ]  # fmt: skip
@@ -150,7 +151,7 @@ def test_versions_names_what_a_result_depends_on():
 
 def test_results_file_is_sorted_json_of_plain_values(tmp_path):
     results = {"b": np.float32(0.5), "a": {"z": (1, None), "y": np.arange(2), "x": True}, "path": tmp_path / "model"}
-    path = report.write_results(tmp_path / "deep" / "results.json", results)
+    path = write_results(tmp_path / "deep" / "results.json", results)
     text = path.read_text()
     assert json.loads(text) == {
         "a": {"x": True, "y": [0, 1], "z": [1, None]}, "b": 0.5, "path": str(tmp_path / "model"),
@@ -168,7 +169,7 @@ def test_results_file_is_sorted_json_of_plain_values(tmp_path):
 )
 def test_results_file_round_trips(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("results") / "results.json"
-    assert json.loads(report.write_results(path, {"value": value}).read_text(encoding="utf-8")) == {"value": value}
+    assert json.loads(write_results(path, {"value": value}).read_text(encoding="utf-8")) == {"value": value}
 
 
 @pytest.mark.parametrize(
@@ -180,9 +181,9 @@ def test_results_file_round_trips(tmp_path_factory, value):
     ],
 )
 def test_results_file_is_kept_when_the_new_one_cannot_be_written(tmp_path, value, message):
-    path = report.write_results(tmp_path / "results.json", {"old": 1})
+    path = write_results(tmp_path / "results.json", {"old": 1})
     with pytest.raises(DataError, match=message):
-        report.write_results(path, {"stage1": {"values": [0.0, value]}})
+        write_results(path, {"stage1": {"values": [0.0, value]}})
     assert json.loads(path.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -201,8 +202,8 @@ def make_row(*, box=None, mask=None, text="", query="", image_size=(96, 96)) -> 
 
 def draw_first_cell(row, tmp_path, cell=192) -> np.ndarray:
     """The drawn image of a one-cell sheet, (cell, cell, 3)."""
-    sheet = np.array(Image.open(report.contact_sheet([row], tmp_path / "sheet.png", cell=cell)))
-    top, left = report.LINE + 2 * report.MARGIN, report.MARGIN
+    sheet = np.array(Image.open(contact_sheet([row], tmp_path / "sheet.png", cell=cell)))
+    top, left = LINE + 2 * MARGIN, MARGIN
     return sheet[top : top + cell, left : left + cell]
 
 
@@ -231,12 +232,12 @@ def test_sheet_tints_the_predicted_mask_and_frames_the_boxes(tmp_path):
 def test_sheet_keeps_the_aspect_and_fills_the_grid(tmp_path):
     row = make_row()
     wide = Target.from_mask(np.ones((20, 40), dtype=bool))
-    path = report.contact_sheet([{**row, "target": wide}] * 3, tmp_path / "new" / "sheet.png", columns=2, cell=100)
+    path = contact_sheet([{**row, "target": wide}] * 3, tmp_path / "new" / "sheet.png", columns=2, cell=100)
     sheet = np.array(Image.open(path))
-    assert sheet.shape[1] == 3 * report.MARGIN + 200
+    assert sheet.shape[1] == 3 * MARGIN + 200
     green = (sheet == drawing.TRUTH).all(axis=2)
-    top = report.LINE + 2 * report.MARGIN
-    rows, columns = np.nonzero(green[top : top + 100, report.MARGIN : report.MARGIN + 100])
+    top = LINE + 2 * MARGIN
+    rows, columns = np.nonzero(green[top : top + 100, MARGIN : MARGIN + 100])
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (0, 99, 25, 74)
 
 
@@ -250,11 +251,11 @@ def test_sheet_refuses_what_it_cannot_draw(tmp_path):
     path = tmp_path / "sheet.png"
     row = make_row()
     with pytest.raises(DataError, match="got 0 rows"):
-        report.contact_sheet([], path)
+        contact_sheet([], path)
     with pytest.raises(DataError, match="cell=8"):
-        report.contact_sheet([row], path, cell=8)
+        contact_sheet([row], path, cell=8)
     with pytest.raises(DataError, match=r"rows\[1\]: missing \['dice'\]"):
-        report.contact_sheet([row, {key: row[key] for key in row if key != "dice"}], path)
+        contact_sheet([row, {key: row[key] for key in row if key != "dice"}], path)
     with pytest.raises(SegRLError, match=r"rows\[0\]: the predicted mask has shape \(4, 4\), the true one \(48, 48\)"):
-        report.contact_sheet([make_row(mask=np.ones((4, 4), dtype=bool))], path)
+        contact_sheet([make_row(mask=np.ones((4, 4), dtype=bool))], path)
     assert not path.exists()

@@ -16,8 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.data import prepare
-from segrl.data.images import augmentation as augment
+from segrl.data import augment, prepare
 from segrl.heads import MaskHead, attach_mask_head
 from segrl.models import ensure_seg_token, load_vlm
 from segrl.scripts import find_preset
