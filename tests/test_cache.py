@@ -13,18 +13,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import grpo_args, seg_bias, sft_args, tiny_headed_model, tiny_rows, tiny_segmenter
 from cache_workers import content, equal, work
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trl.trainer.grpo_config import GRPOConfig
 
 from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
-from segrl.caching import EncoderFingerprint, FeatureCache
+from segrl.caching import EncoderFingerprint, FeatureCache, ImageKeys, content_key
 from segrl.errors import SegRLError
 from segrl.heads import LinearAdapter, MaskHead, SegInput, SegTokenProbe
 from segrl.segmenters import ImageFeatures
@@ -65,6 +67,53 @@ def entry_size(tmp_path, tensors):
     """Bytes of the file of one entry."""
     FeatureCache(0, tmp_path / "measured", BIG).put("a", tensors)
     return bytes_in(tmp_path / "measured")
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8))
+
+
+class TestContent:
+    def test_copies_are_the_same_in_every_process(self):
+        read = ImageKeys()
+        assert read(picture(0)) == read(picture(0).copy()) == ImageKeys()(picture(0)) == content_key(picture(0))
+        array = np.asarray(picture(0))
+        assert content_key(array) == content_key(array.copy()) == content_key(torch.from_numpy(array.copy()))
+        assert content_key(array[::2]) == content_key(array[::2].copy())
+        half = torch.ones(3, dtype=torch.bfloat16)
+        assert content_key(half, {"a": 1}) == content_key(half.clone(), {"a": 1})
+        assert content_key("a", 1) == "4a63694e3e38ebd07fa94d789bac80f8"
+
+    def test_other_content_is_another(self):
+        plain = Image.new("RGB", (6, 4))
+        touched = plain.copy()
+        touched.putpixel((5, 3), (0, 0, 1))
+        turned = plain.copy()
+        turned.getexif()[0x0112] = 6  # processors turn it upright
+        palette = [Image.new("P", (6, 4)) for _ in range(2)]
+        palette[0].putpalette([255, 0, 0])
+        palette[1].putpalette([0, 255, 0])
+        others = [plain, touched, turned, Image.new("RGB", (4, 6)), Image.new("L", (6, 4)), *palette]
+        others += [np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6, 3), np.int16), torch.zeros(3, 4, 6)]
+        others += [torch.zeros(3, 4, 6).bfloat16(), "", b"", None, 0, False, [], {}, [[]], "1", 1]
+        assert len({content_key(part) for part in others}) == len(others)
+        groups = [("ab", "c"), ("a", "bc"), ("abc",), (["ab", "c"],), ("c", "ab"), (np.zeros(2), np.zeros(1))]
+        assert len({content_key(*parts) for parts in [*groups, (np.zeros(3),)]}) == len(groups) + 1
+
+    def test_what_is_not_known_is_never_the_same(self):
+        read, path = ImageKeys(), object()
+        assert read(path) == read(path)
+        assert len({read(object()) for _ in range(50)}) == 50
+        with pytest.raises(TypeError, match="object"):
+            content_key(["a", path])
+        with pytest.raises(TypeError, match="ndarray"):
+            content_key(np.array([path]))
+
+    def test_object_is_read_once(self, monkeypatch):
+        read, image, calls = ImageKeys(), picture(0), []
+        monkeypatch.setattr(image, "tobytes", lambda: calls.append(1) or b"x")
+        assert read(image) == read(image)
+        assert calls == [1]
 
 
 class TestMemory:

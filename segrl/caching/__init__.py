@@ -1,7 +1,7 @@
 """Features of frozen encoders, kept by content; and what "the same content" means."""
 
-from segrl.caching.content import ImageKeys
+from segrl.caching.content import ImageKeys, content_key
 from segrl.caching.feature_cache import FeatureCache
 from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 
-__all__ = ["EncoderFingerprint", "FeatureCache", "ImageKeys", "feature_key"]
+__all__ = ["EncoderFingerprint", "FeatureCache", "ImageKeys", "content_key", "feature_key"]

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from segrl.caching.content import raw_bytes
 from segrl.errors import SegRLError
 
 __all__ = ["FeatureCache"]
@@ -233,8 +234,3 @@ def _checksum(tensors: Sequence[Tensor]) -> int:
         value = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         value = zlib.crc32(raw_bytes(tensor), value)
     return value
-
-
-def raw_bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor's values as a buffer, without a copy where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segrl.caching.feature_cache import raw_bytes
+from segrl.caching.content import raw_bytes
+
+__all__ = ["EncoderFingerprint", "feature_key"]
 
 
 class EncoderFingerprint:
