@@ -6,7 +6,4 @@ of what the top level exports: type checkers read it, and so does `lazy_loader`.
 
 import lazy_loader
 
-from segrl._version import __version__
-
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ += ["__version__"]
