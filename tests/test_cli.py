@@ -82,7 +82,7 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path):
 )
 def test_commands_start_without_frameworks(command, tmp_path):
     code = (
-        "import sys; from segrl.cli import main\n"
+        "import sys; from segrl.cli.main import main\n"
         f"try: main({command.split()!r})\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'hypothesis'} & set(sys.modules)))"

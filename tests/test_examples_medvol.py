@@ -132,7 +132,7 @@ def sft_run(tmp_path_factory, data, segmenter, example) -> Path:
     """Stage 1 that knows the two volumes by heart."""
     folder = tmp_path_factory.mktemp("sft") / "run"
     flags = ("--max_steps", 80, "--learning_rate", 0.005, "--key_slices", 1, "--segmenter", segmenter)
-    sizes = ("--per_device_train_batch_size", 2, "--warmup_steps", 1, "--dataloader_pin_memory", "false")
+    sizes = ("--per_device_train_batch_size", 2, "--pretrain_steps", 1, "--dataloader_pin_memory", "false")
     assert example("train_sft", "--data", data, *flags, *sizes, "--output_dir", folder) == 0
     return folder
 
@@ -560,7 +560,7 @@ def test_rows_whose_lesion_is_not_shown_are_left_out_of_stage1(modules, tmp_path
 def test_the_same_seed_gives_the_same_start(modules, data):
     """The vision tower's warm-up included, whatever was drawn before."""
     arguments, recipes, stages = (modules[name] for name in ("arguments", "recipes", "stages"))
-    settings = (arguments.ExampleArguments(warmup_steps=2), recipes.find_recipe("tiny"), load_volumes(data, "test"))
+    settings = (arguments.ExampleArguments(pretrain_steps=2), recipes.find_recipe("tiny"), load_volumes(data, "test"))
     first, second, other = (stages.build_model(*settings, seed)[0].state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)

@@ -288,7 +288,7 @@ class TestCall:
         ("change", "message"),
         [
             ({"volume": np.zeros((3, 4, 5))}, r"volume: expected uint8 \(D, H, W\), got float64 \(3, 4, 5\)"),
-            ({"volume": np.zeros((4, 5), np.uint8)}, r"got uint8 \(4, 5\); scale it with segrl\.volumes"),
+            ({"volume": np.zeros((4, 5), np.uint8)}, r"got uint8 \(4, 5\); scale it with segrl\.data"),
             ({"volume": np.zeros((0, 4, 5), np.uint8)}, r"got uint8 \(0, 4, 5\)"),
             ({"slice_index": -1}, r"slice_index=-1: expected 0\.\.2; leave out answers that name no slice"),
             ({"slice_index": 3}, r"slice_index=3: expected 0\.\.2"),

@@ -46,7 +46,7 @@ class ExampleArguments(TwoStageArguments):
             "help": "Delta of R_c: slices each way from the key slice that propagated_dice reads (2, 5, 10, 15)."
         },
     )
-    warmup_steps: int | None = field(
+    pretrain_steps: int | None = field(
         default=None, metadata={"help": "At most so many steps before stage 1 (preset tiny); default: --max_steps."}
     )
     key_slices: int | None = field(
@@ -78,7 +78,7 @@ def read(
         config_class,
         defaults=lambda known: {"output_dir": default_output, **getattr(find_recipe(known.preset), stage)},
         description=f"MedVol-R1, {stage}. Presets: {', '.join(RECIPES)}.",
-        least={"reach": 0, "key_slices": 1, "warmup_steps": 1, "segmenter_steps": 1},
+        least={"reach": 0, "key_slices": 1, "pretrain_steps": 1, "segmenter_steps": 1},
     )
     rewards = list(find_recipe(example.preset).rewards if example.rewards is None else example.rewards)
     for name in example.without or ():
@@ -89,7 +89,7 @@ def read(
         raise SegRLError(f"--without {' '.join(example.without or ())}: no reward is left")
     example.rewards = check_rewards(rewards)
     if (
-        example.warmup_steps is None and "max_steps" in given and config.max_steps > 0
+        example.pretrain_steps is None and "max_steps" in given and config.max_steps > 0
     ):  # a short look is short in all of its parts
-        example.warmup_steps = config.max_steps
+        example.pretrain_steps = config.max_steps
     return example, config, given

@@ -86,7 +86,7 @@ def build_model(example: ExampleArguments, recipe: Recipe, train: Dataset, seed:
         model, processor = recipe.build(train, example.model)
     if recipe.vision_warmup is not None and example.model is None and not example.skip_stage1:
         settings = dict(recipe.vision_warmup)
-        settings["steps"] = min(settings["steps"], example.warmup_steps or settings["steps"])
+        settings["steps"] = min(settings["steps"], example.pretrain_steps or settings["steps"])
         right = pretrain_vision(model, processor, train, size=recipe.prompt["size"], seed=seed, **settings)
         if PartialState().is_main_process:
             print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
@@ -181,8 +181,8 @@ def ready_segmenter(
         settings = dict(recipe.segmenter_training or {})
         if example.segmenter_steps is not None:
             settings["steps"] = example.segmenter_steps
-        elif example.warmup_steps is not None:
-            settings["steps"] = min(settings["steps"], example.warmup_steps)
+        elif example.pretrain_steps is not None:
+            settings["steps"] = min(settings["steps"], example.pretrain_steps)
         rows = or_synthetic(None, example, recipe, seed, "segmenter", folder)  # all processes meet in it
         if state.is_main_process:
             torch.manual_seed(seed)
