@@ -13,6 +13,13 @@ from segrl.predictions.parsing import (
     parse_completion,
 )
 from segrl.predictions.prediction import Prediction, Status
+from segrl.predictions.prompt_settings import (
+    ImagePromptSettings,
+    PromptSettings,
+    VolumePromptSettings,
+    load_prompt_settings,
+    prompt_settings_from_dict,
+)
 from segrl.predictions.records import (
     TEXT_COLUMNS,
     TRUTH_COLUMNS,
@@ -23,10 +30,11 @@ from segrl.predictions.records import (
     read_probability,
     read_target,
 )
-from segrl.predictions.target import Target, VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, Metadata, Target, VolumeTarget
 
 __all__ = [
     "MAX_COORDINATE",
+    "METADATA_COLUMNS",
     "NOT_SHOWN",
     "SEG_TOKEN",
     "TEXT_COLUMNS",
@@ -36,16 +44,22 @@ __all__ = [
     "CompletionFormat",
     "Frame",
     "FrameKind",
+    "ImagePromptSettings",
+    "Metadata",
     "Prediction",
+    "PromptSettings",
     "Status",
     "Target",
+    "VolumePromptSettings",
     "VolumeTarget",
     "answer_record",
     "completion_text",
     "format_answer",
     "format_completion",
     "frame_for",
+    "load_prompt_settings",
     "parse_completion",
+    "prompt_settings_from_dict",
     "read_answer",
     "read_frame",
     "read_json_answer",

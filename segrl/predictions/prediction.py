@@ -13,7 +13,7 @@ import numpy as np
 
 from segrl.errors import DataError
 from segrl.geometry.boxes import validate_boxes
-from segrl.predictions.target import _check_mask
+from segrl.predictions.target import check_mask
 
 __all__ = ["Prediction", "Status"]
 
@@ -69,7 +69,7 @@ class Prediction:
         if self.scores is not None:
             object.__setattr__(self, "scores", _check_scores(self.scores, len(self.boxes)))
         if self.mask is not None:
-            _check_mask(self.mask, "Prediction.mask", 3 if np.ndim(self.mask) == 3 else 2)
+            check_mask(self.mask, "Prediction.mask", 3 if np.ndim(self.mask) == 3 else 2)
         if self.probability is not None and (self.mask is None or self.probability.shape != self.mask.shape):
             shape = None if self.mask is None else self.mask.shape
             raise DataError(

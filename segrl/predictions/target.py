@@ -5,7 +5,8 @@ Legend: N boxes, D slices, H/W pixels of the original image. Boxes are xyxy, hal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -15,34 +16,65 @@ from segrl.errors import DataError
 from segrl.geometry.boxes import validate_boxes
 from segrl.geometry.masks import binarize, boxes_from_mask, deepest_points, foreground, mask_to_box
 
-__all__ = ["Target", "VolumeTarget"]
+__all__ = ["METADATA_COLUMNS", "Metadata", "Target", "VolumeTarget", "check_mask"]
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """The truth for one row.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Metadata:
+    """What is known about a row besides its image and its mask.
 
     Attributes:
-        mask: (H, W) bool in original pixels; all False when the image holds nothing that was asked for.
-        boxes: (N, 4) float64, one box per lesion; (0, 4) for an empty mask.
         query: What was asked.
         modality: Imaging modality, used to group results.
         anatomy: Body region, used to group results.
-        lesion: Name of the lesion.
+        lesion: Name of the lesion or structure.
         name: File name or row id, named in errors.
+
+    Example:
+        >>> Metadata.from_row({"lesion": "cyst", "modality": None, "image": "a.png"}).to_dict()
+        {'query': '', 'modality': '', 'anatomy': '', 'lesion': 'cyst', 'name': ''}
     """
 
-    mask: np.ndarray
-    boxes: np.ndarray
     query: str = ""
     modality: str = ""
     anatomy: str = ""
     lesion: str = ""
     name: str = ""
 
+    @staticmethod
+    def texts_of(row: Mapping[str, Any], **defaults: str) -> dict[str, str]:
+        """The metadata columns of a data set row as texts; a missing or empty one gets its default, else ""."""
+        return {column: str(row.get(column) or defaults.get(column, "")) for column in METADATA_COLUMNS}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], **defaults: str) -> Metadata:
+        """Read the metadata columns of a data set row; see `texts_of`."""
+        return Metadata(**cls.texts_of(row, **defaults))
+
+    def to_dict(self) -> dict[str, str]:
+        """The texts by column."""
+        return {column: getattr(self, column) for column in METADATA_COLUMNS}
+
+
+METADATA_COLUMNS = tuple(item.name for item in fields(Metadata))
+"""Names of the metadata columns of a data set, in the order of `Metadata`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target(Metadata):
+    """The ground truth of an image, with the metadata of its row (see `Metadata`).
+
+    Attributes:
+        mask: (H, W) bool in original pixels; all False when the image holds nothing that was asked for.
+        boxes: (N, 4) float64, one box per lesion; (0, 4) for an empty mask.
+    """
+
+    mask: np.ndarray
+    boxes: np.ndarray
+
     def __post_init__(self) -> None:
         label = f" of {self.name!r}" if self.name else ""
-        _check_mask(self.mask, f"Target.mask{label}")
+        check_mask(self.mask, f"Target.mask{label}")
         object.__setattr__(self, "boxes", validate_boxes(self.boxes, f"Target.boxes{label}"))
 
     @classmethod
@@ -97,30 +129,20 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class VolumeTarget:
-    """The truth for one volume: a stack of slices of which an answer names one.
+class VolumeTarget(Metadata):
+    """The ground truth of a volume, a stack of slices, with the metadata of its row (see `Metadata`).
 
     Attributes:
         mask: (D, H, W) bool in original pixels; the D slices of the whole volume, of which the model may see fewer.
         spacing_mm: Size of a voxel along D, H and W in millimetres.
-        query: What was asked, as the rest: see `Target`.
-        modality: Imaging modality.
-        anatomy: Body region.
-        lesion: Name of the lesion or structure.
-        name: File name or row id, named in errors.
     """
 
     mask: np.ndarray
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    query: str = ""
-    modality: str = ""
-    anatomy: str = ""
-    lesion: str = ""
-    name: str = ""
 
     def __post_init__(self) -> None:
         label = f" of {self.name!r}" if self.name else ""
-        _check_mask(self.mask, f"VolumeTarget.mask{label}", 3)
+        check_mask(self.mask, f"VolumeTarget.mask{label}", 3)
         if len(self.spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in self.spacing_mm):
             raise DataError(
                 f"VolumeTarget.spacing_mm{label}: {self.spacing_mm}; expected three positive millimetres (z, y, x)"
@@ -187,12 +209,11 @@ class VolumeTarget:
             raise DataError(f"{self.name or 'volume'}: slice {index}; expected 0 <= slice < {self.depth}")
         known: dict[int, Target] = self._slices  # pyright: ignore[reportAttributeAccessIssue]
         if index not in known:
-            fields = {key: getattr(self, key) for key in ("query", "modality", "anatomy", "lesion", "name")}
-            known[index] = Target.from_mask(self.mask[index], **fields)
+            known[index] = Target.from_mask(self.mask[index], **self.to_dict())
         return known[index]
 
 
-def _check_mask(mask: object, name: str, ndim: int = 2) -> None:
+def check_mask(mask: object, name: str, ndim: int = 2) -> None:
     if not isinstance(mask, np.ndarray) or mask.ndim != ndim or mask.dtype != np.bool_:
         found = f"{mask.dtype} array of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
         expected = "an (H, W)" if ndim == 2 else "a (D, H, W)"
