@@ -205,7 +205,7 @@ class TestPlugins:
         things.register("mine")(Thing)
         reports = [(report.name, report.origin, report.summary, report.broken) for report in things.reports(60.0)]
         assert reports == [
-            ("bad", "bad 1.0", "", "cannot be imported from 'plugin_bad:Good': KeyboardInterrupt: "),
+            ("bad", "bad 1.0", "", "cannot be imported from 'plugin_bad:Good': KeyboardInterrupt"),
             ("good", "good 1.0", "A good thing.", None),
             ("mine", f"module {__name__}", "One thing.", None),
             ("mine", "taken 1.0", "", f"the name is taken by module {__name__}; use 'plugin_taken:Good'"),

@@ -59,9 +59,8 @@ class Registry(Generic[Item]):
             self._check(name, item)
             known = self._items.get(name)
             if known is not None and not same_definition(known, item):
-                raise SegRLError(
-                    f"{self.kind} {name!r} is registered already, by {path_of(known) or repr(known)}; choose another name"
-                )
+                by = path_of(known) or repr(known)
+                raise SegRLError(f"{self.kind} {name!r} is registered already, by {by}; choose another name")
             self._items[name] = item
             return item
 
