@@ -1,0 +1,81 @@
+"""The examples in docstrings run, offline and in an empty folder; and the share of public names that have one."""
+
+import doctest
+import inspect
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text().count(">>> ")
+    for path in sorted((ROOT / "segrl").rglob("*.py"))
+}
+SURFACES = [f"segrl.{path.name}" for path in sorted((ROOT / "segrl").iterdir()) if (path / "__init__.py").exists()]
+SURFACES += ["segrl.rewards.builtin", "segrl.losses", "segrl.hub", "segrl.errors"]
+
+# How many public functions and classes of a folder have no example yet. The numbers only shrink.
+WITHOUT_EXAMPLE = {
+    "segrl.audit": 3,
+    "segrl.caching": 2,
+    "segrl.data": 29,
+    "segrl.evaluation": 7,
+    "segrl.geometry": 11,
+    "segrl.heads": 11,
+    "segrl.inference": 4,
+    "segrl.losses": 4,
+    "segrl.metrics": 6,
+    "segrl.models": 12,
+    "segrl.predictions": 11,
+    "segrl.reports": 12,
+    "segrl.rewards": 9,
+    "segrl.rewards.builtin": 42,
+    "segrl.scoring": 2,
+    "segrl.scripts": 15,
+    "segrl.segmenters": 8,
+    "segrl.sharing": 11,
+    "segrl.testing": 1,
+    "segrl.trainers": 6,
+}
+
+
+@pytest.mark.parametrize("module", [module for module, lines in LINES.items() if lines])
+def test_examples_of_module(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tests = [test for test in doctest.DocTestFinder(exclude_empty=True).find(import_module(module)) if test.examples]
+    assert sum(len(test.examples) for test in tests) == LINES[module]  # none is hidden by a decorator
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in tests:
+        runner.run(test)
+    assert runner.failures == 0
+
+
+def public_callables() -> dict[str, object]:
+    """Return what users call: functions and classes of every `__all__`, without errors and protocols, each once."""
+    found = {}
+    for surface in SURFACES:
+        module = import_module(surface)
+        for name in getattr(module, "__all__", []):
+            value = getattr(module, name)
+            called = inspect.isroutine(value) or (inspect.isclass(value) and not issubclass(value, Exception))
+            if called and not getattr(value, "_is_protocol", False):
+                found.setdefault(id(value), (f"{surface}.{name}", value))
+    return dict(found.values())
+
+
+def has_example(value: object) -> bool:
+    """Return whether the docstring of a function or class, or of a method that the class defines, has an example."""
+    parts = [value, *(vars(value).values() if inspect.isclass(value) else [])]
+    return any(">>> " in (getattr(part, "__doc__", None) or "") for part in parts)
+
+
+def test_share_of_public_names_with_an_example():
+    names = public_callables()
+    without = [name for name, value in names.items() if not has_example(value)]
+    print(
+        f"{len(names) - len(without)} of {len(names)} public functions and classes have an example; without:", *without
+    )
+    counts = Counter(name.rpartition(".")[0] for name in without)
+    assert {folder: count for folder, count in counts.items() if count > WITHOUT_EXAMPLE.get(folder, 0)} == {}
