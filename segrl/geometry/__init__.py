@@ -2,8 +2,6 @@
 
 from segrl.geometry.boxes import area, giou, pairwise_giou, pairwise_iou, validate_boxes
 from segrl.geometry.masks import (
-    BOTH_EMPTY_SCORE,
-    ONE_EMPTY_SCORE,
     binarize,
     boxes_from_mask,
     deepest_points,
@@ -18,8 +16,6 @@ from segrl.geometry.masks import (
 from segrl.geometry.matching import Matching, match, match_boxes
 
 __all__ = [
-    "BOTH_EMPTY_SCORE",
-    "ONE_EMPTY_SCORE",
     "Matching",
     "area",
     "binarize",

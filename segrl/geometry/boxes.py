@@ -20,11 +20,11 @@ __all__ = ["area", "giou", "pairwise_giou", "pairwise_iou", "validate_boxes"]
 
 
 def validate_boxes(boxes: ArrayLike, name: str = "boxes") -> np.ndarray:
-    """Return boxes as an (N, 4) float64 array, or say what is wrong with them.
+    """Return boxes as a checked (N, 4) float64 array.
 
     Args:
         boxes: (N, 4) xyxy boxes, any frame; an empty sequence means no boxes.
-        name: What the boxes are called in the error message.
+        name: Name of the boxes in error messages.
 
     Returns:
         (N, 4) float64; (0, 4) for no boxes.
@@ -33,8 +33,11 @@ def validate_boxes(boxes: ArrayLike, name: str = "boxes") -> np.ndarray:
         DataError: Wrong shape, not numbers, non-finite numbers, or `x2 < x1` or `y2 < y1`.
 
     Example:
-        >>> validate_boxes([]).shape
-        (0, 4)
+        >>> validate_boxes([[0, 0, 2, 1]]), validate_boxes([]).shape
+        (array([[0., 0., 2., 1.]]), (0, 4))
+        >>> validate_boxes([[2, 0, 0, 1]])
+        Traceback (most recent call last):
+        segrl.errors.DataError: boxes[0]: expected [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, got [2.0, 0.0, 0.0, 1.0]
     """
     try:
         array = np.asarray(boxes, dtype=np.float64)
@@ -53,7 +56,7 @@ def validate_boxes(boxes: ArrayLike, name: str = "boxes") -> np.ndarray:
 
 
 def _all(true: np.ndarray) -> bool:
-    """As `true.all()`, in a third of the time for a few boxes."""
+    """Return `true.all()`, in a third of the time for a few boxes."""
     return np.count_nonzero(true) == true.size
 
 
@@ -64,20 +67,24 @@ def _raise_at_first(wrong: np.ndarray, boxes: np.ndarray, name: str, expected: s
 
 
 def area(boxes: ArrayLike) -> np.ndarray:
-    """Area of each box in square pixels.
+    """Compute the area of each box in square pixels.
 
     Args:
         boxes: (..., 4) xyxy boxes.
 
     Returns:
-        (...) float64; 0 for a degenerate box, shape (0,) for no boxes.
+        (...) float64; 0 for a degenerate box, shape (0,) for boxes of shape (0, 4).
+
+    Example:
+        >>> area([[0, 0, 2, 3], [1, 1, 1, 5]]).tolist()
+        [6.0, 0.0]
     """
     array = np.asarray(boxes, dtype=np.float64)
     return (array[..., 2] - array[..., 0]) * (array[..., 3] - array[..., 1])
 
 
 def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Intersection over union of every box of `a` with every box of `b`.
+    """Compute the intersection over union (IoU) of every box of `a` with every box of `b`.
 
     Args:
         a: (N, 4) xyxy boxes.
@@ -88,12 +95,16 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
     Raises:
         DataError: As `validate_boxes`.
+
+    Example:
+        >>> pairwise_iou([[0, 0, 2, 2]], [[0, 0, 2, 1], [2, 2, 3, 3]]).tolist()
+        [[0.5, 0.0]]
     """
     return _iou_and_union(validate_boxes(a, "a")[:, None], validate_boxes(b, "b")[None])[0]
 
 
 def pairwise_giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Generalised IoU of every box of `a` with every box of `b`; see `giou`.
+    """Compute the generalised IoU of every box of `a` with every box of `b`; see `giou`.
 
     Args:
         a: (N, 4) xyxy boxes.
@@ -104,12 +115,18 @@ def pairwise_giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
     Raises:
         DataError: As `validate_boxes`.
+
+    Example:
+        >>> pairwise_giou([[0, 0, 1, 1]], [[0, 0, 1, 1], [3, 0, 4, 1]]).tolist()
+        [[1.0, -0.5]]
     """
     return _giou(validate_boxes(a, "a")[:, None], validate_boxes(b, "b")[None])
 
 
 def giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Generalised IoU of paired boxes: `IoU - |hull without union| / |hull|` (Rezatofighi et al. 2019).
+    """Compute the generalised IoU of paired boxes (Rezatofighi et al. 2019, algorithm 1).
+
+    It is `IoU - |hull without union| / |hull|`, where the hull is the smallest box around both.
 
     Args:
         a: (..., 4) xyxy boxes.
@@ -123,8 +140,8 @@ def giou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
         DataError: As `validate_boxes`, or the last dimension is not 4.
 
     Example:
-        >>> float(giou([0, 0, 2, 2], [2, 0, 4, 2]))
-        0.0
+        >>> float(giou([0, 0, 1, 1], [3, 0, 4, 1]))  # hull of area 4, union of area 2
+        -0.5
     """
     arrays = []
     for name, boxes in (("a", a), ("b", b)):

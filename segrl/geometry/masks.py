@@ -2,8 +2,8 @@
 
 A mask is an array (H, W), bool or integer; every nonzero pixel is foreground, so {0, 1} and {0, 255} mean the same.
 
-The empty-mask rule, `empty_score`, is used by every metric and reward of segrl: an empty prediction of an empty truth
-is perfect (1.0), and if exactly one of the two is empty nothing agrees (0.0). The losses tend to the same limits.
+The empty-mask rule, `empty_score`, is used by every metric and reward of segrl: an empty prediction of an empty ground
+truth scores 1.0, and if exactly one of the two is empty the score is 0.0. The losses tend to the same limits.
 """
 
 # N components, D slices, H/W pixels
@@ -42,18 +42,22 @@ __all__ = [
 BOTH_EMPTY_SCORE = 1.0
 ONE_EMPTY_SCORE = 0.0
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
-MAX_RLE_PIXELS = 2**28  # a few bytes of text must not ask for all memory; 1,024 slices of 512 x 512 are as many
+MAX_RLE_PIXELS = 2**28  # 1,024 slices of 512 x 512 px; a few bytes of text must not ask for all memory
 
 
 def empty_score(pred_empty: bool, true_empty: bool) -> float | None:
-    """The empty rule: the agreement of two masks (or lists of boxes) of which at least one is empty.
+    """Return the score of two masks (or lists of boxes) if at least one of them is empty.
 
     Args:
-        pred_empty: Nothing was predicted.
-        true_empty: There is nothing to find.
+        pred_empty: Whether the prediction is empty.
+        true_empty: Whether the ground truth is empty.
 
     Returns:
         1.0 if both are empty, 0.0 if exactly one is, `None` if neither is and the ordinary formula applies.
+
+    Example:
+        >>> empty_score(True, True), empty_score(True, False), empty_score(False, False)
+        (1.0, 0.0, None)
     """
     if pred_empty and true_empty:
         return BOTH_EMPTY_SCORE
@@ -65,7 +69,7 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
 
     Args:
         mask: (H, W), or any shape with `ndim=None`; bool or integer.
-        name: What the mask is called in the error message.
+        name: Name of the mask in error messages.
         ndim: Required number of dimensions; `None` accepts any.
 
     Returns:
@@ -73,6 +77,10 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
 
     Raises:
         DataError: Wrong number of dimensions, or a float mask: the foreground of logits or probabilities is a choice.
+
+    Example:
+        >>> foreground([[0, 255], [1, 0]]).tolist()
+        [[False, True], [True, False]]
     """
     array = np.asarray(mask)
     if ndim is not None and array.ndim != ndim:
@@ -87,7 +95,7 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
 
 
 def binarize(array: ArrayLike, name: str = "mask") -> np.ndarray:
-    """Read a stored mask as bool, refusing what is not a binary mask.
+    """Return a mask read from a file as bool; raise if it is not a binary mask.
 
     Args:
         array: (H, W), (H, W, 1) or (H, W, 3) with equal channels. Values {0, v} for one positive v; a constant zero
@@ -99,6 +107,10 @@ def binarize(array: ArrayLike, name: str = "mask") -> np.ndarray:
 
     Raises:
         DataError: More than two values, a background that is not 0, NaN, differing channels, or no pixels.
+
+    Example:
+        >>> binarize([[0, 255]]).tolist(), binarize([[7, 7]]).tolist()
+        ([[False, True]], [[True, True]])
     """
     values = np.asarray(array)
     if values.ndim == 3 and values.shape[2] in (1, 3):
@@ -125,7 +137,7 @@ def binarize(array: ArrayLike, name: str = "mask") -> np.ndarray:
 
 
 def boxes_from_mask(mask: ArrayLike, min_area: int = 1) -> np.ndarray:
-    """Bounding boxes of the connected components (8-connectivity).
+    """Compute the bounding boxes of the connected components (8-connectivity).
 
     Args:
         mask: (H, W) bool or integer.
@@ -139,8 +151,8 @@ def boxes_from_mask(mask: ArrayLike, min_area: int = 1) -> np.ndarray:
         DataError: As `foreground`.
 
     Example:
-        >>> boxes_from_mask(np.eye(3, dtype=bool)).tolist()
-        [[0.0, 0.0, 3.0, 3.0]]
+        >>> boxes_from_mask([[1, 0, 0, 1], [0, 1, 0, 0]]).tolist()
+        [[0.0, 0.0, 2.0, 2.0], [3.0, 0.0, 4.0, 1.0]]
     """
     inside = foreground(mask)
     whole = mask_to_box(inside)
@@ -156,7 +168,7 @@ def boxes_from_mask(mask: ArrayLike, min_area: int = 1) -> np.ndarray:
 
 
 def deepest_points(mask: ArrayLike, boxes: ArrayLike) -> np.ndarray:
-    """One point per box, well inside the lesion: the foreground pixel of the box farthest from any background.
+    """Compute one point well inside the lesion of each box: its foreground pixel farthest from any background.
 
     Args:
         mask: (H, W) bool or integer.
@@ -187,7 +199,7 @@ def deepest_points(mask: ArrayLike, boxes: ArrayLike) -> np.ndarray:
 
 
 def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
-    """Bounding box of the whole foreground.
+    """Compute the bounding box of the whole foreground.
 
     Args:
         mask: (H, W) bool or integer.
@@ -197,6 +209,10 @@ def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
 
     Raises:
         DataError: As `foreground`.
+
+    Example:
+        >>> mask_to_box([[0, 1, 0, 0], [0, 0, 0, 1]]).tolist()
+        [1.0, 0.0, 4.0, 2.0]
     """
     inside = foreground(mask)
     # The first and last foreground pixel, in reading order: a search in memory is faster than a reduction of each row.
@@ -214,10 +230,10 @@ def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
 
 
 def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
-    """Write a mask as run lengths, as COCO's uncompressed format has them, so that pycocotools reads them too.
+    """Encode a mask as run lengths in COCO's uncompressed format, which pycocotools reads too.
 
     The pixels are read column by column; `counts` are the lengths of the runs, background first (0 if the first pixel
-    is foreground). Those of a volume are the counts of its slices side by side, (H, D * W).
+    is foreground). A volume has the counts of its slices side by side, (H, D * W).
 
     Args:
         mask: (H, W) or a volume (D, H, W), bool or integer.
@@ -240,20 +256,19 @@ def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
 
 
 def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
-    """Read run lengths, see `mask_to_rle`.
+    """Decode run lengths, the inverse of `mask_to_rle`.
 
     Args:
-        rle: A mapping with `size`, the height and the width, for a volume after the number of slices, and `counts`.
-            Runs of length 0 are fine.
-        name: What the mask is called in the error message.
+        rle: A mapping with `size`, [H, W] or [D, H, W], and `counts`. Runs of length 0 are accepted.
+        name: Name of the mask in error messages.
 
     Returns:
-        (H, W) or (D, H, W) bool, as the size says.
+        (H, W) or (D, H, W) bool.
 
     Raises:
         DataError: A missing key, a size that is not two or three positive integers, more than 2**28 pixels, or counts
             that are not whole numbers of 0 or more with the sum H * W or D * H * W. Compressed counts (a text) are
-            refused too.
+            not accepted.
 
     Example:
         >>> rle_to_mask({"size": [2, 3], "counts": [2, 3, 1]}).astype(int).tolist()
@@ -269,7 +284,7 @@ def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
             f"{name}: size {rle['size']!r:.100}; expected [height, width], two positive whole numbers, or for a volume "
             "[slices, height, width]"
         )
-    pixels = math.prod(size.tolist())  # of Python's integers, which do not overflow
+    pixels = math.prod(size.tolist())  # Python's integers do not overflow
     if pixels > MAX_RLE_PIXELS:
         raise DataError(f"{name}: size {size.tolist()}; expected at most {MAX_RLE_PIXELS} pixels")
     if counts is None or counts.ndim != 1 or counts.size == 0 or counts.min() < 0:
@@ -297,6 +312,10 @@ def resize_mask(mask: ArrayLike, size_hw: tuple[int, int]) -> np.ndarray:
 
     Raises:
         DataError: As `foreground`, a mask without pixels, or a new size below 1.
+
+    Example:
+        >>> resize_mask([[1, 0]], (2, 4)).astype(int).tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0]]
     """
     inside = foreground(mask)
     _check_sizes(inside.shape, size_hw)
@@ -309,7 +328,7 @@ def resize_mask(mask: ArrayLike, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def soft_target(mask: ArrayLike, size_hw: tuple[int, int], *, quantised: bool = False) -> torch.Tensor:
-    """Resize by exact area averaging: each value is the covered share of its pixel, so no small lesion vanishes.
+    """Resize by exact area averaging: each value is the share of its pixel that is covered, so no lesion vanishes.
 
     Args:
         mask: (H, W) bool or integer.
@@ -322,6 +341,10 @@ def soft_target(mask: ArrayLike, size_hw: tuple[int, int], *, quantised: bool = 
 
     Raises:
         DataError: As `resize_mask`.
+
+    Example:
+        >>> soft_target([[1, 0, 0, 0], [1, 1, 0, 0]], (1, 2)).tolist()
+        [[0.75, 0.0]]
     """
     import torch  # here, because checking data and reading reports should not wait for torch to load
 
@@ -333,7 +356,7 @@ def soft_target(mask: ArrayLike, size_hw: tuple[int, int], *, quantised: bool = 
 
 
 def _whole_numbers(values: Any) -> np.ndarray | None:
-    """`values` as int64, or None if they are anything else than whole numbers."""
+    """Return `values` as int64, or None if they are not whole numbers."""
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths
@@ -342,7 +365,7 @@ def _whole_numbers(values: Any) -> np.ndarray | None:
 
 
 def _area_weights(old: int, new: int) -> np.ndarray:
-    """(new, old) float32: the share of new pixel i that old pixel j covers; rows sum to 1."""
+    """Compute the share of new pixel i that old pixel j covers, (new, old) float32; rows sum to 1."""
     start = np.arange(new)[:, None] * old
     left, right = np.arange(old)[None] * new, (np.arange(old)[None] + 1) * new
     overlap = np.minimum(start + old, right) - np.maximum(start, left)

@@ -1,6 +1,6 @@
-"""One-to-one assignment of predicted to true boxes (Hungarian algorithm)."""
+"""One-to-one assignment of predicted to ground truth boxes (Hungarian algorithm)."""
 
-# N predicted, M true, K matched boxes
+# N predicted, M ground truth, K matched boxes
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ __all__ = ["Matching", "match", "match_boxes"]
 
 @dataclass(frozen=True)
 class Matching:
-    """Matched pairs, ordered by predicted box; no box occurs twice.
+    """Matched pairs of boxes, ordered by predicted box; no box occurs twice.
 
     Attributes:
         pred_index: (K,) int64, indices of predicted boxes, increasing.
-        true_index: (K,) int64, indices of the true boxes they are matched to.
+        true_index: (K,) int64, indices of the ground truth boxes that they are matched to.
         iou: (K,) float64 in (0, 1], IoU of each pair.
+
+    Example:
+        >>> matching = match_boxes([[5, 5, 6, 6], [0, 0, 2, 2]], [[0, 0, 2, 2]])
+        >>> len(matching), matching.pred_index.tolist(), matching.true_index.tolist()
+        (1, [1], [0])
     """
 
     pred_index: np.ndarray
@@ -45,6 +50,11 @@ def match(cost: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         DataError: Not two-dimensional, or a cost that is not finite.
+
+    Example:
+        >>> rows, columns = match([[1.0, 2.0], [1.0, 4.0]])  # 2 + 1 is less than 1 + 4
+        >>> rows.tolist(), columns.tolist()
+        ([0, 1], [1, 0])
     """
     array = np.asarray(cost, dtype=np.float64)
     if array.ndim != 2:
@@ -55,14 +65,14 @@ def match(cost: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def match_boxes(pred: ArrayLike, true: ArrayLike, min_iou: float = 0.0) -> Matching:
-    """Match predicted to true boxes one-to-one so that the total IoU is maximal.
+    """Match predicted to ground truth boxes one-to-one so that the total IoU is maximal.
 
-    The assignment comes first and the threshold second: `min_iou` never changes who is matched to whom.
+    The assignment comes first and the threshold second: `min_iou` never changes the assignment.
 
     Args:
         pred: (N, 4) xyxy boxes.
-        true: (M, 4) xyxy boxes in the same frame.
-        min_iou: A pair is kept if its IoU exceeds this; the default drops pairs that do not touch.
+        true: (M, 4) xyxy ground truth boxes in the same frame.
+        min_iou: A pair is kept if its IoU exceeds this; the default drops pairs that do not overlap.
 
     Returns:
         The kept pairs; none if either side has no boxes. A duplicate of a matched box stays unmatched.

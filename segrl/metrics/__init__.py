@@ -1,4 +1,4 @@
-"""Scores of one mask against another, and their summary over a data set with bootstrap intervals."""
+"""Metrics: scores of a predicted mask against the ground truth, and their summary with bootstrap intervals."""
 
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.structure import s_measure, soft_dice

@@ -1,10 +1,8 @@
-"""Evaluation: mask overlap, failures, bootstrap intervals and the summary of a run.
+"""Overlap of two masks: Dice, IoU, and the failures of CORE-Seg.
 
 Overlap scores are fractions in [0, 1]; reports multiply by 100. Masks are bool or integer arrays in which every nonzero
 pixel is foreground. Empty masks follow `segrl.geometry.empty_score`: both empty 1.0, exactly one empty 0.0.
 """
-
-# n samples, k metrics, S side of a square mask
 
 from __future__ import annotations
 
@@ -18,11 +16,11 @@ __all__ = ["dice", "failure", "iou"]
 
 
 def dice(pred: ArrayLike, true: ArrayLike) -> float:
-    """Dice coefficient, `2 |P and T| / (|P| + |T|)`.
+    """Compute the Dice coefficient, `2 |P and T| / (|P| + |T|)`.
 
     Args:
         pred: Predicted mask, (H, W) or a volume (D, H, W); bool or integer.
-        true: True mask of the same shape.
+        true: Ground truth mask of the same shape.
 
     Returns:
         Dice in [0, 1]; both empty 1.0, exactly one empty 0.0.
@@ -40,17 +38,21 @@ def dice(pred: ArrayLike, true: ArrayLike) -> float:
 
 
 def iou(pred: ArrayLike, true: ArrayLike) -> float:
-    """Intersection over union, `|P and T| / |P or T|`.
+    """Compute the intersection over union (IoU), `|P and T| / |P or T|`.
 
     Args:
         pred: Predicted mask, (H, W) or a volume (D, H, W); bool or integer.
-        true: True mask of the same shape.
+        true: Ground truth mask of the same shape.
 
     Returns:
         IoU in [0, 1]; both empty 1.0, exactly one empty 0.0.
 
     Raises:
         DataError: Shapes differ, or a float mask.
+
+    Example:
+        >>> iou([[1, 1, 1, 0]], [[0, 0, 255, 255]])
+        0.25
     """
     overlap, pred_area, true_area = _areas(pred, true)
     empty = empty_score(pred_area == 0, true_area == 0)
@@ -65,17 +67,21 @@ def _areas(pred: ArrayLike, true: ArrayLike) -> tuple[int, int, int]:
 
 
 def failure(prediction_mask: ArrayLike | None, true_mask: ArrayLike, valid_format: bool) -> bool:
-    """Whether a sample counts into the Failure Rate: Dice is 0, or the format is invalid (CORE-Seg, evaluation).
+    """Return whether a sample counts into the Failure Rate: Dice is 0, or the format is invalid (CORE-Seg).
 
     Args:
         prediction_mask: (H, W) mask, or `None` if none was predicted, which is a failure.
-        true_mask: (H, W) mask.
-        valid_format: Whether the text had the required form.
+        true_mask: (H, W) ground truth mask.
+        valid_format: Whether the text has the required format.
 
     Returns:
-        True for a failure. An empty prediction of an empty truth has Dice 1 and is none.
+        True for a failure. An empty prediction of an empty ground truth has Dice 1 and is no failure.
 
     Raises:
         DataError: As `dice`.
+
+    Example:
+        >>> failure([[1, 0]], [[1, 1]], True), failure([[1, 0]], [[0, 1]], True), failure([[1, 0]], [[1, 0]], False)
+        (False, True, True)
     """
     return not valid_format or prediction_mask is None or dice(prediction_mask, true_mask) == 0.0

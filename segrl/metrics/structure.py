@@ -1,10 +1,10 @@
-"""Measures that also read probabilities: soft Dice, and the structure-measure.
+"""Metrics that also read probabilities: soft Dice, and the structure-measure.
 
 A prediction is a mask (bool or integer) or an array of probabilities (float, in [0, 1]). Probabilities are empty if
 none exceeds 0.5, that is, if their mask is. Empty masks follow `segrl.geometry.empty_score`.
 """
 
-# H/W pixels, P prediction, T truth (0 or 1), n pixels
+# H/W pixels, P prediction, T ground truth (0 or 1), n pixels
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["s_measure", "soft_dice"]
 
 
 def soft_dice(probability: ArrayLike, true: ArrayLike) -> float:
-    """Dice of probabilities, ``2 sum(PT) / (sum P + sum T)``, without squares and without smoothing.
+    """Compute the Dice of probabilities, ``2 sum(PT) / (sum P + sum T)``, without squares or smoothing.
 
     Args:
         probability: Probabilities in [0, 1], float, of any shape; a bool or integer mask scores its Dice.
-        true: Mask of the same shape, bool or integer.
+        true: Ground truth mask of the same shape, bool or integer.
 
     Returns:
         A score in [0, 1]; both empty 1.0, exactly one empty 0.0.
@@ -45,25 +45,25 @@ def soft_dice(probability: ArrayLike, true: ArrayLike) -> float:
 
 
 def s_measure(pred: ArrayLike, true: ArrayLike, alpha: float = 0.5) -> float:
-    """Structure-measure, ``alpha * S_object + (1 - alpha) * S_region`` (Fan et al. 2017).
+    """Compute the structure-measure, ``alpha * S_object + (1 - alpha) * S_region`` (Fan et al. 2017).
 
-    `S_object` asks whether foreground and background are each uniform in the prediction and differ: with x the mean
-    and s the standard deviation (n - 1) of P over the foreground of T, the foreground scores ``2x / (x^2 + 1 + s)``,
-    the background likewise with 1 - P, and the two are weighted by their areas. `S_region` is the mean SSIM of the four
-    rectangles that meet at the centroid of T, weighted by their areas.
+    `S_object` is high if foreground and background are each uniform in the prediction and differ. With x the mean and
+    s the standard deviation (n - 1) of P over the foreground of T, the foreground scores ``2x / (x^2 + 1 + s)``; the
+    background does likewise with 1 - P, and the two are weighted by their areas. `S_region` is the mean SSIM of the
+    four rectangles that meet at the centroid of T, weighted by their areas.
 
-    Two differences from the published code, which pays for wrong masks there: empty masks follow
-    `segrl.geometry.empty_score`; and a rectangle in which P and T are both constant scores ``2xy / (x^2 + y^2)``, its
-    brightness term, where the original gives 1.0 even to all foreground against all background.
+    Two differences from the published code, which scores some wrong masks high: empty masks follow
+    `segrl.geometry.empty_score`; and a rectangle in which P and T are both constant scores its brightness term,
+    ``2xy / (x^2 + y^2)``, where the original gives 1.0 even to all foreground against all background.
 
     Args:
         pred: (H, W) mask, bool or integer, or probabilities in [0, 1] as floats, which are empty if none exceeds 0.5.
-        true: (H, W) mask, bool or integer.
+        true: (H, W) ground truth mask, bool or integer.
         alpha: Weight of the object part, in [0, 1].
 
     Returns:
-        A score in [0, 1], 1.0 for equal masks; both empty 1.0, exactly one empty 0.0. A truth without background is
-        scored by the mean of the prediction.
+        A score in [0, 1], 1.0 for equal masks; both empty 1.0, exactly one empty 0.0. For a ground truth
+        without background the score is the mean of the prediction.
 
     Raises:
         DataError: Shapes differ, values outside of [0, 1], or alpha out of range.
@@ -71,8 +71,8 @@ def s_measure(pred: ArrayLike, true: ArrayLike, alpha: float = 0.5) -> float:
     Example:
         >>> true = np.zeros((8, 8), dtype=bool)
         >>> true[2:6, 2:6] = True
-        >>> s_measure(true, true), s_measure(np.zeros((8, 8), dtype=bool), true)
-        (1.0, 0.0)
+        >>> s_measure(true, true), s_measure(~true, true), round(s_measure(np.roll(true, 1), true), 3)
+        (1.0, 0.0, 0.728)
     """
     if not 0 <= alpha <= 1:
         raise DataError(f"alpha={alpha}; expected a number in [0, 1]")
@@ -81,7 +81,7 @@ def s_measure(pred: ArrayLike, true: ArrayLike, alpha: float = 0.5) -> float:
         raise DataError(f"true: expected shape (H, W), got {truth.shape}; score a volume slice by slice")
     if empty is not None:
         return empty
-    ones = truth.astype(np.uint8)  # its sums are faster than those of bool
+    ones = truth.astype(np.uint8)  # faster to sum than bool
     # The pixel that holds the centroid belongs to the upper left part; halves are rounded up.
     y, x = (math.floor(_mean_index(np.add.reduce(ones, axis=axis, dtype=np.uint32)) + 1.5) for axis in (1, 0))
     parts = [
@@ -103,7 +103,7 @@ def s_measure(pred: ArrayLike, true: ArrayLike, alpha: float = 0.5) -> float:
 
 
 def _read(pred: ArrayLike, true: ArrayLike) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """The prediction as bool or float64, the truth, and the score if one of them is empty."""
+    """Return the prediction as bool or float64, the ground truth, and the score if one of them is empty."""
     guess, truth = np.asarray(pred), foreground(true, "true", ndim=None)
     soft = np.issubdtype(guess.dtype, np.floating)
     if not soft:
@@ -125,7 +125,7 @@ def _mean_index(counts: np.ndarray) -> float:
 
 
 class _Sums(NamedTuple):
-    """Pixels, and the sums of P, T, PT, P^2 and P^2 T over them."""
+    """Number of pixels, and the sums of P, T, PT, P^2 and P^2 T over them."""
 
     n: float
     p: float
@@ -146,17 +146,17 @@ def _sums(pred: np.ndarray, true: np.ndarray) -> _Sums:
 
 
 def _uniform(n: float, total: float, squares: float) -> float:
-    """``2x / (x^2 + 1 + s)`` of n values with this sum and sum of squares."""
+    """Compute ``2x / (x^2 + 1 + s)`` of n values from their sum and their sum of squares."""
     mean = total / n
     spread = math.sqrt(max(squares - n * mean * mean, 0.0) / (n - 1)) if n > 1 else 0.0
     return 2 * mean / (mean * mean + 1 + spread)
 
 
 def _similarity(part: _Sums) -> float:
-    """SSIM without its constants, of P and T over one rectangle."""
+    """Compute the SSIM of P and T over one rectangle, without its constants."""
     x, y = part.p / part.n, part.t / part.n
     light = 1.0 if x == y else 2 * x * y / (x * x + y * y)
-    # A truth of one value has no variance, and neither has P within its rounding.
+    # Where P and T are both constant the SSIM is 0 / 0 up to rounding; only the brightness term is left.
     spread = max(part.pp - part.p * x, 0.0) + (part.t - part.t * y)
     if spread <= 1e-12 * part.n:
         return light

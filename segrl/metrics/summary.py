@@ -1,5 +1,7 @@
 """Summarise per-sample scores: means, bootstrap confidence intervals, breakdowns by group."""
 
+# n samples, k metrics
+
 from __future__ import annotations
 
 import math
@@ -14,18 +16,14 @@ from segrl.errors import DataError
 __all__ = ["bootstrap_ci", "paired_bootstrap_ci", "summarise"]
 
 SUMMARY_METRICS = {"mdice": "dice", "miou": "iou", "fail": "fail"}
-
-
 GROUPINGS = ("modality", "anatomy")
-
-
-RESAMPLED_VALUES_AT_ONCE = 2**22
+RESAMPLED_VALUES_AT_ONCE = 2**22  # 32 MB of float64
 
 
 def bootstrap_ci(
     values: ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean.
+    """Compute the percentile bootstrap interval of a mean (Efron 1979).
 
     Args:
         values: (n,) finite values, one per sample.
@@ -38,6 +36,10 @@ def bootstrap_ci(
 
     Raises:
         DataError: No values, values that are not finite, or a setting out of range.
+
+    Example:
+        >>> bootstrap_ci([0.0] * 50 + [1.0] * 50)
+        (0.4, 0.6)
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
@@ -49,7 +51,7 @@ def bootstrap_ci(
 def paired_bootstrap_ci(
     a: ArrayLike, b: ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of `mean(a - b)`, two systems scored on the same samples.
+    """Compute the percentile bootstrap interval of `mean(a - b)` for two systems scored on the same samples.
 
     Args:
         a: (n,) scores of one system.
@@ -59,10 +61,14 @@ def paired_bootstrap_ci(
         seed: See `bootstrap_ci`.
 
     Returns:
-        Lower and upper end; an interval above 0 says that `a` is better.
+        Lower and upper end; if both are above 0, `a` scores higher.
 
     Raises:
         DataError: The lengths differ, or as `bootstrap_ci`.
+
+    Example:
+        >>> paired_bootstrap_ci([0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
+        (0.25, 0.25)
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
@@ -71,7 +77,7 @@ def paired_bootstrap_ci(
 
 
 def _intervals(values: np.ndarray, level: float, n_resamples: int, seed: int) -> np.ndarray:
-    """(n, k) values to the (2, k) ends of the intervals of their means; the k columns share their resamples."""
+    """Compute the (2, k) ends of the intervals of the k means of (n, k) values; the columns share their resamples."""
     n = len(values)
     if n == 0:
         raise DataError("values: expected at least one sample, got none")
@@ -95,25 +101,32 @@ def summarise(
     groupings: Sequence[str] = GROUPINGS,
     optional: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Means, 95% bootstrap intervals and breakdowns of per-sample results; plain Python values, ready for JSON.
+    """Compute means, 95% bootstrap intervals and breakdowns of per-sample results.
 
     Args:
         records: One mapping per sample with a finite number (or bool) for each metric, by default "dice", "iou" and
             "fail". The keys in `groupings` are optional: missing or empty ones form the group "unspecified". Other keys
             are ignored.
-        metrics: Names of the means, each with the key in the records of what is averaged.
-        groupings: Keys of the records that the breakdowns are by.
-        optional: Names of the metrics that do not apply to every sample: a record may hold None for them. Their mean is
-            over the other records, and None if there is none.
+        metrics: Name of each mean, with the key of the averaged values in the records.
+        groupings: Keys of the records by which the breakdowns are made.
+        optional: Names of metrics that do not apply to every sample: a record may hold None for them. Their mean is
+            taken over the other records, and is None if there are none.
 
     Returns:
-        `{"mdice", "miou", "fail", "n", "ci95": {"mdice": [low, high], "miou": ..., "fail": ...}, "groups": {"modality":
-        {name: the same without "groups"}, "anatomy": ...}}`; groups are in alphabetical order. With `optional` metrics
-        "n_scored" says for each over how many of the n records its mean is; its interval is None where that is 0.
+        Plain Python values, ready for JSON: `{"mdice", "miou", "fail", "n", "ci95": {"mdice": [low, high], "miou": ...,
+        "fail": ...}, "groups": {"modality": {name: the same without "groups"}, "anatomy": ...}}`; groups are in
+        alphabetical order. With `optional` metrics, "n_scored" holds the number of records in each of their means; the
+        interval is None where that is 0.
 
     Raises:
         DataError: No records, a missing key, or a value that is not finite; the record is named. Also an `optional`
             name that is no metric.
+
+    Example:
+        >>> records = [{"dice": 0.5, "modality": "CT"}, {"dice": 1.0, "modality": "CT"}, {"dice": 0.0}]
+        >>> summary = summarise(records, metrics={"mdice": "dice"}, groupings=["modality"])
+        >>> summary["mdice"], summary["groups"]["modality"]["CT"]["mdice"], list(summary["groups"]["modality"])
+        (0.5, 0.75, ['CT', 'unspecified'])
     """
     if len(records) == 0:
         raise DataError("records: expected at least one sample, got none")
@@ -130,7 +143,7 @@ def summarise(
 
 
 def _scores(index: int, record: Mapping[str, Any], keys: Sequence[str], free: Sequence[bool]) -> list[float]:
-    """The values of one record; NaN, which no record may hold, stands for a None where that is allowed."""
+    """Return the values of one record; NaN, which no record may hold, replaces a None where that is allowed."""
     missing = [key for key in keys if key not in record]
     if missing:
         raise DataError(f"records[{index}]: missing {missing}, got the keys {sorted(record)}")
@@ -147,7 +160,7 @@ def _scores(index: int, record: Mapping[str, Any], keys: Sequence[str], free: Se
 
 
 def _summary(values: np.ndarray, names: Iterable[str], free: Sequence[bool]) -> dict[str, Any]:
-    """The (n, k) values of the k named metrics; a column that is `free` leaves its NaN out."""
+    """Summarise the (n, k) values of k named metrics; the NaN of a column that is `free` are left out."""
     columns = dict(zip(names, values.T, strict=True))
     scored = {name: column[~np.isnan(column)] for (name, column), may in zip(columns.items(), free, strict=True) if may}
     always = np.ascontiguousarray(values[:, ~np.array(free)])
