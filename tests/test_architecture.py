@@ -24,7 +24,6 @@ for _page in PAGES:
 CIRCLE = {f"segrl.rewards.{name}" for name in ("factory", "nodes", "reward", "serialization", "transforms")}
 WITHOUT_ALL = {
     "segrl.__main__",
-    "segrl.caching.fingerprint",
     "segrl.cli",
     "segrl.cli.main",
     "segrl.data.images",
@@ -65,7 +64,6 @@ PRIVATE = {
     ("segrl.cli.main", "segrl.cli.rewards"),
     ("segrl.cli.rewards", "segrl.cli.output"),
     ("segrl.evaluation.constant_mask", "segrl.evaluation.images"),
-    ("segrl.predictions.prediction", "segrl.predictions.target"),
     ("segrl.trainers.grpo", "segrl.tasks.images"),
     ("segrl.trainers.grpo", "segrl.tasks.volumes"),
     ("segrl.trainers.grpo", "segrl.trainers.rollout"),

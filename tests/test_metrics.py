@@ -102,7 +102,7 @@ def test_bootstrap_stays_inside_the_values_and_repeats(values: np.ndarray, seed:
 def test_bootstrap_in_blocks_draws_every_resample(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(5).random(100)
     whole = metrics.bootstrap_ci(values)
-    monkeypatch.setattr(metrics, "RESAMPLED_VALUES_AT_ONCE", 730)
+    monkeypatch.setattr("segrl.metrics.summary.RESAMPLED_VALUES_AT_ONCE", 730)
     assert metrics.bootstrap_ci(values) == pytest.approx(whole, abs=0.01)
 
 

@@ -1,17 +1,9 @@
 """From the text of a completion to one `Prediction`, its ground truth, and the coordinate frame between them."""
 
 from segrl.predictions.completion_format import CompletionFormat
-from segrl.predictions.frames import NOT_SHOWN, Frame, FrameKind, frame_for, shrunk_size, smart_resize_size
+from segrl.predictions.frames import NOT_SHOWN, Frame, frame_for, shrunk_size, smart_resize_size
 from segrl.predictions.json_answers import Answer, read_json_answer
-from segrl.predictions.parsing import (
-    MAX_COORDINATE,
-    SEG_TOKEN,
-    AnswerFormat,
-    completion_text,
-    format_answer,
-    format_completion,
-    parse_completion,
-)
+from segrl.predictions.parsing import SEG_TOKEN, completion_text, format_answer, format_completion, parse_completion
 from segrl.predictions.prediction import Prediction, Status
 from segrl.predictions.prompt_settings import (
     ImagePromptSettings,
@@ -20,30 +12,16 @@ from segrl.predictions.prompt_settings import (
     load_prompt_settings,
     prompt_settings_from_dict,
 )
-from segrl.predictions.records import (
-    TEXT_COLUMNS,
-    TRUTH_COLUMNS,
-    answer_record,
-    read_answer,
-    read_frame,
-    read_mask,
-    read_probability,
-    read_target,
-)
+from segrl.predictions.records import answer_record, read_answer, read_frame, read_mask, read_probability, read_target
 from segrl.predictions.target import METADATA_COLUMNS, Metadata, Target, VolumeTarget
 
 __all__ = [
-    "MAX_COORDINATE",
     "METADATA_COLUMNS",
     "NOT_SHOWN",
     "SEG_TOKEN",
-    "TEXT_COLUMNS",
-    "TRUTH_COLUMNS",
     "Answer",
-    "AnswerFormat",
     "CompletionFormat",
     "Frame",
-    "FrameKind",
     "ImagePromptSettings",
     "Metadata",
     "Prediction",

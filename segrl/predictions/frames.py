@@ -1,7 +1,7 @@
-"""Coordinate frames: a box is a number only together with the frame it is written in.
+"""Coordinate frames: the four numbers of a box mean something only together with the frame they are written in.
 
-Everything inside segrl is in original pixels (xyxy, half-open). Models write boxes in frames of their own; only the
-parser and the prompt builder convert, and they do it here. Sizes are (width, height) unless a name says otherwise.
+Everything inside segrl is in original pixels (xyxy, half-open). Models write boxes in other frames; only the parser
+and the prompt builder convert, with the functions here. Sizes are (width, height) unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Size = tuple[int, int]
 # Processors of models trained on absolute pixels of the resized image; all others write thousandths of the image.
 _RESIZED_PX_PROCESSORS = frozenset({"Qwen2_5_VLProcessor"})
 _MAX_ASPECT_RATIO = 200
-NOT_SHOWN = -1  # in place of the index of a slice that was not shown
+NOT_SHOWN = -1  # replaces the index of a slice that was not shown
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A coordinate frame for boxes on one image.
+    """The coordinate frame of boxes on one image.
 
     Attributes:
         kind: `original_px` (pixels of the original image), `resized_px` (pixels of the image that the vision encoder
             saw) or `relative_1000` (thousandths of width and height).
         original_size: (width, height) of the original image.
         resized_size: (width, height) that the encoder saw; required for `resized_px`, unused otherwise.
-        slices: For a volume: the index in it of every slice that is shown, in the order of the numbers by which the
-            model calls them; None where the model sees all slices, or an image.
+        slices: For a volume: the index in the volume of every slice that is shown; the model numbers them from 1 in
+            this order. None for an image, or where the model sees all slices.
 
     Raises:
         FrameError: For an unknown kind, a size that is not two positive integers, a missing `resized_size`, or slices
@@ -69,7 +69,12 @@ class Frame:
 
     @property
     def size(self) -> Size:
-        """(width, height) of the frame in its own unit: the largest coordinates that a box can have."""
+        """Return (width, height) of the frame in its own unit: the largest coordinates that a box can have.
+
+        Example:
+            >>> Frame("relative_1000", original_size=(200, 100)).size
+            (1000, 1000)
+        """
         if self.kind == "relative_1000":
             return (1000, 1000)
         if self.kind == "resized_px":
@@ -88,6 +93,10 @@ class Frame:
 
         Raises:
             SegRLError: If the boxes are not valid (see `segrl.geometry.validate_boxes`).
+
+        Example:
+            >>> Frame("resized_px", (200, 100), (100, 50)).to_original([[1, 2, 3, 4]]).tolist()
+            [[2.0, 4.0, 6.0, 8.0]]
         """
         return validate_boxes(boxes, "boxes") * self._scale(self.original_size, self.size)
 
@@ -96,14 +105,18 @@ class Frame:
 
         Args:
             boxes: (N, 4) xyxy in original pixels; N = 0 gives (0, 4).
-            rounding: Round to the nearest integers inside the frame. A box that has an area keeps one: it is at least
-                one unit wide and high. Without rounding the exact values are returned, unclipped.
+            rounding: Round to the nearest integers inside the frame. A box that has an area stays at least one unit
+                wide and high. Without rounding the exact values are returned, unclipped.
 
         Returns:
             (N, 4) int64 with rounding, float64 without.
 
         Raises:
             SegRLError: If the boxes are not valid.
+
+        Example:
+            >>> Frame("relative_1000", (200, 100)).from_original([[0, 50, 200, 50.04]]).tolist()
+            [[0, 500, 1000, 501]]
         """
         exact = validate_boxes(boxes, "boxes") * self._scale(self.size, self.original_size)
         if not rounding:
@@ -115,15 +128,15 @@ class Frame:
         start = np.clip(np.floor(exact[:, :2]), 0, limit - 1).astype(np.int64)
         return np.concatenate([np.where(vanished, start, low), np.where(vanished, start + 1, high)], axis=1)
 
-    def original_slice(self, place: int) -> int:
-        """Index in the volume of a slice that the model names.
+    def original_slice(self, position: int) -> int:
+        """Return the index in the volume of a slice that the model names.
 
         Args:
-            place: Its place among the slices that are shown, counted from 0: the written number minus 1.
+            position: Its position among the slices that are shown, counted from 0: the written number minus 1.
 
         Returns:
-            The index, or -1 (`NOT_SHOWN`) if no slice has that place. Without `slices` the place
-            itself, which is not compared with the depth of the volume.
+            The index, or -1 (`NOT_SHOWN`) if no slice has that position. Without `slices` the position itself, which
+            is not compared with the depth of the volume.
 
         Example:
             >>> frame = Frame("original_px", (8, 8), slices=(0, 3, 7))
@@ -131,8 +144,8 @@ class Frame:
             (7, -1)
         """
         if self.slices is None:
-            return place
-        return self.slices[place] if 0 <= place < len(self.slices) else NOT_SHOWN
+            return position
+        return self.slices[position] if 0 <= position < len(self.slices) else NOT_SHOWN
 
     @staticmethod
     def _scale(to: Size, source: Size) -> np.ndarray:
@@ -140,10 +153,10 @@ class Frame:
 
 
 def smart_resize_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size to which the Qwen-VL image processors resize an image.
+    """Compute the size to which the Qwen-VL image processors resize an image (`smart_resize` of Qwen2-VL).
 
     Both edges become multiples of `factor`, the area falls between the two bounds where that is possible, and the
-    aspect ratio is kept as well as that allows (rule of the Qwen2-VL image processor).
+    aspect ratio is kept as well as that allows.
 
     Args:
         height: Image rows.
@@ -180,7 +193,9 @@ def smart_resize_size(height: int, width: int, factor: int, min_pixels: int, max
 
 
 def shrunk_size(size: Size, max_edge: int | None) -> Size:
-    """The size of an image shown with at most `max_edge` pixels on its longest edge: training and inference must agree.
+    """Compute the size of an image that is shown with at most `max_edge` pixels on its longest edge.
+
+    Training and inference must agree on it, so both call this function.
 
     Args:
         size: (width, height), pixels.
@@ -211,10 +226,14 @@ def frame_for(
         processor: The model's processor; its image processor holds patch size, merge size and area bounds.
         image_size: (width, height) of the image that is given to the processor.
         original_size: (width, height) of the original image, if it was downscaled before; same as `image_size` if None.
-        kind: The frame kind, where the processor's class does not tell the truth about the model.
+        kind: The frame kind, for models that do not write in the frame that their processor's class implies.
 
     Raises:
-        FrameError: If a size is wrong, or `resized_px` is asked of a processor whose resize rule is not known.
+        FrameError: If a size is wrong, or `kind` is `resized_px` and the processor's resize rule is not known.
+
+    Example:
+        >>> frame_for(None, image_size=(100, 50), original_size=(200, 100))
+        Frame(kind='relative_1000', original_size=(200, 100), resized_size=None, slices=None)
     """
     if kind is None:
         classes = {base.__name__ for base in type(processor).__mro__}

@@ -1,6 +1,6 @@
-"""Answers written as JSON: boxes, points, confidences and a key slice, each value checked, good ones never lost to bad.
+"""Answers written as JSON: boxes, points, confidences and a key slice. A bad value never hides the good ones.
 
-The schema: one object, or a list of objects, each with any of these keys (other keys are free)::
+The schema: one object, or a list of objects, each with any of these keys (other keys are ignored)::
 
     {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y], "score": 0.9}
     {"slice": 12, "bbox_2d_list": [[x1, y1, x2, y2], ...]}
@@ -23,15 +23,19 @@ BOX_LIST_KEY, SLICE_KEY = "bbox_2d_list", "slice"
 
 @dataclass
 class Answer:
-    """What an answer holds, in the model's frame.
+    """The content of an answer, in the model's frame.
 
     Attributes:
         boxes: xyxy boxes in order.
         points: (x, y) points in order.
         scores: One confidence in [0, 1] per box, or empty.
-        slice_index: Counted from 0, or None.
-        objects: The objects of a JSON answer in order; None where one is not well formed.
+        slice_index: Index of the named slice, counted from 0, or None.
+        objects: The objects of a JSON answer in order; None replaces one that is not well formed.
         well_formed: Whether the whole answer follows its format.
+
+    Example:
+        >>> Answer(boxes=[[1, 2, 9, 8]])
+        Answer(boxes=[[1, 2, 9, 8]], points=[], scores=[], slice_index=None, objects=[], well_formed=True)
     """
 
     boxes: list[list[float]] = field(default_factory=list)
@@ -43,17 +47,17 @@ class Answer:
 
 
 def read_json_answer(text: str, largest: float) -> Answer:
-    """Read an answer; never raises, linear in the text.
+    """Read an answer. Never raises, and takes linear time.
 
-    An object is bad if a key is in it twice, if it has none of the known keys, if a known value is not what the schema
-    says, or if it has both a box and a list of boxes. Bad values are dropped and the others are kept.
+    An object is bad if it holds a key twice, none of the known keys, a value that the schema does not allow, or both a
+    box and a list of boxes. Bad values are dropped and the others are kept.
 
     Args:
-        text: The answer without the segmentation token. `[]` and `{}` say that nothing was found.
+        text: The answer without the segmentation token. `[]` and `{}` are well formed: nothing was found.
         largest: Coordinates beyond this are bad.
 
     Returns:
-        What was read. Confidences count only if every box has one, and a slice only if all objects that name one agree.
+        The answer. Confidences are kept only if every box has one, and a slice only if all objects that name one agree.
 
     Example:
         >>> answer = read_json_answer('[{"bbox_2d": [1, 2, 9, 8], "score": 0.5}, {"bbox_2d": [3]}]', 1e6)
@@ -84,7 +88,7 @@ def read_json_answer(text: str, largest: float) -> Answer:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
     found = dict(pairs)
-    return found if len(found) == len(pairs) else None  # a key twice: which one counts?
+    return found if len(found) == len(pairs) else None  # a key that occurs twice is ambiguous
 
 
 def _read_object(item: dict[str, Any], answer: Answer, slices: set[int], largest: float) -> bool:

@@ -1,4 +1,4 @@
-"""Completion text to `Prediction`, and back. Bad model text is data: the parser never raises and is linear in time.
+"""Parse the text of a completion to a `Prediction`, and write it. The parser never raises and takes linear time.
 
 The grammar, over the whole stripped text::
 
@@ -36,21 +36,25 @@ SEG_TOKEN = "<seg>"
 MAX_COORDINATE = 1e6
 _MAX_DIGITS = 32
 
-# No pattern below can backtrack over what it has read, so each is linear on any text.
+# No pattern below backtracks, so each takes linear time on any text.
 _TAG = re.compile(r"<(/?)(think|answer)>")
 _BRACKET = re.compile(r"[\[\]]")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 def completion_text(completion: Any) -> str:
-    """The model's text of a completion as TRL passes it to rewards.
+    """Return the text that the model wrote in a completion, as TRL passes it to rewards.
 
     Args:
-        completion: A string, or messages, whose assistant parts are joined in order (tools' messages are not the
-            model's).
+        completion: A string, or messages. The contents of assistant messages are joined in order; other messages, such
+            as those of tools, are left out.
 
     Raises:
         TypeError: Neither a string nor a sequence of messages.
+
+    Example:
+        >>> completion_text([{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "At [1, 2, 9, 8]."}])
+        'At [1, 2, 9, 8].'
     """
     if isinstance(completion, str):
         return completion
@@ -75,7 +79,7 @@ def parse_completion(
     Boxes are read only from the one answer block: every innermost bracket must hold four numbers with x1 <= x2 and
     y1 <= y2 (JSON such as ``[{"bbox_2d": [1, 2, 3, 4]}]`` is fine, an empty bracket is no box). Bad boxes are dropped
     and make the status MALFORMED_BOXES; the others are converted to original pixels and clipped to the image, where a
-    box outside of it keeps zero area. Duplicates stay, for a reward to punish. No box at all is valid.
+    box outside of it keeps zero area. Duplicates are kept, so that a reward can penalise them. No box at all is valid.
 
     The status is the first of these that applies:
 
@@ -106,8 +110,11 @@ def parse_completion(
 
     Example:
         >>> frame = Frame("original_px", (64, 64))
-        >>> parse_completion("<think>Dark spot.</think><answer>At [1, 2, 9, 8].<seg></answer>", frame).status.value
-        'valid'
+        >>> found = parse_completion("<think>Dark spot.</think><answer>At [1, 2, 9, 80].<seg></answer>", frame)
+        >>> found.status.value, found.boxes.tolist(), found.reasoning
+        ('valid', [[1.0, 2.0, 9.0, 64.0]], 'Dark spot.')
+        >>> parse_completion("<answer>At [1, 2, 9, 8].<seg></answer>", frame).status.value
+        'no_reasoning'
     """
     if answer_format not in get_args(AnswerFormat):
         raise DataError(f"answer_format={answer_format!r}; expected one of {', '.join(get_args(AnswerFormat))}")
@@ -151,7 +158,7 @@ def parse_completion(
 
 
 def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str = SEG_TOKEN) -> str:
-    """Write the answer sentence for boxes, in the model's frame.
+    """Format boxes as an answer sentence, in the model's frame.
 
     Args:
         lesion: Name of the lesion.
@@ -174,19 +181,19 @@ def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str
         raise DataError(
             f"lesion {lesion!r} holds a bracket or the segmentation token; expected a plain name, rename it"
         )
-    places = ", ".join(str(box) for box in frame.from_original(boxes_px).tolist())
-    return (f"The {lesion} is located at {places}." if places else f"No {lesion} is visible.") + seg_token
+    boxes = ", ".join(str(box) for box in frame.from_original(boxes_px).tolist())
+    return (f"The {lesion} is located at {boxes}." if boxes else f"No {lesion} is visible.") + seg_token
 
 
 def format_completion(reasoning: str | None, answer: str) -> str:
-    """Write a completion in the grammar of `parse_completion`.
+    """Format a completion in the grammar of `parse_completion`.
 
     Args:
         reasoning: Text of the reasoning block; None leaves the block out (then parse with `require_reasoning=False`).
         answer: Text of the answer block, see `format_answer`.
 
     Raises:
-        DataError: If a text holds a block tag of its own.
+        DataError: If one of the texts holds a block tag.
 
     Example:
         >>> format_completion("Dark spot.", "The cyst is located at [1, 2, 9, 8].<seg>")
@@ -229,7 +236,7 @@ def _text_outside(body: str, blocks: list[_Block]) -> bool:
 
 
 def _read_brackets(answer: str) -> Answer:
-    """The boxes in brackets, in the model's frame; well formed if every bracket is a box, a list of boxes or empty."""
+    """Read the boxes in brackets, in the model's frame; well formed if each bracket is a box, a list of boxes or empty."""
     found = Answer()
     depth, start = 0, None  # start of the innermost open bracket's content
     for bracket in _BRACKET.finditer(answer):
@@ -251,7 +258,7 @@ def _read_brackets(answer: str) -> Answer:
 
 
 def _to_pixels(numbers: list[list[float]], width: int, frame: Frame) -> np.ndarray:
-    """Boxes (N, 4) or points (N, 2) of the model's frame in original pixels, clipped to the image."""
+    """Convert boxes (N, 4) or points (N, 2) of the model's frame to original pixels, clipped to the image."""
     size = np.array(frame.original_size, dtype=np.float64)
     corners = np.array(numbers, dtype=np.float64).reshape(-1, width)
     boxes = frame.to_original(np.concatenate([corners, corners], axis=1) if width == 2 else corners)

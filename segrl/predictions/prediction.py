@@ -1,4 +1,4 @@
-"""What a model said and what is true: the records that every reward, metric and report reads.
+"""The parsed completion that every reward, metric and report reads.
 
 Legend: N boxes, P points, D slices, H/W pixels of the original image. Boxes are xyxy, half-open, in original pixels;
 points are (x, y) in original pixels.
@@ -19,7 +19,14 @@ __all__ = ["Prediction", "Status"]
 
 
 class Status(StrEnum):
-    """Whether a completion follows the grammar, and if not, the first rule that it breaks."""
+    """Whether a completion follows the grammar, and if not, the first rule that it breaks.
+
+    `segrl.predictions.parse_completion` defines the rules.
+
+    Example:
+        >>> Status("no_answer") is Status.NO_ANSWER, [status.value for status in Status][:2]
+        (True, ['valid', 'no_reasoning'])
+    """
 
     VALID = "valid"
     NO_REASONING = "no_reasoning"
@@ -32,23 +39,31 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """One completion, parsed once; `segrl.predictions.parse_completion` makes it, a mask head adds the mask.
+    """One completion, parsed once by `segrl.predictions.parse_completion`; a mask head adds the mask.
 
     Attributes:
-        text: The completion as it came.
+        text: The unchanged completion.
         reasoning: Text of the reasoning block, or None without one.
-        answer: Text of the answer block, or None when there is none or it is ambiguous which one counts.
+        answer: Text of the answer block, or None when there is none or more than one.
         boxes: (N, 4) float64, clipped to the image; (0, 4) when nothing was predicted. Duplicates are kept.
         status: `Status.VALID`, or what is wrong with the text.
         has_seg: Whether the answer holds the segmentation token.
         mask: (H, W) bool in original pixels, of a volume (D, H, W), or None while no mask was decoded.
-        points: (P, 2) float64, clipped to the image; (0, 2) when none was given. With as many points as boxes, the
-            n-th point belongs to the n-th box.
+        points: (P, 2) float64, clipped to the image; (0, 2) when none was given. If there are as many points as boxes,
+            the n-th point belongs to the n-th box.
         scores: (N,) float64 in [0, 1], the confidence of each box, or None when the answer gave none.
         slice_index: Index in the whole volume of the slice that the answer names, counted from 0; -1
-            (`segrl.predictions.NOT_SHOWN`) for one that was not shown, None where none is named. Without
+            (`segrl.predictions.NOT_SHOWN`) for one that was not shown, None if no slice is named. Without
             `Frame.slices` it may lie outside the volume.
-        probability: Foreground probabilities of `mask`, same shape, float in [0, 1]; None unless they were asked for.
+        probability: Foreground probabilities of `mask`, same shape, float in [0, 1]; None unless they were requested.
+
+    Raises:
+        DataError: An array has the wrong shape, type or range.
+
+    Example:
+        >>> prediction = Prediction("A cyst.", None, None, boxes=[], status=Status.NO_ANSWER, has_seg=False)
+        >>> prediction.boxes.shape, prediction.valid, prediction.mask
+        ((0, 4), False, None)
     """
 
     text: str
@@ -78,7 +93,7 @@ class Prediction:
 
     @property
     def valid(self) -> bool:
-        """Whether the text follows the grammar."""
+        """Return whether the text follows the grammar."""
         return self.status is Status.VALID
 
     def with_mask(self, mask: np.ndarray, probability: np.ndarray | None = None) -> Prediction:
@@ -89,7 +104,12 @@ class Prediction:
             probability: Foreground probabilities of the same shape, for rewards that read them.
 
         Raises:
-            DataError: If the mask is not a bool array (logits must be thresholded first), or the shapes differ.
+            DataError: If the mask is not a bool array (threshold logits first), or the shapes differ.
+
+        Example:
+            >>> text = Prediction("A cyst.", None, None, boxes=[], status=Status.NO_ANSWER, has_seg=False)
+            >>> int(text.with_mask(np.ones((2, 3), dtype=bool)).mask.sum()), text.mask
+            (6, None)
         """
         return replace(self, mask=mask, probability=probability)
 

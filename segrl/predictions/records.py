@@ -1,21 +1,21 @@
-"""Answers and truths as plain values, in files, JSON and data set columns, read into predictions and targets.
+"""Predictions and ground truths as plain values (files, JSON, data set columns), written and read back.
 
-Columns of a truth:
+Columns of a ground truth:
 
 - `mask` or `target_mask`: a path to a PNG or .npy file, run lengths (`segrl.geometry.mask_to_rle`; also as JSON text),
   an encoded image `{"bytes": ...}`, a PIL image or an array, (H, W);
 - `boxes`: [[x1, y1, x2, y2], ...] in original pixels. With `mask` they replace the boxes of its components. Without it
-  `size`, [width, height], is needed, and the inside of the boxes stands for the mask;
+  `size`, [width, height], is needed, and the inside of the boxes is the mask;
 - `volume`: a path to a .npy file, run lengths or an array, (D, H, W), with `spacing_mm`, [z, y, x];
 - `query`, `modality`, `anatomy`, `lesion`, `name`: texts.
 
-An answer has the columns `completion`, `predicted_mask` (of a volume in the forms of `volume`), `probability`, and
-`frame` where the frame of its boxes, and which slices of a volume were shown, is known: the attributes of a `Frame`.
+A prediction has the columns `completion`, `predicted_mask` (for a volume in one of the forms of `volume`),
+`probability`, and `frame`: the attributes of the `Frame` of its boxes, if it is known.
 
-None and "" stand for a missing value.
+None and "" are missing values.
 """
 
-# H/W pixels of the original image, D slices, M true boxes
+# H/W pixels of the original image, D slices, M ground truth boxes
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import completion_text
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.target import Target, VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
 __all__ = [
-    "TEXT_COLUMNS",
     "TRUTH_COLUMNS",
     "answer_record",
     "read_answer",
@@ -51,36 +50,42 @@ __all__ = [
     "read_target",
 ]
 
-TEXT_COLUMNS = ("query", "modality", "anatomy", "lesion", "name")
 TRUTH_COLUMNS = ("mask", "target_mask", "boxes", "size", "volume", "spacing_mm")
-UNKNOWN_SIZE = (1000, 1000)  # of an image of which nothing is known; only boxes in pixels depend on it
-_BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # of PIL and numpy
+UNKNOWN_SIZE = (1000, 1000)  # px, of an image without ground truth; only boxes in pixels depend on it
+_BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # raised by PIL and numpy
 
 
 def answer_record(prediction: Prediction, target: Target | VolumeTarget, frame: Frame) -> dict[str, Any]:
-    """A prediction with its truth as plain values that JSON can hold, from which `segrl rewards score` reads both back.
+    """Return a prediction with its ground truth as plain values for JSON; `segrl rewards score` reads both back.
 
     Args:
-        prediction: Its text and mask are kept; what the text says is parsed again when it is read.
-        target: Its mask and texts are kept.
+        prediction: Its text and mask are kept; the text is parsed again when it is read.
+        target: Its mask and metadata are kept.
         frame: The frame in which the model wrote boxes, with the slices of a volume that were shown.
 
     Returns:
-        The columns `completion`, `predicted_mask` (None where no mask was decoded), `frame`, the truth and the texts
-        that are there. The truth is `target_mask` and `boxes`, of a volume `volume` and `spacing_mm`. Masks are run
+        The columns `completion`, `predicted_mask` (None if no mask was decoded), `frame`, the metadata that is not
+        empty, and the ground truth: `target_mask` and `boxes`, for a volume `volume` and `spacing_mm`. Masks are run
         lengths, so a volume takes space for its foreground only.
+
+    Example:
+        >>> from segrl.predictions import parse_completion
+        >>> target, frame = Target.from_mask([[0, 1, 1]], lesion="cyst"), Frame("original_px", (3, 1))
+        >>> record = answer_record(parse_completion("None.", frame), target, frame)
+        >>> record["lesion"], record["completion"], record["target_mask"], record["boxes"]
+        ('cyst', 'None.', {'size': [1, 3], 'counts': [1, 2]}, [[1.0, 0.0, 3.0, 1.0]])
     """
-    mask, truth = prediction.mask, mask_to_rle(target.mask)
+    mask, true_mask = prediction.mask, mask_to_rle(target.mask)
     volume = isinstance(target, VolumeTarget)
     return {
-        **{key: getattr(target, key) for key in TEXT_COLUMNS if getattr(target, key)},
+        **{column: text for column, text in target.to_dict().items() if text},
         "completion": prediction.text,
         "predicted_mask": None if mask is None else mask_to_rle(mask),
         "frame": asdict(frame),
         **(
-            {"volume": truth, "spacing_mm": [float(size) for size in target.spacing_mm]}
+            {"volume": true_mask, "spacing_mm": [float(size) for size in target.spacing_mm]}
             if volume
-            else {"target_mask": truth, "boxes": target.boxes.tolist()}
+            else {"target_mask": true_mask, "boxes": target.boxes.tolist()}
         ),
     }
 
@@ -90,6 +95,10 @@ def read_frame(value: Any) -> Frame:
 
     Raises:
         DataError: If it is no frame.
+
+    Example:
+        >>> read_frame('{"kind": "relative_1000", "original_size": [200, 100]}').to_original([[500, 0, 1000, 500]])
+        array([[100.,   0., 200.,  50.]])
     """
     found = _from_json(value, "column 'frame'")
     try:
@@ -100,24 +109,24 @@ def read_frame(value: Any) -> Frame:
 
 
 def read_target(value: Any, folder: Path | None = None) -> Target | VolumeTarget | None:
-    """Read a truth.
+    """Read a ground truth.
 
     Args:
-        value: A mapping with the columns of a truth (others are ignored), the same as JSON text, or a mask alone.
-        folder: What relative paths start from.
+        value: A mapping with the columns of a ground truth (others are ignored), the same as JSON text, or a mask.
+        folder: Folder that relative paths start from.
 
     Returns:
-        A `VolumeTarget` if there is a `volume`, else a `Target`; None if there is no truth at all.
+        A `VolumeTarget` if there is a `volume`, else a `Target`; None if there is neither mask nor boxes.
 
     Raises:
-        DataError: If a value is not what its column says; names the column, the value and the fix.
+        DataError: If a value does not fit its column; names the column, the value and the fix.
 
     Example:
         >>> read_target({"boxes": [[1, 2, 5, 4]], "size": [8, 6], "lesion": "cyst"}).mask.sum()
         np.int64(8)
     """
     row = _row(value)
-    texts = {key: str(row[key]) for key in TEXT_COLUMNS if _given(row, key)}
+    texts = {key: str(row[key]) for key in METADATA_COLUMNS if _given(row, key)}
     if _given(row, "volume"):
         spacing = _numbers(row["spacing_mm"], "spacing_mm", (3,)) if _given(row, "spacing_mm") else np.ones(3)
         volume = read_mask(row["volume"], "column 'volume'", folder, volume=True)
@@ -145,19 +154,23 @@ def read_target(value: Any, folder: Path | None = None) -> Target | VolumeTarget
 
 
 def read_mask(value: Any, name: str = "mask", folder: Path | None = None, *, volume: bool = False) -> np.ndarray:
-    """Read a mask in any of its forms; see the module's docstring.
+    """Read a mask in any of the forms that the module's docstring lists.
 
     Args:
         value: The mask.
-        name: What it is called in the error message.
-        folder: What a relative path starts from.
-        volume: Whether it is the mask of a volume, where every positive number is foreground.
+        name: Name of the mask in error messages.
+        folder: Folder that a relative path starts from.
+        volume: Whether it is the mask of a volume, where every nonzero number is foreground.
 
     Returns:
         (H, W) bool; (D, H, W) for a volume.
 
     Raises:
-        DataError: A missing or broken file, or anything but a binary mask of so many dimensions.
+        DataError: A missing or broken file, or not a binary mask with this number of dimensions.
+
+    Example:
+        >>> read_mask({"size": [2, 2], "counts": [3, 1]}).astype(int).tolist()
+        [[0, 0], [0, 1]]
     """
     value = _from_json(value, name)
     if volume:
@@ -182,7 +195,7 @@ def read_mask(value: Any, name: str = "mask", folder: Path | None = None, *, vol
 
 def read_answer(
     completion: Any,
-    reading: CompletionFormat,
+    completion_format: CompletionFormat,
     target: Target | VolumeTarget | None = None,
     *,
     size: tuple[int, int] | None = None,
@@ -190,20 +203,25 @@ def read_answer(
     mask: np.ndarray | None = None,
     probability: np.ndarray | None = None,
 ) -> Prediction:
-    """Parse a completion.
+    """Parse a completion and add the mask that was decoded for it.
 
     Args:
-        completion: A text, or messages of which the assistant's count.
-        reading: How it is read.
-        target: The truth, which tells the size of the image.
-        size: (width, height) of the image, where there is no truth.
-        frame: The frame of the written boxes, where it is known; instead of the reading's.
-        mask: (H, W) bool, the decoded mask; (D, H, W) of a volume.
-        probability: Its foreground probabilities, float of the same shape.
+        completion: A text, or messages; see `segrl.predictions.completion_text`.
+        completion_format: Grammar and frame of the completion.
+        target: The ground truth; the frame needs the size of its image.
+        size: (width, height) of the image, if there is no ground truth.
+        frame: The frame of the written boxes, if it is known; replaces that of `completion_format`.
+        mask: (H, W) bool, the decoded mask; (D, H, W) for a volume.
+        probability: Foreground probabilities of the mask, float of the same shape.
 
     Raises:
-        DataError: The completion is neither a text nor messages, the mask has another size than the truth, or the frame
-            shows slices that the volume does not have.
+        DataError: The completion is neither a text nor messages, the size of the mask is not that of the ground truth,
+            or the frame shows slices that the volume does not have.
+
+    Example:
+        >>> answer = "<think>Dark.</think><answer>At [500, 0, 1000, 500].<seg></answer>"
+        >>> read_answer(answer, CompletionFormat(), size=(200, 100)).boxes.tolist()
+        [[100.0, 0.0, 200.0, 50.0]]
     """
     try:
         text = completion_text(completion)
@@ -211,28 +229,41 @@ def read_answer(
         raise DataError(f"column 'completion': {completion!r:.100}; expected a text or a list of messages") from error
     original = (target.width, target.height) if target is not None else size or UNKNOWN_SIZE
     if frame is None:
-        frame = reading.frame(original, original) if callable(reading.frame) else Frame(reading.frame, original)
+        kind = completion_format.frame
+        frame = kind(original, original) if callable(kind) else Frame(kind, original)
     if isinstance(target, VolumeTarget) and frame.slices is not None and frame.slices[-1] >= target.depth:
         raise DataError(
             f"column 'frame': slice {frame.slices[-1]} of a volume with {target.depth}; expected 0 to "
             f"{target.depth - 1}; is it the truth of another volume?"
         )
-    prediction = reading.parse(text, frame)
+    prediction = completion_format.parse(text, frame)
     if mask is None:
         return prediction
     if target is not None and mask.shape != target.mask.shape:
         raise DataError(
-            f"column 'predicted_mask': the mask is {_told(mask.shape)}, the truth {_told(target.mask.shape)}; resize "
+            f"column 'predicted_mask': the mask is {_size_text(mask.shape)}, the truth "
+            f"{_size_text(target.mask.shape)}; resize "
             "the prediction to original pixels"
         )
     return _named("column 'probability'", prediction.with_mask, mask, probability)
 
 
 def read_probability(value: Any, folder: Path | None = None) -> np.ndarray:
-    """Read foreground probabilities, (H, W) float32: a .npy file, or an array.
+    """Read foreground probabilities.
+
+    Args:
+        value: Path to a .npy file, or an array.
+        folder: Folder that a relative path starts from.
+
+    Returns:
+        (H, W) float32.
 
     Raises:
-        DataError: A missing or broken file.
+        DataError: A missing or broken file, or other numbers than (H, W).
+
+    Example:
+        >>> read_probability([[0.25, 1]])
+        array([[0.25, 1.  ]], dtype=float32)
     """
     path = Path(folder or "", value) if isinstance(value, str | os.PathLike) else None
     values = value if path is None else _load_npy(path, f"column 'probability': {path}")
@@ -247,7 +278,7 @@ def _row(value: Any) -> Mapping[str, Any]:
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """The value of a JSON text; any other value, such as a path, as it is."""
+    """Decode a JSON text; return any other value, such as a path, unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:
@@ -269,7 +300,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _numbers(value: Any, column: str, shape: tuple[int, ...]) -> np.ndarray:
-    """`value` as float64 of a shape, in which -1 stands for any length."""
+    """Return `value` as float64 of a shape, in which -1 is any length."""
     expected = "(" + ", ".join("n" if edge < 0 else str(edge) for edge in shape) + ")"
     value = _from_json(value, f"column {column!r}")
     if isinstance(value, np.ndarray) and value.dtype == object:  # nested lists that came through parquet
@@ -304,8 +335,8 @@ def _volume(value: Any, name: str, folder: Path | None) -> np.ndarray:
     return foreground(found, name, ndim=3)
 
 
-def _told(shape: tuple[int, ...]) -> str:
-    """The size of a mask: width x height, and of a volume how many slices of it."""
+def _size_text(shape: tuple[int, ...]) -> str:
+    """Format the size of a mask: width x height, and the number of slices of a volume."""
     *depth, height, width = shape
     return f"{width} x {height} px" + (f" on {depth[0]} slices" if depth else "")
 
@@ -335,7 +366,7 @@ def _unreadable(name: str, error: BaseException) -> DataError:
 
 
 def _inside(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: every pixel that a box touches."""
+    """Return every pixel that a box touches, (H, W) bool."""
     mask = np.zeros(size[::-1], dtype=bool)
     _check_true_boxes(boxes, mask.shape)
     for x1, y1, x2, y2 in boxes:
@@ -355,7 +386,7 @@ def _check_true_boxes(boxes: np.ndarray, shape_hw: tuple[int, ...]) -> None:
 
 
 def _named(name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a function; its errors name the column."""
+    """Call a function and put the name of the column before its errors."""
     try:
         return function(*args, **kwargs)
     except (DataError, ValueError) as error:

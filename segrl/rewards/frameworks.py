@@ -26,7 +26,8 @@ from typing import Any
 
 from segrl.errors import RewardError, SegRLError
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.records import TEXT_COLUMNS, TRUTH_COLUMNS, read_answer, read_target
+from segrl.predictions.records import TRUTH_COLUMNS, read_answer, read_target
+from segrl.predictions.target import METADATA_COLUMNS
 from segrl.rewards.factory import make_reward
 from segrl.rewards.nodes import Sum
 from segrl.rewards.reward import Reward, progress_of
@@ -201,7 +202,7 @@ class SwiftORM:
                 raise RewardError(f"reward {self.reward.name!r}: no column {self.truth!r}; found {_listed(kwargs)}")
             truths = kwargs.get(self.truth) or [None] * len(completions)
         else:
-            columns = [column for column in (*TRUTH_COLUMNS, *TEXT_COLUMNS) if kwargs.get(column) is not None]
+            columns = [column for column in (*TRUTH_COLUMNS, *METADATA_COLUMNS) if kwargs.get(column) is not None]
             truths = [{column: kwargs[column][row] for column in columns} for row in range(len(completions))]
         predictions, targets, groups = _read(self.reward, completions, truths, [None] * len(completions))
         progress = progress_of(kwargs.get("trainer_state"))

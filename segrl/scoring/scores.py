@@ -32,7 +32,6 @@ import numpy as np
 from segrl.errors import DataError, RewardError, SegRLError
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.records import (
-    TEXT_COLUMNS,
     TRUTH_COLUMNS,
     read_answer,
     read_frame,
@@ -40,7 +39,7 @@ from segrl.predictions.records import (
     read_probability,
     read_target,
 )
-from segrl.predictions.target import VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, VolumeTarget
 from segrl.rewards.nodes import Leaf, Sum
 from segrl.rewards.reward import Reward
 from segrl.scoring.files import StoredRow, read_predictions, read_truths, truth_of
@@ -51,7 +50,7 @@ CHUNK, CHUNK_PIXELS = 256, 2**28  # rows, and pixels of their masks, in memory a
 SHOWN_CHARACTERS = 200  # of a completion, kept for display
 FEW = 8  # different values that a histogram counts one by one
 # What is read here, or is a keyword of TRL's call; every other column goes to TRL functions as it is.
-OWN_COLUMNS = frozenset({"completion", "predicted_mask", "probability", "frame", "group", *TRUTH_COLUMNS, *TEXT_COLUMNS,
+OWN_COLUMNS = frozenset({*TRUTH_COLUMNS, *METADATA_COLUMNS, "completion", "predicted_mask", "probability", "frame", "group",
                          "prompts", "completions", "completion_ids", "prediction", "target", "log_metric"})  # fmt: skip
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
@@ -288,8 +287,8 @@ class _Chunk:
         return {"prompts" if name == "prompt" else name: values for name, values in columns.items()}
 
     def _target(self, row: StoredRow, source: StoredRow) -> Any:
-        texts = {key: row.values[key] for key in TEXT_COLUMNS if row.values.get(key) is not None}
-        values = {**texts, **{key: source.values.get(key) for key in (*TRUTH_COLUMNS, *TEXT_COLUMNS)
+        texts = {key: row.values[key] for key in METADATA_COLUMNS if row.values.get(key) is not None}
+        values = {**texts, **{key: source.values.get(key) for key in (*TRUTH_COLUMNS, *METADATA_COLUMNS)
                               if source.values.get(key) is not None}}  # fmt: skip
         key = repr((source.folder, sorted(values.items(), key=lambda item: item[0])))
         if key not in self.known:  # the answers to one prompt share a target
