@@ -236,7 +236,7 @@ def _text_outside(body: str, blocks: list[_Block]) -> bool:
 
 
 def _read_brackets(answer: str) -> Answer:
-    """Read the boxes in brackets, in the model's frame; well formed if each bracket is a box, a list of boxes or empty."""
+    """Read boxes in brackets, in the model's frame; well formed if each bracket is a box, a list of boxes or empty."""
     found = Answer()
     depth, start = 0, None  # start of the innermost open bracket's content
     for bracket in _BRACKET.finditer(answer):

@@ -50,8 +50,8 @@ CHUNK, CHUNK_PIXELS = 256, 2**28  # rows, and pixels of their masks, in memory a
 SHOWN_CHARACTERS = 200  # of a completion, kept for display
 FEW = 8  # different values that a histogram counts one by one
 # What is read here, or is a keyword of TRL's call; every other column goes to TRL functions as it is.
-OWN_COLUMNS = frozenset({*TRUTH_COLUMNS, *METADATA_COLUMNS, "completion", "predicted_mask", "probability", "frame", "group",
-                         "prompts", "completions", "completion_ids", "prediction", "target", "log_metric"})  # fmt: skip
+OWN_COLUMNS = frozenset({*TRUTH_COLUMNS, *METADATA_COLUMNS, "completion", "predicted_mask", "probability", "frame",
+                         "group", "prompts", "completions", "completion_ids", "prediction", "target", "log_metric"})  # fmt: skip
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
