@@ -51,7 +51,8 @@ SHOWN_CHARACTERS = 200  # of a completion, kept for display
 FEW = 8  # different values that a histogram counts one by one
 # What is read here, or is a keyword of TRL's call; every other column goes to TRL functions as it is.
 OWN_COLUMNS = frozenset({*TRUTH_COLUMNS, *METADATA_COLUMNS, "completion", "predicted_mask", "probability", "frame",
-                         "group", "prompts", "completions", "completion_ids", "prediction", "target", "log_metric"})  # fmt: skip
+                         "group", "prompts", "completions", "completion_ids", "prediction", "target",
+                         "log_metric"})  # fmt: skip
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
