@@ -78,7 +78,7 @@ def kind_of(reward: Reward) -> str:
     """In which form of answer a reward finds all that it looks for."""
     if reward.volume or reward.name.startswith("slice"):
         return "slice"
-    needs_json = reward.reading.answer_format == "json" or reward.name == "json_format"
+    needs_json = reward.completion_format.answer_format == "json" or reward.name == "json_format"
     return (
         "json"
         if needs_json or reward.name.startswith("point") or reward.name in ("box_ap", "box_confidence")

@@ -376,11 +376,11 @@ def test_scenes(volume):
     assert (make_scenes(1, volume=volume, seed=4)[0].target.mask != scenes[0].target.mask).any()
 
 
-@pytest.mark.parametrize("reading", [TEXT, JSON])
-def test_honest_policies_have_the_overlap_of_their_grade(reading):
+@pytest.mark.parametrize("completion_format", [TEXT, JSON])
+def test_honest_policies_have_the_overlap_of_their_grade(completion_format):
     for scene in make_scenes(24):
         for grade, levels in GRADES.items():
-            said = answer(BY_NAME[grade], scene, reading, True)
+            said = answer(BY_NAME[grade], scene, completion_format, True)
             assert said is not None
             assert said.valid
             assert said.mask is not None
@@ -392,7 +392,7 @@ def test_honest_policies_have_the_overlap_of_their_grade(reading):
             boxes = np.diag(pairwise_iou(said.boxes, scene.target.boxes))
             assert min(abs(boxes[0] - level) for level in levels) < 0.05 or scene.kind == "tiny"
             assert min(abs(iou(said.mask, scene.target.mask) - level) for level in levels) < 0.2
-            if reading is JSON:
+            if completion_format is JSON:
                 assert said.scores is not None
                 assert said.points.shape == (len(said.boxes), 2)
 
@@ -401,8 +401,8 @@ def test_degenerate_policies_do_not_look_at_the_truth():
     scenes = make_scenes(2)
     for policy in POLICIES:
         if policy.kind == "degenerate":
-            for reading in (TEXT, JSON):
-                texts = [policy.shows, *(answer(policy, scene, reading, False) for scene in scenes)][1:]
+            for completion_format in (TEXT, JSON):
+                texts = [policy.shows, *(answer(policy, scene, completion_format, False) for scene in scenes)][1:]
                 same = {None if said is None else said.text for said in texts}
                 assert len(same) == 1 or policy.name == "noise"
 
@@ -425,8 +425,8 @@ def test_honest_masks_of_volumes_have_the_overlap_of_their_grade():
 def test_the_mask_of_a_volume_comes_from_boxes_on_a_slice():
     scene = make_scenes(1, volume=True)[0]
     for policy in POLICIES:
-        for reading in (JSON, CompletionFormat(answer_format="json", require_seg=False)):
-            said = answer(policy, scene, reading, True)
+        for completion_format in (JSON, CompletionFormat(answer_format="json", require_seg=False)):
+            said = answer(policy, scene, completion_format, True)
             if said is None:
                 continue
             assert said.mask is not None
@@ -463,7 +463,11 @@ def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
             return float(prediction.valid and k is None and target.empty)
         return dice(prediction.mask[k : k + 1], target.mask[k : k + 1])
 
-    settings = {"needs_mask": True, "volume": True, "reading": {"answer_format": "json", "require_seg": False}}
+    settings = {
+        "needs_mask": True,
+        "volume": True,
+        "completion_format": {"answer_format": "json", "require_seg": False},
+    }
     register_reward("window_dice", **settings)(window_dice)
     assert winners("window_dice") >= {"only a slice"}
     assert not verdict(make_reward("propagated_dice", delta=0)).gamed
@@ -494,15 +498,15 @@ def test_boxes_around_pay_where_only_matched_ones_prompt():
 
 
 def test_voxels_found_are_gamed_by_the_whole_volume():
-    register_reward("voxels_found", needs_mask=True, volume=True, reading={"answer_format": "json"})(covered)
+    register_reward("voxels_found", needs_mask=True, volume=True, completion_format={"answer_format": "json"})(covered)
     assert winners("voxels_found") >= {"whole image", "grid of boxes", "poor, and boxes around"}
 
 
 def test_an_answer_without_the_token_has_no_mask():
     scene = make_scenes(1)[0]
     for policy in POLICIES:
-        for reading in (TEXT, JSON):
-            said = answer(policy, scene, reading, True)
+        for completion_format in (TEXT, JSON):
+            said = answer(policy, scene, completion_format, True)
             assert said is None or (said.mask is not None) == said.has_seg
             assert said is None or said.has_seg or policy.kind != "honest"
     assert {policy.instead_of for policy in POLICIES if policy.kind == "trick"} <= BY_NAME.keys()

@@ -294,7 +294,7 @@ def test_score_as_json_and_into_a_file(run):
 
 def test_score_takes_a_file_of_rewards_and_truth_from_elsewhere(run):
     Path("rewards.yaml").write_text(
-        "reading: {frame: original_px}\nrewards:\n- reward: box_f1\n  name: boxes\n  weight: 2\n  steps:\n"
+        "completion_format: {frame: original_px}\nrewards:\n- reward: box_f1\n  name: boxes\n  weight: 2\n  steps:\n"
         "  - schedule: {0: 0, 1: 1}\n- reward: format\n"
     )
     path = predictions(GOOD, mask=None)

@@ -276,7 +276,7 @@ def test_an_empty_batch():
 def test_the_ablation_without_reasoning_reaches_a_plain_trainer():
     text = UNREADABLE["no reasoning"].replace("<seg>", "")
     reward = make_reward("format", require_reasoning=False, require_seg=False)
-    assert reward.reading == CompletionFormat(require_reasoning=False, require_seg=False)
+    assert reward.completion_format == CompletionFormat(require_reasoning=False, require_seg=False)
     assert as_trl_calls(reward, [text], mask=[TARGET.mask])[0] == [1.0]
 
 
@@ -410,7 +410,7 @@ def test_rewards_pickle_into_another_process():
     reward = make_reward("box_f1", min_iou=0.3, frame="original_px")
     assert pickle.loads(pickle.dumps(reward)) == reward
     assert hash(pickle.loads(pickle.dumps(reward))) == hash(reward)
-    code = "import pickle, sys; r = pickle.load(sys.stdin.buffer); print(r.name, r.settings, r.reading.frame)"
+    code = "import pickle, sys; r = pickle.load(sys.stdin.buffer); print(r.name, r.settings, r.completion_format.frame)"
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(reward), capture_output=True, check=True)
     assert done.stdout.decode().strip() == "box_f1 {'min_iou': 0.3} original_px"
 

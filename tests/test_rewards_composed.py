@@ -200,7 +200,9 @@ def test_a_sum_declares_what_follows_from_its_parts():
 
 
 def test_a_sum_logs_the_mean_of_every_part():
-    total = weighted_sum({"format": 1.0, "box_f1": 2.0}, name="mine", reading=CompletionFormat(frame="original_px"))
+    total = weighted_sum(
+        {"format": 1.0, "box_f1": 2.0}, name="mine", completion_format=CompletionFormat(frame="original_px")
+    )
     result, logged = as_trl_calls(total, [GOOD, "no"], mask=[TARGET.mask] * 2)
     assert result == [3.0, 0.0]
     assert logged == {"valid_completions": 0.5, "mine/format": 0.5, "mine/box_f1": 0.5}
@@ -234,18 +236,21 @@ def test_what_is_no_sum(parts, message):
 def test_a_whole_reads_completions_as_its_parts_do():
     json = make_reward("format", answer_format="json", require_seg=False)
     pixels = make_reward("box_f1", frame="original_px")
-    assert weighted_sum([(json, 1.0), ("box_f1", 1.0)]).reading == json.reading
-    assert make_reward("box_f1").gate(json).reading == json.reading
+    assert weighted_sum([(json, 1.0), ("box_f1", 1.0)]).completion_format == json.completion_format
+    assert make_reward("box_f1").gate(json).completion_format == json.completion_format
     with pytest.raises(RewardError, match="its parts read completions in different ways; pass these settings to"):
         weighted_sum([(json, 1.0), (pixels, 1.0)])
     assert (
-        weighted_sum([(json, 1.0), (pixels, 1.0)], reading=CompletionFormat(seg_token="<m>")).reading.seg_token == "<m>"
+        weighted_sum(
+            [(json, 1.0), (pixels, 1.0)], completion_format=CompletionFormat(seg_token="<m>")
+        ).completion_format.seg_token
+        == "<m>"
     )
-    assert make_reward(json, frame="original_px").reading == CompletionFormat(
+    assert make_reward(json, frame="original_px").completion_format == CompletionFormat(
         "original_px", require_seg=False, answer_format="json"
     )
     with pytest.raises(
-        RewardError, match=r"is made already; expected no settings but those of its reading, got \['min"
+        RewardError, match=r"is made already; expected no settings but those of its completion format, got \['min"
     ):
         make_reward(pixels, min_iou=0.1)
 
@@ -254,7 +259,7 @@ def test_a_whole_reads_completions_as_its_parts_do():
 
 YAML = """\
 name: mine
-reading: {frame: original_px, require_seg: false}
+completion_format: {frame: original_px, require_seg: false}
 rewards:
   - reward: format
   - reward: box_f1
@@ -284,8 +289,10 @@ def composed():
         [("box_f1", 1), (make_reward("dual_granularity_mask").gate(gate, 0.5, 0).group_relative("rank", 4), 1)], "both"
     )
     boxes = make_reward("box_f1", min_iou=0.3).named("boxes").gate("format").clip(0, 1).schedule({0: 0, 0.3: 1})
-    reading = CompletionFormat("original_px", require_seg=False)
-    return weighted_sum([("format", 1), (boxes, 2), (both, 0.5)], "mine", reading=reading).scale(0.5, 1)
+    completion_format = CompletionFormat("original_px", require_seg=False)
+    return weighted_sum([("format", 1), (boxes, 2), (both, 0.5)], "mine", completion_format=completion_format).scale(
+        0.5, 1
+    )
 
 
 def test_yaml_and_python_are_two_forms_of_one_thing(tmp_path):
@@ -301,7 +308,7 @@ def test_yaml_and_python_are_two_forms_of_one_thing(tmp_path):
 
 def test_a_file_may_hold_one_reward(tmp_path):
     file = tmp_path / "one.yaml"
-    file.write_text("reward: box_f1\nsettings: {min_iou: 0.4}\nreading: {require_seg: false}\n")
+    file.write_text("reward: box_f1\nsettings: {min_iou: 0.4}\ncompletion_format: {require_seg: false}\n")
     assert load_reward(file) == make_reward("box_f1", min_iou=0.4, require_seg=False)
     assert Reward.from_dict("format") == make_reward("format")
 
@@ -377,9 +384,15 @@ def test_every_tree_round_trips_and_scores_alike(tmp_path_factory, reward):
         ("reward: format\nsteps: [{gate: {}}]", r"steps\[0\]\.gate: needs the setting 'reward'"),
         ("reward: format\nsteps: [{schedule: 3}]", r"steps\[0\]\.schedule: schedule: points=3"),
         ("reward: format\nsteps: [{group_relative: {group_size: 1.5}}]", r"group_size=1\.5; expected a positive"),
-        ("reward: format\nreading: {frame: pixels}", r"reading: frame kind 'pixels'"),
-        ("reward: format\nreading: {frames: x}", r"unknown key in .*reading 'frames'; did you mean 'frame'"),
-        ("reward: format\nreading: {answer_format: xml}", r"reading: answer_format='xml'; expected one of text, json"),
+        ("reward: format\ncompletion_format: {frame: pixels}", r"completion_format: frame kind 'pixels'"),
+        (
+            "reward: format\ncompletion_format: {frames: x}",
+            r"unknown key in .*completion_format 'frames'; did you mean 'frame'",
+        ),
+        (
+            "reward: format\ncompletion_format: {answer_format: xml}",
+            r"completion_format: answer_format='xml'; expected one of text, json",
+        ),
         ("reward: format\nname: 3", r"r\.yaml\.name: 3; expected a text"),
         ("reward: 3", r"r\.yaml\.reward: 3; expected the name of a reward"),
         ("reward: !!python/object/apply:os.system [ls]", r"not valid YAML"),
@@ -411,17 +424,22 @@ def test_what_cannot_be_written_says_so():
 
 def test_reading_settings_that_equal_the_defaults_are_kept():
     json = make_reward("vision_reasoner")
-    assert json.reading.answer_format == "json"
+    assert json.completion_format.answer_format == "json"
     text = make_reward(json, answer_format="text", require_seg=True)
-    assert text.reading == CompletionFormat()
+    assert text.completion_format == CompletionFormat()
     assert Reward.from_dict(text.to_dict()) == text
     assert Reward.from_dict(json.to_dict()) == json
-    assert weighted_sum([(json, 1.0)], reading=CompletionFormat()).reading == CompletionFormat()
-    assert make_reward("slice_boxes", answer_format="text", require_seg=True).reading == CompletionFormat()
-    assert make_reward("slice_boxes").reading.answer_format == "json"
-    assert make_reward("format").gate("slice_format").reading.answer_format == "json"
+    assert weighted_sum([(json, 1.0)], completion_format=CompletionFormat()).completion_format == CompletionFormat()
+    assert make_reward("slice_boxes", answer_format="text", require_seg=True).completion_format == CompletionFormat()
+    assert make_reward("slice_boxes").completion_format.answer_format == "json"
+    assert make_reward("format").gate("slice_format").completion_format.answer_format == "json"
     assert Reward.from_dict({"reward": "lens", "steps": [{"scale": 2}]}) == make_reward("lens").scale(2)
-    assert Reward.from_dict({"reward": "lens", "reading": {"frame": "original_px"}}).reading.answer_format == "json"
+    assert (
+        Reward.from_dict(
+            {"reward": "lens", "completion_format": {"frame": "original_px"}}
+        ).completion_format.answer_format
+        == "json"
+    )
 
 
 @pytest.mark.parametrize("name", presets.__all__)

@@ -45,9 +45,9 @@ each_preset = pytest.mark.parametrize("name", IMAGE_PRESETS)
 
 
 def text_of(reward, target, *boxes, reasoning="A dark spot.", points=None, score=1.0):
-    """The answer that names these boxes, as the preset's reading wants it; points are the truth's by default."""
-    token = reward.reading.seg_token if reward.reading.require_seg else ""
-    if reward.reading.answer_format == "text":
+    """The answer that names these boxes, in the preset's completion format; points are the truth's by default."""
+    token = reward.completion_format.seg_token if reward.completion_format.require_seg else ""
+    if reward.completion_format.answer_format == "text":
         return format_completion(reasoning, format_answer("cyst", boxes, FRAME, token))
     known = target.points.tolist() if points is None else points
     objects = [
@@ -59,7 +59,9 @@ def text_of(reward, target, *boxes, reasoning="A dark spot.", points=None, score
 
 def pay(reward, target, *boxes, mask=None, text=None, **said):
     """Score of an answer with these boxes, whose mask is the boxes unless given."""
-    prediction = reward.reading.parse(text_of(reward, target, *boxes, **said) if text is None else text, FRAME)
+    prediction = reward.completion_format.parse(
+        text_of(reward, target, *boxes, **said) if text is None else text, FRAME
+    )
     score = reward.score(prediction.with_mask(mask_of(*boxes) if mask is None else mask), target)
     assert score is not None
     return score
@@ -141,7 +143,7 @@ def test_visual_rft_pays_hits_and_confidence_in_them():
 
 def test_seg_r1_weights_the_mask():
     measure = make_reward("s_measure")
-    prediction = make_reward("seg_r1").reading.parse(text_of(make_reward("seg_r1"), BOTH, LEFT), FRAME)
+    prediction = make_reward("seg_r1").completion_format.parse(text_of(make_reward("seg_r1"), BOTH, LEFT), FRAME)
     shape = measure.score(prediction.with_mask(mask_of(LEFT)), BOTH)
     assert shape is not None
     assert pay(make_reward("seg_r1"), BOTH, LEFT) == pytest.approx(1 + 0.7 * 0.5 + 0.3 * shape)
@@ -168,7 +170,7 @@ def test_medvol_r1():
     reward = make_reward("medvol_r1")
 
     def volume(answer, target=VOLUME, mask=VOLUME.mask, reward=reward):
-        return reward.score(reward.reading.parse(in_answer(answer), FRAME).with_mask(mask), target)
+        return reward.score(reward.completion_format.parse(in_answer(answer), FRAME).with_mask(mask), target)
 
     nothing = VOLUME.mask & False
     best = '{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}'
@@ -265,8 +267,8 @@ def test_a_preset_is_listed_described_pickled_and_written(name):
     assert info.summary
     reward = make_reward(name, frame="original_px")
     assert reward.name == name
-    assert reward.reading.frame == "original_px"
-    assert (reward.reading.answer_format == "text") == (name == "core_seg")
+    assert reward.completion_format.frame == "original_px"
+    assert (reward.completion_format.answer_format == "text") == (name == "core_seg")
     assert reward.volume == (name == "medvol_r1")
     assert reward.needs_mask == (name in ("core_seg", "lens", "medvol_r1", "seg_r1"))
     assert pickle.loads(pickle.dumps(reward)) == reward

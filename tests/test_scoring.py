@@ -165,10 +165,10 @@ def volume_records(count):
         '{"slice": 3, "bbox_2d_list": []}',
     ]
     texts = [f"<think>There.</think><answer>{text.replace('BOXES', boxes)}</answer>" for text in texts]
-    reading = CompletionFormat(answer_format="json", require_seg=False)
+    completion_format = CompletionFormat(answer_format="json", require_seg=False)
     found = []
     for n in range(count):
-        said = reading.parse([*texts, "no idea"][n % 4], frame)
+        said = completion_format.parse([*texts, "no idea"][n % 4], frame)
         mask = truth.copy() if len(said.boxes) else truth & False
         if len(said.boxes):
             mask[2] = False
@@ -198,7 +198,7 @@ class Together:
 
 def test_masks_of_volumes_are_not_all_in_memory_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    register_reward("together", needs_mask=True, volume=True, reading={"answer_format": "json"})(Together)
+    register_reward("together", needs_mask=True, volume=True, completion_format={"answer_format": "json"})(Together)
     path = write(tmp_path / "p.jsonl", volume_records(5))
     assert score_file(make_reward("together"), path).columns["together"] == [5.0] * 5
     monkeypatch.setattr(scores, "CHUNK_PIXELS", 2 * 5 * HEIGHT * WIDTH)

@@ -159,14 +159,14 @@ def test_every_form_of_a_volume_is_the_same_target(value, folder):
     assert (read_mask(value, folder=folder, volume=True) == VOLUME).all()
 
 
-JSON_READING = CompletionFormat(answer_format="json", require_seg=False)
+JSON_FORMAT = CompletionFormat(answer_format="json", require_seg=False)
 SLICE_TEXT = '<think>Two.</think><answer>{"slice": 2, "bbox_2d_list": [[150, 167, 450, 417]]}</answer>'
 
 
 def test_a_record_of_a_volume_reads_back():
     target = VolumeTarget.from_mask(VOLUME, (5.0, 0.7, 0.7), query="Where?", lesion="cyst", name="ct_1")
     frame = Frame("relative_1000", (WIDTH, HEIGHT), slices=(0, 2, 3))
-    said = JSON_READING.parse(SLICE_TEXT, frame).with_mask(~VOLUME)
+    said = JSON_FORMAT.parse(SLICE_TEXT, frame).with_mask(~VOLUME)
     record = json.loads(json.dumps(answer_record(said, target, frame)))
     assert record.keys() == {"completion", "predicted_mask", "frame", "volume", "spacing_mm", "query", "lesion", "name"}
     truth = read_target(record)
@@ -176,12 +176,12 @@ def test_a_record_of_a_volume_reads_back():
     known = read_frame(record["frame"])
     assert known == frame
     mask = read_mask(record["predicted_mask"], volume=True)
-    again = read_answer(record["completion"], JSON_READING, truth, frame=known, mask=mask)
+    again = read_answer(record["completion"], JSON_FORMAT, truth, frame=known, mask=mask)
     assert again.slice_index == said.slice_index == 2
     np.testing.assert_allclose(again.boxes, said.boxes)
     assert again.mask is not None
     assert (again.mask == ~VOLUME).all()
-    assert answer_record(JSON_READING.parse("", frame), target, frame)["predicted_mask"] is None
+    assert answer_record(JSON_FORMAT.parse("", frame), target, frame)["predicted_mask"] is None
 
 
 def test_a_record_of_an_image_reads_back():
@@ -204,8 +204,8 @@ def test_slices_of_a_frame_are_checked(slices):
 def test_a_frame_of_another_volume_is_refused():
     target, frame = VolumeTarget.from_mask(VOLUME), Frame("relative_1000", (WIDTH, HEIGHT), slices=(0, 4))
     with pytest.raises(DataError, match="column 'frame': slice 4 of a volume with 4; expected 0 to 3; is it the truth"):
-        read_answer(SLICE_TEXT, JSON_READING, target, frame=frame)
-    assert read_answer(SLICE_TEXT, JSON_READING, frame=frame).slice_index == 4
+        read_answer(SLICE_TEXT, JSON_FORMAT, target, frame=frame)
+    assert read_answer(SLICE_TEXT, JSON_FORMAT, frame=frame).slice_index == 4
 
 
 def test_a_mask_of_another_volume_is_refused():
@@ -213,7 +213,7 @@ def test_a_mask_of_another_volume_is_refused():
     for mask, size in ((VOLUME[:3], "20 x 12 px on 3 slices"), (MASK, "20 x 12 px")):
         message = f"column 'predicted_mask': the mask is {size}, the truth 20 x 12 px on 4 slices; resize"
         with pytest.raises(DataError, match=message):
-            read_answer(SLICE_TEXT, JSON_READING, target, mask=mask)
+            read_answer(SLICE_TEXT, JSON_FORMAT, target, mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_the_truth_tells_the_size_of_the_image():
 
 
 def test_a_frame_may_be_a_function_of_the_size():
-    reading = CompletionFormat(frame=lambda shown, original: Frame("relative_1000", original))
-    np.testing.assert_allclose(read_answer(TEXT, reading, Target.from_mask(MASK)).boxes, BOXES, atol=0.011)
+    completion_format = CompletionFormat(frame=lambda shown, original: Frame("relative_1000", original))
+    np.testing.assert_allclose(read_answer(TEXT, completion_format, Target.from_mask(MASK)).boxes, BOXES, atol=0.011)
 
 
 def test_mask_and_probability_are_carried(folder):

@@ -14,14 +14,14 @@ from segrl.testing.answers import HOSTILE, broken_completions, write_answer, wri
 
 FRAME = Frame("original_px", (40, 30))
 BOXES = [[3, 2, 20, 10], [25, 15, 40, 30]]
-READINGS = {
+FORMATS = {
     "text": CompletionFormat(),
     "json": CompletionFormat(answer_format="json"),
     "json without token": CompletionFormat(answer_format="json", require_seg=False),
     "answer only": CompletionFormat(seg_token="", require_seg=False, require_reasoning=False),
     "token with brackets": CompletionFormat(seg_token="[SEG]"),
 }
-readings = pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+formats = pytest.mark.parametrize("completion_format", FORMATS.values(), ids=FORMATS)
 
 
 def smallest(strategy, condition=lambda found: True):
@@ -147,69 +147,72 @@ def test_volume_targets(target, full, empty):
 # --- completions
 
 
-@readings
-def test_valid_completions(reading):
-    @given(strategies.completions(FRAME, near=BOXES, reading=reading))
+@formats
+def test_valid_completions(completion_format):
+    @given(strategies.completions(FRAME, near=BOXES, completion_format=completion_format))
     def check(text):
-        parsed = reading.parse(text, FRAME)
+        parsed = completion_format.parse(text, FRAME)
         assert parsed.valid, parsed.status
         assert (parsed.boxes <= [40, 30, 40, 30]).all()
 
     check()
 
 
-@readings
-def test_broken_completions(reading):
-    @given(strategies.completions(FRAME, valid=False, reading=reading))
+@formats
+def test_broken_completions(completion_format):
+    @given(strategies.completions(FRAME, valid=False, completion_format=completion_format))
     def check(text):
-        assert not reading.parse(text, FRAME).valid
+        assert not completion_format.parse(text, FRAME).valid
 
     check()
 
 
-@readings
+@formats
 @pytest.mark.parametrize("boxes", [[], BOXES], ids=["nothing", "boxes"])
-def test_every_trap_is_invalid_and_named(reading, boxes):
-    texts = broken_completions("One spot.", write_answer(boxes, FRAME, reading), reading)
-    statuses = {name: reading.parse(text, FRAME).status for name, text in texts.items()}
+def test_every_trap_is_invalid_and_named(completion_format, boxes):
+    texts = broken_completions("One spot.", write_answer(boxes, FRAME, completion_format), completion_format)
+    statuses = {name: completion_format.parse(text, FRAME).status for name, text in texts.items()}
     assert Status.VALID not in statuses.values(), statuses
     assert statuses["two answers"] is statuses["trailing text"] is Status.EXTRA_TEXT
     assert statuses["empty"] is statuses["answer inside the reasoning"] is Status.NO_ANSWER
-    malformed = Status.MALFORMED_JSON if reading.answer_format == "json" else Status.MALFORMED_BOXES
+    malformed = Status.MALFORMED_JSON if completion_format.answer_format == "json" else Status.MALFORMED_BOXES
     assert statuses["box with x2 < x1"] is statuses["huge number in a box"] is statuses["NaN in a box"] is malformed
-    assert ("no token" in texts) == reading.require_seg
-    assert ("no reasoning" in texts) == reading.require_reasoning
+    assert ("no token" in texts) == completion_format.require_seg
+    assert ("no reasoning" in texts) == completion_format.require_reasoning
 
 
 def test_completions_reach_every_status_and_both_sides():
-    for reading in (CompletionFormat(), CompletionFormat(answer_format="json")):
+    for completion_format in (CompletionFormat(), CompletionFormat(answer_format="json")):
         statuses = reached(
-            strategies.completions(FRAME, valid=False, reading=reading),
-            lambda text, reading=reading: reading.parse(text, FRAME).status,
+            strategies.completions(FRAME, valid=False, completion_format=completion_format),
+            lambda text, completion_format=completion_format: completion_format.parse(text, FRAME).status,
             600,
         )
-        other = Status.MALFORMED_BOXES if reading.answer_format == "json" else Status.MALFORMED_JSON
+        other = Status.MALFORMED_BOXES if completion_format.answer_format == "json" else Status.MALFORMED_JSON
         assert statuses == set(Status) - {Status.VALID, other}
     mixed = reached(strategies.completions(FRAME, valid=None), lambda text: CompletionFormat().parse(text, FRAME).valid)
     assert mixed == {True, False}
 
 
 def test_json_completions_reach_points_confidences_and_slices():
-    reading = CompletionFormat(answer_format="json", require_seg=False)
+    completion_format = CompletionFormat(answer_format="json", require_seg=False)
 
     def label(text):
-        said = reading.parse(text, FRAME)
+        said = completion_format.parse(text, FRAME)
         return len(said.points) > 0, said.scores is not None, said.has_seg
 
-    seen = reached(strategies.completions(FRAME, reading=reading), label)
+    seen = reached(strategies.completions(FRAME, completion_format=completion_format), label)
     assert {(True, False, True), (False, True, False), (False, False, True)} <= seen
     slices = reached(
-        strategies.completions(FRAME, depth=3, reading=reading), lambda text: reading.parse(text, FRAME).slice_index
+        strategies.completions(FRAME, depth=3, completion_format=completion_format),
+        lambda text: completion_format.parse(text, FRAME).slice_index,
     )
     assert slices == {0, 1, 2, 3}, "one slice too many, too"
-    assert reached(strategies.completions(FRAME, depth=3, reading=reading, empty=True), lambda text: (
-        reading.parse(text, FRAME).slice_index, len(reading.parse(text, FRAME).boxes)
-    )) == {(None, 0)}  # fmt: skip
+    nothing = strategies.completions(FRAME, depth=3, completion_format=completion_format, empty=True)
+    seen = reached(
+        nothing.map(lambda text: completion_format.parse(text, FRAME)), lambda said: (said.slice_index, len(said.boxes))
+    )
+    assert seen == {(None, 0)}
 
 
 def test_completions_in_another_frame():
@@ -238,8 +241,8 @@ def test_completions_shrink():
 @given(st.data())
 def test_predictions(data):
     target = data.draw(st.one_of(strategies.targets(), strategies.volume_targets()))
-    reading = data.draw(st.sampled_from(list(READINGS.values())))
-    said = data.draw(strategies.predictions(target, mask=True, probability=True, reading=reading))
+    completion_format = data.draw(st.sampled_from(list(FORMATS.values())))
+    said = data.draw(strategies.predictions(target, mask=True, probability=True, completion_format=completion_format))
     if isinstance(target, VolumeTarget):
         assert said.mask is not None or not said.valid
         named = said.slice_index is not None and said.slice_index in range(target.depth) and len(said.boxes) > 0
@@ -259,12 +262,16 @@ def test_predictions(data):
 @given(st.data())
 def test_predictions_that_find_nothing_or_something(data):
     target = data.draw(st.one_of(strategies.targets(), strategies.volume_targets()))
-    reading = CompletionFormat(answer_format="json")
-    nothing = data.draw(strategies.predictions(target, valid=True, mask=True, empty=True, reading=reading))
+    completion_format = CompletionFormat(answer_format="json")
+    nothing = data.draw(
+        strategies.predictions(target, valid=True, mask=True, empty=True, completion_format=completion_format)
+    )
     assert nothing.valid
     assert nothing.mask is not None
     assert (len(nothing.boxes), len(nothing.points), nothing.slice_index, nothing.mask.any()) == (0, 0, None, False)
-    finds = data.draw(strategies.predictions(target, valid=True, mask=True, empty=False, reading=reading))
+    finds = data.draw(
+        strategies.predictions(target, valid=True, mask=True, empty=False, completion_format=completion_format)
+    )
     assert finds.mask is not None
     assert (len(finds.boxes) > 0, finds.mask.any()) == (True, True)
     if isinstance(target, VolumeTarget):
@@ -273,14 +280,14 @@ def test_predictions_that_find_nothing_or_something(data):
 
 def test_predictions_about_a_volume_reach_every_kind_of_slice_and_mask():
     target = VolumeTarget.from_mask(np.pad(np.ones((1, 2, 2), dtype=bool), 1))
-    reading = CompletionFormat(answer_format="json", require_seg=False)
+    completion_format = CompletionFormat(answer_format="json", require_seg=False)
 
     def kind(said):
         k, mask = said.slice_index, said.mask
         where = "none" if k is None else "not shown" if k == NOT_SHOWN else "inside" if k < target.depth else "outside"
         return where, "none" if mask is None else "right" if (mask == target.mask).all() else bool(mask.any())
 
-    seen = reached(strategies.predictions(target, mask=True, reading=reading), kind)
+    seen = reached(strategies.predictions(target, mask=True, completion_format=completion_format), kind, 1000)
     assert {(where, False) for where in ("none", "not shown", "inside", "outside")} <= seen
     assert {("inside", True), ("none", "none"), ("inside", "none")} <= seen
     assert {where for where, mask in seen if mask is True} == {"inside"}
@@ -312,13 +319,15 @@ def test_batches_shrink():
 
 
 def test_write_answer_round_trip():
-    reading = CompletionFormat(answer_format="json")
-    text = write_completion(BOXES, FRAME, reading, points_px=[[4.5, 5.5]], scores=[0.5, 1.0], rounding=False)
-    said = reading.parse(text, FRAME)
+    completion_format = CompletionFormat(answer_format="json")
+    text = write_completion(BOXES, FRAME, completion_format, points_px=[[4.5, 5.5]], scores=[0.5, 1.0], rounding=False)
+    said = completion_format.parse(text, FRAME)
     assert said.valid
     assert said.scores is not None
     assert (said.boxes.tolist(), said.points.tolist(), said.scores.tolist()) == (BOXES, [[4.5, 5.5]], [0.5, 1.0])
-    volume = reading.parse(write_completion(BOXES, FRAME, reading, slice_index=2, points_px=[[4, 5]]), FRAME)
+    volume = completion_format.parse(
+        write_completion(BOXES, FRAME, completion_format, slice_index=2, points_px=[[4, 5]]), FRAME
+    )
     assert (volume.slice_index, volume.boxes.tolist(), volume.points.tolist()) == (2, BOXES, [[4, 5]])
     in_words = write_answer([[0.5, 1, 2, 3]], FRAME, rounding=False, lesion="cyst")
     assert in_words == "The cyst is located at [0.5, 1, 2, 3].<seg>"
@@ -327,11 +336,11 @@ def test_write_answer_round_trip():
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@readings
-def test_hostile_texts_have_their_length_and_status(kind, reading):
-    text = HOSTILE[kind](20_000, reading)
+@formats
+def test_hostile_texts_have_their_length_and_status(kind, completion_format):
+    text = HOSTILE[kind](20_000, completion_format)
     assert 15_000 <= len(text) <= 24_000
     valid = list(HOSTILE).index(kind) < 5
-    said = reading.parse(text, FRAME)
+    said = completion_format.parse(text, FRAME)
     assert said.valid or not valid
     assert len(said.boxes) > 400 or kind != "many boxes"

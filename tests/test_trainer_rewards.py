@@ -131,11 +131,11 @@ def test_group_relative_rewards_see_whole_groups(tmp_path):
 def test_rewards_decide_how_completions_are_read(tmp_path):
     answer = '<think>One.</think><answer>[{"bbox_2d": [1, 2, 30, 40], "point_2d": [9, 9]}]</answer>'
     collect = Collect()
-    reading: dict[str, Any] = {"answer_format": "json", "require_seg": False}
+    completion_format: dict[str, Any] = {"answer_format": "json", "require_seg": False}
     model, processor = tiny_model()
     trainer = SegGRPOTrainer(
         model,
-        [make_reward("format", **reading), make_reward("box_f1", **reading), collect],
+        [make_reward("format", **completion_format), make_reward("box_f1", **completion_format), collect],
         grpo_args(tmp_path, max_steps=1),
         train_dataset=tiny_rows(4, processor, completions=False),
         processing_class=processor,
@@ -145,7 +145,7 @@ def test_rewards_decide_how_completions_are_read(tmp_path):
     assert rewards_of(trainer, "format") == [0.75]
     assert [len(p.points) for p in collect.joined("prediction")] == [1, 0, 1, 1]
     with pytest.raises(SegRLError, match="rewards read completions in different ways"):
-        train(SegGRPOTrainer, [make_reward("format", **reading), "box_f1"], tmp_path)
+        train(SegGRPOTrainer, [make_reward("format", **completion_format), "box_f1"], tmp_path)
 
 
 def test_probabilities_are_kept_for_rewards_that_read_them(tmp_path):
@@ -155,7 +155,7 @@ def test_probabilities_are_kept_for_rewards_that_read_them(tmp_path):
         return 0.0 if prediction.probability is None else float(abs(prediction.probability - 0.5).mean())
 
     seen: list[Any] = []
-    total = weighted_sum([("test_in_trainer_probability", 1.0), ("format", 1.0)], reading=CompletionFormat())
+    total = weighted_sum([("test_in_trainer_probability", 1.0), ("format", 1.0)], completion_format=CompletionFormat())
     model, processor = tiny_headed_model()
     SegGRPOTrainer(
         model,

@@ -172,9 +172,9 @@ def audit(
     for made in map(_with_whole_groups, map(make_reward, given)):
         shown = _scenes(made, scenes, seed)
         count = max(count, len(shown))
-        reading = _grammar(made, shown, progress)
-        rows = _pay(made, shown, reading, [policy.name for policy in POLICIES], progress)
-        verdicts.append(_judge(made, rows, reading.answer_format))
+        completion_format = _grammar(made, shown, progress)
+        rows = _pay(made, shown, completion_format, [policy.name for policy in POLICIES], progress)
+        verdicts.append(_judge(made, rows, completion_format.answer_format))
     return AuditReport(tuple(verdicts), count)
 
 
@@ -208,24 +208,26 @@ def _scenes(reward: Reward, scenes: int | Sequence[Target | VolumeTarget], seed:
 
 def _grammar(reward: Reward, scenes: Sequence[Scene], progress: float) -> CompletionFormat:
     """How the policies write: as the reward reads, or in JSON where a perfect answer earns more there."""
-    in_json = replace(reward.reading, answer_format="json")
-    if reward.volume or reward.reading == in_json:
+    in_json = replace(reward.completion_format, answer_format="json")
+    if reward.volume or reward.completion_format == in_json:
         return in_json
     earned = []
-    for reading in (reward.reading, in_json):
-        (row,) = _pay(reward, scenes, reading, ["perfect"], progress)
+    for completion_format in (reward.completion_format, in_json):
+        (row,) = _pay(reward, scenes, completion_format, ["perfect"], progress)
         earned.append(-np.inf if row.all is None else row.all)
-    return in_json if earned[1] > earned[0] else reward.reading
+    return in_json if earned[1] > earned[0] else reward.completion_format
 
 
 def _pay(
-    reward: Reward, scenes: Sequence[Scene], reading: CompletionFormat, names: Sequence[str], progress: float
+    reward: Reward, scenes: Sequence[Scene], completion_format: CompletionFormat, names: Sequence[str], progress: float
 ) -> list[AuditRow]:
     """One row per policy that can answer in this grammar."""
     policies = [policy for policy in POLICIES if policy.name in names]
     predictions, chosen, who = [], [], []
     for scene in scenes:
-        answers = [(n, answer(policy, scene, reading, reward.needs_mask)) for n, policy in enumerate(policies)]
+        answers = [
+            (n, answer(policy, scene, completion_format, reward.needs_mask)) for n, policy in enumerate(policies)
+        ]
         for n, prediction in answers:
             if prediction is not None:
                 predictions.append(prediction)

@@ -71,14 +71,14 @@ class Writer:
     """Writes what is said in the grammar of a reward, for one scene."""
 
     frame: Frame
-    reading: CompletionFormat
+    completion_format: CompletionFormat
 
     def answer(self, said: Said) -> str:
         """The content of the answer block, with the token."""
         return write_answer(
             said.boxes,
             self.frame,
-            self.reading,
+            self.completion_format,
             points_px=said.points,
             scores=said.scores if len(said.scores) == len(said.boxes) else None,
             slice_index=said.slice_index,
@@ -109,23 +109,23 @@ class Policy:
     instead_of: str = ""
 
 
-def answer(policy: Policy, scene: Scene, reading: CompletionFormat, with_mask: bool) -> Prediction | None:
+def answer(policy: Policy, scene: Scene, completion_format: CompletionFormat, with_mask: bool) -> Prediction | None:
     """What a policy says about a scene, as a trainer would parse it; None where it cannot say it in this grammar.
 
     Args:
         policy: The policy.
         scene: The scene.
-        reading: The grammar and the frame.
+        completion_format: The grammar and the frame.
         with_mask: Whether masks are decoded. An answer about an image has none without the segmentation token; one
             about a volume has an empty one if it names no slice of it or no box.
     """
     size = (scene.target.width, scene.target.height)
-    frame = reading.frame(size, size) if callable(reading.frame) else Frame(reading.frame, size)
-    shown = policy.shows(scene, Writer(frame, reading))
+    frame = completion_format.frame_of(size, size)
+    shown = policy.shows(scene, Writer(frame, completion_format))
     if shown is None:
         return None
     text, mask = shown
-    prediction = reading.parse(text, frame)
+    prediction = completion_format.parse(text, frame)
     if not with_mask:
         return prediction
     if isinstance(scene.target, VolumeTarget):
@@ -227,12 +227,12 @@ def _fixed(shares: Sequence[Sequence[float]], reasoning: str = REASONING) -> Cal
 
 
 def _same_text(text: str) -> Callable[[Scene, Writer], Shown]:
-    return lambda scene, writer: (text.replace("{token}", writer.reading.seg_token), None)
+    return lambda scene, writer: (text.replace("{token}", writer.completion_format.seg_token), None)
 
 
 def _token_only(scene: Scene, writer: Writer) -> Shown | None:
     """No word and no box; the mask is a guess."""
-    token = writer.reading.seg_token
+    token = writer.completion_format.seg_token
     return (format_completion(REASONING, token), _placed(scene, [CENTRE]).mask) if token else None
 
 
@@ -260,7 +260,7 @@ def _only_a_slice(scene: Scene, writer: Writer) -> Shown | None:
 
 def _unsure_grid(scene: Scene, writer: Writer) -> Shown | None:
     """A net for everything at no risk: boxes with confidence 0."""
-    if writer.reading.answer_format == "text" or isinstance(scene.target, VolumeTarget):
+    if writer.completion_format.answer_format == "text" or isinstance(scene.target, VolumeTarget):
         return None
     said = _placed(scene, GRID, 0.0)
     return writer.text(said), said.mask
@@ -272,7 +272,7 @@ def _points(scene: Scene) -> np.ndarray:
 
 
 def _point_flood(scene: Scene, writer: Writer) -> Shown | None:
-    if writer.reading.answer_format == "text":
+    if writer.completion_format.answer_format == "text":
         return None
     return writer.text(Said(points=_points(scene), slice_index=_placed(scene, [WHOLE]).slice_index)), None
 
@@ -285,7 +285,7 @@ def _two_guesses(scene: Scene, writer: Writer) -> Shown:
 
 
 def _guess_in_reasoning(scene: Scene, writer: Writer) -> Shown:
-    guess = writer.answer(_placed(scene, [CENTRE])).removesuffix(writer.reading.seg_token)
+    guess = writer.answer(_placed(scene, [CENTRE])).removesuffix(writer.completion_format.seg_token)
     return writer.text(Said(), f"{REASONING} {guess}"), None
 
 
@@ -306,7 +306,7 @@ def _and_more_text(scene: Scene, writer: Writer, said: Said) -> Shown:
 
 
 def _without_token(scene: Scene, writer: Writer, said: Said) -> Shown | None:
-    token = writer.reading.seg_token
+    token = writer.completion_format.seg_token
     return (writer.text(said).replace(token, ""), said.mask) if token else None
 
 
@@ -343,13 +343,13 @@ def _and_a_grid(scene: Scene, writer: Writer, said: Said) -> Shown:
 
 
 def _and_points(scene: Scene, writer: Writer, said: Said) -> Shown | None:
-    if writer.reading.answer_format == "text":
+    if writer.completion_format.answer_format == "text":
         return None
     return writer.text(replace(said, points=np.concatenate([said.points, _points(scene)]))), said.mask
 
 
 def _in_reasoning_only(scene: Scene, writer: Writer, said: Said) -> Shown:
-    hidden = writer.answer(said).removesuffix(writer.reading.seg_token)
+    hidden = writer.answer(said).removesuffix(writer.completion_format.seg_token)
     return writer.text(Said(), f"{REASONING} {hidden}"), None
 
 

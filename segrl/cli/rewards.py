@@ -90,13 +90,13 @@ def _score(arguments: argparse.Namespace) -> int:
         raise RewardError("no file of predictions; expected segrl rewards score --rewards FILE|NAME PREDICTIONS")
     if arguments.output is not None:
         check_output(arguments.output)
-    reading = {
+    completion_format = {
         "frame": arguments.frame,
         "answer_format": arguments.answer_format,
         "require_seg": False if arguments.no_seg else None,
         "require_reasoning": False if arguments.no_reasoning else None,
     }
-    reward = _sum(names, **{key: value for key, value in reading.items() if value is not None})
+    reward = _sum(names, **{key: value for key, value in completion_format.items() if value is not None})
     scores = score_file(reward, path, truth=arguments.truth, on=arguments.on, progress=arguments.progress)
     if arguments.output is not None:
         scores.write(arguments.output)
@@ -145,22 +145,22 @@ def _check(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _reward(reference: str, **reading: Any) -> Reward:
+def _reward(reference: str, **completion_format: Any) -> Reward:
     """A reward from a YAML file or by name."""
     from segrl.rewards.factory import make_reward
     from segrl.rewards.serialization import load_reward
 
     if Path(reference).suffix in YAML_SUFFIXES:
-        return make_reward(load_reward(reference), **reading)
+        return make_reward(load_reward(reference), **completion_format)
     if ":" in reference:
         _search_here()
-    return make_reward(reference, **reading)
+    return make_reward(reference, **completion_format)
 
 
-def _sum(references: Sequence[str], **reading: Any) -> Reward:
+def _sum(references: Sequence[str], **completion_format: Any) -> Reward:
     """One reward, or the sum of several."""
     from segrl.rewards.factory import make_reward, weighted_sum
 
     if len(references) == 1:
-        return _reward(references[0], **reading)
-    return make_reward(weighted_sum([(_reward(reference), 1.0) for reference in references]), **reading)
+        return _reward(references[0], **completion_format)
+    return make_reward(weighted_sum([(_reward(reference), 1.0) for reference in references]), **completion_format)

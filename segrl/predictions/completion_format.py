@@ -44,6 +44,15 @@ class CompletionFormat:
             Frame(self.frame, (1, 1))  # raises for an unknown kind
         self.parse("", Frame("original_px", (1, 1)))  # raises for an unknown answer format
 
+    def frame_of(self, shown: tuple[int, int], original: tuple[int, int]) -> Frame:
+        """Return the frame of the boxes written for an image.
+
+        Args:
+            shown: (width, height) of the image that the model saw.
+            original: (width, height) of the original image.
+        """
+        return self.frame(shown, original) if callable(self.frame) else Frame(self.frame, original)
+
     def parse(self, text: str, frame: Frame) -> Prediction:
         """Parse a completion as these settings say."""
         return parse_completion(

@@ -229,8 +229,7 @@ def read_answer(
         raise DataError(f"column 'completion': {completion!r:.100}; expected a text or a list of messages") from error
     original = (target.width, target.height) if target is not None else size or UNKNOWN_SIZE
     if frame is None:
-        kind = completion_format.frame
-        frame = kind(original, original) if callable(kind) else Frame(kind, original)
+        frame = completion_format.frame_of(original, original)
     if isinstance(target, VolumeTarget) and frame.slices is not None and frame.slices[-1] >= target.depth:
         raise DataError(
             f"column 'frame': slice {frame.slices[-1]} of a volume with {target.depth}; expected 0 to "

@@ -10,7 +10,6 @@ import numpy as np
 
 from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
-from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import completion_text
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
@@ -23,13 +22,13 @@ AnyTarget = Target | VolumeTarget | None
 
 
 def read_rows(
-    call: Mapping[str, Any], reading: CompletionFormat, name: str, truth: bool
+    call: Mapping[str, Any], completion_format: CompletionFormat, name: str, truth: bool
 ) -> tuple[Sequence[Prediction], Sequence[AnyTarget]]:
     """The predictions and targets of a trainer's call: its own, or built from its columns.
 
     Args:
         call: TRL's keyword arguments.
-        reading: How completions are read.
+        completion_format: How completions are read.
         name: Of the reward, for errors.
         truth: Whether the target is read; None stands for it otherwise.
 
@@ -41,7 +40,9 @@ def read_rows(
         targets = [_target(call, row, name) if truth else None for row in range(len(completions))]
     _check_length("target", targets, completions, name)
     if predictions is None:
-        predictions = [_prediction(text, targets[n], call, n, reading, name) for n, text in enumerate(completions)]
+        predictions = [
+            _prediction(text, targets[n], call, n, completion_format, name) for n, text in enumerate(completions)
+        ]
     _check_length("prediction", predictions, completions, name)
     return predictions, targets
 
@@ -106,20 +107,24 @@ def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarg
 
 
 def _prediction(
-    completion: Any, target: AnyTarget, call: Mapping[str, Any], row: int, reading: CompletionFormat, name: str
+    completion: Any,
+    target: AnyTarget,
+    call: Mapping[str, Any],
+    row: int,
+    completion_format: CompletionFormat,
+    name: str,
 ) -> Prediction:
     try:
         shown = _image_size(call, row)
         original = (target.width, target.height) if target is not None else shown or _UNKNOWN_SIZE
-        frame = reading.frame
-        known = frame(shown or original, original) if callable(frame) else Frame(frame, original)
+        known = completion_format.frame_of(shown or original, original)
         if isinstance(target, VolumeTarget) and call.get("slices") is not None:
             known = replace(known, slices=tuple(call["slices"][row]))  # of a volume the model saw these
         text = completion_text(completion)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         where = place(name, row, target.name if target is not None else "")
         raise RewardError(f"{where}: cannot read the completion: {error}") from error
-    return reading.parse(text, known)
+    return completion_format.parse(text, known)
 
 
 def _image_size(call: Mapping[str, Any], row: int) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from segrl.errors import RewardError, unknown_name
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.rewards import registry
 from segrl.rewards.nodes import Leaf, Sum
-from segrl.rewards.registry import READING_SETTINGS, RewardInfo
+from segrl.rewards.registry import FORMAT_SETTINGS, RewardInfo
 from segrl.rewards.reward import Reward, build
 
 __all__ = ["make_reward", "weighted_sum"]
@@ -38,14 +38,14 @@ def make_reward(reward: str | Callable[..., Any] | Reward, **settings: Any) -> R
         >>> make_reward("box_f1", min_iou=0.3).name
         'box_f1'
     """
-    reading = {key: settings.pop(key) for key in READING_SETTINGS & settings.keys()}
+    completion_format = {key: settings.pop(key) for key in FORMAT_SETTINGS & settings.keys()}
     if isinstance(reward, Reward):
         if settings:
             raise RewardError(
-                f"reward {reward.name!r} is made already; expected no settings but those of its reading, got "
+                f"reward {reward.name!r} is made already; expected no settings but those of its completion format, got "
                 f"{sorted(settings)}; pass them where it is made"
             )
-        return build(reward.name, reward.source, reward.steps, replace(reward.reading, **reading))
+        return build(reward.name, reward.source, reward.steps, replace(reward.completion_format, **completion_format))
     if isinstance(reward, str):
         info = registry.reward_info(reward)
     else:
@@ -56,9 +56,12 @@ def make_reward(reward: str | Callable[..., Any] | Reward, **settings: Any) -> R
     settings = _checked(info, {key: _frozen(value) for key, value in settings.items()})
     if info.form == "preset":
         preset = info.function(**settings)
-        return build(info.name, preset.source, preset.steps, replace(preset.reading, **reading))
+        return build(info.name, preset.source, preset.steps, replace(preset.completion_format, **completion_format))
     return build(
-        info.name, Leaf(info.function, settings, info.name), (), CompletionFormat(**{**info.reading, **reading})
+        info.name,
+        Leaf(info.function, settings, info.name),
+        (),
+        CompletionFormat(**{**info.completion_format, **completion_format}),
     )
 
 
@@ -66,14 +69,14 @@ def weighted_sum(
     parts: Mapping[Any, float] | Sequence[tuple[str | Reward | Callable[..., Any], float]],
     name: str = "total",
     *,
-    reading: CompletionFormat | None = None,
+    completion_format: CompletionFormat | None = None,
 ) -> Reward:
     """Add rewards up. In training the mean of every part is logged as `name/part`.
 
     Args:
         parts: Rewards (or their names, functions, classes) with their weights.
         name: Name of the sum.
-        reading: How completions are read; by default as those parts do that differ from `CompletionFormat()`.
+        completion_format: How completions are read; by default as those parts do that differ from `CompletionFormat()`.
 
     Returns:
         The sum. A part that does not apply to a row (None) is left out there.
@@ -98,7 +101,7 @@ def weighted_sum(
             raise RewardError(f"reward {name!r}: two parts are named {part.name!r}; rename one with .named('...')")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise RewardError(f"reward {name!r}: weight of {part.name!r} is {weight!r}; expected a finite number")
-    return build(name, Sum(tuple((part, float(weight)) for part, weight in made)), (), reading)
+    return build(name, Sum(tuple((part, float(weight)) for part, weight in made)), (), completion_format)
 
 
 def _checked(info: RewardInfo, settings: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def _checked(info: RewardInfo, settings: dict[str, Any]) -> dict[str, Any]:
     assert function is not None
     for key in settings.keys() - known.keys():
         if not registry.takes_any_setting(function, info.form):
-            raise unknown_name(f"setting of reward {info.name!r}", key, {*known, *READING_SETTINGS})
+            raise unknown_name(f"setting of reward {info.name!r}", key, {*known, *FORMAT_SETTINGS})
     for key, default in known.items():
         if default is Parameter.empty and key not in settings:
             raise RewardError(f"reward {info.name!r} needs the setting {key!r}; pass make_reward({info.name!r}, ...)")

@@ -247,7 +247,7 @@ def _read(
                 known[key] = read_target(truth) if reward.needs_truth else None
             if known[key] is None and reward.needs_truth:
                 raise RewardError(f"the truth is {truth!r:.100}; expected 'mask', 'boxes' with 'size', or 'volume'")
-            predictions.append(read_answer(text, reward.reading, known[key]))
+            predictions.append(read_answer(text, reward.completion_format, known[key]))
         except SegRLError as error:
             raise RewardError(f"reward {reward.name!r}, row {row}: {error}") from error
         targets.append(known[key])

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from segrl.errors import RewardError
 from segrl.predictions.prediction import Prediction
-from segrl.rewards import columns as reading
-from segrl.rewards import registry
+from segrl.rewards import columns, registry
 from segrl.rewards.columns import AnyTarget
 from segrl.rewards.registry import RewardInfo
 from segrl.rewards.transforms import Scores
@@ -69,7 +68,7 @@ class Batch:
             if (
                 start is not None
                 and prompts[row] == prompts[start]
-                and reading.same_truth(self.targets[row], self.targets[start])
+                and columns.same_truth(self.targets[row], self.targets[start])
             ):
                 found[-1].append(row)
             else:
@@ -79,7 +78,7 @@ class Batch:
     def where(self, name: str, row: int) -> str:
         """The reward and the row, for an error."""
         target = self.targets[row]
-        return reading.place(name, row if len(self) > 1 or self.call else None, target.name if target else "")
+        return columns.place(name, row if len(self) > 1 or self.call else None, target.name if target else "")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Leaf:
         info = registry.info_of(self.function, self.registered)
         if info.needs_truth:
             for row, target in enumerate(batch.targets):
-                reading.check_truth(target, info.volume, batch.where(name, row))
+                columns.check_truth(target, info.volume, batch.where(name, row))
         if info.form == "function":
             return await self._rows(batch, name)
         if info.form == "trl":

@@ -27,7 +27,7 @@ __all__ = ["ENTRY_POINT_GROUP", "RewardInfo", "list_rewards", "register_preset",
 
 ENTRY_POINT_GROUP = "segrl.rewards"
 FILLED_IN = frozenset({"log_metric", "progress"})
-READING_SETTINGS = frozenset({"frame", "seg_token", "require_seg", "require_reasoning", "answer_format"})
+FORMAT_SETTINGS = frozenset({"frame", "seg_token", "require_seg", "require_reasoning", "answer_format"})
 CLAIMS = {"invariant": ("box_order", "flip", "rescale"), "monotone": ("boxes", "mask")}
 EMPTY_SIDES = ("both", "prediction", "truth")
 
@@ -56,7 +56,7 @@ class RewardInfo:
             "rescale" (enlarging all of them by a whole number).
         monotone: In what more overlap with the truth never lowers the score: "boxes", "mask"; or a function of all
             settings that returns it.
-        reading: Settings of `CompletionFormat` that differ from its defaults.
+        completion_format: Settings of `CompletionFormat` that differ from its defaults.
         equation: The formula as text.
         source: Paper and symbol.
         origin: Package and version, or module, that it comes from.
@@ -75,7 +75,7 @@ class RewardInfo:
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None
     invariant: tuple[str, ...] = ()
     monotone: tuple[str, ...] | Callable[..., Sequence[str]] = ()
-    reading: Mapping[str, Any] = field(default_factory=dict)
+    completion_format: Mapping[str, Any] = field(default_factory=dict)
     equation: str = ""
     source: str = ""
     origin: str = ""
@@ -109,7 +109,7 @@ def register_reward(
     empty: Mapping[str, float | None] | Callable[..., Mapping[str, float | None]] | None = None,
     invariant: Sequence[str] = (),
     monotone: Sequence[str] | Callable[..., Sequence[str]] = (),
-    reading: Mapping[str, Any] | None = None,
+    completion_format: Mapping[str, Any] | None = None,
     equation: str = "",
     source: str = "",
 ) -> Callable[[_Registered], _Registered]:
@@ -125,7 +125,7 @@ def register_reward(
         empty: Declared scores of empty sides.
         invariant: Declared invariances.
         monotone: Declared monotonicity.
-        reading: Default settings of `CompletionFormat`, such as ``{"answer_format": "json"}``.
+        completion_format: Default settings of `CompletionFormat`, such as ``{"answer_format": "json"}``.
         equation: The formula as text.
         source: Paper and symbol.
 
@@ -146,9 +146,9 @@ def register_reward(
         {'limit': 10}
     """
     _check_claims(name, range, empty, {"invariant": invariant, "monotone": () if callable(monotone) else monotone})
-    for setting in reading or ():
-        if setting not in READING_SETTINGS:
-            raise unknown_name(f"reading setting of reward {name!r}", setting, READING_SETTINGS)
+    for setting in completion_format or ():
+        if setting not in FORMAT_SETTINGS:
+            raise unknown_name(f"completion format setting of reward {name!r}", setting, FORMAT_SETTINGS)
 
     def register(function: _Registered) -> _Registered:
         form = form_of(function, name)
@@ -165,7 +165,7 @@ def register_reward(
                 empty=empty,
                 invariant=tuple(invariant),
                 monotone=monotone if callable(monotone) else tuple(monotone),
-                reading=reading or {},
+                completion_format=completion_format or {},
                 equation=equation,
                 source=source,
                 origin=_origin(function),
@@ -338,7 +338,7 @@ def _add(info: RewardInfo) -> None:
         raise RewardError(
             f"reward {info.name!r} is registered already, by {_describe(known.function)}; choose another name"
         )
-    if clash := READING_SETTINGS & info.settings.keys():
+    if clash := FORMAT_SETTINGS & info.settings.keys():
         raise RewardError(
             f"reward {info.name!r} has a parameter {min(clash)!r}, which is a setting of every reward; rename it"
         )

@@ -25,7 +25,7 @@ from segrl.rewards.nodes import Batch, Leaf, Sum, ignore_metric
 from segrl.rewards.registry import RewardInfo
 from segrl.rewards.transforms import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Scores, Step
 
-__all__ = ["AsyncReward", "Reward", "build", "progress_of", "usual_reading"]
+__all__ = ["AsyncReward", "Reward", "build", "progress_of", "usual_format"]
 
 _T = TypeVar("_T")
 
@@ -40,13 +40,13 @@ class Reward:
         name: Name used in logs and errors.
         source: A function with its settings, or a sum.
         steps: What is done to the scores, in order.
-        reading: How completions are read without a `prediction` column.
+        completion_format: How completions are read without a `prediction` column.
     """
 
     name: str
     source: Leaf | Sum
     steps: tuple[Step, ...] = ()
-    reading: CompletionFormat = field(default_factory=CompletionFormat)
+    completion_format: CompletionFormat = field(default_factory=CompletionFormat)
 
     @property
     def __name__(self) -> str:  # TRL logs a reward under this
@@ -260,7 +260,7 @@ class Reward:
             )
         own = info.form == "trl"  # it reads the columns as it likes
         truth = info.needs_truth or (not own and (call.get("mask") is not None or call.get("volume") is not None))
-        predictions, targets = read_rows(call, self.reading, self.name, truth)
+        predictions, targets = read_rows(call, self.completion_format, self.name, truth)
         if call["prediction"] is None and log is not None and predictions and not own:
             log("valid_completions", sum(parsed.valid for parsed in predictions) / len(predictions))
         call = {key: value for key, value in call.items() if value is not None or key == "completion_ids"}
@@ -332,8 +332,8 @@ class Reward:
 
     def _then(self, step: Step) -> Reward:
         steps = (*self.steps, step)
-        told = self.reading != usual_reading(self.source, self.steps)
-        return build(self.name, self.source, steps, self.reading if told else None)
+        told = self.completion_format != usual_format(self.source, self.steps)
+        return build(self.name, self.source, steps, self.completion_format if told else None)
 
     # --- files
 
@@ -371,33 +371,35 @@ class AsyncReward(Reward):
 
 
 def build(
-    name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), reading: CompletionFormat | None = None
+    name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), completion_format: CompletionFormat | None = None
 ) -> Reward:
     """A `Reward`, or an `AsyncReward` where something in it waits.
 
-    Without a `reading` it takes the usual one, see `usual_reading`.
+    Without a `completion_format` it takes the usual one, see `usual_format`.
 
     Raises:
         RewardError: If it takes that of its parts and gates, and these read completions in different ways.
     """
-    if reading is None:
-        reading = usual_reading(source, steps)
-    if reading is None:
+    if completion_format is None:
+        completion_format = usual_format(source, steps)
+    if completion_format is None:
         raise RewardError(
             f"reward {name!r}: its parts read completions in different ways; pass these settings to the whole only"
         )
-    reward = Reward(name, source, steps, reading)
-    return AsyncReward(name, source, steps, reading) if reward.is_async else reward
+    reward = Reward(name, source, steps, completion_format)
+    return AsyncReward(name, source, steps, completion_format) if reward.is_async else reward
 
 
-def usual_reading(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> CompletionFormat | None:
+def usual_format(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> CompletionFormat | None:
     """How a reward reads completions unless it is told: as it declares, or as those of its parts and gates do that
     differ from the default; None if these differ from one another."""
     parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
-    readings = {part.reading for part in parts} | {step.reward.reading for step in steps if isinstance(step, Gate)}
+    formats = {part.completion_format for part in parts} | {
+        step.reward.completion_format for step in steps if isinstance(step, Gate)
+    }
     if isinstance(source, Leaf):
-        readings.add(CompletionFormat(**source.info.reading))
-    special = readings - {CompletionFormat()}
+        formats.add(CompletionFormat(**source.info.completion_format))
+    special = formats - {CompletionFormat()}
     return None if len(special) > 1 else special.pop() if special else CompletionFormat()
 
 

@@ -1,7 +1,7 @@
 """Rewards as plain values and as YAML, there and back.
 
     name: mine                       # optional
-    reading: {frame: relative_1000}  # optional; see `CompletionFormat`
+    completion_format: {frame: relative_1000}  # optional; see `CompletionFormat`
     rewards:
       - reward: format
       - reward: box_f1               # a registered name, or module:attribute
@@ -31,12 +31,12 @@ from segrl.predictions.completion_format import CompletionFormat
 from segrl.rewards import registry
 from segrl.rewards.factory import make_reward, weighted_sum
 from segrl.rewards.nodes import Leaf
-from segrl.rewards.reward import Reward, build, usual_reading
+from segrl.rewards.reward import Reward, build, usual_format
 from segrl.rewards.transforms import STEPS, Gate, Schedule, Step
 
 __all__ = ["load_reward"]
 
-KEYS = ("name", "reading", "reward", "rewards", "settings", "steps", "weight")
+KEYS = ("name", "completion_format", "reward", "rewards", "settings", "steps", "weight")
 
 
 def load_reward(path: str | Path) -> Reward:
@@ -71,10 +71,10 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
             raise unknown_name(f"key in {where}", str(key), KEYS)
     if ("reward" in data) == ("rewards" in data):
         raise RewardError(f"{where}: expected one of 'reward' (a name) and 'rewards' (a list), got {sorted(data)}")
-    given = _mapping(data.get("reading"), f"{where}.reading")
+    given = _mapping(data.get("completion_format"), f"{where}.completion_format")
     for key in given:
-        if key not in registry.READING_SETTINGS:
-            raise unknown_name(f"key in {where}.reading", str(key), registry.READING_SETTINGS)
+        if key not in registry.FORMAT_SETTINGS:
+            raise unknown_name(f"key in {where}.completion_format", str(key), registry.FORMAT_SETTINGS)
     if "reward" in data:
         if not isinstance(data["reward"], str):
             raise RewardError(f"{where}.reward: {data['reward']!r:.100}; expected the name of a reward")
@@ -89,20 +89,20 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
             weight = item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0
             parts.append((from_dict(item, place), weight))
         # How a sum reads completions is settled below, where all that is given is known.
-        reward = _placed(where, weighted_sum, parts, "total", reading=CompletionFormat() if given else None)
+        reward = _placed(where, weighted_sum, parts, "total", completion_format=CompletionFormat() if given else None)
     steps = tuple(
         _step(item, f"{where}.steps[{n}]") for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
     )
     steps = (*reward.steps, *steps)
-    told = reward.reading != usual_reading(reward.source, reward.steps) and "reward" in data  # by a preset
-    reading = reward.reading if told else None
+    told = reward.completion_format != usual_format(reward.source, reward.steps) and "reward" in data  # by a preset
+    completion_format = reward.completion_format if told else None
     if given:
-        reading = reading or usual_reading(reward.source, steps) or CompletionFormat()
-        reading = _placed(f"{where}.reading", replace, reading, **given)
+        completion_format = completion_format or usual_format(reward.source, steps) or CompletionFormat()
+        completion_format = _placed(f"{where}.completion_format", replace, completion_format, **given)
     name = data.get("name", reward.name)
     if not isinstance(name, str) or not name:
         raise RewardError(f"{where}.name: {name!r}; expected a text")
-    return _placed(where, build, name, reward.source, steps, reading)
+    return _placed(where, build, name, reward.source, steps, completion_format)
 
 
 def to_dict(reward: Reward) -> dict[str, Any]:
@@ -122,18 +122,18 @@ def to_dict(reward: Reward) -> dict[str, Any]:
         ]
     if reward.steps:
         data["steps"] = [{step.key: _step_values(step)} for step in reward.steps]
-    usual = usual_reading(reward.source, reward.steps)
+    usual = usual_format(reward.source, reward.steps)
     changed = {
-        option.name: getattr(reward.reading, option.name)
+        option.name: getattr(reward.completion_format, option.name)
         for option in fields(CompletionFormat)
-        if usual is None or getattr(reward.reading, option.name) != getattr(usual, option.name)
+        if usual is None or getattr(reward.completion_format, option.name) != getattr(usual, option.name)
     }
     if callable(changed.get("frame")):
         raise RewardError(
             f"reward {reward.name!r}: a frame that is a function cannot be written; expected a frame kind"
         )
     if changed:
-        data["reading"] = changed
+        data["completion_format"] = changed
     return data
 
 

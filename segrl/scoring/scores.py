@@ -8,7 +8,7 @@ are ignored:
 - `predicted_mask`, in the forms of a true mask or volume: None (null) where no mask was decoded; `probability`, a .npy
   path;
 - `frame`: the frame of the boxes in the text and the slices of a volume that were shown, where they are known; instead
-  of that of the reward's reading;
+  of that of the reward's completion format;
 - `group`: equal for the answers to one prompt; by default runs of rows with the same prompt, query, name and truth.
 """
 
@@ -150,7 +150,7 @@ def score_file(
     """Score a file of predictions.
 
     Args:
-        reward: The reward; its `reading` says how completions are read.
+        reward: The reward; its `completion_format` says how completions are read.
         path: JSON lines, parquet, or a folder of `predictions_*.jsonl` or `completions_*.parquet`.
         truth: Where the truth is: JSON lines, CSV, parquet, or a folder with a `manifest.csv`; by default in the
             predictions' own columns.
@@ -318,8 +318,10 @@ class _Chunk:
             if values.get("probability"):
                 probability = read_probability(values["probability"], row.folder)
         frame = read_frame(values["frame"]) if values.get("frame") else None
-        reading = self.reward.reading
-        return read_answer(values["completion"], reading, target, frame=frame, mask=mask, probability=probability)
+        completion_format = self.reward.completion_format
+        return read_answer(
+            values["completion"], completion_format, target, frame=frame, mask=mask, probability=probability
+        )
 
     def _group(self, row: StoredRow, source: StoredRow) -> Hashable:
         if row.values.get("group") is not None:

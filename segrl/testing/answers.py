@@ -31,7 +31,7 @@ REASONING = "One region differs from the tissue around it."
 def write_answer(
     boxes_px: ArrayLike,
     frame: Frame,
-    reading: CompletionFormat | None = None,
+    completion_format: CompletionFormat | None = None,
     *,
     points_px: ArrayLike = (),
     scores: Sequence[float] | None = None,
@@ -44,7 +44,7 @@ def write_answer(
     Args:
         boxes_px: (N, 4) boxes in original pixels.
         frame: The frame in which the model writes.
-        reading: Its `answer_format` and `seg_token` are used; `CompletionFormat()` by default.
+        completion_format: Its `answer_format` and `seg_token` are used; `CompletionFormat()` by default.
         points_px: (P, 2) points in original pixels. Like confidences and slice, only JSON can hold them: an answer in
             words leaves them out.
         scores: N confidences in [0, 1].
@@ -60,12 +60,13 @@ def write_answer(
         >>> write_answer([[1, 2, 9, 8]], frame, CompletionFormat(answer_format="json"), points_px=[[4, 5]])
         '[{"bbox_2d": [1, 2, 9, 8], "point_2d": [4, 5]}]<seg>'
     """
-    reading = reading or CompletionFormat()
-    if reading.answer_format == "text":
+    completion_format = completion_format or CompletionFormat()
+    if completion_format.answer_format == "text":
         if rounding:
-            return format_answer(lesion, boxes_px, frame, reading.seg_token)
+            return format_answer(lesion, boxes_px, frame, completion_format.seg_token)
         places = ", ".join(json.dumps(_plain(box)) for box in frame.from_original(boxes_px, rounding=False))
-        return (f"The {lesion} is located at {places}." if places else f"No {lesion} is visible.") + reading.seg_token
+        text = f"The {lesion} is located at {places}." if places else f"No {lesion} is visible."
+        return text + completion_format.seg_token
     corners = np.asarray(points_px, dtype=np.float64).reshape(-1, 2)
     boxes = [_plain(box) for box in frame.from_original(boxes_px, rounding=rounding)]
     points = [_plain(box[:2]) for box in frame.from_original(np.hstack([corners, corners]), rounding=rounding)]
@@ -79,13 +80,13 @@ def write_answer(
         for box, point, score in zip_longest(boxes, points, scores if scores is not None else ()):
             item = {"bbox_2d": box, "point_2d": point, "score": score}
             value.append({key: found for key, found in item.items() if found is not None})
-    return json.dumps(value) + reading.seg_token
+    return json.dumps(value) + completion_format.seg_token
 
 
 def write_completion(
     boxes_px: ArrayLike,
     frame: Frame,
-    reading: CompletionFormat | None = None,
+    completion_format: CompletionFormat | None = None,
     *,
     reasoning: str = REASONING,
     **answer: Any,
@@ -95,7 +96,7 @@ def write_completion(
     Args:
         boxes_px: (N, 4) boxes in original pixels.
         frame: The frame in which the model writes.
-        reading: How the completion will be read.
+        completion_format: How the completion will be read.
         reasoning: Text of the reasoning block.
         **answer: Keyword arguments of `write_answer`.
 
@@ -103,16 +104,18 @@ def write_completion(
         >>> write_completion([], Frame("original_px", (64, 64)), reasoning="Nothing stands out.")
         '<think>Nothing stands out.</think><answer>No lesion is visible.<seg></answer>'
     """
-    return format_completion(reasoning, write_answer(boxes_px, frame, reading, **answer))
+    return format_completion(reasoning, write_answer(boxes_px, frame, completion_format, **answer))
 
 
-def broken_completions(reasoning: str, answer: str, reading: CompletionFormat | None = None) -> dict[str, str]:
+def broken_completions(
+    reasoning: str, answer: str, completion_format: CompletionFormat | None = None
+) -> dict[str, str]:
     """The traps of published systems: texts that hold this reasoning and answer, and that no reward may take for valid.
 
     Args:
         reasoning: Text of the reasoning block.
         answer: Text of the answer block, with the segmentation token at its end, see `write_answer`.
-        reading: How the completion will be read; a text that these settings allow is left out.
+        completion_format: How the completion will be read; a text that these settings allow is left out.
 
     Returns:
         Texts by the name of the trap.
@@ -121,8 +124,8 @@ def broken_completions(reasoning: str, answer: str, reading: CompletionFormat | 
         >>> broken_completions("A spot.", "No cyst is visible.<seg>")["two answers"]
         '<think>A spot.</think><answer>No cyst is visible.<seg></answer><answer>No cyst is visible.<seg></answer>'
     """
-    reading = reading or CompletionFormat()
-    token = reading.seg_token
+    completion_format = completion_format or CompletionFormat()
+    token = completion_format.seg_token
     said = answer.removesuffix(token) if token else answer
     think, block = f"<think>{reasoning}</think>", f"<answer>{answer}</answer>"
     texts = {
@@ -150,13 +153,13 @@ def broken_completions(reasoning: str, answer: str, reading: CompletionFormat | 
         texts["token twice"] = f"{think}<answer>{answer}{token}</answer>"
         texts["token in the reasoning"] = f"<think>{reasoning}{token}</think>{block}"
         texts["token behind the answer"] = f"{think}<answer>{said}</answer>{token}"
-    if token and reading.require_seg:
+    if token and completion_format.require_seg:
         texts["no token"] = f"{think}<answer>{said or 'None.'}</answer>"
         texts["token in the reasoning only"] = f"<think>{reasoning}{token}</think><answer>{said or 'None.'}</answer>"
-    if reading.require_reasoning:
+    if completion_format.require_reasoning:
         texts["no reasoning"] = block
         texts["blank reasoning"] = f"<think> </think>{block}"
-    for name, content in _BROKEN_ANSWERS[reading.answer_format].items():
+    for name, content in _BROKEN_ANSWERS[completion_format.answer_format].items():
         texts[name] = f"{think}<answer>{content}{token}</answer>"
     return texts
 
@@ -206,36 +209,36 @@ _BROKEN_ANSWERS = {
 }
 
 
-def _boxes(size: int, reading: CompletionFormat) -> str:
-    count = size // (30 if reading.answer_format == "json" else 18)
+def _boxes(size: int, form: CompletionFormat) -> str:
+    in_json = form.answer_format == "json"
+    count = size // (30 if in_json else 18)
     corners = [[n % 500, n // 500 % 500, n % 500 + 7, n // 500 % 500 + 7] for n in range(count)]
-    listed = [{"bbox_2d": box} for box in corners] if reading.answer_format == "json" else corners
-    text = json.dumps(listed)
-    return format_completion(REASONING, (text if reading.answer_format == "json" else text[1:-1]) + reading.seg_token)
+    text = json.dumps([{"bbox_2d": box} for box in corners] if in_json else corners)
+    return format_completion(REASONING, (text if in_json else text[1:-1]) + form.seg_token)
 
 
-def _valid(reasoning: str, reading: CompletionFormat) -> str:
-    return write_completion([], Frame("original_px", (8, 8)), reading, reasoning=reasoning)
+def _valid(reasoning: str, completion_format: CompletionFormat) -> str:
+    return write_completion([], Frame("original_px", (8, 8)), completion_format, reasoning=reasoning)
 
 
 HOSTILE: dict[str, Callable[[int, CompletionFormat], str]] = {
     "many boxes": _boxes,
-    "long reasoning": lambda size, reading: _valid(" ".join(map(str, range(size // 6))), reading),
-    "one sentence again and again": lambda size, reading: _valid("Look again. " * (size // 12), reading),
-    "full stops": lambda size, reading: _valid("." * size, reading),
-    "marks and emoji": lambda size, reading: _valid("\u202ee\u0301\U0001f9ff\u200b" * (size // 5), reading),
-    "spaces": lambda size, reading: " " * size,
-    "angle brackets": lambda size, reading: "<" * size,
-    "open tags": lambda size, reading: "<think><answer>" * (size // 15),
-    "answers": lambda size, reading: "<answer>[1, 2, 9, 8]</answer>" * (size // 29),
-    "tokens": lambda size, reading: f"<answer>{(reading.seg_token or '<seg>') * (size // 5)}</answer>",
-    "open square brackets": lambda size, reading: f"<think>a</think><answer>{'[' * size}</answer>",
-    "nested objects": lambda size, reading: '<think>a</think><answer>{"a":' + '{"a":' * (size // 5) + "</answer>",
-    "digits and commas": lambda size, reading: f"<think>a</think><answer>[{'1,' * (size // 2)}</answer>",
-    "one number": lambda size, reading: f"<think>a</think><answer>[{'1' * size}]</answer>",
-    "quotes and backslashes": lambda size, reading: '<think>a</think><answer>["' + '\\"' * (size // 2) + "</answer>",
+    "long reasoning": lambda size, form: _valid(" ".join(map(str, range(size // 6))), form),
+    "one sentence again and again": lambda size, form: _valid("Look again. " * (size // 12), form),
+    "full stops": lambda size, form: _valid("." * size, form),
+    "marks and emoji": lambda size, form: _valid("\u202ee\u0301\U0001f9ff\u200b" * (size // 5), form),
+    "spaces": lambda size, form: " " * size,
+    "angle brackets": lambda size, form: "<" * size,
+    "open tags": lambda size, form: "<think><answer>" * (size // 15),
+    "answers": lambda size, form: "<answer>[1, 2, 9, 8]</answer>" * (size // 29),
+    "tokens": lambda size, form: f"<answer>{(form.seg_token or '<seg>') * (size // 5)}</answer>",
+    "open square brackets": lambda size, form: f"<think>a</think><answer>{'[' * size}</answer>",
+    "nested objects": lambda size, form: '<think>a</think><answer>{"a":' + '{"a":' * (size // 5) + "</answer>",
+    "digits and commas": lambda size, form: f"<think>a</think><answer>[{'1,' * (size // 2)}</answer>",
+    "one number": lambda size, form: f"<think>a</think><answer>[{'1' * size}]</answer>",
+    "quotes and backslashes": lambda size, form: '<think>a</think><answer>["' + '\\"' * (size // 2) + "</answer>",
 }
-"""Texts of about `size` characters, by kind: ``HOSTILE[kind](size, reading)``. The first five are valid."""
+"""Texts of about `size` characters, by kind: ``HOSTILE[kind](size, completion_format)``. The first five are valid."""
 
 
 def _plain(numbers: np.ndarray) -> list[int | float]:

@@ -119,7 +119,7 @@ def check_reward(
     """
     start = time.perf_counter()
     made = make_reward(reward, **settings)
-    if made.volume and made.reading.answer_format == "text":
+    if made.volume and made.completion_format.answer_format == "text":
         made = make_reward(made, answer_format="json")
     subject = Subject(made, columns or {})
     properties = (*CONFORMANCE, *CLAIMS)

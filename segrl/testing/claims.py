@@ -154,7 +154,7 @@ def _never_falls(subject: Subject, example: _Better) -> None:
 @st.composite
 def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
     """Boxes that are all too large, all too small or all moved, then less and less so, then right; a cell for each."""
-    reading = draw(st.sampled_from(subject.readings))
+    completion_format = draw(st.sampled_from(subject.formats))
     count = draw(st.integers(1, 3))
     mask = np.zeros((CELL, count * CELL), dtype=bool)
     kind = draw(st.sampled_from(["moved", "larger", "smaller"]))
@@ -173,8 +173,8 @@ def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
     frame = Frame("original_px", (count * CELL, CELL))
     answers = []
     for found in steps:
-        text = write_completion(found, frame, reading, slice_index=slice_index, rounding=False)
-        answer = reading.parse(text, frame)
+        text = write_completion(found, frame, completion_format, slice_index=slice_index, rounding=False)
+        answer = completion_format.parse(text, frame)
         decoded = subject.info.needs_mask and (volume or answer.has_seg)
         answers.append(answer.with_mask(target.mask.copy()) if decoded else answer)
     return _Better(target, answers)
@@ -199,7 +199,7 @@ def _closer_spans(draw: st.DrawFn, low: int, high: int, kind: str) -> list[tuple
 @st.composite
 def _closer_masks(draw: st.DrawFn, subject: Subject) -> _Better:
     """A mask, then with more and more of its wrong pixels corrected, then right."""
-    reading = draw(st.sampled_from(subject.readings))
+    completion_format = draw(st.sampled_from(subject.formats))
     empty, volume = draw(st.sampled_from([False, None])), subject.info.volume
     target = draw((strategies.volume_targets if volume else strategies.targets)(empty=empty))
     steps = [draw((strategies.volumes if volume else strategies.masks)(near=target.mask))]
@@ -210,8 +210,8 @@ def _closer_masks(draw: st.DrawFn, subject: Subject) -> _Better:
         steps[-1][part] = target.mask[part]
     frame = Frame("original_px", (target.width, target.height))
     boxes, slice_index = _right(draw, target)
-    text = write_completion(boxes, frame, reading, slice_index=slice_index, rounding=False)
-    answer = reading.parse(text, frame)
+    text = write_completion(boxes, frame, completion_format, slice_index=slice_index, rounding=False)
+    answer = completion_format.parse(text, frame)
     return _Better(target, [answer.with_mask(mask) for mask in (*steps, target.mask.copy())])
 
 
@@ -226,7 +226,7 @@ def _right(draw: st.DrawFn, target: AnyTarget) -> tuple[np.ndarray, int | None]:
 
 
 def _no_mask_claim(subject: Subject) -> str | None:
-    if not subject.info.volume and not all(reading.seg_token for reading in subject.readings):
+    if not subject.info.volume and not all(completion_format.seg_token for completion_format in subject.formats):
         return "not applicable: no mask can be asked for"
     return _claims("monotone", "mask")(subject)
 
@@ -255,12 +255,14 @@ class _Empty:
 def _empty_sides(draw: st.DrawFn, subject: Subject) -> _Empty:
     needs_mask, volume = subject.info.needs_mask, subject.info.volume
     full = draw((strategies.volume_targets if volume else strategies.targets)(empty=False))
-    reading = draw(st.sampled_from(subject.readings))
-    finds = draw(strategies.predictions(full, valid=True, empty=False, mask=needs_mask, reading=reading))
+    completion_format = draw(st.sampled_from(subject.formats))
+    finds = draw(
+        strategies.predictions(full, valid=True, empty=False, mask=needs_mask, completion_format=completion_format)
+    )
     frame = Frame("original_px", (full.width, full.height))
     # The same reasoning, so that a reward for its length or its words sees no difference.
-    text = write_completion([], frame, reading, reasoning=finds.reasoning or "")
-    nothing = reading.parse(text if finds.reasoning else text.partition("</think>")[2], frame)
+    text = write_completion([], frame, completion_format, reasoning=finds.reasoning or "")
+    nothing = completion_format.parse(text if finds.reasoning else text.partition("</think>")[2], frame)
     if needs_mask and (volume or nothing.has_seg):
         nothing = nothing.with_mask(np.zeros_like(full.mask))
     none = np.zeros_like(full.mask)
@@ -315,15 +317,15 @@ def _blind(subject: Subject) -> str | None:
 @st.composite
 def _broken_pairs(draw: st.DrawFn, subject: Subject) -> Rows:
     """A valid answer, and an invalid text with the same content."""
-    reading: CompletionFormat = draw(st.sampled_from(subject.readings))
+    completion_format: CompletionFormat = draw(st.sampled_from(subject.formats))
     needs_mask, volume = subject.info.needs_mask, subject.info.volume
     target = draw((strategies.volume_targets if volume else strategies.targets)())
-    valid = draw(strategies.predictions(target, valid=True, mask=needs_mask, reading=reading))
-    texts = broken_completions(valid.reasoning or "One spot.", valid.answer or "", reading)
+    valid = draw(strategies.predictions(target, valid=True, mask=needs_mask, completion_format=completion_format))
+    texts = broken_completions(valid.reasoning or "One spot.", valid.answer or "", completion_format)
     # A slice that the volume does not have is not shown, if the valid text was read so.
     slices = range(target.mask.shape[0]) if valid.slice_index == NOT_SHOWN else None
     frame = Frame("original_px", (target.width, target.height), slices=None if slices is None else tuple(slices))
-    broken_ones = [reading.parse(texts[name], frame) for name in KEEPS_CONTENT if name in texts]
+    broken_ones = [completion_format.parse(texts[name], frame) for name in KEEPS_CONTENT if name in texts]
     broken = draw(st.sampled_from([said for said in broken_ones if _says_the_same(said, valid)]))
     if needs_mask and (volume or broken.has_seg) and valid.mask is not None:
         broken = broken.with_mask(valid.mask, valid.probability)

@@ -41,7 +41,7 @@ def any_batch(subject: Subject) -> st.SearchStrategy[Rows]:
         mask=subject.info.needs_mask,
         probability=subject.info.needs_mask,
         group_size=subject.group_size,
-        readings=subject.readings,
+        formats=subject.formats,
     )
     return st.builds(_rows, batch, st.sampled_from([1.0, 0.0, 0.5]), st.integers(0, 5))
 
@@ -112,7 +112,7 @@ def _called_by_trl(subject: Subject, rows: Rows) -> None:
             columns = {column: [target.mask for target in rows.targets]}
             if subject.info.volume:
                 columns["spacing_mm"] = [list(target.spacing_mm) for target in rows.targets]
-            rows = rows.changed(partial(_parsed_again, subject.reward.reading))
+            rows = rows.changed(partial(_parsed_again, subject.reward.completion_format))
         expected = subject.pay(rows)
         found = subject.called(rows, **columns)
     except Violation:
@@ -123,10 +123,10 @@ def _called_by_trl(subject: Subject, rows: Rows) -> None:
         raise Violation(f"{expected} from TRL's call with unknown columns, as from score_batch", str(found), rows)
 
 
-def _parsed_again(reading: CompletionFormat, prediction: Prediction, target: Any) -> tuple[Prediction, Any]:
+def _parsed_again(completion_format: CompletionFormat, prediction: Prediction, target: Any) -> tuple[Prediction, Any]:
     size = (target.width, target.height)
-    frame = reading.frame(size, size) if callable(reading.frame) else Frame(reading.frame, size)
-    return reading.parse(prediction.text, frame), target
+    frame = completion_format.frame_of(size, size)
+    return completion_format.parse(prediction.text, frame), target
 
 
 def _pickles(subject: Subject, rows: Rows) -> None:
@@ -224,7 +224,7 @@ def check_hostile_text(subject: Subject) -> None:
 
 
 def _timed(subject: Subject, kind: str, size: int) -> tuple[float, list[float | None]]:
-    rows = _hostile_rows(subject, kind, size, subject.reward.reading)
+    rows = _hostile_rows(subject, kind, size, subject.reward.completion_format)
     collects = gc.isenabled()
     gc.disable()  # as `timeit` does: a collection takes time that depends on everything else in memory
     try:
@@ -236,8 +236,8 @@ def _timed(subject: Subject, kind: str, size: int) -> tuple[float, list[float | 
             gc.enable()
 
 
-def _hostile_rows(subject: Subject, kind: str, size: int, reading: CompletionFormat) -> Rows:
-    prediction = _hostile(kind, size, reading)
+def _hostile_rows(subject: Subject, kind: str, size: int, completion_format: CompletionFormat) -> Rows:
+    prediction = _hostile(kind, size, completion_format)
     mask = np.zeros((EDGE, EDGE), dtype=bool)
     mask[4:12, 6:20] = True
     volume = subject.info.volume
@@ -249,5 +249,5 @@ def _hostile_rows(subject: Subject, kind: str, size: int, reading: CompletionFor
 
 
 @lru_cache(maxsize=len(HOSTILE) * len(SIZES))
-def _hostile(kind: str, size: int, reading: CompletionFormat) -> Prediction:
-    return reading.parse(HOSTILE[kind](size, reading), Frame("original_px", (EDGE, EDGE)))
+def _hostile(kind: str, size: int, completion_format: CompletionFormat) -> Prediction:
+    return completion_format.parse(HOSTILE[kind](size, completion_format), Frame("original_px", (EDGE, EDGE)))

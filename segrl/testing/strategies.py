@@ -18,6 +18,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def completions(
     valid: bool | None = True,
     near: ArrayLike = (),
     depth: int | None = None,
-    reading: CompletionFormat | None = None,
+    completion_format: CompletionFormat | None = None,
     empty: bool | None = None,
 ) -> str:
     """Completions in the grammar of `segrl.predictions.parsing`, or broken in one of the ways that systems paid for.
@@ -104,17 +105,17 @@ def completions(
         valid: False for broken completions; None mixes them in.
         near: (M, 4) boxes in original pixels; many boxes are these or near them.
         depth: Number of slices of a volume: a JSON answer names one of them, or one too many, with a list of boxes.
-        reading: How they will be read: `answer_format`, `seg_token`, `require_seg`, `require_reasoning`.
+        completion_format: How they will be read: `answer_format`, `seg_token`, `require_seg`, `require_reasoning`.
         empty: True for answers that find nothing, False for answers with at least one box; None for both.
 
     Returns:
         Strategy for texts.
     """
-    reading = reading or CompletionFormat()
+    completion_format = completion_format or CompletionFormat()
     width, height = frame.original_size
     found = draw(boxes(width, height, near=near, min_boxes=int(empty is False), max_boxes=0 if empty else 4))
     said: dict[str, Any] = {"rounding": frame.kind != "original_px"}
-    if reading.answer_format == "json" and not empty:
+    if completion_format.answer_format == "json" and not empty:
         if depth is not None:
             said["slice_index"] = draw(st.integers(0, depth if empty is None else depth - 1))
         elif draw(st.booleans()):
@@ -126,12 +127,12 @@ def completions(
     if valid is None:
         valid = draw(st.sampled_from([True, True, True, False]))
     if not valid:
-        texts = broken_completions(reasoning, write_answer(found, frame, reading, **said), reading)
+        texts = broken_completions(reasoning, write_answer(found, frame, completion_format, **said), completion_format)
         return texts[draw(st.sampled_from(list(texts)))]
-    if not reading.require_seg and reading.seg_token and draw(st.booleans()):
-        reading = CompletionFormat(seg_token="", require_seg=False, answer_format=reading.answer_format)
-    text = write_completion(found, frame, reading, reasoning=reasoning, **said)
-    if not reading.require_reasoning and draw(st.booleans()):
+    if not completion_format.require_seg and completion_format.seg_token and draw(st.booleans()):
+        completion_format = replace(completion_format, seg_token="")
+    text = write_completion(found, frame, completion_format, reasoning=reasoning, **said)
+    if not completion_format.require_reasoning and draw(st.booleans()):
         text = text.partition("</think>")[2]
     return draw(st.sampled_from(["{}", "\n{}\n"])).format(text)
 
@@ -144,7 +145,7 @@ def predictions(
     valid: bool | None = None,
     mask: bool = False,
     probability: bool = False,
-    reading: CompletionFormat | None = None,
+    completion_format: CompletionFormat | None = None,
     empty: bool | None = None,
 ) -> Prediction:
     """Predictions for a truth, read from `completions` in original pixels, many of them close to it.
@@ -157,14 +158,14 @@ def predictions(
             a volume is propagated from boxes on a slice instead, so it is empty without either, and only texts that
             are not valid may have none.
         probability: Whether half of the masks have probabilities, which exceed 0.5 just inside the mask.
-        reading: As in `completions`; the frame is always original pixels.
+        completion_format: As in `completions`; the frame is always original pixels.
         empty: True for answers that find nothing, False for answers with a box and foreground; None for both.
 
     Returns:
         Strategy for predictions; the mask has the shape of the true one. A slice that the volume does not have is
         either given as it stands or counts as not shown, as with a frame that lists the slices.
     """
-    reading = reading or CompletionFormat()
+    completion_format = completion_format or CompletionFormat()
     shown, depth, slices = target, None, None
     if isinstance(target, VolumeTarget):
         depth = target.depth
@@ -172,8 +173,10 @@ def predictions(
         slices = draw(st.sampled_from([None, tuple(range(depth))]))
     assert isinstance(shown, Target)
     frame = Frame("original_px", (target.width, target.height), slices=slices)
-    text = draw(completions(frame, valid=valid, near=shown.boxes, depth=depth, reading=reading, empty=empty))
-    prediction = reading.parse(text, frame)
+    text = draw(
+        completions(frame, valid=valid, near=shown.boxes, depth=depth, completion_format=completion_format, empty=empty)
+    )
+    prediction = completion_format.parse(text, frame)
     if not mask:
         return prediction
     if isinstance(target, VolumeTarget):
@@ -206,7 +209,7 @@ def batches(
     max_groups: int = 2,
     group_size: int | None = None,
     valid: bool | None = None,
-    readings: Sequence[CompletionFormat] = (CompletionFormat(), CompletionFormat(answer_format="json")),
+    formats: Sequence[CompletionFormat] = (CompletionFormat(), CompletionFormat(answer_format="json")),
     max_size: int = MAX_SIZE,
 ) -> tuple[list[Prediction], list[Target | VolumeTarget], list[Hashable]]:
     """Batches as GRPO makes them: for each of some truths, several predictions in a row.
@@ -219,18 +222,22 @@ def batches(
         max_groups: Largest number of truths.
         group_size: Predictions for each truth; 1 to 3 if None.
         valid: Whether completions are valid.
-        readings: How completions are read: one of these for the whole batch.
+        formats: How completions are read: one of these for the whole batch.
         max_size: Largest edge of an image, pixels.
 
     Returns:
         Strategy for (predictions, targets, groups), one of each per row; a group's rows share one target object.
     """
-    reading = draw(st.sampled_from(list(readings)))
+    completion_format = draw(st.sampled_from(list(formats)))
     rows: list[tuple[Prediction, Target | VolumeTarget, Hashable]] = []
     for group in range(draw(st.integers(1, max_groups))):
         target = draw(volume_targets(max_size=max_size) if volume else targets(max_size=max_size))
         for _ in range(draw(st.integers(1, 3)) if group_size is None else group_size):
-            given = draw(predictions(target, valid=valid, mask=mask, probability=probability, reading=reading))
+            given = draw(
+                predictions(
+                    target, valid=valid, mask=mask, probability=probability, completion_format=completion_format
+                )
+            )
             rows.append((given, target, group))
     found, truths, groups = zip(*rows, strict=True)
     return list(found), list(truths), list(groups)

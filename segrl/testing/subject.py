@@ -127,9 +127,9 @@ class Subject:
                 )
 
     @cached_property
-    def readings(self) -> list[CompletionFormat]:
+    def formats(self) -> list[CompletionFormat]:
         """How completions are read: in the reward's grammar, and, but for volumes, also in the other."""
-        own = self.reward.reading
+        own = self.reward.completion_format
         other = "text" if own.answer_format == "json" else "json"
         return [own] if self.info.volume else [own, replace(own, answer_format=other)]
 

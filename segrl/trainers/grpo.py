@@ -47,7 +47,7 @@ from segrl.tasks.images import SEG_COLUMNS, RowReader, SegRow, _check_token, che
 from segrl.tasks.volumes import VOLUME_COLUMNS, VolumeReader, VolumeRow, _check_volumes
 from segrl.trainers.config import SegGRPOConfig
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, head_detached
-from segrl.trainers.reward_funcs import check_groups, common_reading, resolve_reward_funcs
+from segrl.trainers.reward_funcs import check_groups, common_format, resolve_reward_funcs
 from segrl.trainers.rollout import _is_policy, _last_run, _Rollout, _wide
 from segrl.trainers.shared_prompt import SharedPromptGRPOTrainer
 
@@ -125,7 +125,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             self._reads_predictions = True
         # without a segrl reward nothing says how answers are read: those about volumes are JSON
         default = CompletionFormat(**JSON_ANSWERS) if self._volumes else CompletionFormat()
-        self._reading = common_reading(rewards, getattr(args, "require_reasoning", True), default)
+        self._format = common_format(rewards, getattr(args, "require_reasoning", True), default)
         check_groups(rewards, self.args, self.num_generations or 1)
         frame_kind = getattr(args, "frame_kind", None)
         if self._volumes:
@@ -222,7 +222,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     ) -> list[dict[str, Any]]:
         """The rows with `prediction` and `target`, and the masks' metrics logged."""
         rows = self._reader(inputs)
-        predictions = [self._reading.parse(text, row.frame) for text, row in zip(self._texts(ids), rows, strict=True)]
+        predictions = [self._format.parse(text, row.frame) for text, row in zip(self._texts(ids), rows, strict=True)]
         if self.mask_head is not None:
             predictions = self._decode(self.mask_head, rows, predictions, prompts, ids)
             self._log_masks(predictions, rows)

@@ -14,7 +14,7 @@ from segrl.rewards.registry import is_reward_form, list_rewards
 from segrl.rewards.reward import Reward
 from segrl.rewards.serialization import load_reward
 
-__all__ = ["check_groups", "common_reading", "resolve_reward_funcs"]
+__all__ = ["check_groups", "common_format", "resolve_reward_funcs"]
 
 _PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 
@@ -36,14 +36,14 @@ def resolve_reward_funcs(reward_funcs: Any) -> Any:
     return resolved
 
 
-def common_reading(rewards: list[Reward], require_reasoning: bool, default: CompletionFormat) -> CompletionFormat:
+def common_format(rewards: list[Reward], require_reasoning: bool, default: CompletionFormat) -> CompletionFormat:
     """How all rewards read completions, apart from the frame, which is the processor's."""
-    readings = {replace(reward.reading, frame="relative_1000") for reward in rewards} or {default}
-    if len(readings) > 1:
-        listed = "; ".join(f"{reward.name!r}: {reward.reading}" for reward in rewards)
+    formats = {replace(reward.completion_format, frame="relative_1000") for reward in rewards} or {default}
+    if len(formats) > 1:
+        listed = "; ".join(f"{reward.name!r}: {reward.completion_format}" for reward in rewards)
         raise SegRLError(f"rewards read completions in different ways ({listed}); make them with the same settings")
-    reading = readings.pop()
-    return replace(reading, require_reasoning=reading.require_reasoning and require_reasoning)
+    completion_format = formats.pop()
+    return replace(completion_format, require_reasoning=completion_format.require_reasoning and require_reasoning)
 
 
 def check_groups(rewards: list[Reward], args: Any, answers: int) -> None:

@@ -283,7 +283,7 @@ def box_ap(
 
 @register_reward(
     "box_confidence",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=ALL_INVARIANCES,

@@ -24,7 +24,7 @@ __all__ = ["propagated_dice", "slice_boxes", "slice_format", "slice_visibility"]
 
 @register_reward(
     "slice_format",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     needs_truth=False,
     volume=True,
     range=(0.0, 1.0),
@@ -50,7 +50,7 @@ def slice_format(prediction: Prediction, target: Any) -> float:
 
 @register_reward(
     "slice_visibility",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     volume=True,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
@@ -79,7 +79,7 @@ def slice_visibility(prediction: Prediction, target: VolumeTarget, *, require_va
 
 @register_reward(
     "slice_boxes",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     volume=True,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
@@ -109,7 +109,7 @@ def slice_boxes(prediction: Prediction, target: VolumeTarget, *, require_valid: 
 
 @register_reward(
     "propagated_dice",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     needs_mask=True,
     volume=True,
     range=(0.0, 1.0),

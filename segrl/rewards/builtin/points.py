@@ -28,7 +28,7 @@ __all__ = ["point_distance", "point_in_box", "point_in_mask"]
 
 @register_reward(
     "point_in_box",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=("box_order", "rescale"),
@@ -53,7 +53,7 @@ def point_in_box(prediction: Prediction, target: Target, *, require_valid: bool 
 
 @register_reward(
     "point_in_mask",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=("box_order", "rescale"),
@@ -86,7 +86,7 @@ def point_in_mask(prediction: Prediction, target: Target, *, require_valid: bool
 
 @register_reward(
     "point_distance",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     range=(0.0, 1.0),
     empty=BOTH_OR_NOTHING,
     invariant=("box_order",),

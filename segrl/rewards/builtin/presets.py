@@ -247,10 +247,12 @@ def _seg_zero_parts(
 
 
 def _sum(
-    name: str, parts: Sequence[Reward], weights: Sequence[float], reading: CompletionFormat | None = None
+    name: str, parts: Sequence[Reward], weights: Sequence[float], completion_format: CompletionFormat | None = None
 ) -> Reward:
     given: Any = list(weights)
     if len(given) != len(parts):
         names = ", ".join(part.name for part in parts)
         raise RewardError(f"{name}: weights={given}; expected {len(parts)} numbers, for {names}")
-    return weighted_sum([pair for pair in zip(parts, given, strict=True) if pair[1] != 0], name, reading=reading)
+    return weighted_sum(
+        [pair for pair in zip(parts, given, strict=True) if pair[1] != 0], name, completion_format=completion_format
+    )

@@ -66,7 +66,7 @@ def think_answer_format(prediction: Prediction, target: Any, *, graded: bool = F
 
 @register_reward(
     "json_format",
-    reading=JSON_ANSWERS,
+    completion_format=JSON_ANSWERS,
     needs_truth=False,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
