@@ -1,17 +1,18 @@
 """Data sets with the columns that segrl trains on.
 
 Images: image, mask, query, modality, anatomy, lesion, name, [reasoning]. Volumes have scan, label, label_value and
-intensity in the place of image and mask.
+intensity instead of image and mask.
 """
 
 from segrl.data.images.augmentation import augment
 from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import ANSWER_ONLY_INSTRUCTION, INSTRUCTION, build_prompt, prepare
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
+from segrl.data.manifest import write_manifest
 from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
 from segrl.data.volumes.case import grey_values, read_grey, read_truth
-from segrl.data.volumes.folder import check_volumes, load_volumes, write_manifest
+from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.data.volumes.intensity import CT_WINDOW, Intensity, intensity_for, scale_intensity
 from segrl.data.volumes.m3d_seg import M3D_SEG_DATASETS, load_m3d_seg
 from segrl.data.volumes.nifti import Volume, label_values, read_label, read_volume, write_mask, write_volume

@@ -1,7 +1,7 @@
-"""Template texts: the question of a row, and reasoning built from its mask.
+"""Template texts: the query of a row, and reasoning built from its mask.
 
-Every choice between templates hangs on a stable hash of the row's name, so that the text of a row never changes between
-epochs, repeats, processes or machines. No coordinate is written (CORE-Seg strips them from its reasoning).
+A stable hash of the row's name picks the template, so that the text of a row never changes between epochs, repeats,
+processes or machines. No coordinate is written (CORE-Seg strips them from its reasoning).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from segrl.errors import DataError
 from segrl.geometry.masks import boxes_from_mask
 
-__all__ = ["build_query", "build_reasoning"]
+__all__ = ["build_query", "build_reasoning", "pick_template"]
 
 _QUERIES = (
     "Segment the {lesion} in {place}.",
@@ -23,41 +23,33 @@ _QUERIES = (
     "Segment every {lesion} in {place}.",
     "Find and segment the {lesion} in {place}.",
 )
-
-
 _NORMAL = (
     "The {organ} looks normal away from the findings.",
     "Most of the {organ} has the usual structure.",
 )
-
-
-_TOLD_APART = (
+_DIFFERENCES = (
     "Its brightness and outline differ from normal tissue and from other findings.",
     "Normal structures and other findings do not share this brightness and outline.",
 )
-
-
 _NUMBERS = ("no", "one", "two", "three", "four", "five")
-
-
 _SMALL, _MEDIUM = 0.02, 0.08  # area of the largest component as a fraction of the image
 
 
 def build_query(lesion: str, anatomy: str, modality: str, key: str, *, noun: str = "image") -> str:
-    """Builds the question for one row from one of six templates.
+    """Build the query of one row from one of six templates.
 
     Args:
-        lesion: what to segment, for example "dark cyst"; must not be empty, and every template names it.
-        anatomy: for example "Breast"; may be empty.
-        modality: for example "Ultrasound"; may be empty.
-        key: the row's name; picks the template, so the same key always gives the same words.
-        noun: what is looked at, "image" or "scan".
+        lesion: What to segment, for example "dark cyst"; must not be empty, and every template names it.
+        anatomy: For example "Breast"; may be empty.
+        modality: For example "Ultrasound"; may be empty.
+        key: The row's name; picks the template, so the same key always gives the same words.
+        noun: "image" or "scan".
 
     Returns:
         One sentence of about 8 to 14 words.
 
     Raises:
-        DataError: if `lesion` is empty.
+        DataError: If `lesion` is empty.
 
     Example:
         >>> build_query("dark cyst", "Breast", "Ultrasound", "row 3")
@@ -68,56 +60,63 @@ def build_query(lesion: str, anatomy: str, modality: str, key: str, *, noun: str
     place = f"this {_lower(modality)} {noun}" if modality.strip() else f"this {noun}"
     if anatomy.strip():
         place += f" of the {_lower(anatomy)}"
-    return _pick(_QUERIES, key).format(lesion=lesion.strip(), place=place)
+    return pick_template(_QUERIES, key).format(lesion=lesion.strip(), place=place)
 
 
 def build_reasoning(
     *, lesion: str, anatomy: str, modality: str, mask: np.ndarray, key: str, query: str = "", brief: bool = False
 ) -> str:
-    """Builds template reasoning from the mask: normal anatomy, the lesion, what tells it from confounders.
+    """Build template reasoning from the mask: normal anatomy, the lesion, its difference from confounders.
 
-    Count, place (thirds of the image) and size (small below 2 %, medium below 8 % of the image) are put in words, the
-    last two for the largest component; no coordinate and no digit is written.
+    Count, location (thirds of the image) and size (small below 2 %, medium below 8 % of the image) are written as
+    words, the last two for the largest component; no coordinate and no digit is written.
 
     Args:
-        lesion: name of the lesion; empty means "lesion".
-        anatomy: may be empty.
-        modality: may be empty.
+        lesion: Name of the lesion; "" means "lesion".
+        anatomy: May be empty.
+        modality: May be empty.
         mask: (H, W) bool.
-        key: the row's name; picks the templates.
-        query: repeated as the aim when it does not name the lesion; unused in the brief form.
-        brief: at most 20 words for lesion names of up to three words, for tiny models; otherwise at most about 45.
+        key: The row's name; picks the templates.
+        query: If it does not name the lesion, a sentence that does is added; unused in the brief form.
+        brief: At most 20 words for lesion names of up to three words, for tiny models; otherwise at most about 45.
 
     Returns:
         Plain text. For an empty mask it says that the lesion is not visible.
+
+    Example:
+        >>> mask = np.zeros((9, 9), dtype=bool)
+        >>> mask[0, 0], mask[5:8, 7:9] = True, True
+        >>> build_reasoning(lesion="cyst", anatomy="Breast", modality="", mask=mask, key="a", brief=True)
+        'The breast looks normal around two medium cysts, the largest in the lower right part.'
     """
     lesion, organ = lesion.strip() or "lesion", _lower(anatomy) or "tissue"
     boxes = boxes_from_mask(mask)
-    normal = _pick(_NORMAL, key).format(organ=organ)
+    normal = pick_template(_NORMAL, key).format(organ=organ)
     if not len(boxes):
         return f"The {organ} looks normal. No {lesion} is visible."
     height, width = mask.shape
     x1, y1, x2, y2 = boxes[0]
     largest = mask[int(y1) : int(y2), int(x1) : int(x2)]
     size = _size_word(np.count_nonzero(largest) / mask.size)
-    place = _place_words((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
+    location = _location_words((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
     count = _NUMBERS[len(boxes)] if len(boxes) < len(_NUMBERS) else "several" if len(boxes) < 10 else "many"
     found = lesion if len(boxes) == 1 else _plural(lesion)
-    findings = f"{count} {size} {found}" + (" in the " if len(boxes) == 1 else ", the largest in the ") + place
+    findings = f"{count} {size} {found}" + (" in the " if len(boxes) == 1 else ", the largest in the ") + location
     if brief:
         return f"The {organ} looks normal around {findings}."
     image = f"{_lower(modality)} image".strip()
     aim = "" if not query or lesion.lower() in query.lower() else f"The question is about the {lesion}. "
-    return f"{normal} The {image} shows {findings}. {aim}{_pick(_TOLD_APART, key)}"
+    return f"{normal} The {image} shows {findings}. {aim}{pick_template(_DIFFERENCES, key)}"
 
 
-def _pick(templates: tuple[str, ...], key: str) -> str:
+def pick_template(templates: tuple[str, ...], key: str) -> str:
+    """Return the template that a stable hash of `key` picks."""
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"segrl").digest()
     return templates[int.from_bytes(digest, "big") % len(templates)]
 
 
 def _lower(name: str) -> str:
-    """Lower case for words, as written for abbreviations: "Breast" -> "breast", "MRI" -> "MRI"."""
+    """Return words in lower case, but abbreviations unchanged: "Breast" -> "breast", "MRI" -> "MRI"."""
     return " ".join(word if word.isupper() else word.lower() for word in name.split())
 
 
@@ -133,7 +132,7 @@ def _size_word(fraction: float) -> str:
     return "small" if fraction < _SMALL else "medium" if fraction < _MEDIUM else "large"
 
 
-def _place_words(x: float, y: float) -> str:
-    """Coarse place of a point in [0, 1]^2 of the image: left and right are the viewer's."""
+def _location_words(x: float, y: float) -> str:
+    """Name the location of a point in [0, 1]^2 of the image; left and right are the viewer's."""
     row, column = ("upper", "", "lower")[min(2, int(3 * y))], ("left", "", "right")[min(2, int(3 * x))]
     return " ".join(word for word in (row, column) if word) + (" part" if row or column else "centre")

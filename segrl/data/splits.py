@@ -1,4 +1,4 @@
-"""One split of a data set, wherever it is: a folder, a `DatasetDict` saved to disk, or the hub."""
+"""Load one split of a data set from a folder, a `DatasetDict` saved to disk, or the hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from segrl.data.images.folder import check_rows, load_folder
 from segrl.errors import DataError, unknown_name
 from segrl.hub import check_source, reraise_as
+from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["load_split"]
-
-TEXTS = ("modality", "anatomy", "lesion", "name")
 
 
 def load_split(
@@ -23,28 +22,35 @@ def load_split(
     *,
     folder: Callable[[str, str], Dataset] = load_folder,
     check: Callable[[Dataset], None] = check_rows,
-    texts: Sequence[str] = TEXTS,
+    texts: Sequence[str] = METADATA_COLUMNS,
     argument: str = "--data",
 ) -> Dataset:
-    """One split of `source`, checked in full.
+    """Load one split of `source` and check every row.
 
     Args:
         source: A folder that holds `dataset_dict.json` (a `DatasetDict` saved to disk), any other folder, or a data set
             `owner/name` on the hub.
         split: For example "train" or "test".
-        folder: `folder(source, split)` reads and checks a split of a folder of files; by default images and masks with
-            a manifest.
-        check: Checks the rows of a data set that comes from elsewhere, and raises; by default those of images and
-            masks.
-        texts: Columns of text that such a data set gets where it lacks them: empty, but `name` becomes `row <index>`.
-        argument: What the user knows `source` by, for the errors.
+        folder: Function `folder(source, split)` that loads and checks a split of a folder of files; by default images
+            and masks with a manifest.
+        check: Function that raises for bad rows of any other source; by default for images and masks.
+        texts: Text columns that are added to such a data set if they are missing: empty, but `name` is `row <index>`.
+        argument: Name of `source` in errors, as the user knows it.
 
     Returns:
         The rows, in the order of the source.
 
     Raises:
         UnknownNameError: The data has no such split; the closest is suggested.
-        DataError: No such data, one data set instead of splits, or bad rows, in the words of `folder` and `check`.
+        DataError: No such data, one data set instead of splits, or bad rows (see `folder` and `check`).
+
+    Example:
+        >>> import tempfile
+        >>> from segrl.data import make_synthetic
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     DatasetDict({"test": make_synthetic(2, size=32).remove_columns("name")}).save_to_disk(folder)
+        ...     load_split(folder, "test")["name"][:]
+        ['row 0', 'row 1']
     """
     path = Path(source)
     if (path / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""Augmented copies of a small data set, made before training so that all samples of a GRPO group see the same image."""
+"""Augment a small data set before training, so that all completions of a GRPO group see the same image."""
 
 # H, W pixels of an image and its mask
 
@@ -17,25 +17,33 @@ from segrl.errors import DataError
 from segrl.geometry.masks import binarize
 from segrl.predictions.frames import shrunk_size
 
+__all__ = ["augment"]
+
 
 def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed: int = 0) -> Dataset:
-    """The rows of a data set and `copies` changed copies of each, in one data set that lives in memory.
+    """Return the rows of a data set and `copies` augmented copies of each, in memory.
 
-    A copy is flipped and turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in
-    brightness, contrast and gamma; its mask moves along. A crop that would cut the lesion away altogether is not
-    made. Texts stay, so do not use this where a query or a given reasoning says left, right, above or below.
+    A copy is flipped, turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in
+    brightness, contrast and gamma; its mask is flipped, turned and cropped with it. No crop removes the whole lesion.
+    Texts do not change, so do not use this if queries say left, right, above or below.
 
     Args:
-        dataset: columns image, mask and name; others are copied. A filled reasoning column is refused.
-        copies: changed copies per row; 0 only scales.
-        max_edge: scale images and masks down to this longest edge, pixels; None keeps their size.
-        seed: of all random choices; the same seed gives the same data.
+        dataset: Columns image, mask and name; others are copied. A row with reasoning is refused.
+        copies: Augmented copies per row; 0 only scales.
+        max_edge: Scale images and masks down to this longest edge, pixels; None keeps their size.
+        seed: Of all random choices; the same seed gives the same data.
 
     Returns:
         `len(dataset) * (1 + copies)` rows with the same columns; a copy's name ends in `#1`, `#2`, ...
 
     Raises:
-        DataError: `copies` below 0, or a row with reasoning that describes the unchanged image.
+        DataError: `copies` below 0, or a row with reasoning, which describes the unchanged image.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> rows = augment(make_synthetic(1, size=64), copies=1, max_edge=32)
+        >>> rows["name"][:], [image.size for image in rows["image"]]
+        (['synthetic_0_00000', 'synthetic_0_00000#1'], [(32, 32), (27, 27)])
     """
     if copies < 0:
         raise DataError(f"copies={copies}: expected 0 or more")
@@ -64,7 +72,7 @@ def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed:
 
 
 def _changed(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One random view of an image "H W 3" and its mask "H W", both uint8."""
+    """Return a random view of an image (H, W, 3) and its mask (H, W), both uint8."""
     height, width = mask.shape
     high, wide = (max(8, int(side * rng.uniform(0.75, 1.0))) for side in (height, width))
     top, left = int(rng.integers(max(1, height - high + 1))), int(rng.integers(max(1, width - wide + 1)))

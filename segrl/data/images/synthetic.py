@@ -1,7 +1,7 @@
 """Synthetic lesions: a small, free data set in which the query decides what has to be segmented.
 
-A scene is a grey or coloured background in the look of one modality, with lesions of up to three kinds on it. The kinds
-differ only in how they compare with the tissue around them, so neither position nor size gives the answer away:
+A scene is a grey or coloured background in the style of one modality, with lesions of up to three kinds. The kinds
+differ only in their contrast with the tissue around them, so the answer cannot be guessed from position or size:
 `bright nodule` (filled, brighter), `dark cyst` (filled, darker) and `ring abscess` (bright rim, dark centre).
 """
 
@@ -9,7 +9,6 @@ differ only in how they compare with the tissue around them, so neither position
 
 from __future__ import annotations
 
-import csv
 import functools
 import io
 from collections.abc import Callable, Sequence
@@ -20,8 +19,12 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from segrl.data.manifest import write_manifest
 from segrl.data.reasoning import build_query
 from segrl.errors import DataError, unknown_name
+from segrl.predictions.target import METADATA_COLUMNS
+
+__all__ = ["LESIONS", "Scene", "make_scene", "make_synthetic", "write_folder"]
 
 LESIONS: tuple[str, ...] = ("bright nodule", "dark cyst", "ring abscess")
 
@@ -36,14 +39,19 @@ _TRIES = 40
 
 @dataclass(frozen=True)
 class Scene:
-    """One rendered image with everything that can be asked about it.
+    """One rendered image with its labels and metadata.
 
     Attributes:
         image: (H, W, 3) uint8.
         labels: (H, W) uint8, 0 for tissue and `1 + LESIONS.index(kind)` inside a lesion.
-        modality: for example "CT".
-        anatomy: for example "Abdomen".
-        lesion: the kind that the data set's row asks for; always present.
+        modality: For example "CT".
+        anatomy: For example "Abdomen".
+        lesion: The kind that the data set's row asks for; always present.
+
+    Example:
+        >>> scene = make_scene(0, size=32)
+        >>> scene.image.shape, scene.modality, scene.lesion
+        ((32, 32, 3), 'Dermoscopy', 'ring abscess')
     """
 
     image: np.ndarray
@@ -53,7 +61,16 @@ class Scene:
     lesion: str
 
     def mask(self, lesion: str | None = None) -> np.ndarray:
-        """The (H, W) bool mask of all lesions of one kind, by default the one asked for; empty if there are none."""
+        """Return the (H, W) bool mask of all lesions of one kind, by default `lesion`; empty if there are none.
+
+        Raises:
+            UnknownNameError: A kind that is not in `LESIONS`.
+
+        Example:
+            >>> scene = make_scene(0, size=32)
+            >>> np.unique(scene.labels[scene.mask()]).tolist(), 1 + LESIONS.index(scene.lesion)
+            ([3], 3)
+        """
         kind = self.lesion if lesion is None else lesion
         if kind not in LESIONS:
             raise unknown_name("synthetic lesion", kind, LESIONS)
@@ -61,20 +78,24 @@ class Scene:
 
 
 def make_scene(index: int, *, size: int = 112, seed: int = 0) -> Scene:
-    """Renders one scene; the same (index, size, seed) gives the same pixels on every machine.
+    """Render one scene; the same (index, size, seed) gives the same pixels on every machine.
 
-    The modality cycles with the index, so that any four neighbouring scenes show all looks.
+    The modality cycles with the index, so that any four neighbouring scenes have all modalities.
 
     Args:
-        index: number of the scene, from 0.
-        size: height and width in pixels, at least 32; lesion radii scale with it (6 to 14 px at 112).
-        seed: draws another family of scenes; two seeds share no scene.
+        index: Number of the scene, from 0.
+        size: Height and width in pixels, at least 32; lesion radii scale with it (6 to 14 px at 112).
+        seed: Another family of scenes; two seeds share no scene.
 
     Returns:
         A scene with 1 to 3 lesions of `scene.lesion` and up to 3 of other kinds, none of them overlapping.
 
     Raises:
-        DataError: if `size` is too small or `index` or `seed` is negative.
+        DataError: If `size` is too small or `index` or `seed` is negative.
+
+    Example:
+        >>> [(scene.modality, scene.lesion) for scene in (make_scene(n, size=32) for n in range(2))]
+        [('Dermoscopy', 'ring abscess'), ('Ultrasound', 'ring abscess')]
     """
     if size < _MIN_SIZE:
         raise DataError(
@@ -91,32 +112,32 @@ def make_scene(index: int, *, size: int = 112, seed: int = 0) -> Scene:
         others[int(i)] for i in rng.integers(0, 2, size=int(rng.integers(0, 4)))
     ]
     labels = np.zeros((size, size), np.uint8)
-    for (x, y, radius), kind in _place(rng, kinds, reach, size):
+    for (x, y, radius), kind in _lesion_circles(rng, kinds, reach, size):
         _draw_lesion(rng, grey, labels, x, y, radius, kind)
     image = _finish(rng, grey, modality)
     return Scene(image=image, labels=labels, modality=modality, anatomy=anatomy, lesion=LESIONS[asked])
 
 
 def make_synthetic(n: int, *, size: int = 112, seed: int = 0) -> Dataset:
-    """Builds an in-memory data set of synthetic lesions.
+    """Build a data set of synthetic lesions in memory.
 
     Use different seeds for training and test: row `i` depends on (seed, i) only, so a longer set extends a shorter one.
 
     Args:
-        n: number of rows; 0 gives an empty data set with the same columns.
-        size: height and width of every image in pixels.
-        seed: family of scenes.
+        n: Number of rows; 0 gives an empty data set with the same columns.
+        size: Height and width of every image in pixels.
+        seed: Family of scenes.
 
     Returns:
         A data set with the columns image, mask (8-bit, 0 or 255), query, modality, anatomy, lesion and name.
 
     Raises:
-        DataError: if `n` or `seed` is negative or `size` is too small.
+        DataError: If `n` or `seed` is negative or `size` is too small.
 
     Example:
         >>> row = make_synthetic(1, size=64)[0]
-        >>> row["image"].size, row["lesion"] in row["query"]
-        ((64, 64), True)
+        >>> row["image"].size, row["query"]
+        ((64, 64), 'Segment every ring abscess in this dermoscopy image of the skin.')
     """
     if n < 0:
         raise DataError(f"n={n}: expected the number of rows, 0 or more")
@@ -136,18 +157,27 @@ def make_synthetic(n: int, *, size: int = 112, seed: int = 0) -> Dataset:
 
 
 def write_folder(dataset: Dataset, path: str | Path, *, split: str | Sequence[str] | None = None) -> Path:
-    """Writes a data set as `images/`, `masks/` and `manifest.csv`, the layout that `load_folder` reads.
+    """Write a data set as `images/`, `masks/` and `manifest.csv`, the layout that `load_folder` reads.
 
     Args:
-        dataset: a data set with at least the columns image, mask and name; text columns go into the manifest.
-        path: folder to create; an existing manifest is not overwritten.
-        split: value of a `split` column, one for all rows or one per row; None writes no such column.
+        dataset: A data set with at least one row and the columns image, mask and name; text columns are written to the
+            manifest.
+        path: Folder to create; an existing manifest is not overwritten.
+        split: Value of a `split` column, one for all rows or one per row; None writes no such column.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: if a column is missing, two rows share a name, `split` has the wrong length, or a manifest exists.
+        DataError: If a column or all rows are missing, two rows share a name, `split` has the wrong length, or a
+            manifest exists.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     folder = write_folder(make_synthetic(1, size=32), path)
+        ...     sorted(file.relative_to(path).as_posix() for file in folder.rglob("*.*"))
+        ['images/synthetic_0_00000.png', 'manifest.csv', 'masks/synthetic_0_00000.png']
     """
     folder = Path(path)
     manifest = folder / "manifest.csv"
@@ -168,22 +198,18 @@ def write_folder(dataset: Dataset, path: str | Path, *, split: str | Sequence[st
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     texts = [c for c, feature in dataset.features.items() if isinstance(feature, Value) and c != "split"]
-    header = ["image", "mask", *([] if splits is None else ["split"]), *texts]
-    with manifest.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for index, row in enumerate(dataset):
-            assert isinstance(row, dict)
-            files = [f"{kind}/{names[index]}.png" for kind in ("images", "masks")]
-            for relative, picture in zip(files, (row["image"], row["mask"]), strict=True):
-                picture.save(folder / relative)
-            writer.writerow([*files, *([] if splits is None else [splits[index]]), *(row[c] for c in texts)])
+    rows = []
+    for index, row in enumerate(dataset):
+        assert isinstance(row, dict)
+        files = {kind: f"{kind}s/{names[index]}.png" for kind in ("image", "mask")}
+        for kind, relative in files.items():
+            row[kind].save(folder / relative)
+        rows.append({**files, **({} if splits is None else {"split": splits[index]}), **{c: row[c] for c in texts}})
+    write_manifest(folder, rows)
     return folder
 
 
-_FEATURES = {"image": Image(), "mask": Image()} | {
-    column: Value("string") for column in ("query", "modality", "anatomy", "lesion", "name")
-}
+_FEATURES = {"image": Image(), "mask": Image()} | {column: Value("string") for column in METADATA_COLUMNS}
 
 
 def _png(array: np.ndarray, name: str) -> dict[str, object]:
@@ -195,8 +221,8 @@ def _png(array: np.ndarray, name: str) -> dict[str, object]:
 # ---- lesions -------------------------------------------------------------------------------------------------------
 
 
-def _place(rng: np.random.Generator, kinds: list[int], reach: tuple[float, float], size: int):
-    """Yields ((x, y, radius), kind) of lesions inside the tissue ellipse; one that finds no free place is left out."""
+def _lesion_circles(rng: np.random.Generator, kinds: list[int], reach: tuple[float, float], size: int):
+    """Yield ((x, y, radius), kind) of lesions inside the tissue ellipse; one that does not fit is left out."""
     scale = size / _REFERENCE_SIZE
     placed: list[tuple[float, float, float]] = []
     for kind in kinds:
@@ -205,7 +231,7 @@ def _place(rng: np.random.Generator, kinds: list[int], reach: tuple[float, float
             angle, distance = 2 * np.pi * rng.random(), np.sqrt(rng.random())
             x = size / 2 + np.cos(angle) * distance * (reach[0] * size - radius)
             y = size / 2 + np.sin(angle) * distance * (reach[1] * size - radius)
-            # 1.25: how far the wobbling outline may leave its ellipse, on both sides
+            # The wobbling outline leaves its circle by at most 25 % of the radius.
             if all(np.hypot(x - u, y - v) > 1.25 * (radius + r) + scale * _GAP_PX for u, v, r in placed):
                 placed.append((x, y, radius))
                 yield placed[-1], kind
@@ -216,7 +242,7 @@ def _place(rng: np.random.Generator, kinds: list[int], reach: tuple[float, float
 def _draw_lesion(
     rng: np.random.Generator, grey: np.ndarray, labels: np.ndarray, x: float, y: float, radius: float, kind: int
 ) -> None:
-    """Adds one lesion to `grey` and `labels` in place: an ellipse with a wobbling outline and a soft edge."""
+    """Add one lesion to `grey` and `labels` in place: an ellipse with a wobbling outline and a soft edge."""
     size = grey.shape[0]
     left, top = (max(0, int(c - 1.4 * radius) - 2) for c in (x, y))
     right, bottom = (min(size, int(c + 1.4 * radius) + 3) for c in (x, y))
@@ -247,20 +273,20 @@ def _draw_lesion(
 
 @functools.lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres as (H, W) x and y in [-1, 1]."""
+    """Return the x and y of pixel centres in [-1, 1], (H, W) each."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size) * 2 - 1
     x, y = np.meshgrid(axis, axis)
     return x, y
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.ndarray:
-    """Noise of unit variance or less whose detail is about `size / cells` pixels wide (rows, columns)."""
+    """Draw noise of unit variance or less whose detail is about `size / cells` pixels wide (rows, columns)."""
     coarse = PILImage.fromarray(rng.standard_normal(cells, dtype=np.float32))
     return np.asarray(coarse.resize((size, size), PILImage.Resampling.BICUBIC))
 
 
 def _disc(size: int, x: float, y: float, a: float, b: float, softness: float = 0.03) -> np.ndarray:
-    """Soft indicator of the ellipse with centre (x, y) and half axes (a, b), all in units of half the image."""
+    """Draw a soft ellipse with centre (x, y) and half axes (a, b), all in units of half the image."""
     u, v = _grid(size)
     distance = np.sqrt(((u - x) / a) ** 2 + ((v - y) / b) ** 2)
     return np.clip((1 - distance) * min(a, b) / softness + 0.5, 0, 1)
@@ -308,7 +334,7 @@ def _abdomen(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _finish(rng: np.random.Generator, grey: np.ndarray, modality: str) -> np.ndarray:
-    """Adds the modality's noise and colour; returns (H, W, 3) uint8."""
+    """Add the modality's noise and colour; return (H, W, 3) uint8."""
     noise = rng.standard_normal(grey.shape, dtype=np.float32)
     grey = np.clip(grey * (1 + 0.11 * noise) if modality == "Ultrasound" else grey + 0.025 * noise, 0, 1)
     tint = (1.0, 1.0, 1.0)

@@ -1,8 +1,8 @@
-"""Volumes in numpy's formats, as M3D-Seg stores them: a dense `.npy` scan and a sparse `.npz` with its label.
+"""Volumes in numpy's formats, as in M3D-Seg: a dense `.npy` scan and a sparse `.npz` label.
 
-Such files know neither spacing nor orientation. Their axes are taken to be those of a NIfTI file: (X, Y, Z), the slices
-last. An array of which the two last axes are equal and the first one is not holds its slices first, as the scans of
-KiTS do: `(num_slices, height, width)`, https://github.com/neheller/kits19. Nothing is ever unpickled.
+Such files hold neither spacing nor orientation. Their axes are assumed to be those of a NIfTI file: (X, Y, Z), slices
+last. If the last two axes are equal and the first one differs, slices come first, as in the scans of KiTS:
+`(num_slices, height, width)`, https://github.com/neheller/kits19. Nothing is ever unpickled.
 """
 
 # X/Y/Z voxels along the axes of a file, C channels of a sparse label, N = X * Y * Z
@@ -20,22 +20,22 @@ from scipy import sparse
 
 from segrl.errors import DataError
 
-__all__: list[str] = []
+__all__ = ["array_affine", "open_npy", "sparse_channels", "sparse_label"]
 
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error)
 _SLICES_LAST = np.eye(4)
-# As KiTS: slices from the top of the patient, rows from the front, columns from the patient's right.
+# As in KiTS: slices from the top of the patient, rows from the front, columns from the patient's right.
 _SLICES_FIRST = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 
 
 def array_affine(shape: tuple[int, ...]) -> np.ndarray:
-    """(4, 4) affine, in voxels of 1 mm, for an array that has none."""
+    """Return the (4, 4) affine that an array without one gets; its voxels are 1 mm wide."""
     first, second, third = shape
     return (_SLICES_FIRST if second == third != first else _SLICES_LAST).copy()
 
 
 def open_npy(path: Path) -> np.ndarray:
-    """The scan in a `.npy` file, (X, Y, Z), memory-mapped; a leading axis of length 1, as in M3D-Seg, is dropped.
+    """Open the scan in a `.npy` file, (X, Y, Z), memory-mapped; a leading axis of length 1, as in M3D-Seg, is dropped.
 
     Raises:
         DataError: If the file is no numpy array or holds no volume of real numbers.
@@ -51,17 +51,17 @@ def open_npy(path: Path) -> np.ndarray:
 
 
 def sparse_label(path: Path, value: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """One channel of a sparse label, or the union of all channels.
+    """Read one channel of a sparse label, or the union of all channels.
 
     Args:
         path: A `.npz` file of `scipy.sparse.save_npz` with a matrix (C, N); its name ends in the shape `(C, X, Y, Z)`.
-        value: Number of the channel, from 1 as in the labels of M3D-Seg, or 0 for the union.
+        value: Number of the channel, from 1, or 0 for the union.
 
     Returns:
         bool (X, Y, Z), and the numbers of the channels that have foreground.
 
     Raises:
-        DataError: If the file or its name is not of that form, or there is no such channel.
+        DataError: If the file or its name does not have that form.
     """
     channels, *shape = _shape_in_name(path)
     try:
@@ -86,10 +86,10 @@ def sparse_label(path: Path, value: int) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def sparse_channels(path: Path) -> tuple[int, ...]:
-    """Numbers of the channels with entries, from 1; reads only the row pointers, not the entries.
+    """Return the numbers of the channels with entries, from 1; only the row pointers are read.
 
     Raises:
-        DataError: If the file or its name is not of the form that `sparse_label` reads.
+        DataError: If the file or its name does not have the form that `sparse_label` reads.
     """
     channels = _shape_in_name(path)[0]
     try:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from segrl.data.manifest import TEXTS, raise_all, read_manifest
+from segrl.data.manifest import check_dataset, raise_all, read_manifest
 from segrl.data.volumes.intensity import Intensity
 from segrl.data.volumes.nifti import Volume, read_label, read_volume
 from segrl.errors import DataError
+from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["check_volumes", "load_volumes", "write_manifest"]
+__all__ = ["check_volumes", "file_problems", "label_value", "load_volumes", "volume_dataset"]
 
-COLUMNS = ("scan", "label", "label_value", "intensity", *TEXTS)
+COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
 
 
 def load_volumes(
@@ -27,7 +27,7 @@ def load_volumes(
     limit: int | None = None,
     allow_empty: bool = False,
 ) -> Dataset:
-    """Loads scans and their labels listed in `<path>/manifest.csv`.
+    """Load the scans and labels that `<path>/manifest.csv` lists.
 
     The manifest has the columns image and label (paths relative to the folder, see `read_volume` and `read_label`) and
     optionally split, label_value, intensity, query, reasoning, modality, anatomy, lesion and name; any other column is
@@ -37,23 +37,35 @@ def load_volumes(
     Args:
         path: The folder.
         split: Keep only rows with this value in the split column; None keeps all.
-        validate: Read every file now (see `check_volumes`) instead of meeting the broken one during training.
+        validate: Read every file now (see `check_volumes`), so that a broken one does not stop the training.
         limit: Keep only the first rows, after the split.
-        allow_empty: Whether a label without foreground is fine: there is nothing to find.
+        allow_empty: Whether a label without foreground is accepted: there is nothing to find.
 
     Returns:
-        A data set with the columns scan and label (paths), label_value (int; 0, also where it is not given, takes every
-        voxel that is not zero), intensity (see `segrl.data.Intensity`; "" leaves the choice to `intensity_for`),
-        query, modality, anatomy, lesion, name (the image path, unless the manifest has names) and the manifest's other
-        columns. Optional columns that are missing are empty strings.
+        A data set with the columns scan and label (paths), label_value (int; 0, the default, takes every voxel that is
+        not zero), intensity (see `segrl.data.Intensity`; "" leaves the choice to `intensity_for`), query, modality,
+        anatomy, lesion, name (the image path, unless the manifest has names) and the manifest's other columns. Optional
+        columns that are missing are empty strings.
 
     Raises:
         DataError: For a missing or unreadable manifest, a missing column, an unknown split, no rows, and, with all
             problems in one message, for bad rows and files.
+
+    Example:
+        >>> import tempfile
+        >>> from segrl.data import make_synthetic_volumes, write_manifest
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (row,) = make_synthetic_volumes(1, folder, depth=4, size=32)
+        ...     files = {"image": row["scan"], "label": row["label"]}
+        ...     _ = write_manifest(folder, [{**files, "lesion": "cyst"}, {**files, "lesion": ""}])
+        ...     load_volumes(folder)
+        Traceback (most recent call last):
+        segrl.errors.DataError: ...manifest.csv: 1 problems in 2 rows, expected none:
+          line 3 (...): column 'lesion' is empty; fill the cell or delete the row
     """
     found = read_manifest(Path(path), ("image", "label"), split, limit, noun="scan")
-    problems, places, rows = list(found.problems), [], []
-    for place, row in zip(found.places, found.rows, strict=True):
+    problems, locations, rows = list(found.problems), [], []
+    for location, row in zip(found.locations, found.rows, strict=True):
         if "scan" in row:
             raise DataError(f"{found.source}: a column 'scan' beside 'image', which load_volumes calls so; rename it")
         try:
@@ -61,90 +73,55 @@ def load_volumes(
             if intensity:
                 Intensity.parse(intensity)
         except DataError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
             continue
         rows.append({"scan": row.pop("image"), **row, "label_value": value, "intensity": intensity})
-        places.append(place)
+        locations.append(location)
     dataset = volume_dataset(rows)
     if validate:
-        problems += file_problems(dataset, places, allow_empty)
+        problems += file_problems(dataset, locations, allow_empty)
     raise_all(problems, found.total, found.source)
     return dataset
 
 
 def check_volumes(dataset: Dataset, *, allow_empty: bool = False) -> None:
-    """Checks every row of a data set with the columns scan, label and query, reading one scan at a time.
+    """Check every row of a data set with the columns scan, label and query, reading one scan at a time.
 
-    A row is bad when its scan or label cannot be read (see `read_volume` and `read_label`), the label does not fit the
-    scan, holds no foreground or not the row's label_value, or when intensity or query are wrong.
+    A row is bad if its scan or label cannot be read (see `read_volume` and `read_label`), if the label does not fit the
+    scan or holds no foreground (with the row's label_value), or if intensity or query are wrong.
 
     Args:
         dataset: The columns label_value, intensity and name are optional.
-        allow_empty: Whether a label without foreground is fine.
+        allow_empty: Whether a label without foreground is accepted.
 
     Raises:
         DataError: For a missing column, for no rows, and for bad rows: the first ten with row number, name and fix, and
             their total number.
+
+    Example:
+        >>> check_volumes(Dataset.from_list([{"scan": "", "label": "", "query": "Segment the cyst."}]))
+        Traceback (most recent call last):
+        segrl.errors.DataError: dataset: 2 problems in 1 rows, expected none:
+          row 0: .: is a folder, expected a scan file; convert a DICOM series with dcm2niix
+          row 0: the label is missing; give a file or delete the row
     """
-    missing = [column for column in ("scan", "label", "query") if column not in dataset.column_names]
-    if missing:
-        raise DataError(
-            f"dataset lacks the columns {missing}: expected scan, label, query, found {dataset.column_names}"
-        )
-    if not len(dataset):
-        raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
-    names = dataset["name"] if "name" in dataset.column_names else [""] * len(dataset)
-    places = [f"row {index} ({name})" if name else f"row {index}" for index, name in enumerate(names)]
-    problems = [
-        f"{place}: the query is empty; write what to segment"
-        for place, query in zip(places, dataset["query"], strict=True)
-        if not (query or "").strip()
-    ]
-    raise_all([*problems, *file_problems(dataset, places, allow_empty)], len(dataset), "dataset")
-
-
-def write_manifest(folder: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes `<folder>/manifest.csv`, the list that `load_volumes` and `load_folder` read; replaces one that is there.
-
-    Args:
-        folder: Exists; the rows' files are relative to it.
-        rows: One mapping from column to value per row; all have the same columns.
-
-    Returns:
-        The manifest's path.
-
-    Raises:
-        DataError: If there are no rows, or their columns differ.
-    """
-    manifest = Path(folder) / "manifest.csv"
-    header = list(rows[0]) if rows else []
-    for number, row in enumerate(rows):
-        if set(row) != set(header):
-            raise DataError(
-                f"row {number} for {manifest} has the columns {list(row)}, row 0 has {header}; expected the same"
-            )
-    if not rows:
-        raise DataError(f"no rows for {manifest}: expected at least one")
-    unfinished = manifest.with_name(".manifest.csv")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(rows)
-    return unfinished.replace(manifest)
+    check_dataset(
+        dataset, ("scan", "label", "query"), lambda rows, locations: file_problems(rows, locations, allow_empty)
+    )
 
 
 def volume_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Rows with the columns of `COLUMNS` and the same other columns as a data set, in this order."""
+    """Build a data set of rows with the columns of `COLUMNS` and equal other columns, in this order."""
     names = [*COLUMNS, *(name for name in (rows[0] if rows else ()) if name not in COLUMNS)]
     features = {name: Value("int64" if name == "label_value" else "string") for name in names}
     return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(features))
 
 
-def file_problems(dataset: Dataset, places: Iterable[str], allow_empty: bool) -> Iterator[str]:
-    """Every problem with the files of a data set, row by row; a scan that follows itself is read once."""
+def file_problems(dataset: Dataset, locations: Iterable[str], allow_empty: bool) -> Iterator[str]:
+    """Yield every problem with the files of a data set, row by row; neighbouring rows read a common scan once."""
     volume: Volume | DataError | None = None
     last = ""
-    for place, row in zip(places, dataset, strict=True):
+    for location, row in zip(locations, dataset, strict=True):
         assert isinstance(row, dict)
         if row["scan"] != last or volume is None:
             try:
@@ -153,9 +130,9 @@ def file_problems(dataset: Dataset, places: Iterable[str], allow_empty: bool) ->
             except DataError as error:
                 volume = error
         if isinstance(volume, DataError):
-            yield f"{place}: {volume}"
+            yield f"{location}: {volume}"
         if not row["label"]:
-            yield f"{place}: the label is missing; give a file or delete the row"
+            yield f"{location}: the label is missing; give a file or delete the row"
             continue
         try:
             if row.get("intensity"):
@@ -163,11 +140,11 @@ def file_problems(dataset: Dataset, places: Iterable[str], allow_empty: bool) ->
             scan = volume if isinstance(volume, Volume) else None
             read_label(row["label"], scan, label_value(row.get("label_value")), allow_empty=allow_empty)
         except DataError as error:
-            yield f"{place}: {error}"
+            yield f"{location}: {error}"
 
 
 def label_value(value: Any) -> int:
-    """A label value of a manifest or a row: a whole number of 0 or more; None and "" mean 0.
+    """Read the label value of a manifest or a row: a whole number of 0 or more; None and "" mean 0.
 
     Raises:
         DataError: If it is anything else.

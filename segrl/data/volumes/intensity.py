@@ -1,4 +1,4 @@
-"""Volumes as stacks of grey slices: intensity scaling, and the choice of the slices that a model is shown.
+"""Intensity scaling: from voxels to grey values.
 
 A volume is an array (D, H, W): D axial slices from inferior to superior, H rows from anterior to posterior, W columns
 from the patient's right to left. `segrl.data.read_volume` brings files into this order.
@@ -25,11 +25,11 @@ IntensityKind = Literal["window", "percentile"]
 
 @dataclass(frozen=True)
 class Intensity:
-    """How voxels become grey values: `low` and below turn black, `high` and above white.
+    """A scaling of voxels to grey values: `low` and below become black, `high` and above white.
 
     Attributes:
         kind: `window`: low and high are voxel values (Hounsfield units for CT); `percentile`: they are percentiles,
-            0 to 100, of the voxels that are not zero, since zero is the empty space around an MR scan.
+            0 to 100, of the voxels that are not zero: zero is the empty space around an MR scan.
         low: Lower end.
         high: Upper end, above `low`.
 
@@ -39,6 +39,9 @@ class Intensity:
     Example:
         >>> str(Intensity("window", -160, 240))
         'window:-160:240'
+        >>> Intensity("window", 240, -160)
+        Traceback (most recent call last):
+        segrl.errors.DataError: intensity window:240:-160: expected two finite numbers, the lower one first
     """
 
     kind: IntensityKind
@@ -55,13 +58,13 @@ class Intensity:
 
     @classmethod
     def parse(cls, text: str) -> Intensity:
-        """Reads the text form, the inverse of `str`.
+        """Read the text form, the inverse of `str`.
 
         Args:
-            text: `window:<low>:<high>` in voxel values or `percentile:<low>:<high>`.
+            text: `window:<low>:<high>` in voxel values, or `percentile:<low>:<high>`.
 
         Raises:
-            DataError: If the text is neither.
+            DataError: If the text has neither form.
 
         Example:
             >>> Intensity.parse("percentile:0.5:99.5")
@@ -89,11 +92,11 @@ _PERCENTILE = Intensity("percentile", 0.5, 99.5)
 
 
 def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
-    """Chooses the scaling by the modality and the range of the voxels.
+    """Choose the scaling from the modality and the range of the voxels.
 
-    A CT in Hounsfield units has negative voxels: air is -1000, fat -100. It gets the soft tissue window, `CT_WINDOW`. A
-    CT without negative voxels was windowed before: it keeps its range if that is 0 to 1 or 0 to 255. Everything else
-    has no fixed unit and is scaled between the percentiles 0.5 and 99.5.
+    A CT in Hounsfield units has negative voxels (air is -1000, fat -100) and gets the soft tissue window, `CT_WINDOW`.
+    A CT without negative voxels has been windowed before and keeps its range if that is 0 to 1 or 0 to 255. Everything
+    else has no fixed unit and is scaled between the percentiles 0.5 and 99.5.
 
     Args:
         modality: For example "CT", "CT scan", "MRI"; may be empty.
@@ -103,8 +106,8 @@ def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
         DataError: If the volume is not (D, H, W) with voxels, or has NaN or infinite ones.
 
     Example:
-        >>> str(intensity_for("CT", np.array([[[-1000, 60]]])))
-        'window:-160:240'
+        >>> [str(intensity_for(modality, [[[-1000, 60]]])) for modality in ("CT", "MRI")]
+        ['window:-160:240', 'percentile:0.5:99.5']
     """
     volume = _volume(voxels)
     low, high = _range(volume)
@@ -117,15 +120,15 @@ def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
 
 
 def scale_intensity(voxels: ArrayLike, intensity: Intensity) -> np.ndarray:
-    """Scales voxels to grey values.
+    """Scale voxels to grey values.
 
     Args:
-        voxels: (D, H, W), any real type; it is read slice by slice and not copied as a whole, unless for percentiles.
-        intensity: The range that is spread over 0 to 255; values beyond are clipped.
+        voxels: (D, H, W), any real type; only percentiles copy the whole volume.
+        intensity: The range that becomes 0 to 255; values beyond are clipped.
 
     Returns:
-        (D, H, W) uint8. A constant volume is black under percentiles. Where only the voxels that are not zero are all
-        the same, as in a binary volume, minimum and maximum take the place of the percentiles.
+        (D, H, W) uint8. With percentiles a constant volume is black; if all voxels that are not zero are equal, as in a
+        binary volume, minimum and maximum replace the percentiles.
 
     Raises:
         DataError: If the volume is not (D, H, W) with voxels, or has NaN or infinite ones.
@@ -160,7 +163,7 @@ def _volume(voxels: ArrayLike) -> np.ndarray:
 
 
 def _range(volume: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest voxel; a NaN or an infinity shows up in one of the two."""
+    """Return the smallest and the largest voxel, one of which is not finite if any voxel is not."""
     low, high = float(volume.min()), float(volume.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         count = sum(int(np.count_nonzero(~np.isfinite(section))) for section in volume)

@@ -1,9 +1,9 @@
-"""M3D-Seg (Bai et al., M3D, arXiv:2404.00578), where the published 3D results of MedVol-R1 come from.
+"""M3D-Seg (Bai et al., M3D, arXiv:2404.00578), the data of the published 3D results of MedVol-R1.
 
-The layout is the one that M3D's own code writes and reads: `Data/process/m3d_seg_data_preprocess.py` and
+The layout is the one that M3D's code writes and reads: `Data/process/m3d_seg_data_preprocess.py` and
 `m3d_seg_data_prepare.py` of https://github.com/BAAI-DCAI/M3D, and `data_load_demo.py` beside the files at
 https://huggingface.co/datasets/GoodBaiBai88/M3D-Seg. Names of structures: `LaMed/src/dataset/dataset_info.py` there.
-No file of M3D-Seg was available when this was written; it is tested on small files of the same layout.
+No file of M3D-Seg was available when this was written; the tests use small files of the same layout.
 
     M3D_Seg/0012/0012.json                     splits, names of the labels
     M3D_Seg/0012/<case>/image.npy              (1, X, Y, Z) float
@@ -36,7 +36,7 @@ _STRUCTURES = {
     "0004": ("kidney", "kidney tumor", "kidney cyst"),
     "0012": ("liver", "bladder", "lungs", "kidneys", "bone", "brain"),
 }
-_ANATOMY = {"0003": "Abdomen", "0004": "Abdomen"}  # CT-ORG shows all of the body
+_ANATOMY = {"0003": "Abdomen", "0004": "Abdomen"}  # CT-ORG shows the whole body
 
 
 def load_m3d_seg(
@@ -48,31 +48,45 @@ def load_m3d_seg(
     limit: int | None = None,
     intensity: str = "percentile:0:100",
 ) -> Dataset:
-    """Loads a data set of M3D-Seg, one row per case and structure that is present; a case without any gives no row.
+    """Load a data set of M3D-Seg, one row per case and present structure; a case without any gives no row.
 
     The images of M3D-Seg are not in Hounsfield units, and their affines are lost: they were clipped to the percentiles
     0.05 and 99.95 of the voxels above their mean and standardised. The default intensity therefore takes their whole
-    range, as M3D's own code does; spacing is 1 mm (see `read_volume`), so distances are in voxels, not in millimetres.
+    range, as M3D's code does; spacing is 1 mm (see `read_volume`), so distances are in voxels, not in millimetres.
 
     Args:
-        path: The folder with the data sets' folders (`M3D_Seg`), the folder above it, or the folder of the data set.
+        path: The folder of the data sets' folders (`M3D_Seg`), the folder above it, or the folder of the data set.
         dataset: "CT-ORG", "AbdomenCT-1K" or "KiTS23", or a number such as "0012".
-        split: "train" or "test", as the data set's JSON file has them; None takes all.
+        split: A split of the data set's JSON file, "train" or "test"; None takes all.
         validate: Read every file now; the three data sets are tens of gigabytes.
         limit: Keep only the first rows, after the split.
-        intensity: For every row, see `segrl.data.Intensity`.
+        intensity: Intensity scaling of every row, see `segrl.data.Intensity`.
 
     Returns:
         A data set with the columns of `load_volumes`, where label_value is the number of the structure in the JSON file
-        and lesion its name, and the columns split and source, the name of the data set. M3D-Seg has no questions: the
-        query is built from the structure.
+        and lesion its name, and the columns split and source, the name of the data set. M3D-Seg has no queries: they
+        are built from the structure.
 
     Raises:
-        DataError: If there is no such data set in the folder, its JSON file is not of the layout, there are no rows,
-            or, with all problems in one message, for bad cases and files.
-        UnknownNameError: For a data set or split of another name.
+        DataError: If the folder has no such data set, its JSON file does not have this layout, there are no rows, or,
+            with all problems in one message, for bad cases and files.
+        UnknownNameError: For an unknown data set or split.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from scipy import sparse
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     root = Path(folder, "0012")
+        ...     (root / "a").mkdir(parents=True)
+        ...     case = {"image": "0012/a/image.npy", "label": "0012/a/mask_(6, 4, 4, 2).npz"}
+        ...     _ = (root / "0012.json").write_text(json.dumps({"train": [], "test": [case]}))
+        ...     np.save(root / "a/image.npy", np.arange(32.0).reshape(1, 4, 4, 2))
+        ...     sparse.save_npz(root / "a/mask_(6, 4, 4, 2).npz", sparse.csr_matrix(np.eye(2, 32)[[0, 1, 1, 1, 1, 1]]))
+        ...     load_m3d_seg(folder, "CT-ORG", "test", limit=2)["lesion"][:]
+        ['liver', 'bladder']
     """
-    code = M3D_SEG_DATASETS.get(dataset, dataset)
+    code = M3D_SEG_DATASETS.get(dataset, dataset)  # such as "0012"
     if not (code.isdecimal() and len(code) == 4):
         raise unknown_name("data set of M3D-Seg", dataset, [*M3D_SEG_DATASETS, *M3D_SEG_DATASETS.values()])
     Intensity.parse(intensity)
@@ -86,11 +100,11 @@ def load_m3d_seg(
     structures = _structures(listing, content, code)
     source = next((name for name, number in M3D_SEG_DATASETS.items() if number == code), code)
     rows: list[dict[str, Any]] = []
-    places: list[str] = []
+    locations: list[str] = []
     problems: list[str] = []
     chosen = splits if split is None else {split: splits[split]}
     total = 0
-    for place, case in _cases(chosen):
+    for location, case in _cases(chosen):
         if limit is not None and len(rows) >= limit:
             break
         total += 1
@@ -103,7 +117,7 @@ def load_m3d_seg(
                     f"{len(structures)}; complete them"
                 )
         except DataError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
             continue
         for value in values:
             name = f"{code}/{scan.parent.name}/{structures[value - 1]}"
@@ -111,12 +125,12 @@ def load_m3d_seg(
             rows.append(
                 {"scan": str(scan), "label": str(label), "label_value": value, "intensity": intensity}
                 | {"query": build_query(*texts, name, noun="scan"), "modality": "CT", "anatomy": texts[1]}
-                | {"lesion": texts[0], "name": name, "split": place.split()[0], "source": source}
+                | {"lesion": texts[0], "name": name, "split": location.split()[0], "source": source}
             )
-            places.append(f"{place}: {texts[0]}")
+            locations.append(f"{location}: {texts[0]}")
     made = volume_dataset(rows[:limit])
     if validate:
-        problems += file_problems(made, places[:limit], allow_empty=False)
+        problems += file_problems(made, locations[:limit], allow_empty=False)
     raise_all(problems, total, str(listing))
     if not rows:
         raise DataError(
@@ -148,7 +162,7 @@ def _read_listing(listing: Path) -> dict[str, Any]:
 
 
 def _structures(listing: Path, content: dict[str, Any], code: str) -> tuple[str, ...]:
-    """Names of the channels, the first one being label 1."""
+    """Return the names of the channels; the first one is label 1."""
     labels = content.get("labels")
     if labels is None and code in _STRUCTURES:
         return _STRUCTURES[code]
@@ -167,7 +181,7 @@ def _cases(splits: dict[str, list[Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _resolve(case: Any, key: str, listing: Path, code: str) -> Path:
-    """The file of a case, whatever folder the paths in the JSON file begin with."""
+    """Find a file of a case; the folders that its path in the JSON file begins with do not matter."""
     text = case.get(key) if isinstance(case, dict) else None
     if not isinstance(text, str) or not text:
         raise DataError(f"{case!r}: expected the paths 'image' and 'label'")

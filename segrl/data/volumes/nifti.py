@@ -1,8 +1,8 @@
-"""Volumes from files and masks back into files, on the scan's own grid.
+"""Read volumes from files, and write masks on the grid of their scan.
 
-Files are turned to one order, (D, H, W) as `segrl.data.volumes.intensity` describes it, by the axes closest to the
-patient's: slices of oblique scans are the scan's own, nothing is resampled. A written mask has
-shape, affine, sform and qform of the scan's file, so any viewer shows it on its scan.
+The axes of a file are reordered to (D, H, W), see `segrl.data.volumes.intensity`, by the axes of the patient that they
+are closest to. Nothing is resampled: slices of an oblique scan stay oblique. A written mask has shape, affine, sform
+and qform of the scan's file, so any viewer shows it on its scan.
 """
 
 # D slices, H/W pixels of a slice; X/Y/Z voxels along the axes of a file
@@ -29,29 +29,35 @@ from segrl.geometry.masks import foreground
 
 __all__ = ["Volume", "label_values", "read_label", "read_volume", "write_mask", "write_volume"]
 
-# What nibabel and gzip raise for broken files; a truncated .nii.gz gives EOFError, zlib.error or OSError.
+# nibabel and gzip raise these for broken files; a truncated .nii.gz gives EOFError, zlib.error or OSError.
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
 _PATIENT_AXES = axcodes2ornt(("L", "P", "S"))  # of (W, H, D)
-_MAX_SHIFT = 0.05  # voxels that label and scan may be apart, where they are furthest apart: headers round
-_MAX_ROUNDING = 1e-4  # that a whole number in a scaled label file may be off
-_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's unit codes for metre and micron; all else is taken for millimetres
+_MAX_SHIFT = 0.05  # largest distance of label and scan in voxels, where they are furthest apart: headers are rounded
+_MAX_ROUNDING = 1e-4  # largest distance of a value in a scaled label file from a whole number
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's unit codes for metre and micron; all others are read as millimetres
 _LISTED = 20  # label values named in one error
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A scan in memory, with what is needed to write a mask onto the grid of its file.
+    """A scan in memory, with the grid of its file, on which masks are written.
 
     Attributes:
         voxels: (D, H, W) float32.
         spacing_mm: Size of a voxel along D, H and W in millimetres.
-        name: The file's path, or what the volume is called in errors.
-        affine: (4, 4) of the file, voxel to world; None for a volume without a file, whose grid starts at the origin.
-        file_shape: Shape of the file's array, with its trailing axes of length 1; None for a volume without a file.
-        header: The file's NIfTI header; None where there is none.
+        name: Path of the file, or another name for errors.
+        affine: (4, 4), voxel of the file to world. A volume without a file gets one that starts at the origin.
+        file_shape: Shape of the file's array, with its trailing axes of length 1. A volume without a file gets (W, H,
+            D).
+        header: NIfTI header of the file; None if there is none.
 
     Raises:
         DataError: If the voxels are not (D, H, W), there are none, or the spacing is not three positive numbers.
+
+    Example:
+        >>> volume = Volume(np.zeros((2, 3, 4), dtype=np.float32), spacing_mm=(5.0, 1.0, 1.0))
+        >>> volume.file_shape, np.diag(volume.affine).tolist()
+        ((4, 3, 2), [-1.0, -1.0, 5.0, 1.0])
     """
 
     voxels: np.ndarray
@@ -75,15 +81,23 @@ class Volume:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Reads a scan from a NIfTI file (`.nii`, `.nii.gz`, `.hdr`/`.img`) or a numpy array (`.npy`).
+    """Read a scan from a NIfTI file (`.nii`, `.nii.gz`, `.hdr`/`.img`) or a numpy array (`.npy`).
 
     Slope and intercept of the header are applied. Trailing axes of length 1 are dropped. An array in `.npy` has no
-    spacing: it gets 1 mm, and its axes are taken for those of a NIfTI file, slices last; slices come first when the
-    first of the three axes is the one that differs. A leading axis of length 1, as in M3D-Seg, is dropped.
+    spacing: it gets 1 mm. Its axes are read as those of a NIfTI file, slices last, unless the last two axes are equal
+    and the first one differs: then slices come first. A leading axis of length 1, as in M3D-Seg, is dropped.
 
     Raises:
-        DataError: With the file's name and what to do, if the file is missing, truncated or of another format, is not
-            one 3D volume of real numbers, is empty, has NaN or infinite voxels, or has no usable affine.
+        DataError: With the file's name and the fix, if the file is missing, truncated or of another format, is not one
+            3D volume of real numbers, is empty, has NaN or infinite voxels, or has no usable affine.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder, "scan.npy"), np.arange(24.0).reshape(4, 3, 2))  # (X, Y, Z)
+        ...     volume = read_volume(Path(folder, "scan.npy"))
+        >>> volume.voxels.shape, volume.spacing_mm
+        ((2, 3, 4), (1.0, 1.0, 1.0))
     """
     path = Path(path)
     array, affine, header = _open(path, "scan")
@@ -104,24 +118,31 @@ def read_volume(path: str | Path) -> Volume:
 def read_label(
     path: str | Path, volume: Volume | None = None, value: int = 0, *, allow_empty: bool = False
 ) -> np.ndarray:
-    """Reads the label of a scan: one of its values, or its whole foreground.
+    """Read the label of a scan: one of its values, or its whole foreground.
+
+    The affines of label and scan are compared where the two grids are furthest apart, at their corners, relative to the
+    smallest edge of a voxel.
 
     Args:
         path: NIfTI file or `.npy` array of whole numbers, or sparse `.npz` file of M3D-Seg, where the value is the
             number of the channel, from 1.
         volume: The scan, to check that the label fits it; the order of the file's axes may differ.
-        value: Label value that is foreground; 0 takes every value that is not zero.
-        allow_empty: Whether a label without such voxels is an empty mask instead of an error.
+        value: Label value of the foreground; 0 takes every value that is not zero.
+        allow_empty: Return an empty mask for a label without such voxels, instead of raising.
 
     Returns:
         (D, H, W) bool.
 
     Raises:
-        DataError: As `read_volume`, and if the label has values that are not whole numbers, lies elsewhere than the
-            scan or has another shape, or has no foreground or not that value: then the error says which it has.
+        DataError: As `read_volume`, and if the label has values that are not whole numbers, another position or shape
+            than the scan, no foreground, or not that value: then the error lists those it has.
 
-    Affines are compared where the two grids are furthest apart: at their corners, relative to the smallest edge of a
-    voxel.
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder, "label.npy"), np.array([[[0, 1]], [[2, 2]]]))
+        ...     [int(read_label(Path(folder, "label.npy"), value=value).sum()) for value in (0, 1, 2)]
+        [3, 1, 2]
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -147,10 +168,17 @@ def read_label(
 
 
 def label_values(path: str | Path) -> tuple[int, ...]:
-    """The values in a label file that are not zero, increasing; for a sparse `.npz` file its channels with foreground.
+    """Return the nonzero values in a label file, increasing; for a sparse `.npz` its channels with foreground.
 
     Raises:
         DataError: As `read_label`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder, "label.npy"), np.array([[[0, 4]], [[2, 2]]]))
+        ...     label_values(Path(folder, "label.npy"))
+        (2, 4)
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -160,10 +188,10 @@ def label_values(path: str | Path) -> tuple[int, ...]:
 
 
 def write_mask(path: str | Path, mask: ArrayLike, like: Volume) -> None:
-    """Writes a mask as NIfTI, uint8 with the values 0 and 1, on the grid of its scan.
+    """Write a mask as NIfTI, uint8 with the values 0 and 1, on the grid of its scan.
 
-    Shape, affine, sform and qform with their codes, units and NIfTI version are the scan's; header extensions and texts
-    are not copied, since they may name the patient.
+    Shape, affine, sform and qform with their codes, units and NIfTI version are those of the scan. Header extensions
+    and texts are not copied, since they may name the patient.
 
     Args:
         path: Ends in `.nii` or `.nii.gz`; an existing file is replaced.
@@ -171,7 +199,16 @@ def write_mask(path: str | Path, mask: ArrayLike, like: Volume) -> None:
         like: The scan.
 
     Raises:
-        DataError: If the mask is not of the scan's shape, or the path has another ending or no folder.
+        DataError: If the mask does not have the scan's shape, or the path has another ending or no folder.
+
+    Example:
+        >>> import tempfile
+        >>> scan = Volume(np.zeros((2, 3, 4), dtype=np.float32))
+        >>> mask = np.arange(24).reshape(2, 3, 4) < 5
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_mask(Path(folder, "mask.nii.gz"), mask, scan)
+        ...     bool((read_label(Path(folder, "mask.nii.gz"), scan) == mask).all())
+        True
     """
     array = foreground(mask, f"mask for {path}", ndim=3)
     if array.shape != like.voxels.shape:
@@ -183,10 +220,19 @@ def write_mask(path: str | Path, mask: ArrayLike, like: Volume) -> None:
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
-    """Writes a volume as NIfTI, float32 on its own grid: what `read_volume` reads back.
+    """Write a volume as NIfTI, float32 on its own grid; `read_volume` reads it back.
 
     Raises:
         DataError: If the path does not end in `.nii` or `.nii.gz`, or has no folder.
+
+    Example:
+        >>> import tempfile
+        >>> volume = Volume(np.arange(24, dtype=np.float32).reshape(2, 3, 4), spacing_mm=(5.0, 1.0, 1.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_volume(Path(folder, "scan.nii.gz"), volume)
+        ...     again = read_volume(Path(folder, "scan.nii.gz"))
+        >>> bool((again.voxels == volume.voxels).all()), again.spacing_mm
+        (True, (5.0, 1.0, 1.0))
     """
     _write(Path(path), volume.voxels.astype(np.float32, copy=False), volume)
 
@@ -219,7 +265,7 @@ def _write(path: Path, slices: np.ndarray, like: Volume) -> None:
 
 
 def _open(path: Path, role: str) -> tuple[Any, np.ndarray, nib.Nifti1Header | None]:
-    """The file's array, not yet read and with its trailing axes of length 1; its affine; its header."""
+    """Return the file's array, not yet read and with its trailing axes of length 1, its affine, and its header."""
     _must_exist(path, role)
     header = None
     if path.suffix == ".npy":
@@ -265,7 +311,7 @@ def _must_exist(path: Path, role: str) -> None:
 
 
 def _read(path: Path, array: Any, dtype: Any = None) -> np.ndarray:
-    """The voxels (X, Y, Z), scaled by the header, in the narrowest type or in `dtype`."""
+    """Read the voxels (X, Y, Z), scaled by the header, in the narrowest type or in `dtype`."""
     try:
         return np.asarray(array, dtype=dtype).reshape(array.shape[:3])
     except _UNREADABLE as error:
@@ -314,18 +360,18 @@ def _check_fit(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume: V
 
 
 def _slice_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """(D, H, W) of a file's array in this order, and the affine of (W, H, D)."""
+    """Return the shape (D, H, W) of a file's array after reordering, and the affine of (W, H, D)."""
     axes = ornt_transform(io_orientation(affine), _PATIENT_AXES)
     turned = tuple(shape[axis] for axis in _file_axes(affine))
     return turned[::-1], affine @ inv_ornt_aff(axes, shape)
 
 
 def _file_axes(affine: np.ndarray) -> list[int]:
-    """The axes of the file that run along W, H and D."""
+    """Return the axes of the file that run along W, H and D."""
     return [int(axis) for axis in np.argsort(io_orientation(affine)[:, 0])]
 
 
 def _to_slices(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """(X, Y, Z) of a file as (D, H, W)."""
+    """Reorder the axes (X, Y, Z) of a file to (D, H, W)."""
     axes = ornt_transform(io_orientation(affine), _PATIENT_AXES)
     return np.ascontiguousarray(apply_orientation(array, axes).transpose(2, 1, 0))

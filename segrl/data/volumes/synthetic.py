@@ -1,8 +1,8 @@
 """Synthetic volumes with ellipsoid lesions, written as NIfTI files: data for the tiny preset, the tests and demos.
 
-A volume holds one or two lesions of the kind that is asked for, and often one of the other kind, so that the question
-matters. Lesions are widest on their middle slice and shrink to nothing above and below it, so that some slices show
-them better than others.
+A volume holds one or two lesions of the kind that its row asks for, and often one of the other kind, so that the query
+matters. Lesions are widest on their middle slice and smaller above and below it, so that some slices show them better
+than others.
 """
 
 # D slices, H/W pixels of a slice
@@ -16,7 +16,8 @@ import numpy as np
 from datasets import Dataset
 from scipy import ndimage
 
-from segrl.data.volumes.folder import load_volumes, write_manifest
+from segrl.data.manifest import write_manifest
+from segrl.data.volumes.folder import load_volumes
 from segrl.errors import DataError
 
 __all__ = ["VOLUME_LESIONS", "SyntheticVolume", "make_synthetic_volumes", "make_volume"]
@@ -32,13 +33,18 @@ _TRIES = 40
 
 @dataclass(frozen=True, eq=False)
 class SyntheticVolume:
-    """One volume with everything that can be asked about it.
+    """One volume with its labels.
 
     Attributes:
-        voxels: (D, H, W) float32, arbitrary units as MR has them.
+        voxels: (D, H, W) float32, in arbitrary units as in MR.
         labels: (D, H, W) uint8, 0 for tissue and `1 + VOLUME_LESIONS.index(kind)` inside a lesion.
         spacing_mm: Size of a voxel along D, H and W.
         lesion: The kind that the row asks for; always present.
+
+    Example:
+        >>> volume = make_volume(0, depth=4, size=32)
+        >>> volume.voxels.shape, volume.spacing_mm, volume.lesion
+        ((4, 32, 32), (3.0, 1.0, 1.0), 'bright nodule')
     """
 
     voxels: np.ndarray
@@ -57,10 +63,15 @@ def make_volume(
         depth: Slices D, at least 4.
         size: Height and width of a slice in pixels, at least 32; lesions scale with it.
         seed: Another family of volumes; two seeds share none.
-        distractors: Whether half of the volumes also hold a lesion of the kind that is not asked for.
+        distractors: Whether half of the volumes also hold a lesion of the other kind.
 
     Raises:
         DataError: A volume that is too small, or a negative number.
+
+    Example:
+        >>> volume = make_volume(0, depth=4, size=32)
+        >>> np.unique(volume.labels).tolist(), 1 + VOLUME_LESIONS.index(volume.lesion)
+        ([0, 1], 1)
     """
     if depth < _LEAST[0] or size < _LEAST[1]:
         raise DataError(f"depth={depth}, size={size}: expected at least {_LEAST[0]} slices of {_LEAST[1]} px")
@@ -87,7 +98,7 @@ def make_volume(
                 break
             half[1:] = np.maximum(_RADIUS[0], 0.95 * half[1:])
         else:
-            if number:  # a lesion that finds no free place is left out, but never the first
+            if number:  # a lesion that does not fit is left out, but never the first
                 continue
         placed.append(np.stack([centre, half]))
         depth_in = 1 - np.sqrt(sum(((axis - c) / h) ** 2 for axis, c, h in zip((z, y, x), centre, half, strict=True)))
@@ -96,7 +107,7 @@ def make_volume(
         voxels += (tone * edge).astype(np.float32)
         labels[depth_in > 0] = 1 + kind
     voxels += 0.03 * rng.standard_normal(voxels.shape, np.float32)
-    gain = rng.uniform(200, 900)  # units of MR mean nothing
+    gain = rng.uniform(200, 900)  # MR has no fixed unit
     return SyntheticVolume(np.clip(voxels, 0, None) * gain, labels, _SPACING_MM, VOLUME_LESIONS[asked])
 
 
@@ -107,17 +118,24 @@ def make_synthetic_volumes(
 
     Args:
         n: Number of volumes, 1 or more.
-        folder: Created if needed; files of the same settings that are there already are used.
-        depth: See `make_volume`, as the rest.
+        folder: Created if needed; existing files of the same settings are reused.
+        depth: Slices, see `make_volume`.
         size: Height and width of a slice.
         seed: Family of volumes.
         distractors: See `make_volume`.
 
     Returns:
-        The rows, as `load_volumes` gives them.
+        The rows that `load_volumes` loads.
 
     Raises:
         DataError: `n` is not positive, or as `make_volume`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (row,) = make_synthetic_volumes(1, folder, depth=4, size=32)
+        >>> Path(row["scan"]).name, row["lesion"], row["label_value"]
+        ('synthetic_0_4x32_00000.nii.gz', 'bright nodule', 1)
     """
     import nibabel
 
