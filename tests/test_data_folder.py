@@ -1,5 +1,4 @@
 import csv
-import time
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +235,8 @@ def test_check_rows_needs_no_name_column():
 
 
 @pytest.mark.skipif(not LESIONS2D.is_dir(), reason="the real data set is not on this machine")
-def test_real_lesions_load_and_pass_in_three_seconds():
-    start = time.perf_counter()
+def test_real_lesions_load_and_pass():
     dataset = load_folder(LESIONS2D)
-    assert time.perf_counter() - start < 3
     assert len(dataset) == 511
     assert all(isinstance(dataset.features[column], Value) for column in ("query", "source", "foreground_fraction"))
     assert len(load_folder(LESIONS2D, "train", validate=False)) + len(load_folder(LESIONS2D, "test")) == 511

@@ -1,10 +1,10 @@
 """Answers in JSON: bad model text is data, and what is good in it is never lost."""
 
 import json
-import time
 
 import numpy as np
 import pytest
+from growth import grows_linearly
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,15 +144,18 @@ def test_any_text_is_read(text):
     read_json_answer(text, LARGEST)
 
 
-def test_a_megabyte_takes_linear_time():
-    def seconds(n):
-        text = "[" + ", ".join(['{"bbox_2d": [1, 2, 9, 8], "label": "x"}'] * (n // 40)) + "]"
-        start = time.perf_counter()
-        read_json_answer(text, LARGEST)
-        return time.perf_counter() - start
+def test_squares_are_not_linear():
+    assert not grows_linearly(lambda n: lambda: [0 for _ in range(n) for _ in range(n)], 200)
+    assert not grows_linearly(lambda n: lambda: np.zeros((n, n)), 200)
 
-    small, large = min(seconds(100_000) for _ in range(3)), min(seconds(1_000_000) for _ in range(3))
-    assert large < 40 * small
+
+def test_work_is_linear_in_the_text():
+    def reading(n):
+        text = "[" + ", ".join(['{"bbox_2d": [1, 2, 9, 8], "label": "x"}'] * (n // 40)) + "]"
+        return lambda: read_json_answer(text, LARGEST)
+
+    assert len(reading(1_000_000)().boxes) == 25_000
+    assert grows_linearly(reading, 20_000)
 
 
 def test_an_unknown_answer_format():

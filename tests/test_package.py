@@ -2,10 +2,8 @@
 
 import ast
 import os
-import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -34,14 +32,11 @@ def run_python(code: str, cwd: Path, pythonpath: Path) -> str:
     return done.stdout.strip()
 
 
-def test_import_is_quick_and_loads_no_framework(tmp_path):
-    code = "import segrl, sys; print(sorted({'torch', 'transformers', 'trl', 'numpy'} & set(sys.modules)))"
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert run_python(code, tmp_path, ROOT) == "[]"
-        seconds.append(time.perf_counter() - start)
-    assert statistics.median(seconds) < 1.0
+def test_import_loads_no_framework_and_little_else(tmp_path):
+    code = "import sys; before = set(sys.modules); import segrl; print(*sorted(set(sys.modules) - before))"
+    loaded = run_python(code, tmp_path, ROOT).split()
+    assert {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) == {"segrl", "lazy_loader"}
+    assert len(loaded) < 100
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)

@@ -1,9 +1,8 @@
 """Rewards for the text: each trap is a way in which a published format reward paid for the wrong thing."""
 
-import time
-
 import pytest
 from answers import MEGABYTE, hostile_texts, in_answer, read, says
+from growth import grows_linearly
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -267,17 +266,13 @@ def test_what_is_declared_holds_for_these_settings_too(reward, settings):
 
 
 @pytest.mark.parametrize("name", hostile_texts(1000))
-def test_a_hostile_megabyte_takes_linear_time(name):
+def test_work_is_linear_in_hostile_text(name):
     rewards = [make_reward(reward, require_valid=False) for reward in TEXT_REWARDS[2:]]
     rewards += [make_reward(reward, graded=True) for reward in TEXT_REWARDS[:2]]
 
-    def seconds(size):
+    def scored(size):
         prediction = read(hostile_texts(size)[name])
-        start = time.perf_counter()
-        for reward in rewards:
-            value = reward.score(prediction, None)
-            assert value is not None
-            assert 0 <= value <= 1
-        return time.perf_counter() - start
+        return lambda: [reward.score(prediction, None) for reward in rewards]
 
-    assert seconds(MEGABYTE) < 12 * seconds(MEGABYTE // 4) + 1.0
+    assert all(value is not None and 0 <= value <= 1 for value in scored(MEGABYTE)())
+    assert grows_linearly(scored, 10_000)

@@ -1,7 +1,6 @@
 """The tiny models are real: right classes, right token counts, saved and loaded, generating, trainable by plain TRL."""
 
 import functools
-import time
 import unicodedata
 from typing import Any
 
@@ -113,10 +112,8 @@ class TestTokenizer:
 
 @pytest.mark.parametrize(("build", "model_class"), VLMS)
 class TestVisionLanguageModels:
-    def test_is_the_original_class_small_and_quick_to_build(self, build, model_class):
-        start = time.perf_counter()
+    def test_is_the_original_class_and_small(self, build, model_class):
         model, _ = build()
-        assert time.perf_counter() - start < 2
         assert type(model) is model_class
         assert 1_000_000 < model.num_parameters() < 2_000_000
         assert model.dtype == torch.float32

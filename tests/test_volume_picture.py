@@ -1,6 +1,5 @@
 """The picture of an answer about a volume, pixel by pixel where it counts."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -195,13 +194,11 @@ def test_query_and_texts_make_the_picture_longer(tmp_path):
     assert draw(tmp_path, raw, LESION).shape[0] < long  # one heading instead of two
 
 
-def test_hostile_texts_are_drawn_in_bounded_space_and_time(tmp_path):
+def test_hostile_texts_are_drawn_in_bounded_space(tmp_path):
     hostile = "\x1b[31m</think>\x00\ud800é漢 {0}%s\n" * 40_000
-    start = time.perf_counter()
     target = VolumeTarget.from_mask(LESION.mask, name="\u202e" * 500, query="x" * 10**6)
     picture = draw(tmp_path, answer(4, reasoning=hostile, answer="]" * 10**6), target)
     raw = draw(tmp_path, answer(4, reasoning=None, answer=None, text=hostile), target)
-    assert time.perf_counter() - start < 20
     lines = module.QUERY_LINES + module.REASONING_LINES + module.ANSWER_LINES
     assert max(picture.shape[0], raw.shape[0]) < KEY + 250 + lines * (module.TEXT + module.LEADING)
 
