@@ -1,5 +1,6 @@
 """Dense terms: names, weights, the mean over rows, and its invariance to how rows are split."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import nn
 
 from segrl import losses
 from segrl.errors import SegRLError, UnknownNameError
-from segrl.heads import DenseLoss
+from segrl.heads import DenseLoss, register_dense_loss
 from segrl.heads.dense import check_dense_losses, dense_terms
-from segrl.heads.mask_head import MaskRequest, SegInput
+from segrl.heads.requests import MaskRequest, SegInput
 from segrl.metrics import dice
 
 SIDE = 6
@@ -43,6 +44,10 @@ def part(request, rows):
     return smaller
 
 
+def area(mask_logits, target, scale=1):
+    return scale * (mask_logits.sigmoid().mean((1, 2)) - target.mean((1, 2))).abs()
+
+
 class TestDenseLoss:
     @pytest.mark.parametrize("name", ["dice_ce", "dice", "cross_entropy", "focal"])
     def test_named(self, name):
@@ -59,7 +64,22 @@ class TestDenseLoss:
         assert torch.equal(DenseLoss("area", fn=Area())(logits, target), expected)
         assert torch.equal(DenseLoss("area", fn=lambda x, t: x.sigmoid().mean((1, 2)))(logits, target), expected)
 
+    def test_a_function_gives_its_name(self):
+        logits, target = noise(2, SIDE, SIDE), torch.zeros(2, SIDE, SIDE)
+        for term in (DenseLoss(area), DenseLoss(f"{__name__}:area"), DenseLoss("area", fn=f"{__name__}:area")):
+            assert term.name == "area"
+            assert torch.equal(term(logits, target), area(logits, target))
+        register_dense_loss("test_dense_area")(area)
+        assert DenseLoss("test_dense_area").fn is area
+        assert DenseLoss("heat", fn="dice", on="heatmap").fn is losses.dice
+
+    @pytest.mark.parametrize("loss", [lambda x, t: x, functools.partial(area, scale=2), 3])
+    def test_what_has_no_name_needs_one(self, loss):
+        with pytest.raises(SegRLError, match=r"expected a name or a named function; write DenseLoss\('name', fn=...\)"):
+            DenseLoss(loss)
+
     def test_repr(self):
+        assert repr(DenseLoss("dice", on="heatmap")) == "DenseLoss('dice', weight=1.0, on='heatmap')"
         assert repr(DenseLoss("dice", 2)) == "DenseLoss('dice', weight=2.0)"
 
     def test_unknown_name_suggests_the_closest(self):
@@ -130,6 +150,23 @@ class TestTerms:
         torch.testing.assert_close(mean, expected["dice_ce"])
         other = torch.autograd.grad(mean, whole.logits, allow_unused=True)[0]
         torch.testing.assert_close(other, gradient)
+
+    def test_a_term_on_an_auxiliary_output(self):
+        request = request_for([True, False, True])
+        request.aux = {"heatmap": noise(2, SIDE, SIDE, seed=7).bfloat16().requires_grad_()}
+        terms, _ = dense_terms([DenseLoss("dice"), DenseLoss("heat", fn=losses.dice, on="heatmap")], request)
+        truth = torch.stack([request.inputs[n].target for n in (0, 2)]) / 255
+        expected = losses.dice(request.aux["heatmap"].float(), truth).sum().item() / 3
+        assert terms["heat"].item() == pytest.approx(expected, abs=1e-6)
+        terms["heat"].backward()
+        assert request.aux["heatmap"].grad is not None
+        assert request.logits.grad is None
+
+    def test_an_unknown_output_lists_those_of_the_adapter(self):
+        request = request_for([True])
+        request.aux = {"heatmap": request.logits, "edge": request.logits}
+        with pytest.raises(UnknownNameError, match=r"'heatmp'; did you mean 'heatmap'\? Known: edge, heatmap, mask"):
+            dense_terms([DenseLoss("dice", on="heatmp")], request)
 
     def test_no_mask_at_all(self):
         request = request_for([False, False])

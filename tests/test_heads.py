@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FAMILIES, add_head, tiny_headed_model, tiny_model, tiny_segmenter
+from builders import FAMILIES, add_head, tiny_headed_model, tiny_model, tiny_sam2_config, tiny_segmenter
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -30,10 +30,12 @@ from segrl.heads import (
     attach_mask_head,
     detach_mask_head,
     find_mask_head,
+    register_adapter,
 )
 from segrl.heads.decoding import add_masks, generation_states, masks_at, pad_ids
 from segrl.models import seg_token_id, tiny_tokenizer
 from segrl.predictions import Frame, Status, parse_completion
+from segrl.segmenters import Sam2Segmenter
 
 ADAPTERS = [
     SemanticGuidedAdapter(24, 16, num_heads=4),
@@ -60,6 +62,86 @@ def picture(seed=0, size=(64, 64)):
 def seg_input(head, seed=0, mask=False):
     target = (noise(16, 16, seed=seed) > 0).to(torch.uint8) * 255 if mask else None
     return SegInput(head.segmenter.preprocess(picture(seed)), target=target)
+
+
+def last_written(ids, completion_mask):
+    """A probe that is a function."""
+    return completion_mask.int().cumsum(1).argmax(1, keepdim=True), completion_mask.any(1, keepdim=True)
+
+
+class Scaled(LinearAdapter):
+    """An adapter with a setting of its own."""
+
+    def __init__(self, input_dim, prompt_dim, *, scale=1.0):
+        super().__init__(input_dim, prompt_dim)
+        self.scale = scale
+
+    def forward(self, states, state_mask):
+        return self.scale * super().forward(states, state_mask)
+
+    def to_config(self):
+        return {**super().to_config(), "scale": self.scale}
+
+
+def _local(base):
+    class Local(base): ...
+
+    return Local
+
+
+def _settings(change):
+    """Makes a subclass whose config is changed."""
+    return lambda base: type("Faulty", (base,), {"to_config": lambda self: change(base.to_config(self))})
+
+
+class SmallSam(Sam2Segmenter):
+    """A segmenter that needs no settings."""
+
+    def __init__(self, config=None):
+        super().__init__(config or tiny_sam2_config())
+
+
+class Forgetful(Scaled):
+    """Is built anew without its setting."""
+
+    @classmethod
+    def from_config(cls, config, **context):
+        return cls(config["input_dim"], config["prompt_dim"])
+
+
+class Wider(LinearAdapter):
+    """Is built anew with another width than before."""
+
+    def __init__(self, input_dim, prompt_dim, hidden=5):
+        super().__init__(input_dim, prompt_dim)
+        self.extra = nn.Parameter(torch.zeros(hidden))
+        self.more = nn.ParameterList([torch.zeros(1)] * (hidden - 5))
+
+
+UNSAVED = {  # fault: how to make the class, what the error says
+    "local": (_local, "is defined inside a function and cannot be found again; define it at the top of a module, or"),
+    "unknown setting": (_settings(lambda c: {**c, "x": 1}), "to_config() does not rebuild it: TypeError"),
+    "not JSON": (_settings(lambda c: {**c, "x": {1}}), "to_config() is not JSON-ready: Object of type set"),
+    "reserved": (_settings(lambda c: {**c, "type": "x"}), "to_config() has the reserved key 'type'; rename it"),
+}
+BAD_FILES: list[Any] = [  # change of mask_head.json, how the error goes on behind the file's name
+    ("{", "not JSON: "),
+    ("[]", "expected a JSON object, got list"),
+    (lambda c: {**c, "version": 2}, "version: 2; this segrl reads version 1, update segrl"),
+    (lambda c: {**c, "version": "1"}, "version: '1'; this segrl reads version 1"),
+    (lambda c: {**c, "freeze_encoder": "yes"}, "freeze_encoder: 'yes'; expected true or false"),
+    (lambda c: {k: v for k, v in c.items() if k != "freeze_encoder"}, "freeze_encoder: None; expected true"),
+    (lambda c: {k: v for k, v in c.items() if k != "probe"}, "probe: None; expected an object with the text 'type'"),
+    (
+        lambda c: {**c, "adapter": {"input_dim": 8}},
+        "adapter: {'input_dim': 8}; expected an object with",
+    ),
+    (lambda c: {**c, "adapter": {"type": "linaer"}}, "adapter: unknown adapter 'linaer'; did you mean 'linear'?"),
+    (lambda c: {**c, "adapter": {"type": "no_module:X"}}, "adapter: adapter 'no_module:X' cannot be imported: Modu"),
+    (lambda c: {**c, "adapter": {**c["adapter"], "width": 3}}, "adapter: TypeError: LinearAdapter.__init__() got an"),
+    (lambda c: {**c, "segmenter": {**c["segmenter"], "image_size": 33}}, "segmenter: image_size=33: a SAM 2 input"),
+    (lambda c: {**c, "probe": {"type": "answer", "token_id": 3}}, "probe: probe 'answer' looks for <answer> in the"),
+]
 
 
 class TestAdapters:
@@ -310,6 +392,56 @@ class TestBuild:
         assert logits.shape == (2, 16, 16)
         assert head.probe.token_id == seg_token_id(processor)
 
+    @pytest.mark.parametrize("form", ["class", "path", "name", "object"])
+    def test_parts_of_ones_own_in_every_form(self, form):
+        model, _ = tiny_model()
+        adapter: Any = {
+            "class": Scaled,
+            "path": f"{__name__}:Scaled",
+            "name": "test_heads_scaled",
+            "object": Scaled(64, 32, scale=2.0),
+        }[form]
+        if form == "name":
+            register_adapter(adapter)(Scaled)
+        settings: Any = {} if form == "object" else {"scale": 2.0}
+        probes = {"class": SegTokenProbe, "path": f"{__name__}:last_written", "name": "seg_token"}
+        probe = probes.get(form, last_written)
+        segmenter = {"class": SmallSam, "path": f"{__name__}:SmallSam"}.get(form, tiny_segmenter())
+        head = MaskHead.build(model, segmenter, token_id=3, adapter=adapter, probe=probe, **settings)
+        assert (type(head.adapter), head.adapter.scale) == (Scaled, 2.0)
+        assert head.probe is last_written if form in ("path", "object") else head.probe.token_id == 3
+        assert isinstance(head.segmenter, SmallSam) == (form in ("class", "path"))
+
+    def test_settings_for_an_adapter_that_is_built_already(self):
+        model, _ = tiny_model()
+        with pytest.raises(SegRLError, match=r"adapter settings \['blocks'\]: LinearAdapter is built already"):
+            MaskHead.build(model, tiny_segmenter(), token_id=3, adapter=LinearAdapter(64, 32), blocks=1)
+
+    @pytest.mark.parametrize(
+        ("output", "text"),
+        [
+            (torch.zeros(2, 32), "returned prompts (2, 32); expected shape (2, prompts, 32)"),
+            (torch.zeros(2, 1, 16), "returned prompts (2, 1, 16); expected shape (2, prompts, 32)"),
+            (torch.zeros(1, 1, 32), "returned prompts (1, 1, 32); expected shape (2, prompts, 32)"),
+            (None, "returned prompts NoneType; expected shape (2, prompts, 32)"),
+            ((torch.zeros(2, 1, 32), [1]), "returned auxiliary outputs list; expected a dict"),
+            (
+                (torch.zeros(2, 1, 32), {"x": torch.zeros(3)}),
+                "returned auxiliary output 'x' (3,); expected shape",
+            ),
+            ((torch.zeros(2, 1, 32), {"mask": torch.zeros(2)}), "returned auxiliary output 'mask' (2,); expected"),
+        ],
+    )
+    def test_an_adapter_that_returns_something_else(self, output, text):
+        class Other(LinearAdapter):
+            def forward(self, states, state_mask):
+                return output
+
+        head = MaskHead(SegTokenProbe(3), Other(8, 32), tiny_segmenter())
+        with pytest.raises(SegRLError) as caught:
+            head(noise(2, 1, 8), torch.ones(2, 1, dtype=torch.bool), [seg_input(head)] * 2)
+        assert str(caught.value).startswith(f"adapter Other: {text}")
+
     def test_adapter_settings_arrive(self):
         model, processor = tiny_model()
         add_head(model, processor, blocks=1, num_queries=4, num_heads=2)
@@ -433,6 +565,69 @@ class TestRequest:
         if not freeze_encoder:
             assert any("trunk.patch_embed" in name for name in encoder)
             assert any("neck" in name for name in encoder)
+
+
+class Guessing(LinearAdapter):
+    """Also returns what it saw of states and images, and, if asked, a first guess of the mask."""
+
+    def __init__(self, input_dim, prompt_dim, *, guess=True):
+        super().__init__(input_dim, prompt_dim)
+        self.guess, self.heat = guess, nn.Linear(input_dim, 1)
+
+    def forward(self, states, state_mask, *, features, index):
+        stride4 = features.tensors[-1][index].mean(1, keepdim=True)
+        heat = stride4 * self.heat(states[:, :1])[..., None]
+        more = {"mask_prompt": heat} if self.guess else {}
+        return super().forward(states, state_mask), {"heatmap": heat[:, 0], **more}
+
+
+class TestAuxiliaryOutputs:
+    TEXTS = ("<answer>A.<seg></answer>", "<answer>None.</answer>", "A.<seg>")
+
+    def asked(self, guess=True, texts=TEXTS) -> Any:
+        model, processor = tiny_model()
+        torch.manual_seed(0)
+        head = MaskHead.build(model, tiny_segmenter(), token_id=seg_token_id(processor), adapter=Guessing, guess=guess)
+        attach_mask_head(model, head)
+        batch = encoded(processor, texts, [picture(n) for n in range(len(texts))])
+        index, valid = head.probe(batch["input_ids"], torch.ones_like(batch["input_ids"]))
+        inputs = [seg_input(head, n) for n in range(len(texts))]
+        with head.decode_next(index, valid, inputs) as request:
+            output = model(**batch)
+        return model, head, inputs, request, output
+
+    def test_they_arrive_with_the_rows_that_have_a_mask(self):
+        _, head, inputs, request, _ = self.asked()
+        assert request.rows.tolist() == [0, 2]
+        assert request.aux["heatmap"].shape == (2, 16, 16)
+        pixels = torch.stack([inputs[n].pixels for n in (0, 2)])
+        stride4 = head.segmenter.encode(pixels).tensors[-1].mean(1)
+        shape = request.aux["heatmap"] / stride4
+        torch.testing.assert_close(shape, shape[:, :1, :1].expand_as(shape), rtol=1e-3, atol=1e-4)
+
+    def test_the_first_guess_prompts_the_segmenter(self):
+        _, head, _, request, _ = self.asked()
+        _, _, _, plain, _ = self.asked(guess=False)  # of the same seed
+        assert not torch.allclose(request.logits, plain.logits, atol=1e-4)
+        assert plain.aux.keys() == {"heatmap"}
+        request.logits.sum().backward()
+        assert head.adapter.heat.weight.grad.any()  # only through the guess
+
+    def test_without_any_token_they_are_empty_and_all_gradients_zero(self):
+        _, head, _, request, output = self.asked(texts=self.TEXTS[1:2])
+        assert request.aux["heatmap"].shape == (0, 16, 16)
+        (output.logits.square().mean() + request.aux["heatmap"].sum()).backward()
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+
+    def test_a_segmenter_that_takes_no_guess(self):
+        class Plain(Sam2Segmenter):
+            def decode(self, features, prompts, index):
+                return super().decode(features, prompts, index)
+
+        head = MaskHead(SegTokenProbe(3), Guessing(8, 32), Plain(tiny_sam2_config()))
+        with pytest.raises(SegRLError, match=r"Guessing: returned 'mask_prompt', which Plain\.decode does not take"):
+            head(noise(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), [seg_input(head)])
 
 
 class TestFeatures:
@@ -746,17 +941,96 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=r"does not fit this head.*adapter\.layers\.0\.weight"):
             head.load_weights(tmp_path)
 
-    def test_parts_of_ones_own_are_built_in_code(self, tmp_path):
-        class Own(LinearAdapter):
-            pass
+    def test_parts_of_a_module_are_found_by_their_path(self, tmp_path):
+        head = MaskHead(last_written, Scaled(8, 32, scale=3.0), tiny_segmenter(seed=1))
+        head.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "mask_head.json").read_text())
+        assert config["adapter"] == {"type": f"{__name__}:Scaled", "input_dim": 8, "prompt_dim": 32, "scale": 3.0}
+        assert config["probe"] == {"type": f"{__name__}:last_written"}
+        again = MaskHead.from_pretrained(tmp_path)
+        assert again.probe is last_written
+        states, valid = noise(2, 1, 8), torch.ones(2, 1, dtype=torch.bool)
+        expected = head(states, valid, [seg_input(head)] * 2)
+        assert torch.equal(again(states, valid, [seg_input(again)] * 2), expected)
 
-        own = MaskHead(SegTokenProbe(3), Own(8, 32), tiny_segmenter())
-        own.save_pretrained(tmp_path)
-        with pytest.raises(CheckpointError, match=r"parts of your own .*'adapter': 'Own'.*head\.load_weights"):
+    def test_a_head_built_in_code_gets_the_weights(self, tmp_path):
+        class Local(LinearAdapter): ...
+
+        MaskHead(SegTokenProbe(3), LinearAdapter(8, 32), tiny_segmenter()).save_pretrained(tmp_path)
+        own = MaskHead(SegTokenProbe(3), Local(8, 32), tiny_segmenter(seed=1))
+        head = MaskHead.from_pretrained(tmp_path, head=own)
+        assert head is own
+        expected = MaskHead.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in head.state_dict().items())
+
+    def test_saving_leaves_the_generator_as_it_was(self, tmp_path):
+        head: Any = find_mask_head(tiny_headed_model()[0])
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        head.save_pretrained(tmp_path)
+        assert torch.equal(torch.rand(3), expected)
+
+    @pytest.mark.parametrize("part", ["probe", "adapter", "segmenter"])
+    @pytest.mark.parametrize("fault", list(UNSAVED))
+    def test_what_does_not_rebuild_a_part_is_found_when_it_is_saved(self, part, fault, tmp_path):
+        make, text = UNSAVED[fault]
+        base, arguments = {
+            "probe": (SegTokenProbe, (3,)),
+            "adapter": (LinearAdapter, (8, 32)),
+            "segmenter": (Sam2Segmenter, (tiny_sam2_config(),)),
+        }[part]
+        kind = make(base)
+        if fault != "local":
+            globals()["Faulty"] = kind
+            kind.__module__, kind.__qualname__, kind.__name__ = __name__, "Faulty", "Faulty"
+        parts = {"probe": SegTokenProbe(3), "adapter": LinearAdapter(8, 32), "segmenter": tiny_segmenter()}
+        head = MaskHead(**{**parts, part: kind(*arguments)})
+        with pytest.raises(CheckpointError) as caught:
+            head.save_pretrained(tmp_path / "new")
+        assert str(caught.value).startswith(f"{part} {kind.__name__} cannot be saved: ")
+        assert text in str(caught.value)
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(
+        ("adapter", "text"),
+        [
+            (Forgetful(8, 32, scale=2.0), "it has other settings ['scale']; return every argument of __init__ from"),
+            (Wider(8, 32, hidden=7), "it has other weights ['extra', 'more.0', 'more.1']; return every argument"),
+        ],
+    )
+    def test_a_part_that_is_another_one_when_it_is_built_anew(self, adapter, text, tmp_path):
+        head = MaskHead(SegTokenProbe(3), adapter, tiny_segmenter())
+        with pytest.raises(CheckpointError) as caught:
+            head.save_pretrained(tmp_path / "new")
+        assert f"adapter {type(adapter).__name__} cannot be saved: built from to_config(), {text}" in str(caught.value)
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(("change", "text"), BAD_FILES)
+    def test_damaged_and_newer_files_name_file_and_key(self, change, text, tmp_path):
+        MaskHead(SegTokenProbe(3), LinearAdapter(8, 32), tiny_segmenter()).save_pretrained(tmp_path)
+        path = tmp_path / "mask_head.json"
+        config = json.loads(path.read_text())
+        path.write_text(change if isinstance(change, str) else json.dumps(change(config)))
+        with pytest.raises(CheckpointError) as caught:
             MaskHead.from_pretrained(tmp_path)
-        other = MaskHead(SegTokenProbe(3), Own(8, 32), tiny_segmenter(seed=1))
-        other.load_weights(tmp_path)
-        assert all(torch.equal(value, own.state_dict()[name]) for name, value in other.state_dict().items())
+        assert str(caught.value).startswith(f"{path}: {text}")
+        assert "\n" not in str(caught.value)
+
+    def test_damaged_weights_name_the_file(self, tmp_path):
+        MaskHead(SegTokenProbe(3), LinearAdapter(8, 32), tiny_segmenter()).save_pretrained(tmp_path)
+        (tmp_path / "mask_head.safetensors").write_bytes(b"no")
+        with pytest.raises(CheckpointError, match=r"mask_head\.safetensors: cannot be read"):
+            MaskHead.from_pretrained(tmp_path)
+
+    def test_files_from_before_there_were_versions(self, tmp_path):
+        head = MaskHead(SegTokenProbe(3), LinearAdapter(8, 32), tiny_segmenter())
+        head.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "mask_head.json").read_text())
+        assert config.pop("version") == 1
+        config["segmenter"]["type"] = "Sam2Segmenter"
+        (tmp_path / "mask_head.json").write_text(json.dumps(config))
+        assert MaskHead.from_pretrained(tmp_path).to_config() == head.to_config()
 
 
 class TestDecoding:

@@ -1,22 +1,61 @@
-"""Prompt adapters: hidden states "N K D" to prompt embeddings "N P C" of a segmenter. N masks, K probe states, P
-prompts.
+"""Prompt adapters: hidden states of a language model to prompt embeddings of a segmenter.
 
-All take `states` "N K D" and `state_mask` "N K" (True where a state exists; each mask has at least one) and accept N
-= 0.
+An adapter is built as `Adapter(input_dim, prompt_dim, **settings)`. It takes `states` (N, K, D) and `state_mask` (N, K)
+(True where a state exists; each mask has at least one), accepts N = 0, and returns
+
+- `prompts` (N, P, C), or
+- `(prompts, aux)`, where `aux` names further outputs with N rows. `DenseLoss(..., on="name")` trains them, and one
+  named "mask_prompt", (N, 1, h', h') logits, also prompts the segmenter.
+
+An adapter whose `forward` has the keywords `features` and `index` also gets the segmenter's `ImageFeatures` of the
+unique images and, as (N,), the row of each mask's image.
 """
+
+# N masks, K probe states, D width of the language model, P prompts, C width of the segmenter's prompts
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from segrl.errors import SegRLError
+from segrl.registry import Registry
 
+__all__ = ["ADAPTERS", "LinearAdapter", "MLPAdapter", "SemanticGuidedAdapter", "register_adapter"]
+
+Class = TypeVar("Class", bound=type[nn.Module])
+
+ADAPTERS = Registry("adapter", "segrl.adapters", classes=True, preload=("segrl.heads",))
 _MOMENTUM = 0.1  # of running statistics
 
 
+def register_adapter(name: str) -> Callable[[Class], Class]:
+    """Register an adapter class under a name, for `MaskHead.build` and for files.
+
+    `to_config()` returns JSON-ready settings from which `from_config(config, **context)`, or without that method
+    `cls(**config)`, builds the same adapter.
+
+    Raises:
+        SegRLError: The name is taken, or it is no class.
+
+    Example:
+        >>> @register_adapter("first_state")
+        ... class FirstState(nn.Linear):
+        ...     def forward(self, states, state_mask):
+        ...         return super().forward(states[:, :1])
+        ...
+        ...     def to_config(self):
+        ...         return {"in_features": self.in_features, "out_features": self.out_features}
+        >>> ADAPTERS.get("first_state")(8, 4)(torch.zeros(2, 3, 8), torch.ones(2, 3)).shape
+        torch.Size([2, 1, 4])
+    """
+    return ADAPTERS.register(name)
+
+
+@register_adapter("semantic_guided")
 class SemanticGuidedAdapter(nn.Module):
     """The Semantic-Guided Prompt Adapter (SG-A) of CORE-Seg: residual MLP blocks, then one learned query attends to
     the result.
@@ -118,6 +157,7 @@ class SemanticGuidedAdapter(nn.Module):
         return dict(self._settings)
 
 
+@register_adapter("linear")
 class LinearAdapter(nn.Module):
     """One linear layer, the ablation of CORE-Seg that stands in for SG-A. Several states are averaged first."""
 
@@ -133,6 +173,7 @@ class LinearAdapter(nn.Module):
         return dict(self._settings)
 
 
+@register_adapter("mlp")
 class MLPAdapter(nn.Module):
     """LayerNorm and two linear layers with GELU, the `[SEG]` projection of LISA-like models (arXiv:2308.00692)."""
 

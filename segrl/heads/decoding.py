@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segrl.heads.mask_head import MaskHead, Recording, SegInput
+from segrl.heads.mask_head import MaskHead
+from segrl.heads.requests import Recording, SegInput
 from segrl.predictions.prediction import Prediction, Status
 
 

@@ -12,11 +12,11 @@ Shape legend: B rows, T tokens, K probe states per mask, D language-model width,
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,86 +25,23 @@ from torch import Tensor, nn
 
 from segrl.caching.feature_cache import FeatureCache
 from segrl.caching.fingerprint import EncoderFingerprint, feature_key
-from segrl.errors import CheckpointError, SegRLError, unknown_name
-from segrl.heads.adapters import LinearAdapter, MLPAdapter, SemanticGuidedAdapter
-from segrl.heads.probes import AnswerProbe, SegTokenProbe
+from segrl.errors import CheckpointError, SegRLError
+from segrl.heads.adapters import ADAPTERS
+from segrl.heads.parts import HEAD_CONFIG, HEAD_VERSION, HEAD_WEIGHTS, build_part, check_part, part_config, read_config
+from segrl.heads.probes import PROBES
+from segrl.heads.requests import MaskRequest, Recording, SegInput
+from segrl.registry import Registry
 from segrl.segmenters.base import ImageFeatures, Segmenter, evaluating
-from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
+from segrl.segmenters.registry import SEGMENTERS
+
+__all__ = ["MaskHead"]
 
 _SEGMENTER_MEMBERS = (
     *("image_size", "mask_size", "prompt_dim"),
     *("preprocess", "encode", "decode", "decode_boxes", "freeze"),
 )
-HEAD_CONFIG, HEAD_WEIGHTS = "mask_head.json", "mask_head.safetensors"
-_PROBES: dict[str, type] = {"seg_token": SegTokenProbe, "answer": AnswerProbe}
-_ADAPTERS: dict[str, type[nn.Module]] = {
-    "semantic_guided": SemanticGuidedAdapter,
-    "linear": LinearAdapter,
-    "mlp": MLPAdapter,
-}
-
-
-class SegInput:
-    """What the segmenter needs of one image; shared by every completion on it, so that an image is encoded once.
-
-    Args:
-        pixels: the segmenter's input, "3 S S" (`Segmenter.preprocess`), or a function that makes it, called once and
-            only if the image has to be encoded.
-        features: features of this one image, kept when the encoder is frozen.
-        target: what a dense loss compares with, "h h" uint8, 255 = foreground; None without truth.
-        same_image: the first `SegInput` of this image, where another question about it has another target; its pixels
-            and features serve both.
-        key: hash of the image's content, under which `MaskHead.cache` keeps its features; None: this object only.
-    """
-
-    def __init__(
-        self,
-        pixels: Tensor | Callable[[], Tensor],
-        features: ImageFeatures | None = None,
-        target: Tensor | None = None,
-        same_image: SegInput | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._pixels = pixels
-        self.features, self.target, self.same_image, self.key = features, target, same_image, key
-
-    @property
-    def pixels(self) -> Tensor:
-        if callable(self._pixels):
-            self._pixels = self._pixels() if self.same_image is None else self.same_image.pixels
-        return self._pixels
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For another process: a data loader's worker sends pixels, not the segmenter that makes them."""
-        return {**self.__dict__, "_pixels": self.pixels}
-
-
-@dataclass(eq=False)
-class MaskRequest:
-    """Masks wanted from the next forward, and where they arrive.
-
-    Attributes:
-        index, valid: positions of the probe's states, "B K", and which of them exist.
-        last: positions count within the last so many tokens of each row; None: within all of them.
-        inputs: the image of each row; the same object for the same image.
-        rows: rows that have a mask, "N"; set by the forward.
-        logits: mask logits "N h h" of these rows, with gradients; set by the forward.
-    """
-
-    index: Tensor
-    valid: Tensor
-    inputs: Sequence[SegInput]
-    last: int | None = None
-    rows: Tensor | None = None
-    logits: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Recording:
-    """Backbone states of the forwards inside `MaskHead.record`, one tensor "B T D" per forward."""
-
-    last_only: bool
-    calls: list[Tensor] = field(default_factory=list)
+MASK_PROMPT = "mask_prompt"  # the auxiliary output that also prompts the segmenter
+_REGISTRIES = {"probe": PROBES, "adapter": ADAPTERS, "segmenter": SEGMENTERS}
 
 
 class _Tie(torch.autograd.Function):
@@ -130,7 +67,7 @@ class MaskHead(nn.Module):
 
     Args:
         probe: which states prompt the segmenter (`SegTokenProbe`, `AnswerProbe`, or any callable with their signature).
-        adapter: states "N K D" and their mask "N K" to prompt embeddings "N P C".
+        adapter: states "N K D" and their mask "N K" to prompt embeddings "N P C", see `segrl.heads.adapters`.
         segmenter: see `segrl.segmenters.Segmenter`.
         freeze_encoder: train the image encoder or not. Features of a frozen encoder are computed once per unique image.
         cache: where features of a frozen encoder outlive the rows they were computed for; the trainers make one of
@@ -160,6 +97,7 @@ class MaskHead(nn.Module):
         self.cache, self._fingerprint = cache, EncoderFingerprint()
         self._request: MaskRequest | None = None
         self._recording: Recording | None = None
+        self._checked: dict[str, Any] = {}  # descriptions that are known to rebuild their part
         self.encoded_images = 0  # how many images went through the encoder, for reports and tests
         self.freeze()
 
@@ -167,33 +105,42 @@ class MaskHead(nn.Module):
     def build(
         cls,
         model,
-        segmenter: nn.Module,
+        segmenter: Any,
         *,
         token_id: int,
-        adapter: str = "semantic_guided",
-        probe: str = "seg_token",
+        adapter: Any = "semantic_guided",
+        probe: Any = "seg_token",
         tokenizer=None,
         freeze_encoder: bool = True,
         **adapter_settings: Any,
     ) -> MaskHead:
-        """A head with a new adapter that fits `model` and `segmenter`.
+        """Build a head with a new adapter that fits `model` and `segmenter`.
+
+        Each part is a name from `segrl parts list`, "module:Class", a class, or an object.
 
         Args:
-            model: the language model; its text config gives D.
-            token_id: id of `<seg>`.
-            adapter: `semantic_guided`, `linear` or `mlp`; `adapter_settings` go to its class.
-            probe: `seg_token` or `answer` (needs `tokenizer`).
+            model: The language model; its text config gives D.
+            segmenter: An object, or what is built without settings.
+            token_id: Id of `<seg>`.
+            adapter: Built as `Adapter(D, segmenter.prompt_dim, **adapter_settings)`.
+            probe: Built from `{"token_id": token_id}`; "answer" also needs `tokenizer`.
+            tokenizer: For probes that read text.
+            freeze_encoder: See `MaskHead`.
+
+        Raises:
+            UnknownNameError: No such part.
+            SegRLError: Settings for an adapter that is built already.
         """
-        if adapter not in _ADAPTERS:
-            raise unknown_name("adapter", adapter, _ADAPTERS)
-        width = model.config.get_text_config().hidden_size
-        built: Any = _ADAPTERS[adapter]
-        return cls(
-            _build_probe(probe, {"token_id": token_id}, tokenizer),
-            built(width, segmenter.prompt_dim, **adapter_settings),
-            segmenter,
-            freeze_encoder=freeze_encoder,
-        )
+        if isinstance(segmenter, str | type):
+            segmenter = _found(SEGMENTERS, segmenter)()
+        if isinstance(adapter, str | type):
+            width = model.config.get_text_config().hidden_size
+            adapter = _found(ADAPTERS, adapter)(width, segmenter.prompt_dim, **adapter_settings)
+        elif adapter_settings:
+            raise SegRLError(f"adapter settings {sorted(adapter_settings)}: {type(adapter).__name__} is built already")
+        if isinstance(probe, str | type):
+            probe = _built_probe(_found(PROBES, probe), token_id, tokenizer)
+        return cls(probe, adapter, segmenter, freeze_encoder=freeze_encoder)
 
     def freeze(self) -> None:
         """Set `requires_grad` of the head's parameters as `freeze_encoder` says (PEFT freezes all it does not know)."""
@@ -252,12 +199,60 @@ class MaskHead(nn.Module):
         pixels = torch.stack([item.pixels for item in items]).to(parameter.device, parameter.dtype)
         return self.segmenter.encode(pixels)
 
-    def forward(self, states: Tensor, valid: Tensor, inputs: Sequence[SegInput]) -> Tensor:
-        """Mask logits "N h h" from states "N K D", their validity "N K" and the image of each."""
+    def forward(
+        self,
+        states: Tensor,
+        valid: Tensor,
+        inputs: Sequence[SegInput],
+        aux: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return mask logits (N, h, h).
+
+        Args:
+            states: (N, K, D).
+            valid: (N, K), which of them exist.
+            inputs: The image of each mask.
+            aux: Filled with the adapter's auxiliary outputs.
+
+        Raises:
+            SegRLError: The adapter returned something else than (N, P, C) prompts and N rows of auxiliary outputs.
+        """
         features, index = self.features(inputs)
-        parameter = next(self.adapter.parameters())
-        prompts = self.adapter(states.to(parameter.device, parameter.dtype), valid.to(parameter.device))
-        return self.segmenter.decode(features, prompts, index)
+        parameter = next(self.adapter.parameters(), states)
+        reads_features = "features" in inspect.signature(self.adapter.forward).parameters
+        images = {"features": features, "index": index} if reads_features else {}
+        output = self.adapter(states.to(parameter.device, parameter.dtype), valid.to(parameter.device), **images)
+        prompts, found = output if isinstance(output, tuple) else (output, {})
+        self._check_output(prompts, found, len(states))
+        if aux is not None:
+            aux.update(found)
+        return self.segmenter.decode(features, prompts, index, **self._mask_prompt(found))
+
+    def _check_output(self, prompts: Any, aux: Any, count: int) -> None:
+        name, width = type(self.adapter).__name__, self.segmenter.prompt_dim
+        got = tuple(prompts.shape) if isinstance(prompts, Tensor) else type(prompts).__name__
+        if not isinstance(got, tuple) or len(got) != 3 or (got[0], got[2]) != (count, width):
+            raise SegRLError(f"adapter {name}: returned prompts {got}; expected shape ({count}, prompts, {width})")
+        if not isinstance(aux, dict):
+            raise SegRLError(f"adapter {name}: returned auxiliary outputs {type(aux).__name__}; expected a dict")
+        for key, value in aux.items():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if key == "mask" or not isinstance(shape, tuple) or shape[:1] != (count,):
+                raise SegRLError(
+                    f"adapter {name}: returned auxiliary output {key!r} {shape}; expected shape ({count}, ...) and a "
+                    "name other than 'mask'"
+                )
+
+    def _mask_prompt(self, aux: dict[str, Tensor]) -> dict[str, Tensor]:
+        if MASK_PROMPT not in aux:
+            return {}
+        if MASK_PROMPT not in inspect.signature(self.segmenter.decode).parameters:
+            raise SegRLError(
+                f"adapter {type(self.adapter).__name__}: returned {MASK_PROMPT!r}, which "
+                f"{type(self.segmenter).__name__}.decode does not take; give it another name, or the segmenter that "
+                "argument"
+            )
+        return {MASK_PROMPT: aux[MASK_PROMPT]}
 
     # ---- riding on the backbone --------------------------------------------------------------------------------------
 
@@ -305,8 +300,10 @@ class MaskHead(nn.Module):
         observe: Any = getattr(self.adapter, "observe", None)
         if observe is not None and self.training and torch.is_grad_enabled():
             observe(chosen[request.valid[anchor]])
-        logits = self(chosen, valid, [request.inputs[n] for n in anchor.tolist()])
+        aux: dict[str, Tensor] = {}
+        logits = self(chosen, valid, [request.inputs[n] for n in anchor.tolist()], aux)
         request.rows, request.logits = rows, logits[: len(rows)]
+        request.aux = {name: value[: len(rows)] for name, value in aux.items()}
         # every trainable parameter takes part in every forward, so that no rank waits for a gradient that never comes
         touch = sum((p.reshape(-1)[:1].sum() * 0 for p in self.parameters() if p.requires_grad), logits.sum() * 0)
         return _Tie.apply(states, touch) if torch.is_tensor(touch) and touch.requires_grad else states
@@ -314,54 +311,66 @@ class MaskHead(nn.Module):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `mask_head.json` and `mask_head.safetensors` (frozen weights too) beside the model's files."""
+        """Write `mask_head.json` and `mask_head.safetensors` (frozen weights too) beside the model's files.
+
+        Raises:
+            CheckpointError: See `check_saving`; then nothing is written.
+        """
         from safetensors.torch import save_file
 
+        self.check_saving()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
         save_file(state, path / HEAD_WEIGHTS, metadata={"format": "pt"})
         (path / HEAD_CONFIG).write_text(json.dumps(self.to_config(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def to_config(self) -> dict[str, Any]:
-        """JSON-ready description. A part of a class that segrl does not know is described by its name only."""
-        return {
-            "probe": {"type": _type_name(_PROBES, self.probe), **_settings(self.probe)},
-            "adapter": {"type": _type_name(_ADAPTERS, self.adapter), **_settings(self.adapter)},
-            "segmenter": {"type": type(self.segmenter).__name__, **_settings(self.segmenter)},
-            "freeze_encoder": self.freeze_encoder,
-        }
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, *, tokenizer=None) -> MaskHead:
-        """The head that `save_pretrained` wrote, with its weights.
+    def check_saving(self) -> None:
+        """Build every part anew from its description, once for each description, so that a file can be read later.
 
         Raises:
-            CheckpointError: a file is missing, or a part has a class that segrl does not know: build that head in
-                code and call `load_weights`.
+            CheckpointError: A part's `to_config` does not rebuild it; part and fix are named.
         """
-        path = Path(folder) / HEAD_CONFIG
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: no {HEAD_CONFIG}; expected a folder written by a segrl trainer")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        parts = {name: dict(config[name]) for name in ("probe", "adapter", "segmenter")}
-        names = {name: part.pop("type") for name, part in parts.items()}
-        if (
-            names["adapter"] not in _ADAPTERS
-            or names["probe"] not in _PROBES
-            or names["segmenter"] != Sam2Segmenter.__name__
-        ):
-            raise CheckpointError(
-                f"{path}: made of parts of your own ({names}); build the head in code, then call "
-                f"head.load_weights({str(folder)!r})"
-            )
-        adapter: Any = _ADAPTERS[names["adapter"]]
-        head = cls(
-            _build_probe(names["probe"], parts["probe"], tokenizer),
-            adapter(**parts["adapter"]),
-            Sam2Segmenter(Sam2Config(**parts["segmenter"])),
-            freeze_encoder=config["freeze_encoder"],
-        )
+        context = {"tokenizer": getattr(self.probe, "tokenizer", None)}
+        for name, registry in _REGISTRIES.items():
+            part = getattr(self, name)
+            if self._checked.get(name) != (type(part), _settings(part)):
+                check_part(registry, part, context)
+                self._checked[name] = type(part), _settings(part)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return a JSON-ready description: version, whether the encoder is frozen, and each part's type and settings.
+
+        Raises:
+            SegRLError: A part's class is local and not registered.
+        """
+        parts = {name: part_config(registry, getattr(self, name)) for name, registry in _REGISTRIES.items()}
+        return {"version": HEAD_VERSION, "freeze_encoder": self.freeze_encoder, **parts}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, *, tokenizer=None, head: MaskHead | None = None) -> MaskHead:
+        """Read the head that `save_pretrained` wrote, with its weights.
+
+        Args:
+            folder: Where its files are.
+            tokenizer: For probes that read text.
+            head: A head built in code, into which only the weights are loaded.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or of a newer segrl, or a part cannot be found or built; file
+                and key are named.
+        """
+        if head is None:
+            path = Path(folder) / HEAD_CONFIG
+            config = read_config(path, _REGISTRIES)
+            parts = {}
+            for name, registry in _REGISTRIES.items():
+                try:
+                    parts[name] = build_part(registry, config[name], {"tokenizer": tokenizer})
+                except Exception as error:  # whatever a part's class raises
+                    reason = f"{error}" if isinstance(error, SegRLError) else f"{type(error).__name__}: {error}"
+                    raise CheckpointError(f"{path}: {name}: {reason}; or pass head=, a head built in code") from error
+            head = cls(**parts, freeze_encoder=config["freeze_encoder"])
         head.load_weights(folder)
         return head
 
@@ -369,8 +378,9 @@ class MaskHead(nn.Module):
         """Load `mask_head.safetensors` of a folder into this head.
 
         Raises:
-            CheckpointError: no such file, or a weight missing, unexpected or of another shape.
+            CheckpointError: No such file, a damaged one, or a weight missing, unexpected or of another shape.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = Path(folder) / HEAD_WEIGHTS
@@ -378,23 +388,23 @@ class MaskHead(nn.Module):
             raise CheckpointError(f"{folder}: no {HEAD_WEIGHTS}; expected a folder written by a segrl trainer")
         try:
             self.load_state_dict(load_file(path))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
         except RuntimeError as error:
             raise CheckpointError(f"{path}: does not fit this head: {' '.join(str(error).split())}") from error
 
 
-def _build_probe(name: str, settings: dict[str, Any], tokenizer) -> Any:
-    if name not in _PROBES:
-        raise unknown_name("probe", name, _PROBES)
-    if name == "answer":
-        if tokenizer is None:
-            raise SegRLError("probe 'answer' looks for <answer> in the text of the tokens: pass tokenizer=")
-        settings = {**settings, "tokenizer": tokenizer}
-    return _PROBES[name](**settings)
+def _found(registry: Registry, part: str | type) -> Any:
+    return registry.get(part) if isinstance(part, str) else part
 
 
-def _type_name(known: dict[str, type], part: Any) -> str:
-    return next((name for name, kind in known.items() if type(part) is kind), type(part).__name__)
+def _built_probe(made: Any, token_id: int, tokenizer: Any) -> Any:
+    if inspect.isfunction(made):
+        return made
+    if hasattr(made, "from_config"):
+        return made.from_config({"token_id": token_id}, tokenizer=tokenizer)
+    return made(token_id=token_id)
 
 
-def _settings(part: Any) -> dict[str, Any]:
-    return part.to_config() if hasattr(part, "to_config") else {}
+def _settings(part: Any) -> Any:
+    return part.to_config() if hasattr(part, "to_config") else None

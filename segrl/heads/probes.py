@@ -1,17 +1,50 @@
 """Probes: which hidden states of a completion prompt the segmenter.
 
-A probe maps token ids "B T" and the completion mask "B T" (True on tokens that the model wrote, never on the prompt) to
-positions "B K" in T and their validity "B K". A row with no valid position has no mask. B rows, T tokens, K states.
+A probe maps token ids (B, T) and the completion mask (B, T) (True on tokens that the model wrote, never on the prompt)
+to positions (B, K) in T and their validity (B, K). A row with no valid position has no mask.
 """
+
+# B rows, T tokens, K states
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from segrl.errors import SegRLError
+from segrl.registry import Registry
 
+__all__ = ["PROBES", "AnswerProbe", "SegTokenProbe", "register_probe"]
+
+Item = TypeVar("Item", bound=Callable[..., Any])
+
+PROBES = Registry("probe", "segrl.probes", preload=("segrl.heads",))
+
+
+def register_probe(name: str) -> Callable[[Item], Item]:
+    """Register a probe under a name, for `MaskHead.build` and for files.
+
+    A class is built as `cls.from_config(config, tokenizer=..., **context)` or, without that method, as
+    `cls(**config)`; `MaskHead.build` passes `{"token_id": id}` as config. A function is the probe itself.
+
+    Raises:
+        SegRLError: The name is taken, or it cannot be called.
+
+    Example:
+        >>> @register_probe("last_token")
+        ... def last_token(ids, completion_mask):
+        ...     written = completion_mask.int().cumsum(1).argmax(1, keepdim=True)
+        ...     return written, completion_mask.any(1, keepdim=True)
+        >>> PROBES.get("last_token")(torch.zeros(1, 4), torch.tensor([[False, True, True, False]]))
+        (tensor([[2]]), tensor([[True]]))
+    """
+    return PROBES.register(name)
+
+
+@register_probe("seg_token")
 class SegTokenProbe:
     """The state at the `<seg>` token (CORE-Seg, LISA). Of several in one completion the last counts; the prompt's
     never do.
@@ -33,6 +66,7 @@ class SegTokenProbe:
         return {"token_id": self.token_id}
 
 
+@register_probe("answer")
 class AnswerProbe:
     """All states of the answer, from the token after `<answer>` up to and with `<seg>` (an ablation of CORE-Seg).
 
@@ -77,3 +111,14 @@ class AnswerProbe:
 
     def to_config(self) -> dict[str, Any]:
         return {"token_id": self.token_id}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, tokenizer=None, **context: Any) -> AnswerProbe:
+        """Build the probe; the tokenizer is not in its config.
+
+        Raises:
+            SegRLError: No tokenizer.
+        """
+        if tokenizer is None:
+            raise SegRLError("probe 'answer' looks for <answer> in the text of the tokens: pass tokenizer=")
+        return cls(**config, tokenizer=tokenizer)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import reduce
 from importlib.metadata import EntryPoint
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from segrl.errors import SegRLError, unknown_name
 from segrl.registry.plugins import PluginReport, find_plugins, inspect_plugins, load_plugin, plugin_origin
@@ -17,7 +17,7 @@ __all__ = ["Registry"]
 Item = TypeVar("Item")
 
 
-class Registry(Generic[Item]):
+class Registry:
     """Classes or functions of one kind, by name.
 
     A name is found among those that were registered in this process, then among the entry points of installed
@@ -66,7 +66,7 @@ class Registry(Generic[Item]):
 
         return register
 
-    def get(self, reference: str) -> Item:
+    def get(self, reference: str) -> Any:
         """Return what a name or "module:attribute" stands for.
 
         Raises:
@@ -89,7 +89,7 @@ class Registry(Generic[Item]):
         """Return the sorted names: registered, and of installed packages (not imported)."""
         return sorted({*self._items, *find_plugins(self.group)})
 
-    def reference(self, item: Item) -> str:
+    def reference(self, item: Any) -> str:
         """Return the text by which `get` finds an item again, if possible in a fresh process too.
 
         That is its name if segrl or an installed package brings it; else its "module:attribute"; else, for a local

@@ -3,7 +3,8 @@
 from segrl.segmenters.base import ImageFeatures, Segmenter
 from segrl.segmenters.propagated_masks import add_volume_masks
 from segrl.segmenters.propagation import PropagationRequest, VolumePropagator
-from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
+from segrl.segmenters.registry import register_segmenter
+from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter, sam2_config
 from segrl.segmenters.tracking import FrameMasks, track_clip, tracking_loss
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Segmenter",
     "VolumePropagator",
     "add_volume_masks",
+    "register_segmenter",
+    "sam2_config",
     "track_clip",
     "tracking_loss",
 ]

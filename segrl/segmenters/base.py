@@ -70,7 +70,10 @@ class Segmenter(Protocol):
         ...
 
     def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:
-        """Mask logits "N h h" for prompts "N K C", mask n on image `index[n]` of `features`; N = 0 gives (0, h, h)."""
+        """Return mask logits (N, h, h) for prompts (N, K, C), mask n on image `index[n]`; N = 0 gives (0, h, h).
+
+        A segmenter may also take `mask_prompt=`, (N, 1, h', h') logits of a first guess, or None.
+        """
         ...
 
     def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:

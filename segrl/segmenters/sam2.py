@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.segmenters.base import ImageFeatures
+from segrl.segmenters.registry import register_segmenter
+
+__all__ = ["Sam2Config", "Sam2Segmenter", "build_sam2", "sam2_config"]
 
 SEGMENTER_CONFIG, SEGMENTER_WEIGHTS = "segmenter.json", "segmenter.safetensors"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -195,6 +198,7 @@ def build_sam2(config: Sam2Config) -> nn.Module:
 _UNTRAINED = ("sam_mask_decoder.iou_prediction_head.", "sam_mask_decoder.pred_obj_score_head.")
 
 
+@register_segmenter("sam2")
 class Sam2Segmenter(nn.Module):
     """SAM 2 as a `Segmenter`: image encoder, prompt embeddings straight into the mask decoder, one mask a prompt.
 
@@ -318,13 +322,33 @@ class Sam2Segmenter(nn.Module):
     def _levels(self, images: Tensor) -> list[Tensor]:
         return self.sam.image_encoder(images)["backbone_fpn"]
 
-    def decode(self, features: ImageFeatures, prompts: Tensor, index: Tensor) -> Tensor:
+    def decode(
+        self, features: ImageFeatures, prompts: Tensor, index: Tensor, *, mask_prompt: Tensor | None = None
+    ) -> Tensor:
+        """Return mask logits (N, S / 4, S / 4); see `Segmenter.decode`.
+
+        Args:
+            features: Of B images.
+            prompts: (N, K, C).
+            index: (N,) image of each mask.
+            mask_prompt: (N, 1, S / 4, S / 4) logits of a first guess, which SAM 2's prompt encoder reads beside the
+                prompts; None for none.
+
+        Raises:
+            SegRLError: `mask_prompt` has another shape.
+        """
         embedding, stride8, stride4 = features.tensors
         decoder, encoder = self.sam.sam_mask_decoder, self.sam.sam_prompt_encoder
-        count = len(prompts)
+        count, side = len(prompts), self.mask_size
+        if mask_prompt is not None and tuple(mask_prompt.shape) != (count, 1, side, side):
+            expected = (count, 1, side, side)
+            raise SegRLError(f"mask_prompt: expected logits of shape {expected}, got {tuple(mask_prompt.shape)}")
         if not count:
-            return prompts.new_zeros(0, self.mask_size, self.mask_size)
-        dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(count, -1, *embedding.shape[-2:])
+            return prompts.new_zeros(0, side, side)
+        if mask_prompt is None:
+            dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(count, -1, *embedding.shape[-2:])
+        else:
+            dense = encoder.mask_downscaling(mask_prompt)
         masks, _, _, _ = decoder(
             image_embeddings=embedding[index],
             image_pe=encoder.get_dense_pe(),
@@ -344,8 +368,13 @@ class Sam2Segmenter(nn.Module):
         return self.decode(features, sparse, index)
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-ready settings from which `Sam2Segmenter(Sam2Config(**settings))` builds the same architecture."""
+        """Return JSON-ready settings from which `from_config` builds the same architecture."""
         return asdict(self.config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **context: Any) -> Sam2Segmenter:
+        """Build a segmenter with random weights from `to_config`'s settings."""
+        return cls(Sam2Config(**config))
 
 
 def _fetch(checkpoint: str | Path) -> Path:

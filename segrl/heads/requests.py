@@ -1,0 +1,80 @@
+"""What a mask head is asked for: images, masks of the next forward pass, and states to be kept."""
+
+# B rows, T tokens, K probe states per mask, D width of the language model, N masks, S input side, h mask side
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from segrl.segmenters.base import ImageFeatures
+
+__all__ = ["MaskRequest", "Recording", "SegInput"]
+
+
+class SegInput:
+    """What the segmenter needs of one image; shared by every completion on it, so that an image is encoded once.
+
+    Args:
+        pixels: the segmenter's input, "3 S S" (`Segmenter.preprocess`), or a function that makes it, called once and
+            only if the image has to be encoded.
+        features: features of this one image, kept when the encoder is frozen.
+        target: what a dense loss compares with, "h h" uint8, 255 = foreground; None without truth.
+        same_image: the first `SegInput` of this image, where another question about it has another target; its pixels
+            and features serve both.
+        key: hash of the image's content, under which `MaskHead.cache` keeps its features; None: this object only.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor | Callable[[], Tensor],
+        features: ImageFeatures | None = None,
+        target: Tensor | None = None,
+        same_image: SegInput | None = None,
+        key: str | None = None,
+    ) -> None:
+        self._pixels = pixels
+        self.features, self.target, self.same_image, self.key = features, target, same_image, key
+
+    @property
+    def pixels(self) -> Tensor:
+        if callable(self._pixels):
+            self._pixels = self._pixels() if self.same_image is None else self.same_image.pixels
+        return self._pixels
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: a data loader's worker sends pixels, not the segmenter that makes them."""
+        return {**self.__dict__, "_pixels": self.pixels}
+
+
+@dataclass(eq=False)
+class MaskRequest:
+    """Masks wanted from the next forward, and where they arrive.
+
+    Attributes:
+        index, valid: positions of the probe's states, "B K", and which of them exist.
+        last: positions count within the last so many tokens of each row; None: within all of them.
+        inputs: the image of each row; the same object for the same image.
+        rows: rows that have a mask, "N"; set by the forward.
+        logits: mask logits "N h h" of these rows, with gradients; set by the forward.
+        aux: the adapter's auxiliary outputs for these rows, by name; set by the forward.
+    """
+
+    index: Tensor
+    valid: Tensor
+    inputs: Sequence[SegInput]
+    last: int | None = None
+    rows: Tensor | None = None
+    logits: Tensor | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Recording:
+    """Backbone states of the forwards inside `MaskHead.record`, one tensor "B T D" per forward."""
+
+    last_only: bool
+    calls: list[Tensor] = field(default_factory=list)
