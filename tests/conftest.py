@@ -1,4 +1,4 @@
-"""What must hold before transformers is first imported: offline, no telemetry; hypothesis profiles; less garbage."""
+"""Before transformers is first imported: offline, no telemetry. Hypothesis profiles, marks, less garbage."""
 
 import atexit
 import gc
@@ -11,11 +11,21 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("seeded", deadline=None, max_examples=30)  # as .ci/run has it, with a seed that it prints
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what is `long` as `slow`, too."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish():
