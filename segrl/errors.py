@@ -1,4 +1,4 @@
-"""The errors segrl raises for its users: each says the name, the value, what was expected and the fix."""
+"""The errors that segrl raises for its users. A message states the name, the value, what was expected and the fix."""
 
 from __future__ import annotations
 
@@ -18,15 +18,34 @@ __all__ = [
 
 
 class SegRLError(ValueError):
-    """Base of every error that segrl raises on purpose; a `ValueError`, so generic handlers work too."""
+    """Base of every error that segrl raises on purpose; a `ValueError`, so generic handlers work too.
+
+    Example:
+        >>> issubclass(SegRLError, ValueError), issubclass(DataError, SegRLError)
+        (True, True)
+    """
 
 
 class DataError(SegRLError):
-    """Images, masks, boxes or rows that cannot be what they claim to be."""
+    """Images, masks, boxes or rows are invalid.
+
+    Example:
+        >>> from segrl.geometry import validate_boxes
+        >>> validate_boxes([[0, 0, 1]])
+        Traceback (most recent call last):
+        segrl.errors.DataError: boxes: expected shape (N, 4), got (1, 3)
+    """
 
 
 class FrameError(SegRLError):
-    """A coordinate frame is unknown or does not fit the image or the model."""
+    """A coordinate frame is unknown or does not fit the image or the model.
+
+    Example:
+        >>> from segrl.predictions import Frame
+        >>> Frame("pixels", (64, 64))
+        Traceback (most recent call last):
+        segrl.errors.FrameError: frame kind 'pixels'; expected one of original_px, resized_px, relative_1000.
+    """
 
 
 class RewardError(SegRLError):
@@ -34,14 +53,20 @@ class RewardError(SegRLError):
 
 
 class RewardCheckError(SegRLError, AssertionError):
-    """A reward does not do what it should; an `AssertionError`, so that test runners count a failed test.
+    """A reward lacks a property that it claims; an `AssertionError`, so that test runners count a failed test.
 
     Attributes:
         reward: Name of the reward.
         property: Name of the property that does not hold.
-        expected: What should have been.
-        found: What was.
-        example: The smallest example that was found, as text; "" where it is the text named in `found`.
+        expected: The expected behaviour.
+        found: The observed behaviour.
+        example: The smallest example that was found, as text; "" if `found` already holds it.
+
+    Example:
+        >>> print(RewardCheckError("mine", "range", "scores in [0, 1]", "2.0"))
+        reward 'mine' fails 'range'
+        expected: scores in [0, 1]
+        found: 2.0
     """
 
     def __init__(self, reward: str, property: str, expected: str, found: str, example: str = "") -> None:
@@ -66,12 +91,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     """Build the error for a failed look-up, with the closest known name as a suggestion.
 
     Args:
-        kind: What was looked up, for example `"reward"`.
+        kind: Kind of the name, for example `"reward"`.
         name: The name that was not found.
-        known: All names that would have been accepted; may be empty.
+        known: All accepted names; may be empty.
 
     Returns:
-        The error, to be raised by the caller.
+        The error, for the caller to raise.
 
     Example:
         >>> print(unknown_name("reward", "box_f2", ["format", "box_f1"]))

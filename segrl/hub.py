@@ -1,4 +1,4 @@
-"""Names of models and data sets, on disk or on the hub, and what can go wrong with them, in one line."""
+"""Names of models and data sets on disk or on the hub, and one-line errors for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check_source", "is_hub_name", "reraise_as"]
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` looks like `owner/name`, and not like a path.
+    """Return whether `text` looks like `owner/name`, not like a path.
 
     Example:
         >>> is_hub_name("Qwen/Qwen2.5-VL-3B-Instruct"), is_hub_name("./runs/mine"), is_hub_name("mine")
@@ -22,16 +22,16 @@ def is_hub_name(text: str) -> bool:
 
 
 def check_source(argument: str, value: str, kind: str, error: type[SegRLError] = SegRLError) -> None:
-    """Refuse a value that is neither a folder nor can be a name on the hub, before anything looks for it there.
+    """Raise for a value that is neither a folder nor a possible name on the hub, before it is looked up there.
 
     Args:
-        argument: What the user knows the value by, for example `"--model"`.
+        argument: Name of the value in the error, as the user knows it, for example `"--model"`.
         value: A path or a name.
-        kind: What it stands for, for example `"model"`.
-        error: The error to raise.
+        kind: Kind of the value, for example `"model"`.
+        error: Class of the error.
 
     Raises:
-        SegRLError: Of the class `error`; argument and value are named.
+        SegRLError: Of the class `error`; names argument and value.
 
     Example:
         >>> check_source("--model", "no_such_model", "model")
@@ -43,15 +43,15 @@ def check_source(argument: str, value: str, kind: str, error: type[SegRLError] =
 
 
 @contextmanager
-def reraise_as(what: str, error: type[SegRLError] = SegRLError) -> Iterator[None]:
-    """What other libraries say about files that are missing or broken, told in one line that begins with `what`.
+def reraise_as(prefix: str, error: type[SegRLError] = SegRLError) -> Iterator[None]:
+    """Inside the context, reraise errors of other libraries about files as one line that begins with `prefix`.
 
     transformers, datasets and the hub raise `OSError` and `ValueError` of many lines for a name that does not exist.
-    segrl's own errors pass as they are.
+    Errors of segrl pass unchanged.
 
     Args:
-        what: Begins the line: argument and value, for example `"--model 'mine'"`.
-        error: The error to raise instead.
+        prefix: Start of the line: argument and value, for example `"--model 'mine'"`.
+        error: Class of the error that is raised instead.
 
     Raises:
         SegRLError: Of the class `error`.
@@ -67,4 +67,4 @@ def reraise_as(what: str, error: type[SegRLError] = SegRLError) -> Iterator[None
     except (OSError, ValueError) as problem:
         if isinstance(problem, SegRLError):
             raise
-        raise error(f"{what}: {' '.join(str(problem).split())}") from problem
+        raise error(f"{prefix}: {' '.join(str(problem).split())}") from problem

@@ -33,7 +33,6 @@ WITHOUT_ALL = {
     "segrl.heads.attach",
     "segrl.heads.decoding",
     "segrl.inference.images",
-    "segrl.models.tiny_tokenizer",
     "segrl.scripts.command_line",
     "segrl.segmenters.base",
     "segrl.sharing.attention",

@@ -33,8 +33,8 @@ def test_lines_lie_inside_of_what_they_surround(line):
     expected = np.zeros((32, 24), dtype=bool)
     expected[8:24, 6:18] = True  # 4 drawn pixels to a row, 2 to a column
     expected[8 + line : 24 - line, 6 + line : 18 - line] = False
-    outlined = drawing.draw_overlay(GREY, (24, 32), truth=square(), line=line)
-    assert np.array_equal(coloured(outlined, drawing.TRUTH), expected)
+    outlined = drawing.draw_overlay(GREY, (24, 32), target=square(), line=line)
+    assert np.array_equal(coloured(outlined, drawing.TARGET), expected)
     framed = drawing.draw_overlay(GREY, (24, 32), boxes=[[3, 2, 9, 6]], line=line)
     assert np.array_equal(coloured(framed, drawing.BOX), expected)
 

@@ -209,7 +209,7 @@ def draw_first_cell(row, tmp_path, cell=192) -> np.ndarray:
 
 def test_sheet_outlines_the_truth_and_leaves_its_inside(tmp_path):
     drawn = draw_first_cell(make_row(), tmp_path)
-    green = (drawn == drawing.TRUTH).all(axis=2)
+    green = (drawn == drawing.TARGET).all(axis=2)
     expected = np.zeros((192, 192), dtype=bool)
     expected[48:144, 48:144] = True
     expected[49:143, 49:143] = False
@@ -235,7 +235,7 @@ def test_sheet_keeps_the_aspect_and_fills_the_grid(tmp_path):
     path = contact_sheet([{**row, "target": wide}] * 3, tmp_path / "new" / "sheet.png", columns=2, cell=100)
     sheet = np.array(Image.open(path))
     assert sheet.shape[1] == 3 * MARGIN + 200
-    green = (sheet == drawing.TRUTH).all(axis=2)
+    green = (sheet == drawing.TARGET).all(axis=2)
     top = LINE + 2 * MARGIN
     rows, columns = np.nonzero(green[top : top + 100, MARGIN : MARGIN + 100])
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (0, 99, 25, 74)

@@ -77,7 +77,7 @@ def test_key_slice_has_boxes_mask_and_truth(tmp_path):
     key = key_slice(draw(tmp_path, answer(4, [[5, 15, 10, 18]], mask), LESION, neighbours=0))
     step = KEY // 20
     assert box_of(key, drawing.BOX) == [5 * step, 15 * step, 10 * step, 18 * step]
-    assert box_of(key, drawing.TRUTH) == [4 * step, 8 * step, 8 * step, 12 * step]
+    assert box_of(key, drawing.TARGET) == [4 * step, 8 * step, 8 * step, 12 * step]
     red = np.abs(key.astype(int) - (138, 62, 62)).max(axis=2) <= 1  # 0.6 * 77 + 0.4 * (230, 40, 40)
     rows, columns = np.nonzero(red)
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (6 * step, 8 * step, 12 * step, 14 * step)
@@ -93,7 +93,7 @@ def test_without_a_slice_that_is_there_the_boxes_are_not_drawn(tmp_path, index):
     picture = draw(tmp_path, answer(index, [[5, 15, 10, 18]]), LESION)
     key = key_slice(picture)
     assert box_of(key, drawing.BOX) is None
-    assert box_of(key, drawing.TRUTH) == [96, 192, 192, 288]
+    assert box_of(key, drawing.TARGET) == [96, 192, 192, 288]
     assert red_letters(picture) > 20  # the caption warns
     assert red_letters(draw(tmp_path, answer(4), LESION)) == 0
     assert red_letters(draw(tmp_path, answer(4, status=Status.NO_ANSWER), LESION)) > 20
@@ -111,7 +111,7 @@ def test_the_slice_that_stands_in_for_the_key_slice():
     mask[2] = True
     assert chosen(mask, None, -1) == (2, "named a slice that was not shown: here 2 of 0-8, most mask")
     truth[6:8, 0], truth[6, 1] = True, True
-    assert chosen(mask, truth, None) == (6, "no slice named: here 6 of 0-8, most truth")
+    assert chosen(mask, truth, None) == (6, "no slice named: here 6 of 0-8, most ground truth")
     assert module._offset(-5, 11, 6.5) == "slice 11  (-5, -32.5 mm)"
 
 
@@ -163,7 +163,7 @@ def test_neighbours_show_the_mask_enlarged_around_what_is_marked(tmp_path):
     step = KEY // 20
     assert box_of(key, module.ENLARGED) == [2 * step, 6 * step, 10 * step, 14 * step]  # twice the lesion
     for left in (MARGIN + KEY + module.GAP, MARGIN + KEY + 2 * module.GAP + TILE):
-        column = (picture[:, left + TILE // 2 - 20 : left + TILE // 2 + 20] == drawing.TRUTH).all(axis=2).any(axis=1)
+        column = (picture[:, left + TILE // 2 - 20 : left + TILE // 2 + 20] == drawing.TARGET).all(axis=2).any(axis=1)
         assert column.any()  # slices 3 and 5 have truth, 2 and 6 only the mask
     tinted = (np.abs(picture.astype(int) - (138, 62, 62)).max(axis=2) <= 1)[:, MARGIN + KEY :]
     assert tinted.sum() > 4 * (0.45 * TILE) ** 2  # half the edge of each of four tiles
@@ -180,9 +180,9 @@ def test_only_slices_with_a_mask_within_reach_are_neighbours(tmp_path):
 def test_a_truth_that_is_not_known_is_not_named(tmp_path):
     mask = np.zeros((1, 20, 20), dtype=bool)
     mask[0, 3:9, 3:9] = True
-    assert box_of(draw(tmp_path, answer(0, mask=mask), shape=(1, 20, 20)), drawing.TRUTH) is None
+    assert box_of(draw(tmp_path, answer(0, mask=mask), shape=(1, 20, 20)), drawing.TARGET) is None
     truth = VolumeTarget.from_mask(mask)
-    assert box_of(draw(tmp_path, answer(0), truth, shape=(1, 20, 20)), drawing.TRUTH) is not None
+    assert box_of(draw(tmp_path, answer(0), truth, shape=(1, 20, 20)), drawing.TARGET) is not None
 
 
 def test_query_and_texts_make_the_picture_longer(tmp_path):

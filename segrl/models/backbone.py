@@ -1,4 +1,4 @@
-"""Parts of a transformers model, through PEFT: the model itself and its backbone."""
+"""The transformers model inside a PEFT model, and its backbone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ __all__ = ["backbone_of", "base_instance"]
 
 
 def base_instance(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """Return the transformers model inside a PEFT model, or the model itself.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from segrl.models import tiny_causal_lm
+        >>> model, _ = tiny_causal_lm(layers=1)
+        >>> base_instance(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) is model
+        True
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def backbone_of(base: Any) -> Any:
-    """The part of a transformers model that makes hidden states: everything but the language-model head."""
+    """Return the part of a transformers model that computes hidden states: all but the language-model head.
+
+    Example:
+        >>> from segrl.models import tiny_causal_lm
+        >>> model, _ = tiny_causal_lm(layers=1)
+        >>> backbone_of(model) is model.model
+        True
+    """
     return getattr(base, getattr(base, "base_model_prefix", "") or "model", None)

@@ -1,8 +1,8 @@
-"""Loading a vision-language model whole, or not at all, and giving it a segmentation token.
+"""Load a vision-language model, complete or not at all, and give it a segmentation token.
 
-A checkpoint whose keys do not fit the model leaves parts of it with random weights, and transformers only warns. Here
-that is an error. The model class is always transformers' own, found by the Auto classes: the renaming of old checkpoint
-keys is registered per class, so a subclass of it would silently lose the language model.
+If the keys of a checkpoint do not fit the model, transformers leaves the missing weights random and only warns. Here
+that is an error. The model class is always the original one of transformers, found by the Auto classes: the renaming of
+old checkpoint keys is registered per class, so a subclass would silently lose the language model.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def load_vlm(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a vision-language model and its processor, complete, with a segmentation token in the vocabulary.
 
-    Weights that the checkpoint does not need (those of a mask head saved along with the model, for instance) are
-    ignored; weights that the model needs must all be there, with their shapes. Code from the hub is not run unless
-    ``trust_remote_code=True`` is given.
+    All weights of the model must be in the checkpoint, with their shapes; other weights in it, such as those of a mask
+    head saved along with the model, are ignored. Code from the hub is not run unless ``trust_remote_code=True`` is
+    given.
 
     Args:
         name_or_path: A hub name or a folder.
@@ -55,17 +55,27 @@ def load_vlm(
         seg_token: Token for `ensure_seg_token`; None leaves the vocabulary alone.
         device_map: As in transformers, for example "auto" or {"": 0}; the CPU by default.
         processor_kwargs: More arguments for the processor only, for example ``{"max_pixels": 512 * 512}``.
-        **kwargs: More arguments for ``AutoModelForImageTextToText.from_pretrained``. Those that tell where the files
-            are (`revision`, `token`, `subfolder`, ...) and `trust_remote_code` are given to the processor as well.
+        **kwargs: More arguments for ``AutoModelForImageTextToText.from_pretrained``. Those that locate the files
+            (`revision`, `token`, `subfolder`, ...) and `trust_remote_code` are given to the processor as well.
 
     Returns:
         Model (the original transformers class, in eval mode) and processor.
 
     Raises:
-        CheckpointError: If a weight is missing or has the wrong shape (tied weights are not missed), or if the folder
-            holds a PEFT adapter, whose base model would escape this check.
+        CheckpointError: If a weight is missing or has the wrong shape (a tied weight need not be there), or if the
+            folder holds a PEFT adapter, whose base model could not be checked.
         SegRLError: If the processor cannot take the segmentation token, see `ensure_seg_token`.
         OSError: From transformers, if files are missing.
+
+    Example:
+        >>> import tempfile
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for part in tiny_qwen2_5_vl(layers=1, vision_layers=1, tag_tokens=[]):
+        ...         _ = part.save_pretrained(folder)
+        ...     model, processor = load_vlm(folder)
+        >>> type(model).__name__, processor.tokenizer.tokenize("A cyst.<seg>")[-1]
+        ('Qwen2_5_VLForConditionalGeneration', '<seg>')
     """
     kwargs.setdefault("trust_remote_code", False)  # transformers' own default asks at the terminal
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -93,10 +103,10 @@ def load_vlm(
 
 
 def restore_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Put the weights that `model.save_pretrained(folder)` wrote back into `model`, all of them.
+    """Load all weights that `model.save_pretrained(folder)` wrote back into `model`.
 
-    `save_pretrained` writes the hub's names of the weights, which differ from the model's own in Qwen2.5-VL, LLaVA and
-    others. `torch.nn.Module.load_state_dict` finds none of them then; this goes through transformers' own renaming.
+    `save_pretrained` writes the hub's names of the weights, which differ from those of the module in Qwen2.5-VL, LLaVA
+    and others, so that `torch.nn.Module.load_state_dict` finds none of them; transformers renames them here.
 
     Args:
         model: A transformers model, on any device; changed in place.
@@ -104,6 +114,19 @@ def restore_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 
     Raises:
         CheckpointError: If a weight is missing or has the wrong shape.
+
+    Example:
+        >>> import tempfile
+        >>> from segrl.models import tiny_causal_lm
+        >>> model, _ = tiny_causal_lm(layers=1)
+        >>> weight = model.lm_head.weight
+        >>> before = weight.detach().clone()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     _ = torch.nn.init.zeros_(weight)
+        ...     restore_weights(model, folder)
+        >>> torch.equal(weight, before)
+        True
     """
     model_class: Any = type(model)
     with torch.random.fork_rng():
@@ -124,10 +147,10 @@ def ensure_seg_token(model: PreTrainedModel, processor: Any, seg_token: str = "<
     """Make `seg_token` one normal token of the tokenizer and give it a row in the model's embeddings.
 
     Normal means ``special=False``: decoding with ``skip_special_tokens=True``, as TRL does before it calls the rewards,
-    keeps the token. A token that exists keeps its id; one that was special is made normal. A new token takes a spare
-    row of the embeddings where the vocabulary is padded (Qwen2.5-VL), and its weights stay as they are. Otherwise the
-    embeddings grow, and the new rows of the input and output embeddings are the mean of the old ones.
-    Calling it again changes nothing.
+    keeps the token. A token that exists keeps its id; a special one is made normal. If the vocabulary is padded
+    (Qwen2.5-VL), a new token takes a spare row of the embeddings, whose weights do not change. Otherwise the embeddings
+    grow, and the new rows of the input and output embeddings are the mean of the old ones. Calling it again changes
+    nothing.
 
     Args:
         model: Any transformers model with token embeddings; changed in place.
@@ -139,7 +162,14 @@ def ensure_seg_token(model: PreTrainedModel, processor: Any, seg_token: str = "<
 
     Raises:
         SegRLError: If the text is empty or has spaces around it, if the tokenizer splits it nevertheless, or if the id
-            that it gets already stands for image or video placeholders.
+            that it gets is that of image or video placeholders.
+
+    Example:
+        >>> from segrl.models import tiny_causal_lm
+        >>> model, tokenizer = tiny_causal_lm(layers=1, tag_tokens=[], spare_rows=0)
+        >>> rows = len(model.lm_head.weight)
+        >>> ensure_seg_token(model, tokenizer) == rows, len(model.lm_head.weight) - rows
+        (True, 1)
     """
     if not seg_token or seg_token != seg_token.strip():
         raise SegRLError(f"seg_token is {seg_token!r}, expected a text without spaces around it, for example '<seg>'")
@@ -169,6 +199,12 @@ def seg_token_id(processor: Any, seg_token: str = "<seg>") -> int:
 
     Raises:
         SegRLError: If the token is absent or if the tokenizer splits it into several tokens inside a text.
+
+    Example:
+        >>> from segrl.models import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> tokenizer.decode([seg_token_id(tokenizer)], skip_special_tokens=True)
+        '<seg>'
     """
     tokenizer = _tokenizer_of(processor)
     token_id = tokenizer.get_vocab().get(seg_token)
@@ -184,7 +220,7 @@ def seg_token_id(processor: Any, seg_token: str = "<seg>") -> int:
 
 
 def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), **settings: Any) -> Any:
-    """LoRA on every linear layer of the language model, and on nothing else: not on a vision tower, nor on a mask head.
+    """Return LoRA settings for every linear layer of the language model, but not of a vision tower or mask head.
 
     Args:
         model: Any transformers model; the language model in it is what `get_decoder()` returns.
@@ -196,6 +232,14 @@ def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), *
 
     Raises:
         SegRLError: If there are no linear layers in the language model.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> model, _ = tiny_qwen2_5_vl(layers=1, vision_layers=1)
+        >>> adapted = get_peft_model(model, language_model_lora(model, r=4))
+        >>> {name.split(".")[3] for name, weight in adapted.named_parameters() if weight.requires_grad}
+        {'language_model'}
     """
     from peft import LoraConfig
 
@@ -210,8 +254,8 @@ def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), *
             f"{type(model).__name__} has no torch.nn.Linear in {type(decoder).__name__}, expected layers to adapt; "
             "build the peft.LoraConfig yourself, with target_modules"
         )
-    place = next(name for name, module in model.named_modules() if module is decoder)
-    inside = re.escape(place) + r"\." if place else ""
+    location = next(name for name, module in model.named_modules() if module is decoder)
+    inside = re.escape(location) + r"\." if location else ""
     if tokens:
         rows = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is rows)
@@ -246,7 +290,7 @@ def _add_normal_token(tokenizer: Any, token: str) -> None:
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:
-    """Rows that the input and the output embeddings both have."""
+    """Return the number of rows that the input and the output embeddings both have."""
     return min(len(layer.weight) for layer in _embeddings(model))
 
 

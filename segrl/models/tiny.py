@@ -1,11 +1,11 @@
 """Tiny vision-language models of the real transformers classes, with full processors, built in memory.
 
 The models have random weights and one to two million parameters. They are meant for tests and for small experiments on
-synthetic images, so the tokenizer is trained on the texts that such experiments use: most words are one token, every
+synthetic images, so the tokenizer is trained on the texts of such experiments: most words are one token, and every
 digit is one token, as in the Qwen tokenizers.
 
-Everything here is deterministic in its arguments, needs no network and survives ``save_pretrained`` followed by
-``AutoModelForImageTextToText.from_pretrained`` and ``AutoProcessor.from_pretrained``.
+Equal arguments give equal models. Nothing needs the network, and everything can be saved with ``save_pretrained`` and
+loaded with ``AutoModelForImageTextToText`` and ``AutoProcessor``.
 """
 
 from __future__ import annotations
@@ -33,20 +33,11 @@ from segrl.models.tiny_tokenizer import (
     LLAVA_CHAT_TEMPLATE,
     QWEN2_5_CHAT_TEMPLATE,
     QWEN3_CHAT_TEMPLATE,
-    SPECIAL_TOKENS,
     TAG_TOKENS,
     tiny_tokenizer,
 )
 
-__all__ = [
-    "SPECIAL_TOKENS",
-    "TAG_TOKENS",
-    "tiny_causal_lm",
-    "tiny_llava",
-    "tiny_qwen2_5_vl",
-    "tiny_qwen3_vl",
-    "tiny_tokenizer",
-]
+__all__ = ["tiny_causal_lm", "tiny_llava", "tiny_qwen2_5_vl", "tiny_qwen3_vl"]
 
 
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -81,7 +72,7 @@ def _text_settings(
         "num_attention_heads": heads,
         "num_key_value_heads": max(1, heads // 2),
         "max_position_embeddings": 4096,
-        "initializer_range": hidden_size**-0.5,  # 0.02 is for wide models: here it would drown what a token attends to
+        "initializer_range": hidden_size**-0.5,  # with 0.02, made for wide models, attention would hardly differ
         "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -89,7 +80,7 @@ def _text_settings(
 
 
 def _mrope_section(head_dim: int) -> list[int]:
-    """Share the rotary frequencies among time, height and width as Qwen does: 1/4, 3/8, 3/8 of half the head."""
+    """Divide the rotary frequencies into time, height and width as Qwen does: 1/4, 3/8, 3/8 of half the head."""
     time = head_dim // 8
     height = (head_dim // 2 - time) // 2
     return [time, height, head_dim // 2 - time - height]
@@ -125,8 +116,8 @@ def tiny_qwen2_5_vl(
 ) -> tuple[Any, Any]:
     """Build a small Qwen2.5-VL with random weights and its processor (patch 14, merge 2).
 
-    With the defaults an image of 112 x 112 pixels becomes 16 vision tokens (4 x 4); larger images are shrunk to that
-    many. Raise `max_pixels` (and `min_pixels`, to enlarge small images) for a finer grid. Every second vision layer
+    With the defaults an image of 112 x 112 pixels becomes 16 vision tokens (4 x 4); larger images are shrunk to this
+    number. Raise `max_pixels` (and `min_pixels`, to enlarge small images) for a finer grid. Every second vision layer
     attends to the whole image, the others to windows of `window_size` pixels.
 
     Args:
@@ -144,14 +135,21 @@ def tiny_qwen2_5_vl(
         tie_word_embeddings: Share the input embedding with the output layer (3B does, 7B does not).
         spare_rows: Embedding rows beyond the tokenizer's size, as in the hub's padded vocabularies.
         tag_tokens: Normal added tokens, see `tiny_tokenizer`.
-        seed: Seed of the weights; the global random state is left as it was.
+        seed: Seed of the weights; the global random state does not change.
 
     Returns:
         A ``Qwen2_5_VLForConditionalGeneration`` in eval mode, float32, on the CPU, and its ``Qwen2_5_VLProcessor``.
-        (Annotated as Any: transformers' own annotations do not describe configs and outputs well enough to be checked.)
+        (Annotated as Any: transformers' annotations do not describe configs and outputs well enough to be checked.)
 
     Raises:
         ValueError: If `vocab_size` or `hidden_size` does not fit.
+
+    Example:
+        >>> from PIL import Image
+        >>> model, processor = tiny_qwen2_5_vl(layers=1, vision_layers=1)
+        >>> inputs = processor(images=[Image.new("RGB", (112, 112))], text="<|image_pad|> Where?", return_tensors="pt")
+        >>> int((inputs["input_ids"] == model.config.image_token_id).sum())
+        16
     """
     tokenizer = tiny_tokenizer(corpus, vocab_size, tag_tokens=tag_tokens)
     text = _text_settings(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, spare_rows=spare_rows)
@@ -207,9 +205,14 @@ def tiny_qwen3_vl(
 
     With the defaults a 112 x 112 or 128 x 128 image becomes 16 vision tokens (4 x 4). Arguments, result and errors
     are those of `tiny_qwen2_5_vl`; there are no attention windows. An image is cut into patches of `patch_size` pixels,
-    of which `merge_size` x `merge_size` become a token. The published `rope_theta` leaves a head of 16 or 32
-    dimensions one or two that turn fast enough to tell neighbouring tokens apart: a model that is to be trained learns
-    to find its way in a prompt much sooner with 1e4.
+    and `merge_size` x `merge_size` patches become one token. With the published `rope_theta`, only one or two of the 16
+    or 32 dimensions of a head turn fast enough to separate neighbouring tokens: use 1e4 for a model that is trained,
+    which then learns to read its prompt much sooner.
+
+    Example:
+        >>> model, _ = tiny_qwen3_vl(layers=1, vision_layers=1)
+        >>> type(model).__name__, model.config.vision_config.deepstack_visual_indexes
+        ('Qwen3VLForConditionalGeneration', [0])
     """
     tokenizer = tiny_tokenizer(corpus, vocab_size, tag_tokens=tag_tokens)
     text = _text_settings(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, spare_rows=spare_rows)
@@ -278,6 +281,11 @@ def tiny_llava(
 
     Images are resized to `image_size` squares and cut into ``(image_size / patch_size) ** 2`` vision tokens, 16 with
     the defaults. The other arguments, the result and the errors are those of `tiny_qwen2_5_vl`.
+
+    Example:
+        >>> model, processor = tiny_llava(layers=1, vision_layers=1)
+        >>> type(model).__name__, model.config.image_seq_length
+        ('LlavaForConditionalGeneration', 16)
     """
     tokenizer = tiny_tokenizer(corpus, vocab_size, tag_tokens=tag_tokens)
     text = _text_settings(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, spare_rows=spare_rows)
@@ -325,7 +333,12 @@ def tiny_causal_lm(
 ) -> tuple[Any, PreTrainedTokenizerFast]:
     """Build a small text-only Qwen2 with random weights and its tokenizer (with a chat template).
 
-    Arguments, result and errors are those of `tiny_qwen2_5_vl`, with a tokenizer in place of the processor.
+    Arguments, result and errors are those of `tiny_qwen2_5_vl`, with a tokenizer instead of the processor.
+
+    Example:
+        >>> model, tokenizer = tiny_causal_lm(layers=1, spare_rows=7)
+        >>> type(model).__name__, model.config.vocab_size - len(tokenizer)
+        ('Qwen2ForCausalLM', 7)
     """
     tokenizer = tiny_tokenizer(corpus, vocab_size, tag_tokens=tag_tokens)
     tokenizer.chat_template = QWEN2_5_CHAT_TEMPLATE

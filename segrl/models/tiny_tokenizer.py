@@ -10,6 +10,15 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2 import Qwen2Tokenizer
 
+__all__ = [
+    "LLAVA_CHAT_TEMPLATE",
+    "QWEN2_5_CHAT_TEMPLATE",
+    "QWEN3_CHAT_TEMPLATE",
+    "SPECIAL_TOKENS",
+    "TAG_TOKENS",
+    "tiny_tokenizer",
+]
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -19,7 +28,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Normal tokens: decoding with skip_special_tokens=True, as TRL does, has to keep them.
+# Normal tokens, because TRL decodes with skip_special_tokens=True and rewards read these.
 TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>", "<seg>")
 
 _LESIONS = ("bright nodule", "dark cyst", "ring abscess", "tumor", "polyp", "skin lesion", "melanoma", "breast cancer")
@@ -40,7 +49,7 @@ _DEFAULT_CORPUS = (
     "It is bright and filled, dark and filled, or has a bright rim with a dark center, unlike the other structures.",
     *(f"The {lesion} is located at [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11].<seg>" for lesion in _LESIONS),
     *(f"Segment every {lesion}. Where is the {lesion}? One {lesion}, two {lesion}s." for lesion in _LESIONS),
-    # Words that open a text: without the space before them they are other tokens.
+    # Words at the start of a text: without a space before them they are other tokens.
     *("Where", "Find", "Show", "Segment", "Locate", "Outline", "Mark", "Please", "Answer", "No", "There", "One", "It"),
     "ring abscesses, tumors, polyps, nodules, cysts",
 )
@@ -88,8 +97,8 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer in memory, with Qwen's text splitting and special tokens.
 
-    Every digit is a token of its own. The tags are added as normal tokens, so decoding with
-    ``skip_special_tokens=True`` keeps them. Padding is on the left, ``<|im_end|>`` ends a turn.
+    Every digit is one token. The tags are added as normal tokens, so decoding with ``skip_special_tokens=True`` keeps
+    them. Padding is on the left, ``<|im_end|>`` ends a turn.
 
     Args:
         corpus: Texts to learn the merges from, in addition to the built-in sentences about lesions.
@@ -102,6 +111,11 @@ def tiny_tokenizer(
 
     Raises:
         ValueError: If `vocab_size` is too small to hold all bytes and added tokens.
+
+    Example:
+        >>> tokenizer = tiny_tokenizer()
+        >>> tokenizer.tokenize("Segment 12.<seg>"), tokenizer.padding_side
+        (['Segment', 'Ġ', '1', '2', '.', '<seg>'], 'left')
     """
     tags = list(tag_tokens)
     n_merged = vocab_size - len(SPECIAL_TOKENS) - len(tags)

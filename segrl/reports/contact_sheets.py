@@ -1,4 +1,4 @@
-"""A contact sheet: images with predicted and true masks, the query and the text, in one PNG."""
+"""A contact sheet: images with predicted and ground truth masks, the query and the text, in one picture."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from segrl.reports.drawing import GROUND, INK, PALE, PAPER, draw_legend, draw_ov
 
 __all__ = ["contact_sheet"]
 
-MARGIN, LINE, FONT_SIZE = 8, 14, 11
-
-
+MARGIN, LINE, FONT_SIZE = 8, 14, 11  # pixels
 QUERY_LINES, TEXT_LINES = 3, 8
 
 
 def contact_sheet(
     rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, columns: int = 4, cell: int = 192
 ) -> Path:
-    """Draw predictions beside the truth, one cell per row of data, into one picture.
+    """Draw predictions and ground truth, one cell per row of data, into one picture.
 
-    Each cell shows the image with the true mask outlined in green, the predicted mask in translucent red and the
-    predicted boxes in yellow; below it the query, the model's text (its middle left out when long), Dice and status.
+    Each cell shows the image with the ground truth mask outlined in green, the predicted mask in translucent red and
+    the predicted boxes in yellow; below it the query, the model's text (a long one without its middle), Dice and
+    status.
 
     Args:
-        rows: Mappings with "image" (PIL image, any size, the same view as the mask), "prediction" (`Prediction`; a
-            `None` mask draws none), "target" (`Target`) and "dice" (fraction).
-        path: The picture; its suffix sets the format, missing folders are made.
+        rows: Mappings with "image" (PIL image of any size, the same view as the mask), "prediction" (`Prediction`; a
+            mask that is `None` is not drawn), "target" (`Target`) and "dice" (fraction).
+        path: Path of the picture; its suffix sets the format, missing folders are created.
         columns: Cells side by side.
         cell: Width of a cell in pixels; images keep their aspect.
 
@@ -41,7 +40,18 @@ def contact_sheet(
         The path.
 
     Raises:
-        DataError: No rows, a missing key, sizes out of range, or a predicted mask that is not as large as the true one.
+        DataError: No rows, a missing key, sizes out of range, or a predicted mask of another size than the ground
+            truth.
+
+    Example:
+        >>> import tempfile
+        >>> from segrl.predictions import Frame, parse_completion
+        >>> row = {"image": Image.new("L", (8, 8)), "target": Target.from_mask(Image.new("1", (8, 8))), "dice": 0.0}
+        >>> row["prediction"] = parse_completion("No cyst.", Frame("original_px", (8, 8)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Image.open(contact_sheet([row] * 3, Path(folder, "sheet.png"), columns=2, cell=64)) as sheet:
+        ...         sheet.size
+        (152, 514)
     """
     if not rows or columns < 1 or cell < 64:
         raise DataError(
@@ -88,7 +98,7 @@ def _draw_cell(row: Mapping[str, Any], where: str, cell: int, height: int) -> Im
 
 
 def _draw_overlay(image: Image.Image, prediction: Prediction, target: Target, where: str, cell: int) -> Image.Image:
-    """The image at the size of a cell, with masks and boxes; those are in the pixels of the true mask."""
+    """Draw the image at the size of a cell, with masks and boxes, which are in the pixels of the ground truth mask."""
     if prediction.mask is not None and prediction.mask.shape != target.mask.shape:
         raise DataError(
             f"{where}: the predicted mask has shape {prediction.mask.shape}, the true one {target.mask.shape}; "
@@ -100,7 +110,7 @@ def _draw_overlay(image: Image.Image, prediction: Prediction, target: Target, wh
         image,
         size,
         mask=prediction.mask,
-        truth=target.mask,
+        target=target.mask,
         boxes=prediction.boxes,
         pixels=(target.width, target.height),
     )

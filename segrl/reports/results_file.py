@@ -1,4 +1,4 @@
-"""Results as JSON, and the versions of the packages that made them."""
+"""Results as JSON, and the versions of the packages behind them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "s
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, segrl and the packages that a result depends on; `None` for one that is not installed."""
+    """Return the versions of Python, segrl and the packages that a result depends on; `None` if not installed.
+
+    Example:
+        >>> list(versions())
+        ['python', 'segrl', 'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'sam2']
+    """
     found: dict[str, str | None] = {"python": platform.python_version(), "segrl": __version__}
     for package in PACKAGES:
         try:
@@ -33,17 +38,24 @@ def versions() -> dict[str, str | None]:
 
 
 def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Path:
-    """Write results as JSON with sorted keys, whole or not at all: a reader never sees half a file.
+    """Write results as JSON with sorted keys. The file is replaced at once: a reader never sees half of it.
 
     Args:
-        path: The file; missing folders are made, an existing file is replaced.
-        results: Mappings, sequences, strings, numbers (numpy's too), booleans, `None` and paths, nested as you like.
+        path: Path of the file; missing folders are created, an existing file is replaced.
+        results: Mappings, sequences, strings, numbers (also of numpy), booleans, `None` and paths, nested at will.
 
     Returns:
         The path.
 
     Raises:
-        DataError: A number that is not finite or a value that JSON cannot hold; its place is named, nothing is written.
+        DataError: A number that is not finite or a value that JSON cannot hold; its position is named, and nothing is
+            written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_results(Path(folder, "results.json"), {"b": np.float32(0.5), "a": (1, None)}).read_text().split()
+        ['{', '"a":', '[', '1,', 'null', '],', '"b":', '0.5', '}']
     """
     path = Path(path)
     text = json.dumps(_plain(results, "results"), indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -58,7 +70,7 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> P
 
 
 def _plain(value: Any, where: str) -> Any:
-    """`value` in the types that JSON knows."""
+    """Convert `value` to types that JSON can hold."""
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,7 +1,7 @@
-"""What a run found, for a person to read: the results table, the results file and a sheet of pictures.
+"""The results table of a run.
 
 Scores are fractions in [0, 1] everywhere in the data; only the printed table multiplies by 100. Distances are in
-millimetres. Model text is drawn or printed as escaped plain text and never interpreted.
+millimetres.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from segrl.reports.terminal import printable
 __all__ = ["Column", "results_table"]
 
 STAGES = ("baseline", "stage1", "stage2", "model")  # "model": one that is only evaluated
-VOLUME_STAGES = ("oracle", *STAGES[1:])  # "oracle": the segmenter prompted with the truth
-PLAIN_WIDTH = 100  # columns at least, where the output is not a terminal
-WIDEST = 1000  # columns that are enough for every table
+VOLUME_STAGES = ("oracle", *STAGES[1:])  # "oracle": the segmenter prompted with the ground truth
+PLAIN_WIDTH = 100  # smallest width in columns if the output is not a terminal
+WIDEST = 1000  # columns, wide enough for every table
 _PLAIN = (1, sys.float_info.max, "a finite number of at least 0")
 
 
@@ -35,9 +35,13 @@ class Column:
     """A column of the results table.
 
     Attributes:
-        title: What stands above it, with the unit.
-        percent: Whether the scores are fractions in [0, 1], printed times 100; else they are printed as they are and
+        title: Heading of the column, with the unit.
+        percent: Whether the scores are fractions in [0, 1], printed times 100; otherwise they are printed unchanged and
             are at least 0, such as a distance in millimetres.
+
+    Example:
+        >>> Column("mDice %")
+        Column(title='mDice %', percent=True)
     """
 
     title: str
@@ -66,21 +70,31 @@ def results_table(
 ) -> None:
     """Print the stages of a run with 95 % intervals, over all samples and then by groups, such as modality and anatomy.
 
-    A mean that does not apply to every sample (see `optional` of `segrl.metrics.summarise`) stands with the number of
-    samples that it is over, where that is not all, and as a dash where it is over none.
+    If a mean does not apply to every sample (see `optional` of `segrl.metrics.summarise`), the number of its samples is
+    printed beside it, and a dash if there are none.
 
     Args:
-        results: Summaries as `segrl.metrics.summarise` returns them, under the names in `stages`. Any of them may be
-            absent, and so may "ci95" and "groups"; other keys are ignored.
-        console: Where to print; standard output by default.
-        columns: What to print of a summary, by its keys. For volumes pass `VOLUME_COLUMNS`, or some of it.
+        results: Summaries of `segrl.metrics.summarise` under the names in `stages`. Any stage may be absent, and so may
+            "ci95" and "groups"; other keys are ignored.
+        console: Console to print on; standard output by default.
+        columns: Column of each printed key of a summary. For volumes pass `VOLUME_COLUMNS`, or some of it.
         stages: Keys of `results`, in the order in which they are printed; for volumes `VOLUME_STAGES`.
-        groupings: Which of the summaries' "groups" to print, in this order; for volumes
+        groupings: Keys of the summaries' "groups", in the order in which they are printed; for volumes
             `segrl.evaluation.VOLUME_GROUPINGS`.
 
     Raises:
-        DataError: No stage at all, or a score that is missing, not a fraction or, of a column that is not in percent,
+        DataError: No stage at all, or a score that is missing, not a fraction or, in a column that is not in percent,
             below 0; the stage and score are named.
+
+    Example:
+        >>> results = {"stage1": {"mdice": 0.5, "ci95": {"mdice": [0.25, 0.75]}, "n": 4}}
+        >>> results_table(results, Console(width=60), columns={"mdice": Column("mDice %")})
+        Mean and 95 % interval
+        ┏━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━┳━━━┓
+        ┃        ┃            mDice % ┃ n ┃
+        ┡━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━╇━━━┩
+        │ stage1 │ 50.00 [25.0, 75.0] │ 4 │
+        └────────┴────────────────────┴───┘
     """
     present = [stage for stage in stages if stage in results]
     if not present:
@@ -109,17 +123,17 @@ def results_table(
 
 
 def _cells(summary: Mapping[str, Any], where: str, columns: Mapping[str, Column]) -> list[Text]:
-    """The score cells and the sample count of one row."""
+    """Format the scores and the sample count of one row."""
     n, scored = summary.get("n", ""), summary.get("n_scored", {})
     cells = []
     for key, column in columns.items():
         if scored.get(key) == 0:
             cells.append("-")
             continue
-        factor, most, expected = (100, 1.0, "a fraction in [0, 1], not a percentage") if column.percent else _PLAIN
+        factor, largest, expected = (100, 1.0, "a fraction in [0, 1], not a percentage") if column.percent else _PLAIN
         shown = [summary.get(key), *(summary.get("ci95", {}).get(key) or ())]
         for value in shown:
-            if not isinstance(value, int | float | np.floating) or not 0.0 <= value <= most:
+            if not isinstance(value, int | float | np.floating) or not 0.0 <= value <= largest:
                 raise DataError(f"{where}: {key} is {value}; expected {expected}")
         mean, *interval = (factor * float(value) for value in shown)
         text = f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")

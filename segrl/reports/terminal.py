@@ -1,4 +1,4 @@
-"""Printing text that others wrote (models, plugins) to a terminal: escaped, never interpreted."""
+"""Print text of models and plugins to a terminal: escaped, never interpreted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.console import Console
 
 __all__ = ["console", "excerpt", "limits", "number", "printable", "printable_lines"]
 
-PLAIN_WIDTH = 120  # columns, where the output is not a terminal
+PLAIN_WIDTH = 120  # columns if the output is not a terminal
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and everything else that is not printable escaped.
+    """Escape control characters and all others that are not printable.
 
     Example:
         >>> printable("red \\x1b[31m text")
@@ -23,28 +23,28 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """`text` with everything but its line breaks escaped."""
+    """Escape all characters that are not printable, except line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
-def excerpt(text: str, most: int) -> str:
-    """The printable start of `text`, at most `most` characters; three dots where something is left out.
+def excerpt(text: str, max_characters: int) -> str:
+    """Return the escaped start of `text`, at most `max_characters` long; three dots replace the rest.
 
     Example:
         >>> excerpt("one\\ntwo three", 9)
         'one\\\\nt...'
     """
-    shown = printable(text[: most + 1])
-    return shown if len(shown) <= most else shown[: most - 3] + "..."
+    shown = printable(text[: max_characters + 1])
+    return shown if len(shown) <= max_characters else shown[: max_characters - 3] + "..."
 
 
 def number(value: float | int | None) -> str:
-    """A score with four digits, or a whole number; a dash for none."""
+    """Format a score with four digits, or a whole number; a dash for None."""
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def limits(bounds: Sequence[float | None] | None) -> str:
-    """A range, in which None stands for no limit; nothing if there is no range.
+    """Format a range, in which None is no limit; "" if there is no range.
 
     Example:
         >>> limits([0.0, None])
@@ -57,7 +57,7 @@ def limits(bounds: Sequence[float | None] | None) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that interprets no markup, and does not fail on characters which the output cannot show."""
+    """Return a console that interprets no markup, and does not fail on characters that the output cannot show."""
     stream = sys.stderr if stderr else sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""One picture of an answer about a volume: its key slice, the mask on slices around it, and what the model said."""
+"""A picture of one answer about a volume: its key slice, the mask on neighbouring slices, and the model's text."""
 
 # D slices, H/W pixels of a slice, h/w pixels of the drawn slice
 
@@ -34,36 +34,36 @@ from segrl.reports.drawing import (
 
 __all__ = ["volume_picture"]
 
-KEY, GAP, MARGIN = 480, 10, 14  # pixels: edge of the key slice, between slices, around everything
+KEY, GAP, MARGIN = 480, 10, 14  # pixels: edge of the key slice, gap between slices, page margin
 TITLE, TEXT, CAPTION = 17, 14, 13  # font sizes
 LEADING = 6  # pixels between lines of text
 TILE = (KEY - GAP - CAPTION - LEADING) // 2  # two rows of neighbours are as high as the key slice
 ENLARGED = (110, 170, 255)
 LINE = 2  # width of outlines, pixels
 QUERY_LINES, REASONING_LINES, ANSWER_LINES = 3, 12, 5
-SMALLEST_VIEW = 0.25  # of the slice's longest edge
+SMALLEST_VIEW = 0.25  # share of the slice's longest edge
 EMPTY = np.zeros((0, 4))
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What is drawn: grey values, masks (None where there is none) and the size of a pixel."""
+    """The drawn volume: grey values, masks (None if there is none) and the size of a pixel."""
 
     volume: np.ndarray
     mask: np.ndarray | None
-    truth: np.ndarray | None
+    target: np.ndarray | None
     spacing_yx: tuple[float, float]
 
     def marked(self, index: int) -> np.ndarray:
-        """(H, W) bool: where the slice has a predicted or a true mask."""
+        """Return where the slice has a predicted or a ground truth mask, (H, W) bool."""
         inside = np.zeros(self.volume.shape[1:], dtype=bool)
-        for mask in (self.mask, self.truth):
+        for mask in (self.mask, self.target):
             if mask is not None:
                 inside |= mask[index]
         return inside
 
     def draw(self, index: int, boxes: np.ndarray, view: tuple[slice, slice], edge: int) -> Image.Image:
-        """The part of a slice that `view` (rows, columns) selects, in its true proportions in a square of `edge`."""
+        """Draw the part of a slice that `view` (rows, columns) selects, in true proportions, in a square of `edge`."""
         image = Image.fromarray(self.volume[index][view])
         millimetres = np.array((image.width * self.spacing_yx[1], image.height * self.spacing_yx[0]))
         w, h = np.maximum(1, np.rint(edge * millimetres / millimetres.max())).astype(int).tolist()
@@ -72,7 +72,7 @@ class _Scan:
             image,
             (w, h),
             mask=None if self.mask is None else self.mask[index][view],
-            truth=None if self.truth is None else self.truth[index][view],
+            target=None if self.target is None else self.target[index][view],
             boxes=boxes - (left, top, left, top),
             line=LINE,
         )
@@ -94,30 +94,42 @@ def volume_picture(
 ) -> Path:
     """Draw one answer about a volume into one picture.
 
-    On the left the key slice with the predicted boxes in yellow, the predicted mask in translucent red and the truth
-    outlined in green; beside it slices below and above, enlarged around what is marked (the blue frame on the key
-    slice). Below them the reasoning and the answer, or the whole text where it lacks one of them.
+    On the left is the key slice with the predicted boxes in yellow, the predicted mask in translucent red and the
+    ground truth outlined in green; beside it are slices below and above, enlarged to the blue frame on the key slice.
+    Below them are the reasoning and the answer, or the whole text if it lacks one of them.
 
-    Neighbours are spread evenly over the slices where the predicted or the true mask has foreground, the farthest among
-    them; a side that has too few leaves its places to the other. An answer that names no slice, or none that there is,
-    is drawn without boxes on the slice with most of the truth, else most of the predicted mask, else the middle one.
+    Neighbours are spread evenly over the slices where the predicted or the ground truth mask has foreground, including
+    the farthest ones; if one side has too few, the other side gets more. If the answer names no slice of the volume,
+    the slice with most of the ground truth is drawn without boxes, else the one with most of the predicted mask, else
+    the middle one.
 
     Args:
         volume: (D, H, W) uint8 grey values.
-        prediction: Its slice, boxes, mask and texts; without a mask none is drawn.
-        target: The truth, or None where it is not known.
-        path: The picture; its suffix sets the format, missing folders are made.
+        prediction: Its slice, boxes, mask and texts are drawn; the mask may be None.
+        target: The ground truth, or None if it is not known.
+        path: Path of the picture; its suffix sets the format, missing folders are created.
         spacing_mm: Size of a voxel along D, H and W, millimetres; slices keep their true proportions.
-        query: What was asked; by default the target's.
-        neighbours: How many slices on either side, at most.
-        reach: Neighbours at most so many slices away, such as the reach of the propagation; None for any.
+        query: The query; by default that of the target.
+        neighbours: Largest number of slices on either side.
+        reach: Largest distance of a neighbour in slices, such as the reach of the propagation; None for any.
 
     Returns:
         The path.
 
     Raises:
-        DataError: A volume that is not (D, H, W) uint8, masks that are not as large as it, a spacing that is not three
-            positive numbers, or numbers of slices below 0.
+        DataError: A volume that is not (D, H, W) uint8, masks of another size, a spacing that is not three positive
+            numbers, or numbers of slices below 0.
+
+    Example:
+        >>> import tempfile
+        >>> from segrl.predictions import Frame, parse_completion
+        >>> volume = np.zeros((3, 8, 8), dtype=np.uint8)
+        >>> prediction = parse_completion("No cyst.", Frame("original_px", (8, 8)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = volume_picture(volume, prediction, None, Path(folder, "answer.png"), spacing_mm=(3, 1, 1))
+        ...     with Image.open(path) as picture:
+        ...         picture.size
+        (508, 646)
     """
     name = (target.name if target is not None else "") or "volume"
     scan = _scan(volume, prediction, target, spacing_mm, name)
@@ -131,11 +143,11 @@ def volume_picture(
     whole = slice(0, volume.shape[1]), slice(0, volume.shape[2])
     view = _view(scan, [key, *around], boxes) if around else whole
 
-    legend = [entry for entry in LEGEND if target is not None or entry[1] != "truth"]
+    legend = [entry for entry in LEGEND if target is not None or entry[1] != "ground truth"]
     picture = scan.draw(key, boxes, whole, KEY)
     if view != whole:
         _frame(picture, view, scan)
-        legend.append((ENLARGED, "enlarged at the right"))
+        legend.append((ENLARGED, "enlarged on the right"))
     tiles = [(picture, caption, INK if named else PREDICTED)]
     tiles += [(scan.draw(n, EMPTY, view, TILE), _offset(n - key, n, float(spacing_mm[0])), INK) for n in around]
     page = _Page(_grid_size(len(around))[0])
@@ -179,34 +191,34 @@ def _mask(scan: _Scan) -> np.ndarray:
 
 
 def _key_slice(scan: _Scan, prediction: Prediction) -> tuple[int, str]:
-    """The slice to draw large, and what to write below it."""
+    """Return the slice to draw large, and its caption."""
     depth, named = len(scan.volume), prediction.slice_index
     if named is not None and 0 <= named < depth:
         return named, f"key slice {named} of 0-{depth - 1}"
     problem = "no slice named" if named is None else "named a slice that was not shown"
-    for mask, whose in ((scan.truth, "truth"), (scan.mask, "mask")):
+    for mask, name in ((scan.target, "ground truth"), (scan.mask, "mask")):
         if mask is not None and mask.any():
             best = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
-            return best, f"{problem}: here {best} of 0-{depth - 1}, most {whose}"
+            return best, f"{problem}: here {best} of 0-{depth - 1}, most {name}"
     return depth // 2, f"{problem}: here {depth // 2} of 0-{depth - 1}"
 
 
-def _spread(candidates: Sequence[int], key: int, most: int) -> list[int]:
-    """At most `most` candidates on either side of the key slice, evenly spread, in order."""
+def _spread(candidates: Sequence[int], key: int, per_side: int) -> list[int]:
+    """Choose up to `2 * per_side` candidates around the key slice, evenly spread, in order."""
     below, above = [n for n in candidates if n < key][::-1], [n for n in candidates if n > key]
-    up = min(len(above), 2 * most - min(most, len(below)))
-    down = min(len(below), 2 * most - up)
+    up = min(len(above), 2 * per_side - min(per_side, len(below)))
+    down = min(len(below), 2 * per_side - up)
     sides = ((below, down), (above, up))
     return sorted(side[(i + 1) * len(side) // count - 1] for side, count in sides for i in range(count))
 
 
 def _view(scan: _Scan, shown: Sequence[int], boxes: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of a square, in millimetres, around all that is marked on the shown slices."""
+    """Return rows and columns of a square, in millimetres, around all masks and boxes on the shown slices."""
     marked = np.any([scan.marked(n) for n in shown], axis=0)
     for left, top, right, bottom in boxes:
         marked[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
     box = mask_to_box(marked)
-    assert box is not None  # neighbours are chosen by what is marked on them
+    assert box is not None  # neighbours have a mask
     sizes = np.array(marked.shape)
     start, end = box[[1, 0]], box[[3, 2]]
     edges = sizes * scan.spacing_yx
@@ -218,7 +230,7 @@ def _view(scan: _Scan, shown: Sequence[int], boxes: np.ndarray) -> tuple[slice, 
 
 
 def _frame(picture: Image.Image, view: tuple[slice, slice], scan: _Scan) -> None:
-    """Mark on the drawn key slice what its neighbours show."""
+    """Frame on the drawn key slice the view of its neighbours."""
     height, width = scan.volume.shape[1:]
     step = KEY / max(height * scan.spacing_yx[0], width * scan.spacing_yx[1])  # drawn pixels per millimetre
     y, x = (step * spacing for spacing in scan.spacing_yx)
@@ -238,7 +250,7 @@ def _grid_size(neighbours: int) -> tuple[int, int]:
 
 
 def _grid(tiles: Sequence[tuple[Image.Image, str, Colour]]) -> Image.Image:
-    """The first tile large on the left, the others in two rows beside it, each with its caption below."""
+    """Arrange the first tile large on the left, the others in two rows beside it, each with its caption below."""
     columns = len(tiles) // 2
     grid = Image.new("RGB", _grid_size(len(tiles) - 1), PAPER)
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(CAPTION)
@@ -253,7 +265,7 @@ def _grid(tiles: Sequence[tuple[Image.Image, str, Colour]]) -> Image.Image:
 
 
 class _Page:
-    """Pictures and lines of text from top to bottom, on paper that grows."""
+    """A page that grows: pictures and lines of text from top to bottom."""
 
     def __init__(self, width: int) -> None:
         self.width, self.parts = width, []
@@ -261,9 +273,9 @@ class _Page:
     def paste(self, picture: Image.Image) -> None:
         self.parts.append(picture)
 
-    def write(self, text: str, size: int, colour: Colour, most: int) -> None:
+    def write(self, text: str, size: int, colour: Colour, max_lines: int) -> None:
         font = ImageFont.load_default(size)
-        for line in wrap_text(text, font, self.width, most):
+        for line in wrap_text(text, font, self.width, max_lines):
             strip = Image.new("RGB", (self.width, size + LEADING), PAPER)
             ImageDraw.Draw(strip).text((0, 0), line, fill=colour, font=font)
             self.paste(strip)
@@ -271,10 +283,10 @@ class _Page:
     def space(self) -> None:
         self.paste(Image.new("RGB", (self.width, LEADING), PAPER))
 
-    def section(self, heading: str, text: str, most: int) -> None:
+    def section(self, heading: str, text: str, max_lines: int) -> None:
         self.space()
         self.write(heading, CAPTION, PALE, 1)
-        self.write(text, TEXT, INK, most)
+        self.write(text, TEXT, INK, max_lines)
 
     def legend(self, entries: Sequence[tuple[Colour, str]]) -> None:
         strip = Image.new("RGB", (self.width, CAPTION + 2 * LEADING), PAPER)
