@@ -25,7 +25,6 @@ CIRCLE = {f"segrl.rewards.{name}" for name in ("factory", "nodes", "reward", "se
 WITHOUT_ALL = {
     "segrl.__main__",
     "segrl.cli",
-    "segrl.cli.main",
     "segrl.data.images",
     "segrl.data.images.prompts",
     "segrl.data.volumes",
@@ -51,9 +50,6 @@ WITHOUT_ALL = {
     "segrl.trainers.shared_prompt",
 }
 PRIVATE = {
-    ("segrl.cli.main", "segrl.cli.output"),
-    ("segrl.cli.main", "segrl.cli.rewards"),
-    ("segrl.cli.rewards", "segrl.cli.output"),
     ("segrl.evaluation.constant_mask", "segrl.evaluation.images"),
     ("segrl.trainers.grpo", "segrl.tasks.images"),
     ("segrl.trainers.grpo", "segrl.tasks.volumes"),

@@ -1,10 +1,16 @@
 """Parts by name, as "module:attribute", from installed packages, and packages that break when they are imported."""
 
+import json
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from segrl import metrics
+from segrl.cli.main import main
 from segrl.errors import SegRLError, UnknownNameError
+from segrl.metrics import make_metric
 from segrl.registry import (
     PluginReport,
     Registry,
@@ -210,6 +216,99 @@ class TestPlugins:
             ("mine", f"module {__name__}", "One thing.", None),
             ("mine", "taken 1.0", "", f"the name is taken by module {__name__}; use 'plugin_taken:Good'"),
         ]
+
+
+@pytest.fixture
+def segrl(capsys):
+    """`main`: exit status, output and errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(list(arguments))
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+class TestCommands:
+    def test_list_names_every_kind(self, segrl):
+        status, out, _ = segrl("parts", "list", "--json")
+        assert status == 0
+        parts = [(part["kind"], part["name"]) for part in json.loads(out)]
+        for part in (
+            ("adapter", "semantic_guided"),
+            ("probe", "answer"),
+            ("segmenter", "sam2"),
+            ("dense_loss", "dice_ce"),
+            ("metric", "hd95"),
+        ):
+            assert parts.count(part) == 1
+        assert all(part["summary"] and part["broken"] is None for part in json.loads(out) if "test" not in part["name"])
+        assert "adapter" in segrl("parts", "list")[1]
+
+    def test_describe_shows_settings_shapes_and_path(self, segrl):
+        status, out, _ = segrl("parts", "describe", "semantic_guided", "--json")
+        assert status == 0
+        part = json.loads(out)
+        assert (part["kind"], part["path"]) == ("adapter", "segrl.heads.adapters:SemanticGuidedAdapter")
+        assert "prompts (N, P, C)" in part["shapes"]
+        settings = {setting["name"]: setting for setting in part["settings"]}
+        assert (settings["num_heads"]["default"], settings["input_dim"]["required"]) == ("8", True)
+        assert "must divide" in settings["num_heads"]["doc"]
+        assert segrl("parts", "describe", "semantic_guided")[1].count("num_heads") >= 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (("dice",), "'dice' is a dense_loss and a metric; write segrl parts describe dense_loss dice"),
+            (("semantic_guide",), "unknown part 'semantic_guide'; did you mean 'semantic_guided'?"),
+            (("adaptor", "mlp"), "unknown kind of part 'adaptor'; did you mean 'adapter'?"),
+            (("adapter", "dice"), "unknown adapter 'dice'; Known: linear"),
+            (("math:hypot",), "'math:hypot': expected a kind before module:attribute, one of adapter"),
+        ],
+    )
+    def test_describe_says_what_is_wrong(self, segrl, arguments, text):
+        status, _, err = segrl("parts", "describe", *arguments)
+        assert status == 2
+        assert text in " ".join(err.split())
+
+    def test_describe_of_a_path(self, segrl):
+        _, out, _ = segrl("parts", "describe", "dense_loss", "segrl.losses:focal", "--json")
+        assert [setting["name"] for setting in json.loads(out)["settings"]] == ["alpha", "gamma"]
+
+
+class TestMetrics:
+    TRUE = np.array([[1, 1, 0, 0]], dtype=bool)
+
+    def scores(self, mask, true=TRUE, **target):
+        prediction = SimpleNamespace(mask=mask)
+        names = ("dice", "iou", "boundary_iou", "s_measure", "hd95")
+        return {name: make_metric(name)(prediction, SimpleNamespace(mask=true, **target)) for name in names}
+
+    def test_values(self):
+        scores = self.scores(np.roll(self.TRUE, 1))
+        assert scores["dice"] == 0.5
+        assert scores["iou"] == pytest.approx(1 / 3)
+        assert scores["s_measure"] == metrics.s_measure(np.roll(self.TRUE, 1), self.TRUE)
+        assert scores["hd95"] == 0.95  # of the distances 0 and 1, interpolated
+        assert self.scores(self.TRUE) == {"dice": 1.0, "iou": 1.0, "boundary_iou": 1.0, "s_measure": 1.0, "hd95": 0.0}
+
+    def test_no_mask_is_an_empty_one(self):
+        assert self.scores(None) == self.scores(np.zeros_like(self.TRUE))
+        assert (self.scores(None)["dice"], self.scores(None)["hd95"]) == (0.0, None)
+        assert self.scores(None, np.zeros_like(self.TRUE))["dice"] == 1.0
+
+    def test_volumes_have_millimetres(self):
+        scores = self.scores(np.roll(self.TRUE, 1)[None], self.TRUE[None], spacing_mm=(1.0, 1.0, 2.5))
+        assert (scores["hd95"], scores["s_measure"], scores["dice"]) == (0.95 * 2.5, None, 0.5)
+
+    def test_own_ones(self):
+        assert make_metric(max) is max
+        assert make_metric("math:hypot")(3, 4) == 5.0
+        with pytest.raises(UnknownNameError, match=r"unknown metric 'dic'; did you mean 'dice'\?"):
+            make_metric("dic")
 
 
 def test_attributes_may_have_dots():

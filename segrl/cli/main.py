@@ -1,4 +1,4 @@
-"""The command `segrl`: rewards listed, described, checked, audited, and applied to stored completions.
+"""The command `segrl`: rewards and parts listed and described; rewards checked, audited, and applied to completions.
 
 Exit status: 0 if all is well, 1 if a check fails or gaming a reward pays, 2 for wrong arguments or unreadable data.
 """
@@ -10,15 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from segrl._version import __version__
-from segrl.cli.output import BAD, _complain, _count, _import, _positive, _share
-from segrl.cli.rewards import REWARD_HELP, _audit, _check, _describe, _list, _score
+from segrl.cli.output import BAD, complain, count, import_modules, positive, share
+from segrl.cli.parts import add_parts_commands
+from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
 from segrl.errors import SegRLError
-
-if TYPE_CHECKING:  # imported when a command needs it, so that --help is quick
-    pass
 
 __all__ = ["main"]
 
@@ -34,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        _import(arguments.modules)
+        import_modules(arguments.modules)
         status = arguments.run(arguments)
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return status
     except SegRLError as error:
-        return _complain(str(error))
+        return complain(str(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return BAD
@@ -54,9 +52,11 @@ def _parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--import", dest="modules", metavar="MODULE", action="append", default=[],
-                        help="import a module that registers rewards; the current folder is searched too")  # fmt: skip
+                        help="import a module with rewards or parts; the current folder is searched too")  # fmt: skip
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
+
+    add_parts_commands(areas, common, as_json)
 
     def command(name: str, run: Any, text: str, *parents: argparse.ArgumentParser, **more: Any):
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
@@ -64,13 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    command("list", _list, "list all rewards: built in, imported, and from installed packages", as_json)
+    command("list", list_command, "list all rewards: built in, imported, and from installed packages", as_json)
 
-    describe = command("describe", _describe, "show what a reward computes, its settings and what it declares", as_json)
+    describe = command(
+        "describe", describe_command, "show what a reward computes, its settings and what it declares", as_json
+    )
     describe.add_argument("reward", metavar="NAME", help=f"{REWARD_HELP}, or a YAML file")
 
     score = command(
-        "score", _score, "score stored completions", as_json,
+        "score", score_command, "score stored completions", as_json,
         usage="segrl rewards score --rewards FILE|NAME [NAME ...] [options] PREDICTIONS",
         epilog="How-to with all columns: 'Score completions' in the documentation.",
     )  # fmt: skip
@@ -83,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--on", default="name", metavar="COLUMN", help="what joins predictions and truth (default: name)"
     )
-    score.add_argument("--rows", type=_count, default=10, metavar="N", help="rows to print (default: 10)")
+    score.add_argument("--rows", type=count, default=10, metavar="N", help="rows to print (default: 10)")
     score.add_argument(
         "--output", type=Path, metavar="FILE", help="write all scores to a .jsonl, .csv or .parquet file"
     )
-    score.add_argument("--progress", type=_share, default=1.0, metavar="SHARE",
+    score.add_argument("--progress", type=share, default=1.0, metavar="SHARE",
                        help="training progress from 0 to 1, for schedules (default: 1)")  # fmt: skip
     reading = score.add_argument_group("how completions are read, instead of as the rewards say")
     reading.add_argument("--frame", metavar="KIND", help="frame of the written boxes, such as relative_1000")
@@ -95,18 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--no-seg", action="store_true", help="a valid text needs no segmentation token")
     reading.add_argument("--no-reasoning", action="store_true", help="a valid text needs no reasoning block")
 
-    audit = command("audit", _audit, "pay degenerate policies and honest ones; exit status 1 if gaming pays", as_json)
+    audit = command(
+        "audit", audit_command, "pay degenerate policies and honest ones; exit status 1 if gaming pays", as_json
+    )
     audit.add_argument("names", nargs="*", metavar="NAME", help=f"{REWARD_HELP}; each is judged on its own")
     audit.add_argument("--rewards", metavar="FILE", help="a YAML file, judged as a whole with its parts shown")
     audit.add_argument("--sum", action="store_true", help="judge the sum of all names")
 
-    check = command("check", _check, "test what a reward declares on generated examples; exit status 1 if it fails")
+    check = command(
+        "check", check_command, "test what a reward declares on generated examples; exit status 1 if it fails"
+    )
     check.add_argument("names", nargs="+", metavar="NAME", help=REWARD_HELP)
-    check.add_argument("--examples", type=_positive, metavar="N", help="generated examples per property")
+    check.add_argument("--examples", type=positive, metavar="N", help="generated examples per property")
     return parser
-
-
-# --- commands
-
-
-# --- parts

@@ -7,17 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segrl.cli.output import BAD, OK, YAML_SUFFIXES, _complain, _print_json, _search_here
+from segrl.cli.output import BAD, OK, YAML_SUFFIXES, complain, print_json, search_here
 from segrl.errors import RewardCheckError, RewardError
 
-__all__ = []
+__all__ = [
+    "REWARD_HELP",
+    "audit_command",
+    "check_command",
+    "describe_command",
+    "list_command",
+    "score_command",
+]
+
 if TYPE_CHECKING:  # imported when a command needs it, so that --help is quick
     from segrl.rewards.reward import Reward
 
 REWARD_HELP = "a name from 'segrl rewards list', or module:attribute"
 
 
-def _list(arguments: argparse.Namespace) -> int:
+def list_command(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
@@ -27,7 +35,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
     described = [describe_info(info) for info in all_reward_infos()]
     if arguments.json:
-        return _print_json(described)
+        return print_json(described)
     table = Table("name", "form", "range", "origin", "summary")
     for reward in described:
         style = "red" if reward["broken"] else ""
@@ -37,7 +45,7 @@ def _list(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _describe(arguments: argparse.Namespace) -> int:
+def describe_command(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
@@ -45,11 +53,11 @@ def _describe(arguments: argparse.Namespace) -> int:
     from segrl.rewards.describe import describe_reward
 
     if ":" in arguments.reward:
-        _search_here()
+        search_here()
     composed = Path(arguments.reward).suffix in YAML_SUFFIXES
     reward = describe_reward(_reward(arguments.reward) if composed else arguments.reward)
     if arguments.json:
-        return _print_json(reward)
+        return print_json(reward)
     empty = ", ".join(f"{side} {number(score)}" for side, score in (reward["empty"] or {}).items())
     facts = {
         "form": reward["form"],
@@ -79,7 +87,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _score(arguments: argparse.Namespace) -> int:
+def score_command(arguments: argparse.Namespace) -> int:
     from segrl.scoring.scores import check_output, score_file
 
     names = list(arguments.rewards)
@@ -101,14 +109,14 @@ def _score(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         scores.write(arguments.output)
     if arguments.json:
-        return _print_json(scores.summary(arguments.rows))
+        return print_json(scores.summary(arguments.rows))
     from segrl.scoring.report import print_scores
 
     print_scores(scores, arguments.rows)
     return OK
 
 
-def _audit(arguments: argparse.Namespace) -> int:
+def audit_command(arguments: argparse.Namespace) -> int:
     from segrl.audit.judging import audit
 
     if bool(arguments.names) == bool(arguments.rewards):
@@ -119,7 +127,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         rewards = [_sum(arguments.names)] if arguments.sum else [_reward(name) for name in arguments.names]
     report = audit(rewards)
     if arguments.json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         from segrl.reports.terminal import console
 
@@ -127,13 +135,13 @@ def _audit(arguments: argparse.Namespace) -> int:
     return BAD if report.gamed else OK
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def check_command(arguments: argparse.Namespace) -> int:
     from segrl.reports.terminal import console, printable_lines
 
     try:
         from segrl.testing.checks import check_reward
     except ImportError as error:  # hypothesis is not installed; the message says so
-        return _complain(str(error))
+        return complain(str(error))
     settings = {} if arguments.examples is None else {"max_examples": arguments.examples}
     status = OK
     for name in arguments.names:
@@ -153,7 +161,7 @@ def _reward(reference: str, **completion_format: Any) -> Reward:
     if Path(reference).suffix in YAML_SUFFIXES:
         return make_reward(load_reward(reference), **completion_format)
     if ":" in reference:
-        _search_here()
+        search_here()
     return make_reward(reference, **completion_format)
 
 

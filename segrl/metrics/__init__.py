@@ -1,6 +1,7 @@
 """Metrics: scores of a predicted mask against the ground truth, and their summary with bootstrap intervals."""
 
 from segrl.metrics.overlap import dice, failure, iou
+from segrl.metrics.registry import make_metric, register_metric
 from segrl.metrics.structure import s_measure, soft_dice
 from segrl.metrics.summary import bootstrap_ci, paired_bootstrap_ci, summarise
 from segrl.metrics.surfaces import boundary_iou, hausdorff, surface, surface_dice, surface_distances
@@ -12,7 +13,9 @@ __all__ = [
     "failure",
     "hausdorff",
     "iou",
+    "make_metric",
     "paired_bootstrap_ci",
+    "register_metric",
     "s_measure",
     "soft_dice",
     "summarise",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 from segrl._version import __version__
 from segrl.errors import SegRLError
 
-__all__ = ["origin_of", "path_of", "resolve_attribute", "same_definition", "summary_of"]
+__all__ = ["argument_docs", "origin_of", "path_of", "resolve_attribute", "same_definition", "summary_of"]
 
 
 def resolve_attribute(path: str, kind: str = "attribute", error: type[SegRLError] = SegRLError) -> Any:
@@ -87,3 +88,25 @@ def summary_of(item: Any) -> str:
         'Return the first paragraph of a docstring as one line, "" without one.'
     """
     return " ".join((inspect.getdoc(item) or "").partition("\n\n")[0].split())
+
+
+def argument_docs(item: Any) -> dict[str, str]:
+    """Return the sentences on each argument in the Google-style docstring of a function or class.
+
+    Example:
+        >>> argument_docs(summary_of), argument_docs(resolve_attribute)["error"]
+        ({}, 'The error to raise.')
+    """
+    docs: dict[str, str] = {}
+    for source in (item, getattr(item, "__init__", None) if inspect.isclass(item) else None):
+        section = re.search(r"^Args:\n((?:(?:[ \t]+.*)?\n?)*)", inspect.getdoc(source) or "", re.MULTILINE)
+        lines = [] if section is None else inspect.cleandoc("\n" + section[1]).splitlines()
+        name = ""
+        for line in lines:
+            head = re.match(r"\*{0,2}(\w+)(?: \([^)]*\))?: ?(.*)", line)
+            if head is not None:
+                name = head[1]
+                docs[name] = head[2]
+            elif line.strip() and name:
+                docs[name] += " " + line.strip()
+    return docs
