@@ -1,4 +1,4 @@
-"""Features of frozen encoders, kept by content; and what "the same content" means."""
+"""A cache of the features of frozen encoders, and keys of content."""
 
 from segrl.caching.content import ImageKeys, content_key
 from segrl.caching.feature_cache import FeatureCache

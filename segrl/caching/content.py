@@ -45,7 +45,7 @@ def content_key(*parts: Any) -> str:
 class ImageKeys:
     """Content keys of images; each object is read once in the life of this object.
 
-    An object that `content_key` cannot read has a key of its own, so that nothing unknown is ever taken for equal.
+    An object that `content_key` cannot read gets a unique key.
 
     Example:
         >>> import numpy as np
@@ -77,7 +77,7 @@ def raw_bytes(tensor: Tensor) -> Any:
 
 
 def _update(digest: Any, part: Any) -> None:
-    """Add a part to a hash. The header fixes how many bytes follow, so no two lists of parts run into each other."""
+    """Add a part to a hash. The header fixes the number of following bytes, so different lists never look equal."""
     if isinstance(part, Image.Image):
         palette = part.getpalette() if part.mode == "P" else None
         _add(digest, (part.mode, part.size, palette, sorted(part.getexif().items())), part.tobytes())

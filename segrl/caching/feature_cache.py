@@ -1,12 +1,12 @@
 """`FeatureCache`: tensors by key, in memory and in a folder, each within a budget of bytes.
 
-In memory the least recently used entries go first. In the folder every entry is one safetensors file, and the files
-that were not read or written for the longest time go first. A file is written when its entry is put, not when memory
-runs out of room: then a run that is killed loses nothing, and other processes find the entry at once.
+Both evict the least recently used entries first. In the folder every entry is one safetensors file. It is written when
+its entry is put, not when memory is full, so that a killed run loses nothing and other processes find the entry at
+once.
 
-Several processes may share a folder. Only the holder of its lock writes, into a temporary file that then takes the
-name of the entry, so that the folder never grows past its budget and a reader, who needs no lock, sees a whole file or
-none. A file that is damaged or goes away meanwhile counts as not there.
+Several processes may share a folder. Only the holder of its lock writes, into a temporary file that is then renamed. So
+the folder never exceeds its budget, and a reader, which needs no lock, sees a whole file or none. A file that is
+damaged or disappears is a miss.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ __all__ = ["FeatureCache"]
 _ENTRY, _TEMPORARY = ".features.safetensors", ".features.safetensors.tmp"  # no other file in the folder is touched
 _LOCK = "features.lock"
 _CHECKSUM = "crc32"
-_PATIENCE = 60.0  # seconds to wait for the lock; one entry takes a fraction of a second
+_LOCK_TIMEOUT = 60.0  # seconds; writing one entry takes a fraction of a second
 
 
 class FeatureCache:
     """Tensors by key, in memory and on disk, each within a budget.
 
     Args:
-        memory_bytes: budget in memory, where tensors stay on the device they come from; 0 keeps nothing there.
-        folder: where entries are also written, made when needed, to be shared with other processes and later runs.
-        disk_bytes: budget of the files in `folder`; with a folder it must be above 0.
+        memory_bytes: Budget in memory, where tensors stay on their device; 0 keeps nothing there.
+        folder: Folder where entries are also written, for other processes and later runs; created when needed.
+        disk_bytes: Budget of the files in `folder`; with a folder it must be above 0.
 
     Attributes:
-        hits: requests answered from memory.
-        disk_hits: requests answered from the folder.
-        misses: requests that found nothing.
-        nbytes: bytes in memory now.
+        hits: Number of requests answered from memory.
+        disk_hits: Number of requests answered from the folder.
+        misses: Number of requests that found nothing.
+        nbytes: Bytes in memory now.
 
-    A folder that cannot be written (full, read-only) is warned about once; what it holds can still be read. A copy,
-    also by pickle, has the same settings and nothing in memory.
+    A folder that cannot be written (full, read-only) gives one warning; its entries can still be read. A copy, also by
+    pickle, has the same settings and nothing in memory.
 
     Raises:
-        SegRLError: a budget below 0, or a folder without one.
+        SegRLError: A budget below 0, or a folder without one.
 
     Example:
         >>> cache = FeatureCache(memory_bytes=100)
@@ -86,12 +86,12 @@ class FeatureCache:
         return type(self), (self.memory_bytes, self.folder, self.disk_bytes)
 
     def get(self, key: str, device: torch.device | str | None = None) -> tuple[Tensor, ...] | None:
-        """The tensors of `key`, or None. They are the cache's own: do not change them in place.
+        """Return the tensors of `key`, or None. They belong to the cache: do not change them in place.
 
         Args:
-            key: what `put` was given.
-            device: where they are wanted, and kept from then on; None leaves them where they are, which is the CPU for
-                what comes from disk.
+            key: The key given to `put`.
+            device: Device to return and keep them on; None leaves them on theirs, which is the CPU if they come from
+                disk.
         """
         found = self._kept.get(key)
         if found is not None:
@@ -108,14 +108,14 @@ class FeatureCache:
         return found
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> None:
-        """Keep detached `tensors` under `key` in place of what was there, exactly: dtype, shape and values."""
+        """Keep detached `tensors` under `key`, with exact dtype, shape and values; replaces an older entry."""
         own = tuple(_own(tensor) for tensor in tensors)
         self._keep(key, own)
         if self._writable:
             self._write(key, own)
 
     def clear(self) -> None:
-        """Forget what is in memory. Files stay, and so do the counters."""
+        """Empty the memory. Files and counters are kept."""
         self._kept.clear()
         self.nbytes = 0
 
@@ -157,7 +157,7 @@ class FeatureCache:
         temporary = path.with_name(path.name.removesuffix(_ENTRY) + _TEMPORARY)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / _LOCK, timeout=_PATIENCE).acquire(poll_interval=0.01):
+            with FileLock(self.folder / _LOCK, timeout=_LOCK_TIMEOUT).acquire(poll_interval=0.01):
                 path.unlink(missing_ok=True)
                 self._make_room(self.folder, len(content))
                 try:
@@ -175,10 +175,10 @@ class FeatureCache:
             )
 
     def _make_room(self, folder: Path, size: int) -> None:
-        """Delete the oldest entries until `size` more bytes fit; whoever calls holds the lock."""
+        """Delete the oldest entries until `size` more bytes fit; the caller holds the lock."""
         entries = []
         for item in os.scandir(folder):
-            if item.name.endswith(_TEMPORARY):  # of a process that died: nobody else writes now
+            if item.name.endswith(_TEMPORARY):  # left by a process that died: only the holder of the lock writes
                 Path(item).unlink(missing_ok=True)
             elif item.name.endswith(_ENTRY):
                 with suppress(FileNotFoundError):  # damaged, and removed by its reader
@@ -192,7 +192,7 @@ class FeatureCache:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, and without the rest of a batch that it is a part of."""
+    """Return the tensor without its graph; a view is copied, so that it does not keep a whole batch in memory."""
     tensor = tensor.detach()
     if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
         with torch.inference_mode(False):
@@ -205,20 +205,20 @@ def _size(tensors: Sequence[Tensor]) -> int:
 
 
 def _mark_used(path: Path) -> None:
-    """Set the time of the last access. Left to the file system it would be coarse, and often not changed by reading."""
+    """Set the time of the last access; file systems record it coarsely, and often not when a file is read."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))
 
 
 def _pack(tensors: Sequence[Tensor]) -> bytes:
-    """Tensors as the content of a safetensors file, named "0", "1", ..., and their checksum."""
+    """Return the content of a safetensors file with the tensors, named "0", "1", ..., and their checksum."""
     ready = [tensor.cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors]
     state = {str(number): tensor for number, tensor in enumerate(ready)}
     return save({**state, _CHECKSUM: torch.tensor(_checksum(ready))})
 
 
 def _unpack(content: bytes) -> tuple[Tensor, ...] | None:
-    """What `_pack` packed, or None if anything about it is not as it was."""
+    """Return the tensors that `_pack` packed, or None if the content is damaged."""
     try:
         state = load(content)
         checksum = state.pop(_CHECKSUM).item()

@@ -1,7 +1,4 @@
-"""`EncoderFingerprint`: which frozen encoder a segmenter has, as text that is the same in every run.
-
-`feature_key` makes a key for `segrl.caching.FeatureCache` of it.
-"""
+"""Fingerprints of frozen encoders, equal in every run, and the cache keys made from them."""
 
 from __future__ import annotations
 
@@ -18,13 +15,23 @@ __all__ = ["EncoderFingerprint", "feature_key"]
 
 
 class EncoderFingerprint:
-    """Hash of class, settings and weights of a segmenter, without what trains while the encoder is frozen.
+    """Hash of class, settings and frozen weights of a segmenter; parts that train beside a frozen encoder do not count.
 
     The weights are read once, and again when any of them was replaced or changed in place. A change through `.data`
-    that keeps the storage is not seen.
+    that keeps the storage is not noticed.
 
     Args:
-        whole: nothing trains: every weight counts.
+        whole: Whether every weight counts, because nothing trains.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     image_size = 8
+        ...     def __init__(self, value):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.tensor(value))
+        >>> first, equal, other = (EncoderFingerprint(whole=True)(Scale(value)) for value in (1.0, 1.0, 2.0))
+        >>> first == equal, first == other
+        (True, False)
     """
 
     def __init__(self, whole: bool = False) -> None:
@@ -37,7 +44,7 @@ class EncoderFingerprint:
         return type(self), (self._whole,)  # a copy has weights of its own, and reads them
 
     def __call__(self, segmenter: nn.Module) -> str | None:
-        """The fingerprint, or None where the weights are not all here (sharded over processes)."""
+        """Return the fingerprint, or None if the weights are sharded over processes."""
         if any(type(tensor.data) is not Tensor or hasattr(tensor, "ds_id") for _, tensor in _tensors(segmenter)):
             return None
         if self._stamp is None or self._stamp != self._read_stamp(segmenter):
@@ -46,7 +53,7 @@ class EncoderFingerprint:
         return self._value
 
     def _read_stamp(self, segmenter: nn.Module) -> tuple[Any, ...]:
-        """What changes when a weight does, without looking at its values."""
+        """Return values that change when a weight does, without reading the weight."""
         return id(segmenter), *(
             (name, tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
             for name, tensor in _tensors(segmenter)
@@ -66,10 +73,19 @@ class EncoderFingerprint:
 
 
 def feature_key(encoder: str | None, content: str | None, device: str) -> str | None:
-    """What features are kept under: encoder (its fingerprint), precision on this type of device, and content.
+    """Return the cache key of features.
+
+    Args:
+        encoder: Fingerprint of the encoder.
+        content: Content key of the image.
+        device: Type of the device, "cpu" or "cuda"; its autocast precision is a part of the key.
 
     Returns:
-        None where they are not kept, since one of the two is not known.
+        The key, or None if encoder or content is None: such features must not be kept.
+
+    Example:
+        >>> feature_key("e5f6", "0a1b", "cpu"), feature_key("e5f6", None, "cpu")
+        ('e5f6 None 0a1b', None)
     """
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return None if encoder is None or content is None else f"{encoder} {precision} {content}"
@@ -81,7 +97,7 @@ def _tensors(segmenter: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _frozen(segmenter: Any) -> frozenset[str]:
-    """Names of all buffers and of the parameters that `freeze` freezes with the encoder."""
+    """Return the names of all buffers and of the parameters that `freeze` freezes with the encoder."""
     trains = {name: parameter.requires_grad for name, parameter in segmenter.named_parameters()}
     segmenter.freeze(encoder=True)
     names = {name for name, parameter in segmenter.named_parameters() if not parameter.requires_grad}
