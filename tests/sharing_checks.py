@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from trainer_checks import letters, text_rows
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from segrl.caching import ImageKeys
 from segrl.heads import DenseLoss
 from segrl.heads.mask_head import SegInput
-from segrl.models import seg_token_id, tiny_causal_lm
-from segrl.sharing import ImageKeys, PromptKey, backbone_of
+from segrl.models import backbone_of, seg_token_id, tiny_causal_lm
+from segrl.sharing import PromptKey
 from segrl.trainers import SegGRPOTrainer
 
 KINDS = (*FAMILIES, "text")

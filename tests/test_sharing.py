@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from segrl.errors import SegRLError
-from segrl.models import base_instance, tiny_causal_lm
-from segrl.sharing import Packed, PromptKey, backbone_of, enable_sharing, install_vision, pack_rows, select_rows
+from segrl.models import backbone_of, base_instance, tiny_causal_lm
+from segrl.sharing import Packed, PromptKey, enable_sharing, install_vision, pack_rows, select_rows
 from segrl.sharing.attention import shared_attention
 from segrl.sharing.layout import build_layout
 

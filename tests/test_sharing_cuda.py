@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from segrl.caching import FeatureCache
 from segrl.heads import DenseLoss
-from segrl.sharing import backbone_of, enable_sharing, install_vision
+from segrl.models import backbone_of
+from segrl.sharing import enable_sharing, install_vision
 from segrl.sharing.attention import shared_attention
 from segrl.sharing.layout import build_layout
 

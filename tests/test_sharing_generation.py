@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from sharing_checks import KINDS, Prompt, build, encoded, left, make_trainer, picture, seen_by, tower_of
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from segrl.caching import FeatureCache
-from segrl.models import base_instance
-from segrl.sharing import ImageKeys, PromptKey, backbone_of, enable_sharing, install_vision, prefill_once
+from segrl.caching import FeatureCache, ImageKeys
+from segrl.models import backbone_of, base_instance
+from segrl.sharing import PromptKey, enable_sharing, install_vision, prefill_once
 
 ROWS = [0, 0, 1, 2, 1, 0, 2]
 

@@ -26,8 +26,9 @@ from sharing_checks import (
     tower_of,
 )
 
-from segrl.caching import FeatureCache
-from segrl.sharing import ImageKeys, backbone_of, images_of, install_vision, preprocess_once
+from segrl.caching import FeatureCache, ImageKeys
+from segrl.models import backbone_of
+from segrl.sharing import images_of, install_vision, preprocess_once
 
 PICTURES = [Prompt(3, (0, 1)), Prompt(6, (1,)), Prompt(2, (4, 0, 0))]  # 3 different ones; 0 and 4 have one size
 ROWS = [Answer(0, 3), Answer(1, 2), Answer(0, 4), Answer(2, 3), Answer(1, 5), Answer(2, 1)]

@@ -17,7 +17,7 @@ from trainer_checks import history, letters, overfit, text_rows, weights, writte
 from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 
 from segrl.heads import DenseLoss, detach_mask_head
-from segrl.sharing import backbone_of
+from segrl.models import backbone_of
 from segrl.trainers import SegGRPOTrainer
 
 pytestmark = [

@@ -1,12 +1,15 @@
-"""Attention over a packed row, and the hooks that bring it into a transformers model.
+"""Attention over a packed row, and the hooks that put it into a transformers model.
 
-Every prompt attends to itself, causally, once. The completions of a prompt attend, as one batch, to the prompt's keys
-and to themselves. So the work is P*P/2 + G*T*(P + T/2) where G rows of their own cost G*(P + T)*(P + T)/2, and no mask
-over the whole row is ever built.
+Every prompt attends to itself once, causally. The completions of a prompt attend, as one batch, to the prompt's keys
+and to themselves. The work is P*P/2 + G*T*(P + T/2) instead of G*(P + T)*(P + T)/2 for G separate rows, and no mask
+over the whole row is built.
 
-The layout travels through the model's keyword arguments, not through a global: with activation checkpointing a layer
+The layout is passed through the model's keyword arguments, not through a global: with activation checkpointing a layer
 runs again during backward, and must see the same layout then.
 """
+
+# G completions of a prompt, P prompt tokens, T completion tokens with padding, S without, L packed tokens
+# H query heads, K key-value heads, D head width; shapes as "1 H L D"
 
 from __future__ import annotations
 
@@ -21,9 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from segrl.errors import SegRLError
 from segrl.sharing.layout import Group, Layout
 
-KEYWORD = "shared_prompt"
+__all__ = ["LAYOUT_KEYWORD", "install", "shared_attention"]
+
+LAYOUT_KEYWORD = "shared_prompt"
 _NAME = "segrl_shared_prompt"
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what this attention does not compute
+_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # arguments that this attention does not implement
 
 
 def shared_attention(
@@ -37,20 +42,24 @@ def shared_attention(
     shared_prompt: Layout | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers calls them, for one packed row.
+    """Compute attention over one packed row; an attention function of transformers.
 
     Args:
-        module: the attention layer.
-        query: "1 H L D".
-        key, value: "1 K L D" with K key-value heads, a divisor of H.
-        attention_mask: ignored; the layout says it all.
-        shared_prompt: the layout.
+        module: The attention layer.
+        query: (1, H, L, D).
+        key: (1, K, L, D) with K key-value heads, a divisor of H.
+        value: (1, K, L, D).
+        attention_mask: Ignored; the layout replaces it.
+        dropout: Dropout probability.
+        scaling: Factor of the scores; 1 / sqrt(D) by default.
+        shared_prompt: The layout.
+        **extra: Other arguments of the layer.
 
     Returns:
-        The output "1 L H D", and None for the weights.
+        The output (1, L, H, D), and None for the weights.
 
     Raises:
-        SegRLError: the layer asks for something that is not computed here (a sliding window, soft capping, sinks).
+        SegRLError: The layer uses a feature that is not implemented here (a sliding window, soft capping, sinks).
     """
     if shared_prompt is None or len(query) != 1 or query.size(2) != shared_prompt.tokens:
         raise SegRLError(f"shared-prompt attention got queries of shape {tuple(query.shape)} and {shared_prompt}")
@@ -79,7 +88,7 @@ def _completions(
     value: Tensor,
     settings: dict[str, Any],
 ) -> Tensor:
-    """Output "1 H S D" of a group's S completion tokens."""
+    """Compute the output (1, H, S, D) of a group's completion tokens, with the completions as a batch of G."""
     first = group.start + group.prompt
     rows, longest = len(group.lengths), group.longest
 
@@ -97,7 +106,8 @@ def _completions(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, prompt: int | None = None, **settings: Any) -> Tensor:
-    """Scaled dot-product attention with grouped key-value heads; with `prompt`, causal after that many open keys."""
+    """Compute attention with grouped key-value heads. With `prompt`, this number of keys is visible to all queries, and
+    the keys after them are causal."""
     mask: Any = None
     half = query.dtype in (torch.float16, torch.bfloat16)
     if prompt is not None:
@@ -105,11 +115,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, prompt: int | None = Non
         if query.is_cuda and half and query.size(-1) % 8 == 0:
             from torch.nn.attention.bias import causal_lower_right
 
-            mask = causal_lower_right(*shape)  # flash attention knows this one without a mask in memory
+            mask = causal_lower_right(*shape)  # flash attention computes it without a mask in memory
         else:
             mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prompt)
     repeats = query.size(1) // key.size(1)
-    if repeats > 1 and query.is_cuda and mask is not None:  # CUDA's fast kernels take no mask with fewer key heads
+    if repeats > 1 and query.is_cuda and mask is not None:  # CUDA's fast kernels take no mask with grouped heads
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         repeats = 1
     return F.scaled_dot_product_attention(
@@ -125,9 +135,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, prompt: int | None = Non
 
 
 class _Switch:
-    """Hooks of an attention layer: while it is called with a layout, its config names this attention.
+    """Hooks of an attention layer that put this attention into its config while it is called with a layout.
 
-    The config of the model itself keeps its name, so that every other pass is untouched.
+    The layer gets a copy of the config; that of the model never changes, so every other pass is untouched.
     """
 
     def __init__(self, config: Any) -> None:
@@ -135,7 +145,7 @@ class _Switch:
         self.shared._attn_implementation_internal = _NAME
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get(KEYWORD) is not None:
+        if kwargs.get(LAYOUT_KEYWORD) is not None:
             module.config = self.shared
 
     def after(self, module: Any, args: Any, output: Any) -> None:
@@ -143,8 +153,8 @@ class _Switch:
 
 
 def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook of the backbone: its last hidden states "1 L D" become "B T+1 D", one row per completion."""
-    layout = kwargs.get(KEYWORD)
+    """Turn the backbone's last hidden states (1, L, D) into one row per completion, (B, T+1, D); a hook."""
+    layout = kwargs.get(LAYOUT_KEYWORD)
     if layout is None:
         return None
     states = output[0] if isinstance(output, tuple) else output.last_hidden_state
@@ -156,7 +166,7 @@ def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -
 
 
 def install(backbone: nn.Module, layers: list[Any]) -> None:
-    """Teach a backbone the keyword `shared_prompt`; `layers` are its attention layers. Twice is as good as once."""
+    """Make a backbone with these attention layers take the keyword `shared_prompt`. A second call does nothing."""
     if getattr(backbone, "_segrl_shares", False):
         return
     backbone.register_forward_hook(_unpack, with_kwargs=True, prepend=True)  # before a mask head listens

@@ -1,4 +1,4 @@
-"""Generation with one prefill per prompt: its keys and values are computed once and repeated for its G answers."""
+"""Generate with one prefill per prompt: its keys and values are computed once and repeated for its G completions."""
 
 from __future__ import annotations
 
@@ -14,27 +14,40 @@ from segrl.sharing.images import image_indices
 from segrl.sharing.packing import PromptKey, select_images
 from segrl.sharing.vision import VisionOnce, select_features
 
+__all__ = ["prefill_once"]
+
 _BY_ROW = ("input_ids", "inputs_embeds", "attention_mask", "mm_token_type_ids")
 _IMAGES = ("pixel_values", "image_grid_thw", "mm_encoder_outputs")
-_KNOWN = {*_BY_ROW, *_IMAGES, "position_ids", "past_key_values"}
+_CACHES = ("cache", "past_key_values")  # the name of the key-value cache since transformers 5.24, and before
+_KNOWN = {*_BY_ROW, *_IMAGES, *_CACHES, "position_ids"}
 
 
 @contextmanager
 def prefill_once(backbone: Any, keys: Sequence[PromptKey], num_images: Sequence[int] | None) -> Iterator[None]:
-    """Inside the context the first forward of `backbone`, which is `generate`'s prefill, runs on the unique prompts.
+    """Inside the context, the first forward of `backbone`, the prefill of `generate`, runs on the unique prompts.
 
-    Its cache and the state of the last token are then repeated for all rows, so that `generate` notices nothing. A
-    forward that is not understood (another kind of cache, another number of rows, unknown inputs) runs as it comes, and
-    so does everything if no two keys are equal.
+    Its cache and the state of the last token are then repeated for all rows, so `generate` continues as usual. A
+    forward with another kind of cache, another number of rows or unknown inputs is not changed, and neither is any if
+    all keys differ.
 
     Args:
-        backbone: a backbone that `enable_sharing` accepted.
-        keys: rows with equal keys have the same prompt and the same images; all keep their place.
-        num_images: images of each row, or None without images.
+        backbone: A backbone that `enable_sharing` accepted.
+        keys: Key of each row; rows with equal keys have the same prompt and the same images.
+        num_images: Number of images of each row, or None without images.
+
+    Example:
+        >>> from segrl.models import backbone_of, tiny_causal_lm
+        >>> model, tokenizer = tiny_causal_lm(layers=1)
+        >>> inputs, rows = tokenizer(["Where is it?"] * 4, return_tensors="pt"), []
+        >>> _ = model.model.layers[0].register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+        >>> with prefill_once(backbone_of(model), [PromptKey((1,))] * 4, None):
+        ...     output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+        >>> rows, len(output)
+        ([1, 4, 4], 4)
     """
     once = getattr(backbone, "get_image_features", None)
     shown = [image for key in keys for image in key.images]
-    known = once.expecting(shown) if isinstance(once, VisionOnce) else nullcontext()  # `generate` may encode first
+    known = once.expecting(shown) if isinstance(once, VisionOnce) else nullcontext()  # `generate` may encode images
     if len(set(keys)) == len(keys):
         with known:
             yield
@@ -57,16 +70,17 @@ class _Prefill:
 
     def __init__(self, keys: Sequence[PromptKey], num_images: Sequence[int] | None) -> None:
         self.keys, self.num_images = keys, num_images
-        place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        self.rows = [keys.index(key) for key in place]  # of each unique prompt
-        self.repeat = [place[key] for key in keys]
+        position = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        self.rows = [keys.index(key) for key in position]  # the first row of each unique prompt
+        self.repeat = [position[key] for key in keys]
         self.done = self.reduced = False
 
     def before(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Reduce the arguments of the prefill to the unique prompts."""
         if self.done:
             return None
         self.done = True
-        if args or not self._understood(kwargs):
+        if args or not self._supported(kwargs):
             return None
         self.reduced = True
         reduced = {name: value for name, value in kwargs.items() if name not in _IMAGES}
@@ -90,17 +104,18 @@ class _Prefill:
         return select_features(kwargs["mm_encoder_outputs"]["image"], self.rows, self.num_images or [])
 
     def after(self, backbone: Any, args: Any, output: Any) -> None:
+        """Repeat cache and last state for all rows."""
         if not self.reduced:
             return
         self.reduced = False
         device = output.last_hidden_state.device
         repeat = torch.tensor(self.repeat, device=device)
-        output.past_key_values.batch_select_indices(repeat)
+        _cache_of(output).batch_select_indices(repeat)
         output["last_hidden_state"] = output.last_hidden_state[:, -1:][repeat]
 
-    def _understood(self, kwargs: dict[str, Any]) -> bool:
+    def _supported(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        cache, positions = _cache_of(kwargs), kwargs.get("position_ids")
         encoded = kwargs.get("mm_encoder_outputs") or {}
         others = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _KNOWN]
         return (
@@ -108,7 +123,7 @@ class _Prefill:
             and len(ids) == len(self.keys)
             and type(cache) is DynamicCache
             and cache.get_seq_length() == 0
-            and not [name for name in others if kwargs[name].ndim > 1]  # one-dimensional ones are about tokens
+            and not [name for name in others if kwargs[name].ndim > 1]  # one-dimensional ones have no rows
             and (not encoded or self.num_images is not None)
             and self._countable(kwargs.get("pixel_values"), kwargs.get("image_grid_thw"))
             and set(encoded) <= {"image"}
@@ -117,7 +132,12 @@ class _Prefill:
         )
 
     def _countable(self, pixels: Tensor | None, grid: Tensor | None) -> bool:
-        """Whether the pixels are those of `num_images`: some models cut images to tiles, and one cannot tell whose."""
+        """Return whether the pixels are those of `num_images`; tiles, for example, cannot be assigned to rows."""
         if pixels is None:
             return True
         return self.num_images is not None and len(pixels if grid is None else grid) == sum(self.num_images)
+
+
+def _cache_of(values: Any) -> Any:
+    """Return the key-value cache in the arguments or the output of a forward, or None."""
+    return next((values[name] for name in _CACHES if values.get(name) is not None), None)

@@ -1,4 +1,6 @@
-"""Images by content: the G rows of a group hold G decoded copies of the same picture."""
+"""Preprocess each image once: the G rows of a group hold G decoded copies of the same image."""
+
+# N images
 
 from __future__ import annotations
 
@@ -13,13 +15,32 @@ from transformers import BatchFeature
 
 from segrl.caching.content import ImageKeys
 
+__all__ = ["image_indices", "images_of", "pixels_of", "preprocess_once"]
+
 
 @contextmanager
 def preprocess_once(processor: Any, keys: ImageKeys) -> Iterator[None]:
-    """Inside the context `processor` prepares each image once, however often it is asked to.
+    """Inside the context, `processor` prepares each image once, however often it is called with it.
 
-    Works for image processors that return `pixel_values`, and `image_grid_thw` if they cut images to patches; what
-    others return is passed on as it is.
+    Works for image processors that return `pixel_values`, and `image_grid_thw` if they cut images into patches; the
+    output of others is returned unchanged.
+
+    Args:
+        processor: The model's processor; its image processor is replaced inside the context.
+        keys: Content keys of the images.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from PIL import Image
+        >>> prepared = []
+        >>> def image_processor(images, **settings):
+        ...     prepared.extend(images)
+        ...     return {"pixel_values": torch.zeros(len(images), 3, 4, 4)}
+        >>> processor, image = SimpleNamespace(image_processor=image_processor), Image.new("RGB", (4, 4))
+        >>> with preprocess_once(processor, ImageKeys()):
+        ...     pixels = processor.image_processor([image, image.copy()], return_tensors="pt")["pixel_values"]
+        >>> len(prepared), len(pixels)
+        (1, 2)
     """
     inner = getattr(processor, "image_processor", None)
     if inner is None:
@@ -33,7 +54,7 @@ def preprocess_once(processor: Any, keys: ImageKeys) -> Iterator[None]:
 
 
 class _Once:
-    """An image processor that remembers; every other attribute is the real one's."""
+    """An image processor that keeps its outputs; every other attribute is that of the real one."""
 
     def __init__(self, inner: Any, keys: ImageKeys) -> None:
         self._inner, self._keys = inner, keys
@@ -48,11 +69,10 @@ class _Once:
         flat, form = _flat(images), settings.get("return_tensors")
         if not flat or any(image is None for image in flat):
             return self._inner(images=images, **settings)
-        # TRL asks for no form with the tokens, for "pt" with the scores: the pixels are the same
-        how = repr(
-            sorted({**settings, "return_tensors": None if form == "pt" else form}.items(), key=lambda item: item[0])
-        )
-        wanted = [(self._keys(image), how) for image in flat]
+        # TRL requests lists for generation and "pt" for scoring: the pixels are the same.
+        own = {**settings, "return_tensors": None if form == "pt" else form}
+        settings_key = repr(sorted(own.items(), key=lambda item: item[0]))
+        wanted = [(self._keys(image), settings_key) for image in flat]
         missing = {key: image for key, image in zip(wanted, flat, strict=True) if key not in self._done}
         if missing:
             output = self._inner(images=list(missing.values()), **settings)
@@ -74,7 +94,7 @@ def _flat(images: Any) -> list[Any]:
 
 
 def _split(output: Any, images: int) -> list[tuple[Tensor, Tensor | None]] | None:
-    """What an image processor returned, by image; None if it is of another form."""
+    """Split the output of an image processor by image; None if it has another form."""
     pixels, grid = output.get("pixel_values"), output.get("image_grid_thw")
     if isinstance(pixels, list) and all(isinstance(one, Tensor) for one in pixels):
         pixels = torch.stack(pixels) if len({one.shape for one in pixels}) == 1 else None
@@ -88,23 +108,27 @@ def _split(output: Any, images: int) -> list[tuple[Tensor, Tensor | None]] | Non
 
 
 def image_indices(rows: Sequence[int], num_images: Sequence[int]) -> list[int]:
-    """Places of the images of some rows among the images of all rows.
+    """Return the positions of the images of some rows among the images of all rows.
 
     Args:
-        rows: which rows, in the order that is wanted.
-        num_images: images of each row.
+        rows: Rows, in the order of the result.
+        num_images: Number of images of each row.
+
+    Example:
+        >>> image_indices([2, 0], num_images=[1, 2, 2])
+        [3, 4, 0]
     """
     bounds = [0, *accumulate(num_images)]
     return [n for row in rows for n in range(bounds[row], bounds[row + 1])]
 
 
 def pixels_of(images: Sequence[int], pixels: Tensor, grid: Tensor | None) -> dict[str, Tensor]:
-    """Some images, as keyword arguments of a backbone.
+    """Return some images as keyword arguments of a backbone.
 
     Args:
-        images: places of the images that are wanted, in order; at least one.
-        pixels: all images, flattened to patches ("patches D", Qwen-VL) or one per row ("N 3 H W").
-        grid: patches of each image along time, height and width, "N 3"; None for one row per image.
+        images: Positions of the images, in order; at least one.
+        pixels: All images, flattened to patches (patches, D) as in Qwen-VL, or one per row (N, 3, H, W).
+        grid: Patches of each image along time, height and width, (N, 3); None for one row per image.
 
     Returns:
         `pixel_values`, and `image_grid_thw` if there is a grid.
@@ -117,7 +141,13 @@ def pixels_of(images: Sequence[int], pixels: Tensor, grid: Tensor | None) -> dic
 
 
 def images_of(prompt: Any) -> list[Any]:
-    """The images in a conversation whose messages are lists of parts, in order."""
+    """Return the images in a conversation whose messages are lists of parts, in order; [] for a text.
+
+    Example:
+        >>> parts = [{"type": "image", "image": "first"}, {"type": "text", "text": "Where?"}]
+        >>> images_of([{"role": "user", "content": parts}, {"role": "user", "content": "text"}])
+        ['first']
+    """
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
         return []
     contents = [message.get("content") for message in prompt if isinstance(message, dict)]

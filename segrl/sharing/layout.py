@@ -1,11 +1,11 @@
-"""Where everything is in a packed row: each prompt once, then the completions that answer it.
+"""Layout of a packed row: each prompt once, followed by its completions.
 
     prompt a | completion 1 | completion 2 | ... | prompt b | completion 1 | ...
 
-Nothing is padded: a packed row has exactly the tokens that are to be computed.
-
-Shape legend: B completions, G of one prompt, P prompt tokens, T completion tokens with padding, L packed tokens.
+Nothing is padded: a packed row has exactly the tokens that are computed.
 """
+
+# B completions, G completions of one prompt, P prompt tokens, T completion tokens with padding, L packed tokens
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Group", "Layout", "build_layout"]
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """One prompt and its completions in a packed row.
 
     Attributes:
-        start: position of the first prompt token; the completions follow the prompt.
-        prompt: prompt tokens P, at least 1.
-        lengths: tokens of each completion that has any.
-        gather: positions "G T" of the completions' tokens, counted from the end of the prompt, filled with 0; None if
-            all are equally long, and a reshape does it.
-        scatter: where the tokens are in "G T" flattened, in order; None as before.
+        start: Position of the first prompt token; the completions follow the prompt.
+        prompt: Number of prompt tokens P, at least 1.
+        lengths: Number of tokens of each completion that has any.
+        gather: Positions (G, T) of the completions' tokens, counted from the end of the prompt, filled with 0; None if
+            all completions are equally long and a reshape suffices.
+        scatter: Positions of the tokens in the flattened (G, T), in order; None if `gather` is.
     """
 
     start: int
@@ -37,23 +39,23 @@ class Group:
 
     @property
     def end(self) -> int:
-        """Position after the last completion."""
+        """Return the position after the last completion."""
         return self.start + self.prompt + sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest completion, 0 without completions."""
+        """Return the number of tokens of the longest completion, 0 without completions."""
         return max(self.lengths, default=0)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How B completions lie in one packed row, handed to the model as the keyword `shared_prompt`.
+    """The layout of B completions in one packed row, passed to the model as the keyword `shared_prompt`.
 
     Attributes:
-        groups: the prompts in order, together L tokens.
-        rows: packed position of each row's last prompt token and completion tokens, "B T+1"; where a completion has
-            ended, the position of its last prompt token.
+        groups: The prompts in order, together L tokens.
+        rows: Packed positions of each row's last prompt token and completion tokens, (B, T+1); after the end of a
+            completion, the position of its last prompt token.
     """
 
     groups: tuple[Group, ...]
@@ -61,7 +63,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Tokens L of the packed row."""
+        """Return the number of tokens L of the packed row."""
         return self.groups[-1].end
 
 
@@ -72,13 +74,19 @@ def build_layout(
     width: int,
     device: torch.device | str,
 ) -> Layout:
-    """The layout of rows of which some share a prompt.
+    """Build the layout of rows, some of which share a prompt.
 
     Args:
-        members: rows of each group; every row in exactly one.
-        prompts, completions: lengths in tokens, by row; the rows of a group have the same prompt.
-        width: completion tokens T, the longest with padding.
-        device: where the index tensors go.
+        members: Rows of each group; every row is in exactly one.
+        prompts: Number of prompt tokens of each row; the rows of a group have the same prompt.
+        completions: Number of completion tokens of each row.
+        width: Number of completion tokens T, with padding.
+        device: Device of the index tensors.
+
+    Example:
+        >>> layout = build_layout([[0, 1]], prompts=[3, 3], completions=[2, 1], width=2, device="cpu")
+        >>> layout.tokens, layout.rows.tolist()  # 3 + 2 + 1 tokens; row 1 has its only token at position 5
+        (6, [[2, 3, 4], [2, 5, 2]])
     """
     groups: list[Group] = []
     rows = [[0] * (width + 1) for _ in prompts]

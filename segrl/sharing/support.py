@@ -1,6 +1,6 @@
-"""Which models can share a prompt: decided by looking, then by trying.
+"""Decide whether a model can share a prompt: first by its configuration, then by a trial.
 
-A model is asked to score two short texts both ways. If its states differ, or its layers never called the shared
+In the trial a model scores two short texts both ways. If its states differ, or its layers never call the shared
 attention, it is not supported, whatever its name.
 """
 
@@ -13,28 +13,38 @@ from torch import nn
 
 from segrl.errors import SegRLError
 from segrl.models.backbone import backbone_of, base_instance
-from segrl.sharing import attention
+from segrl.sharing.attention import install
 from segrl.sharing.layout import build_layout
+
+__all__ = ["enable_sharing", "no_mask"]
 
 _IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def enable_sharing(model: Any) -> str | None:
-    """Teach `model` (any transformers model, also inside PEFT) to take packed rows.
+    """Make `model` (any transformers model, also inside PEFT) take packed rows.
 
-    Every pass that is not given a layout stays what it was, bit for bit.
+    Every pass without a layout stays the same, bit for bit.
 
     Returns:
-        None, or why this model cannot share prompts; then it is as it was, apart from hooks that do nothing.
+        None, or the reason why this model cannot share prompts; then its hooks do nothing.
+
+    Example:
+        >>> from segrl.models import tiny_causal_lm
+        >>> model, _ = tiny_causal_lm(layers=1)
+        >>> enable_sharing(model)  # None
+        >>> model.config.layer_types = ["sliding_attention"]
+        >>> enable_sharing(model)
+        "Qwen2ForCausalLM has layers of the types ['sliding_attention']; only full_attention can be shared"
     """
     base = base_instance(model)
     reason = _structure(model, base)
     if reason is not None:
         return reason
     backbone, layers = backbone_of(base), _attention_layers(base)
-    attention.install(backbone, layers)
+    install(backbone, layers)
     if any(hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in base.parameters()):
-        return None  # the weights are spread over processes: nothing to try with here
+        return None  # the weights are sharded over processes, so there is nothing to try with
     return _trial(base, backbone, layers)
 
 
@@ -44,7 +54,7 @@ def _attention_layers(base: Any) -> list[Any]:
 
 
 def _structure(model: Any, base: Any) -> str | None:
-    """What speaks against sharing before anything is run, or None."""
+    """Return a reason against sharing that the configuration shows, or None."""
     name = type(base).__name__
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and getattr(adapter, "is_prompt_learning", False):
@@ -71,7 +81,7 @@ def _structure(model: Any, base: Any) -> str | None:
 
 @torch.no_grad()
 def _trial(base: Any, backbone: Any, layers: list[Any]) -> str | None:
-    """Score a prompt of four tokens with two completions both ways, or say what went wrong."""
+    """Score a prompt of four tokens with two completions both ways; return a reason if they differ, or None."""
     special = {value for key, value in vars(base.config).items() if key.endswith("_token_id")}
     words = [n for n in range(base.config.get_text_config().vocab_size) if n not in special][:12]
     if len(words) < 12:
@@ -120,5 +130,5 @@ def _trial(base: Any, backbone: Any, layers: list[Any]) -> str | None:
 
 
 def no_mask(device: torch.device | str) -> torch.Tensor:
-    """A mask with four dimensions: transformers hands such a one on as it is and builds none of its own."""
+    """Return a mask with four dimensions, which transformers passes on unchanged instead of building its own."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)

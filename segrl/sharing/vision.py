@@ -1,7 +1,6 @@
-"""Features of the vision tower once per image: within a pass, and across passes while the tower is frozen.
+"""Compute the features of the vision tower once per image: within a pass, and across passes if the tower is frozen."""
 
-Shape legend: N images, n_i language-model tokens of image i, D language-model width.
-"""
+# N images, n_i language-model tokens of image i, D language-model width
 
 from __future__ import annotations
 
@@ -16,19 +15,21 @@ from torch import Tensor, nn
 from segrl.caching.feature_cache import FeatureCache
 from segrl.sharing.images import image_indices, pixels_of
 
-KEYWORD = "image_keys"
+__all__ = ["IMAGE_KEYS_KEYWORD", "VisionOnce", "install_vision", "select_features"]
+
+IMAGE_KEYS_KEYWORD = "image_keys"
 
 
 class VisionOnce:
-    """Stands before a backbone's `get_image_features` once `install_vision` has put it there.
+    """A replacement of a backbone's `get_image_features`, which `install_vision` puts there.
 
-    A forward that is given `image_keys`, one key per image in the order of its pixels, encodes each key once. With a
-    frozen tower the features are kept (`cache`) until a weight changes, and no graph is built for it. Any other forward
-    is left alone.
+    A forward with `image_keys`, one key per image in the order of its pixels, encodes each key once. If the tower is
+    frozen, its features are kept in `cache` until a weight changes, and it builds no graph. Any other forward is
+    unchanged.
 
     Attributes:
-        cache: features "n_i D" of the language model's tokens, and of Qwen3-VL's deeper layers, by key.
-        encoded_images: images that really went through the tower, for reports and tests.
+        cache: Features (n_i, D) of the language model's tokens, and of Qwen3-VL's deeper layers, by key.
+        encoded_images: Number of images that the tower has encoded, for reports and tests.
     """
 
     def __init__(self, backbone: Any, decoder: nn.Module, cache: FeatureCache) -> None:
@@ -43,11 +44,11 @@ class VisionOnce:
 
     @property
     def frozen(self) -> bool:
-        """Whether no parameter outside the decoder is trained."""
+        """Return whether no parameter outside the decoder is trained."""
         return not any(p.requires_grad for module in self._tower() for p in module.parameters(recurse=False))
 
     def _tower(self) -> Iterator[nn.Module]:
-        """All modules of the backbone outside the decoder, as they are now: adapters may have come."""
+        """Yield all modules of the backbone outside the decoder; read anew each time, because adapters may be added."""
         waiting: list[nn.Module] = [self._backbone]
         while waiting:
             module = waiting.pop()
@@ -55,7 +56,7 @@ class VisionOnce:
             waiting += [child for child in module.children() if child is not self._decoder]
 
     def _read_stamp(self) -> Any:
-        """What changes when a weight or the choice of adapters does.
+        """Return values that change when a weight or the choice of adapters does.
 
         Buffers do not count: DDP may write them, unchanged, before every forward.
         """
@@ -63,7 +64,7 @@ class VisionOnce:
         for module in self._tower():
             for parameter in module.parameters(recurse=False):
                 if type(parameter.data) is not Tensor or parameter.is_inference():
-                    return object()  # sharded or of another kind: nothing is known of its storage
+                    return object()  # sharded, so its storage says nothing; equal to no other stamp
                 parts.append((id(parameter), parameter.data_ptr(), parameter.dtype, parameter._version))
             if isinstance(module, BaseTunerLayer):
                 parts.append((module.disable_adapters, module.merged, tuple(module.active_adapters)))
@@ -71,7 +72,7 @@ class VisionOnce:
 
     @contextmanager
     def expecting(self, keys: list[str]) -> Iterator[None]:
-        """Inside the context, images that are encoded outside a forward have these keys."""
+        """Inside the context, images that are encoded outside of a forward have these keys."""
         self._outside = self._keys = keys
         try:
             yield
@@ -79,10 +80,12 @@ class VisionOnce:
             self._outside = self._keys = None
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._keys = kwargs.pop(KEYWORD, self._outside)
+        """Take the keys off the arguments of the backbone's forward; a hook."""
+        self._keys = kwargs.pop(IMAGE_KEYS_KEYWORD, self._outside)
         return args, kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forget the keys of the forward; a hook."""
         self._keys = self._outside
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
@@ -98,10 +101,10 @@ class VisionOnce:
         found: dict[str, tuple[Tensor, ...]] = {}
         if frozen:
             stamp = self._read_stamp()
-            if stamp != self._stamp:
+            if stamp != self._stamp:  # a weight has changed, and with it all features
                 self._stamp = stamp
                 self.cache.clear()
-        if frozen and self._kind is not None:
+        if frozen and self._kind is not None:  # the type of the output is known only after a first call
             for name in dict.fromkeys(names):
                 kept = self.cache.get(name, device=pixel_values.device)
                 if kept is not None:
@@ -112,7 +115,7 @@ class VisionOnce:
             with torch.no_grad() if frozen else nullcontext():
                 output = self._original(**pixels_of(list(missing.values()), pixel_values, image_grid_thw), **kwargs)
             parts = _by_image(output, len(missing))
-            if parts is None:  # of a form that is not known here
+            if parts is None:  # an unknown form of output
                 self.encoded_images += images - len(missing)
                 return self._original(pixel_values, **grid, **kwargs)
             self._kind = type(output)
@@ -125,10 +128,10 @@ class VisionOnce:
         return _assembled(self._kind, pieces, self._joined)
 
     def _precision(self, device: str) -> torch.dtype | None:
-        """What the tower computes in: autocast's precision or that of its weights; None for weights of several.
+        """Return the precision of the tower: that of autocast or of its weights; None for weights of several.
 
-        With adapters `generate` runs without the autocast of the passes around it, which changes nothing where the
-        weights have its precision.
+        With adapters `generate` runs without the autocast of the other passes, which makes no difference if the weights
+        have its precision: those passes can then share features.
         """
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
@@ -137,9 +140,25 @@ class VisionOnce:
 
 
 def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> VisionOnce | None:
-    """Put a `VisionOnce` before the backbone's vision tower; None if it has none. The class stays what it is.
+    """Put a `VisionOnce` before the vision tower of a backbone. The class of the backbone does not change.
 
-    A backbone that has one already keeps it, with this cache.
+    Args:
+        backbone: The model without its language-model head (`segrl.models.backbone_of`).
+        decoder: The language model in it; everything else belongs to the tower.
+        cache: Keeps features while the tower is frozen. A backbone that has a `VisionOnce` keeps it, with this cache.
+
+    Returns:
+        The `VisionOnce`, or None if the backbone has no vision tower.
+
+    Example:
+        >>> from segrl.models import backbone_of, tiny_llava
+        >>> model, _ = tiny_llava(layers=1, vision_layers=1)
+        >>> once = install_vision(backbone_of(model), model.get_decoder(), FeatureCache())
+        >>> ids = torch.full((1, 32), model.config.image_token_index)
+        >>> pixels = torch.zeros(2, 3, 112, 112)  # the same image twice
+        >>> _ = model.model(input_ids=ids, pixel_values=pixels, image_keys=["0a1b", "0a1b"])
+        >>> once.encoded_images, once.frozen
+        (1, False)
     """
     if not hasattr(backbone, "get_image_features"):
         return None
@@ -155,12 +174,12 @@ def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> Vi
 
 
 def select_features(output: Any, rows: Sequence[int], num_images: Sequence[int]) -> Any:
-    """What `get_image_features` returned for all rows, for some of them; None if it is of an unknown form.
+    """Select the features of some rows from the output of `get_image_features`; None if it has an unknown form.
 
     Args:
-        output: features of all images.
-        rows: which rows.
-        num_images: images of each row.
+        output: Features of all images.
+        rows: Rows, in the order of the result.
+        num_images: Number of images of each row.
     """
     parts = _by_image(output, sum(num_images))
     if parts is None:
@@ -170,7 +189,7 @@ def select_features(output: Any, rows: Sequence[int], num_images: Sequence[int])
 
 
 def _is_joined(output: Any) -> bool:
-    """Whether deeper layers come as one tensor (transformers before 5.20) or by image."""
+    """Return whether deeper layers are one tensor (transformers before 5.20), not a list by image."""
     return any(isinstance(level, Tensor) for level in getattr(output, "deepstack_features", None) or [])
 
 
@@ -181,7 +200,7 @@ def _assembled(kind: Any, pieces: Sequence[tuple[Tensor, ...]], joined: bool) ->
 
 
 def _by_image(output: Any, images: int) -> list[tuple[Tensor, ...]] | None:
-    """Features of each image, then those of deeper layers; None if `output` is of another form."""
+    """Split features by image, each with those of deeper layers; None if `output` has another form."""
     pooled = getattr(output, "pooler_output", None)
     if not isinstance(pooled, (list, tuple)) or len(pooled) != images:
         return None

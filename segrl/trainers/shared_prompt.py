@@ -25,8 +25,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from segrl import sharing
+from segrl.caching.content import ImageKeys
 from segrl.caching.feature_cache import FeatureCache
-from segrl.models.backbone import base_instance
+from segrl.models.backbone import backbone_of, base_instance
+from segrl.sharing.packing import IMAGE_INPUTS
 
 
 class SharedPromptGRPOTrainer(GRPOTrainer):
@@ -38,7 +40,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     args: Any
     _buffered_inputs: Any
     _prompt_keys: list[sharing.PromptKey] | None = None  # of the rows that are to be scored next
-    _image_keys: sharing.ImageKeys | None = None  # of one rollout
+    _image_keys: ImageKeys | None = None  # of one rollout
     _shares = False
     _share_by_default = True
     _told = False  # whether the warning about inputs has been given
@@ -66,13 +68,13 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         for model in models:
             base = base_instance(model)
             cache = FeatureCache(memory_bytes=self.args.feature_cache_memory)
-            sharing.install_vision(sharing.backbone_of(base), base.get_decoder(), cache)
+            sharing.install_vision(backbone_of(base), base.get_decoder(), cache)
         return True
 
     # ---- rollout -----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._image_keys = keys = sharing.ImageKeys()
+        self._image_keys = keys = ImageKeys()
         once = sharing.preprocess_once(self.processing_class, keys) if self._wants_sharing else nullcontext()
         try:
             with once:
@@ -97,13 +99,13 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._shares or self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        backbone = sharing.backbone_of(base_instance(self.accelerator.unwrap_model(self.model_wrapped)))
+        backbone = backbone_of(base_instance(self.accelerator.unwrap_model(self.model_wrapped)))
         counts = None if images is None else [len(group or ()) for group in images]
         with sharing.prefill_once(backbone, self._keys(prompt_ids, images), counts):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _keys(self, prompt_ids: Sequence[Sequence[int]], images: Sequence[Any] | None) -> list[sharing.PromptKey]:
-        read = self._image_keys or sharing.ImageKeys()
+        read = self._image_keys or ImageKeys()
         groups: Sequence[Any] = images or [None] * len(prompt_ids)
         return [
             sharing.PromptKey(tuple(map(int, row)), tuple(map(read, group or ())))
@@ -130,14 +132,14 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     ) -> Any:
         keys, rows, keep = self._prompt_keys, len(input_ids), logits_to_keep
         dense = super()._get_per_token_logps_and_entropies
-        other = {name for name, value in images.items() if value is not None} - set(sharing.IMAGE_INPUTS)
+        other = {name for name, value in images.items() if value is not None} - set(IMAGE_INPUTS)
         if not self._shares or keys is None or len(keys) != rows or compute_aux_loss or other:
             if self._shares and other and not self._told:
                 self._told = True
                 _warn(f"the model takes {', '.join(sorted(other))}, which cannot be shared")
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
-        backbone = sharing.backbone_of(base_instance(self.accelerator.unwrap_model(model)))
+        backbone = backbone_of(base_instance(self.accelerator.unwrap_model(model)))
         results = []
         for start in range(0, rows, batch_size or rows):
             part = range(start, min(start + (batch_size or rows), rows))
