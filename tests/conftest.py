@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -22,9 +23,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what is `long` as `slow`, too."""
+    """Mark what is `long`, or uses a fixture that is `slow_to_build`, as `slow`, too."""
     for item in items:
-        if item.get_closest_marker("long"):
+        fixtures = [definition.func for known in item._fixtureinfo.name2fixturedefs.values() for definition in known]
+        if item.get_closest_marker("long") or any(hasattr(fixture, "slow_to_build") for fixture in fixtures):
             item.add_marker("slow")
 
 
@@ -32,3 +34,18 @@ def pytest_collection_finish():
     """accelerate collects garbage after every training run: what the imports left need not be looked at each time."""
     gc.freeze()
     atexit.register(gc.unfreeze)
+
+
+@pytest.fixture
+def registries():
+    """Give every registry its content back: what examples register is not there for other tests."""
+    from segrl.registry import Registry
+
+    modules = [vars(module) for name, module in sys.modules.items() if name.split(".")[0] == "segrl"]
+    kept = [value._items for names in modules for value in names.values() if isinstance(value, Registry)]
+    kept += [names["_registered"] for names in modules if "_registered" in names]
+    before = [dict(items) for items in kept]
+    yield
+    for items, content in zip(kept, before, strict=True):
+        items.clear()
+        items.update(content)

@@ -281,6 +281,7 @@ def load(path: Path, name: str) -> Any:
     return getattr(module, name)
 
 
+@pytest.mark.slow
 def test_the_files_of_the_how_to_are_loaded_by_path(tmp_path):
     page = (ROOT / "docs" / "how-to" / "use-elsewhere.md").read_text()
     files = {block.splitlines()[0].removeprefix("# "): block for block in page.split("```py\n")[1:]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import sampled
 from rich.console import Console
 
 from segrl.audit import AuditReport, audit
@@ -121,6 +122,7 @@ def larger_is_better(prediction, target):
     return -box_iou(prediction, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "by"),
     [
@@ -150,7 +152,9 @@ def test_recall_of_masks_is_gamed_by_the_whole_image():
     assert winners("covered") >= {"whole image", "long repetition", "grid of boxes"}
 
 
-@pytest.mark.parametrize("name", [name for name in list_rewards() if reward_info(name).origin.startswith("segrl ")])
+@pytest.mark.parametrize(
+    "name", sampled([name for name in list_rewards() if reward_info(name).origin.startswith("segrl ")], keep=6)
+)
 def test_built_in(name):
     """Whoever does not look at the truth, or at places, is gamed alone; nothing else is."""
     found = verdict(name)
@@ -159,6 +163,7 @@ def test_built_in(name):
     assert found.answer_format == ("json" if make_reward(name).volume else found.answer_format)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", ["box_f1", "dual_granularity_mask", "core_seg", "seg_zero"])
 def test_the_verdict_does_not_hang_on_the_seed(name, seed):
@@ -254,6 +259,7 @@ ORIGINALS = {
 TABLES = {"alone": built_in(), "presets": built_in("preset"), "composed": COMPOSITIONS, "originals": ORIGINALS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewards", TABLES.values(), ids=TABLES)
 def test_the_page_says_what_the_audit_finds(rewards):
     assert verdict_table(rewards) in PAGE.read_text()
@@ -454,6 +460,7 @@ def test_more_boxes_show_more_of_a_volume_but_not_of_an_image():
             assert (more.mask.sum() > plain.mask.sum()) == volume
 
 
+@pytest.mark.long
 def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
     """The rule for empty masks, applied to the slices around the named one, pays for naming a slice far away."""
 

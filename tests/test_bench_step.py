@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from marks import slow_to_build
 from script_modules import script_modules
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +34,7 @@ def run(script, *arguments):
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def core_seg(tmp_path_factory):
     """The report of one quick round with memory, and what was printed."""
     path = tmp_path_factory.mktemp("bench") / "core_seg.json"
@@ -42,6 +44,7 @@ def core_seg(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def full_size_settings(tmp_path_factory):
     """The report of the GPU benchmark with tiny models on the CPU, with the old and reference passes."""
     path = tmp_path_factory.mktemp("bench") / "3b.json"
@@ -53,6 +56,7 @@ def full_size_settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def profiled(tmp_path_factory):
     """The report of both arms without generation, and the profile."""
     folder = tmp_path_factory.mktemp("bench")
@@ -64,6 +68,7 @@ def profiled(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def one_arm(tmp_path_factory):
     """The report of segrl alone, after a brief warm-up, without checkpointing."""
     path = tmp_path_factory.mktemp("bench") / "one.json"
@@ -139,6 +144,7 @@ class TestRun:
         }
         assert "PASS" in printed
 
+    @pytest.mark.long
     def test_old_and_reference_passes(self, full_size_settings):
         report, printed = full_size_settings
         result = report["results"][0]
@@ -153,6 +159,7 @@ class TestRun:
 
 
 class TestProfile:
+    @pytest.mark.long
     def test_nothing_is_generated_for_the_loss_alone(self, profiled):
         report, _ = profiled
         result = report["results"][0]
@@ -167,6 +174,7 @@ class TestProfile:
             "SAM encodes per unique image",
         }
 
+    @pytest.mark.long
     def test_both_arms_say_where_the_time_goes(self, parts, profiled):
         report, text = profiled
         theirs, ours = text.split("== ")[1:]
@@ -187,6 +195,7 @@ class TestProfile:
             assert "MFU" in table
             assert "aten::mm" in table
 
+    @pytest.mark.long
     def test_one_arm_after_a_brief_warm_up(self, one_arm):
         report, printed = one_arm
         result = report["results"][0]
@@ -257,6 +266,7 @@ def test_wrong_options(parts, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_full_size_needs_a_gpu():
     done = run("gpu/bench_step_3b.py")
@@ -363,6 +373,7 @@ class TestArithmetic:
             model.model.visual(torch.zeros(patches, 3 * 2 * 14**2), torch.tensor([[1, side // 14, side // 14]]))
         assert counter.get_total_flops() == pytest.approx(parts["step_floor"].image_flops(shape), rel=0.01)
 
+    @pytest.mark.slow
     def test_more_answers_lower_the_floor(self, parts):
         arithmetic, settings = parts["step_floor"].arithmetic, parts["step_arms"].Settings()
         shape = parts["step_shapes"].SHAPES["core_seg"]

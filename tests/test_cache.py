@@ -315,6 +315,7 @@ class TestDisk:
         cache.put("b", block(4000))
         assert not left.exists()
 
+    @pytest.mark.slow
     def test_a_file_is_whole_as_soon_as_it_has_its_name(self, tmp_path):
         tensors, seen, done = [torch.zeros(2**23)], set(), threading.Event()
         size = entry_size(tmp_path, tensors)
@@ -398,6 +399,7 @@ class TestDisk:
         assert values(cache, "a", "b", "c") == [1, None, None]
         assert len([path for path in files(tmp_path) if path.stat().st_size]) == 1
 
+    @pytest.mark.long
     def test_several_processes_share_a_folder(self, tmp_path):
         """Three processes read and write 24 entries where 6 fit, while this one deletes, damages and measures."""
         budget = 6 * entry_size(tmp_path, content(7))
@@ -547,6 +549,7 @@ class TestTraining:
             assert kind.feature_cache_dir is None
             assert kind.feature_cache_disk == 16 * 2**30
 
+    @pytest.mark.long
     @pytest.mark.parametrize("kind", ["sft", "grpo"])
     def test_every_image_of_the_data_set_is_encoded_once(self, kind, tmp_path):
         trainer = train(kind, tmp_path, epochs=3)
@@ -557,11 +560,13 @@ class TestTraining:
         assert 0 < head.cache.nbytes <= head.cache.memory_bytes == 2**30
         assert head.cache.folder is None
 
+    @pytest.mark.long
     @pytest.mark.parametrize("kind", ["sft", "grpo"])
     def test_without_memory_every_step_encodes_its_images_once(self, kind, tmp_path):
         trainer = train(kind, tmp_path, epochs=3, feature_cache_memory=0)
         assert trainer.mask_head.encoded_images == 6
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["sft", "grpo"])
     def test_the_cache_changes_nothing_that_is_learned(self, kind, tmp_path):
         with_cache = train(kind, tmp_path / "with", epochs=3)
@@ -569,6 +574,7 @@ class TestTraining:
         for (name, first), second in zip(with_cache.model.named_parameters(), without.model.parameters(), strict=True):
             torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4, msg=name)
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("first", "second"), [("sft", "grpo"), ("grpo", "sft"), ("sft", "sft")])
     def test_a_second_run_reads_what_the_first_encoded(self, first, second, tmp_path):
         disk: Any = {"feature_cache_dir": str(tmp_path / "features"), "feature_cache_memory": 0}
@@ -578,6 +584,7 @@ class TestTraining:
         assert trainer.mask_head.cache.disk_hits == 4
         assert bytes_in(tmp_path / "features") <= trainer.mask_head.cache.disk_bytes == 16 * 2**30
 
+    @pytest.mark.slow
     def test_a_resumed_run_reads_what_the_first_encoded(self, tmp_path):
         disk: Any = {"feature_cache_dir": str(tmp_path / "features"), "save_strategy": "steps", "save_steps": 2}
         train("sft", tmp_path / "run", epochs=2, **disk)
@@ -593,6 +600,7 @@ class TestTraining:
         assert trainer.state.global_step == 4
         assert headed.mask_head.encoded_images == 0
 
+    @pytest.mark.long
     def test_another_encoder_in_the_same_folder_encodes_anew(self, tmp_path):
         disk: Any = {"feature_cache_dir": str(tmp_path / "features")}
         train("sft", tmp_path / "first", **disk)
@@ -607,6 +615,7 @@ class TestTraining:
         assert not (tmp_path / "features").exists()
         assert trainer.mask_head.cache.nbytes == 0
 
+    @pytest.mark.long
     def test_the_next_trainer_of_a_model_keeps_its_features_if_the_settings_are_the_same(self, tmp_path):
         model = tiny_headed_model()
         train("sft", tmp_path / "sft", model=model)
@@ -615,6 +624,7 @@ class TestTraining:
         assert trainer.mask_head.cache.memory_bytes == 1000
         assert trainer.mask_head.encoded_images == 2 + 4
 
+    @pytest.mark.long
     def test_bfloat16(self, tmp_path):
         """Autocast makes other features than full precision, and both lie in one folder."""
         disk: Any = {"feature_cache_dir": str(tmp_path / "features")}
@@ -622,6 +632,7 @@ class TestTraining:
         assert train("sft", tmp_path / "full", **disk).mask_head.encoded_images == 2
         assert train("grpo", tmp_path / "again", bf16=True, **disk).mask_head.encoded_images == 0
 
+    @pytest.mark.slow
     def test_worker_processes_of_the_data_loader(self, tmp_path):
         trainer = train("sft", tmp_path, epochs=3, dataloader_num_workers=1)
         assert trainer.mask_head.encoded_images == 2

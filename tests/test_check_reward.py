@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import sampled
 
 from segrl.errors import RewardCheckError, RewardError, SegRLError
 from segrl.metrics import boundary_iou
@@ -51,7 +52,7 @@ def quality(prediction, target):
 BUILT_IN = [name for name in list_rewards() if reward_info(name).origin.startswith("segrl ")]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", sampled(BUILT_IN, keep=2))
 def test_built_in(name):
     report = check_reward(name)
     assert {"scores", "range", "deterministic", "batch equals single", "called by TRL", "YAML"} <= set(
@@ -393,6 +394,7 @@ def nests(prediction, target):
     return float(depth(prediction.text))
 
 
+@pytest.mark.slow
 def test_hostile_text_takes_time_in_proportion():
     for function, kind in ((lazy_pattern, "open square brackets"), (any_two_boxes_alike, "many boxes")):
         register_reward(function.__name__, needs_truth=False)(function)
@@ -455,6 +457,7 @@ def outline(prediction, target):
     return 0.0 if prediction.mask is None else boundary_iou(prediction.mask, target.mask, 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "claims", "name"),
     [
@@ -462,14 +465,19 @@ def outline(prediction, target):
         (left_edge, {"invariant": ["flip"]}, "mirroring"),
         (within_two_pixels, {"invariant": ["rescale"]}, "enlarging"),
         (iou_of_the_hits, {"monotone": ["boxes"]}, "monotone in boxes"),
-        (centre_distance, {"monotone": ["boxes"]}, "monotone in boxes"),
-        (outline, {"monotone": ["mask"], "needs_mask": True}, "monotone in the mask"),
+        *sampled(
+            [
+                (centre_distance, {"monotone": ["boxes"]}, "monotone in boxes"),
+                (outline, {"monotone": ["mask"], "needs_mask": True}, "monotone in the mask"),
+            ]
+        ),
     ],
 )
 def test_claims(reward, claims, name):
     assert "as declared" in failure(claim(reward, **claims), name).expected
 
 
+@pytest.mark.slow
 def test_claims_about_volumes():
     def lowest_edge(prediction, target):
         return float(max((box[3] for box in prediction.boxes), default=0.0))
@@ -509,6 +517,7 @@ def test_masks_of_volumes():
     assert {"range", "mirroring", "enlarging", "monotone in the mask"} <= set(report.passed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("reward", "claims", "name"),
     [
@@ -536,6 +545,7 @@ def test_empty_sides(declared, side, found):
     assert error.expected.startswith(f"{declared[side]} for a valid answer")
 
 
+@pytest.mark.long
 def test_an_empty_side_may_not_apply():
     def only_lesions(prediction, target):
         return None if target.empty else quality(prediction, target)
@@ -576,6 +586,7 @@ def test_invalid_text():
 # --- what hypothesis is needed for
 
 
+@pytest.mark.slow
 def test_without_hypothesis(tmp_path):
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"

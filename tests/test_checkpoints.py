@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders import as_data, questions, tiny_headed_model, tiny_model, tiny_rows, with_answers
+from marks import slow_to_build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from script_modules import script_modules
@@ -103,6 +104,7 @@ def lora(processor, **changes):
 
 
 class TestResume:
+    @pytest.mark.slow
     @pytest.mark.parametrize("build", [plain_sft, plain_grpo])
     def test_what_plain_trl_gives(self, build, tmp_path):
         """The measure for the tests below: where TRL's resume finds the weights, 2 + 2 steps equal 4 exactly.
@@ -117,6 +119,7 @@ class TestResume:
             models.append(model)
         assert largest_difference(*models) == 0.0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("build", [sft, grpo])
     @pytest.mark.parametrize(("family", "freeze_encoder"), [("qwen2_5_vl", True), ("llava", False)])
     def test_resumed_steps_equal_uninterrupted_ones(self, build, family, freeze_encoder, tmp_path):
@@ -141,6 +144,7 @@ class TestResume:
         assert any("mask_head.adapter" in name for name in moved)
         assert any("image_encoder" in name for name in moved) is not freeze_encoder
 
+    @pytest.mark.slow
     def test_a_peft_run_resumes(self, tmp_path):
         models = []
         for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
@@ -215,6 +219,7 @@ class TestResume:
         with pytest.raises(CheckpointError, match=r"checkpoint-1: no mask_head\.safetensors"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("peft", [False, True])
     def test_load_best_model_at_end_brings_back_model_and_head(self, peft, tmp_path):
         model, processor = tiny_headed_model()
@@ -264,6 +269,7 @@ def answering(folder, tied):
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def run(tmp_path_factory):
     """A run's folder and the predictions of the model in memory."""
     folder = tmp_path_factory.mktemp("run")
@@ -273,6 +279,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
+@slow_to_build
 def adapter_run(request, tmp_path_factory):
     """A PEFT run on a base model in a folder: LoRA and the trained row of `<seg>`."""
     if request.param == "tied":
@@ -326,6 +333,7 @@ class TestFreshProcess:
         folder, expected = run
         assert in_fresh_process(folder, [False]) == [["Qwen2_5_VLForConditionalGeneration", expected]]
 
+    @pytest.mark.long
     def test_a_peft_run_predicts_the_same_merged_or_not(self, adapter_run):
         folder, expected = adapter_run
         assert not (folder / "model.safetensors").exists()
@@ -345,6 +353,7 @@ class TestFreshProcess:
 
 
 class TestPeft:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("build", "beta"), [(sft, None), (grpo, 0.0), (grpo, 0.1)])
     @pytest.mark.parametrize("tied", [False, True])
     def test_the_row_of_the_token_trains_and_counts(self, build, tied, beta, tmp_path):
@@ -376,6 +385,7 @@ class TestPeft:
             with torch.no_grad():
                 assert torch.allclose(output(hidden)[0, token_id], after[token_id].sum(), atol=1e-5)
 
+    @pytest.mark.long
     def test_stage_two_goes_on_training_the_adapter(self, adapter_run, tmp_path):
         folder, _ = adapter_run
         segmenter = ReasoningSegmenter.from_pretrained(folder, device="cpu", trainable=True)
@@ -437,6 +447,7 @@ def published(tmp_path_factory):
 
 
 class TestPublishedPreset:
+    @pytest.mark.slow
     def test_one_step_of_each_stage_on_files_of_the_real_layout(self, example, published, tmp_path):
         recipes, stages = example["recipes"], example["stages"]
         recipe = recipes.find_recipe("core_seg_3b")
@@ -510,6 +521,7 @@ class TestPublishedPreset:
         ):
             recipes.RECIPES["core_seg_3b"].build(make_synthetic(1), str(tmp_path / "hub"), str(published[1]))
 
+    @pytest.mark.long
     def test_a_missing_weight_of_the_segmenter_stops_it(self, example, published, tmp_path):
         recipes = example["recipes"]
         state = torch.load(published[1], weights_only=True)["model"]

@@ -60,6 +60,7 @@ def in_a_shell(*arguments: Any, cwd: Path, **environment: str) -> subprocess.Com
 # --- the process
 
 
+@pytest.mark.slow
 def test_a_shell_gets_output_errors_and_status(tmp_path):
     good = in_a_shell("rewards", "describe", "box_f1", cwd=tmp_path)
     assert (good.returncode, good.stderr) == (0, "")
@@ -69,6 +70,7 @@ def test_a_shell_gets_output_errors_and_status(tmp_path):
     assert bad.stderr.startswith("segrl: error: unknown reward 'box_f2'; did you mean 'box_f1'?")
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode_gets_ascii(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"completion": "é ☃"}))
     for command in (("describe", "box_f1"), ("score", "--rewards", "format", "p.jsonl"), ("list",)):
@@ -77,6 +79,7 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path):
         assert done.stdout.isascii()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["--help", "--version", "rewards --help", "rewards list", "rewards describe format"]
 )
@@ -93,6 +96,7 @@ def test_commands_start_without_frameworks(command, tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"{sys.executable} -m segrl rewards list --json | head -1"
     done = subprocess.run(
@@ -357,6 +361,7 @@ def test_score_errors_are_status_2(arguments, message, run):
 # --- check and audit
 
 
+@pytest.mark.slow
 def test_check_passes_and_fails(run):
     status, out, _ = run("rewards", "check", "format", "box_f1", "--examples", 5)
     assert status == 0
@@ -372,6 +377,7 @@ def test_check_passes_and_fails(run):
     sys.modules.pop("lazy")
 
 
+@pytest.mark.slow
 def test_audit_judges_each_name_or_the_sum(run):
     status, out, err = run("rewards", "audit", "box_f1", "format", "--json")
     report = json.loads(out)

@@ -3,24 +3,18 @@
 import doctest
 import inspect
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from public_names import FILES, is_callable, public_names
 
-ROOT = Path(__file__).parents[1]
-LINES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text().count(">>> ")
-    for path in sorted((ROOT / "segrl").rglob("*.py"))
-}
-SURFACES = [f"segrl.{path.name}" for path in sorted((ROOT / "segrl").iterdir()) if (path / "__init__.py").exists()]
-SURFACES += ["segrl.rewards.builtin", "segrl.losses", "segrl.hub", "segrl.errors"]
+LINES = {module: path.read_text().count(">>> ") for module, path in FILES.items()}
 
 # How many public functions and classes have no example yet: the number only shrinks.
 WITHOUT_EXAMPLE = 208
 
 
 @pytest.mark.parametrize("module", [module for module, lines in LINES.items() if lines])
-def test_examples_of_module(module, tmp_path, monkeypatch):
+def test_examples_of_module(module, tmp_path, monkeypatch, registries):
     monkeypatch.chdir(tmp_path)
     tests = [test for test in doctest.DocTestFinder(exclude_empty=True).find(import_module(module)) if test.examples]
     assert sum(len(test.examples) for test in tests) == LINES[module]  # none is hidden by a decorator
@@ -30,19 +24,6 @@ def test_examples_of_module(module, tmp_path, monkeypatch):
     assert runner.failures == 0
 
 
-def public_callables() -> dict[str, object]:
-    """Return what users call: functions and classes of every `__all__`, without errors and protocols, each once."""
-    found = {}
-    for surface in SURFACES:
-        module = import_module(surface)
-        for name in getattr(module, "__all__", []):
-            value = getattr(module, name)
-            called = inspect.isroutine(value) or (inspect.isclass(value) and not issubclass(value, Exception))
-            if called and not getattr(value, "_is_protocol", False):
-                found.setdefault(id(value), (f"{surface}.{name}", value))
-    return dict(found.values())
-
-
 def has_example(value: object) -> bool:
     """Return whether the docstring of a function or class, or of a method that the class defines, has an example."""
     parts = [value, *(vars(value).values() if inspect.isclass(value) else [])]
@@ -50,9 +31,16 @@ def has_example(value: object) -> bool:
 
 
 def test_share_of_public_names_with_an_example():
-    names = public_callables()
-    without = [name for name, value in names.items() if not has_example(value)]
+    # Errors are raised, protocols are implemented; users call the others.
+    called = {
+        f"{surface}.{name}": has_example(value)
+        for surface, name, value in public_names()
+        if is_callable(value) and not getattr(value, "_is_protocol", False)
+        if not (inspect.isclass(value) and issubclass(value, Exception))
+    }
+    without = [name for name, example in called.items() if not example]
     print(
-        f"{len(names) - len(without)} of {len(names)} public functions and classes have an example; without:", *without
+        f"{len(called) - len(without)} of {len(called)} public functions and classes have an example; without:",
+        *without,
     )
     assert len(without) <= WITHOUT_EXAMPLE

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
+from marks import slow_to_build
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from script_modules import script_modules
@@ -77,6 +78,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def main_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The main job, shortened, with a checkpoint at each step."""
     folder = tmp_path_factory.mktemp("main") / "run"
@@ -87,6 +89,7 @@ def main_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def sft_run(tmp_path_factory, data) -> tuple[Path, subprocess.CompletedProcess]:
     """Stage 1 on a folder data set."""
     folder = tmp_path_factory.mktemp("sft") / "run"
@@ -204,7 +207,7 @@ def test_an_interrupted_run_is_continued(main_run, tmp_path, example):
     check_summary(read(run / "results.json")["stage2"], n=8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_finish(data, tmp_path):
     flags = ("--data", data, "--max_steps", 1, "--train_limit", 16, "--eval_limit", 4, "--output_dir", tmp_path / "run")
     done = launch("train_grpo.py", *flags, "--per_device_train_batch_size", 8, processes=2)
@@ -229,6 +232,7 @@ def test_stage1_on_a_folder(sft_run, data):
     assert (folder / "predictions.png").is_file()
 
 
+@pytest.mark.long
 def test_stage2_from_a_stage1_run_on_a_data_set_on_disk(sft_run, data, tmp_path, example):
     rows = make_synthetic(24, size=64).remove_columns(["modality", "name"])
     DatasetDict({"train": rows.select(range(16)), "test": rows.select(range(16, 24))}).save_to_disk(
@@ -276,12 +280,14 @@ def test_evaluation_on_a_test_split_alone(sft_run, tmp_path, example, capsys):
 # ---- ablations: one command each -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_without_chain_of_thought(data, tmp_path, example):
     assert example("train_grpo", "--no_reasoning", "--data", data, *QUICK, "--output_dir", tmp_path / "run") == 0
     assert ReasoningSegmenter.from_pretrained(tmp_path / "run").settings["reasoning"] is False
     assert read(tmp_path / "run" / "results.json")["config"]["grpo"]["require_reasoning"] is False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rewards", [["format", "box_f1"], ["format", "dual_granularity_mask"]], ids=" + ".join)
 def test_some_of_the_rewards(sft_run, data, tmp_path, example, rewards):
     flags = ("--model", sft_run[0], "--data", data, *QUICK, "--output_dir", tmp_path / "run")
@@ -292,6 +298,7 @@ def test_some_of_the_rewards(sft_run, data, tmp_path, example, rewards):
     }
 
 
+@pytest.mark.long
 def test_without_dense_losses(data, tmp_path, example):
     assert example("train_grpo", "--dense_weight", 0, "--data", data, *QUICK, "--output_dir", tmp_path / "run") == 0
     for part in ("stage1", "."):
@@ -301,6 +308,7 @@ def test_without_dense_losses(data, tmp_path, example):
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
+@pytest.mark.slow
 def test_stage2_alone(data, tmp_path, example):
     flags = ("--adapter", "mlp", "--data", data, *QUICK, "--output_dir", tmp_path / "run")
     assert example("train_grpo", "--skip_stage1", *flags) == 0
@@ -309,6 +317,7 @@ def test_stage2_alone(data, tmp_path, example):
     assert read(tmp_path / "run" / "mask_head.json")["adapter"]["type"] == "mlp"
 
 
+@pytest.mark.long
 def test_another_adapter_and_probe(data, tmp_path, example):
     flags = ("--data", data, "--max-steps", 1, *QUICK[2:], "--output_dir", tmp_path / "run")
     assert example("train_grpo", "--adapter", "linear", "--probe", "answer", *flags) == 0
@@ -318,6 +327,7 @@ def test_another_adapter_and_probe(data, tmp_path, example):
     assert read(tmp_path / "run" / "results.json")["config"]["sft"]["max_steps"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [["--adapter", "semantic_guided", "--probe", "answer"], ["--adapter", "mlp", "--probe", "seg_token"]],
@@ -363,6 +373,7 @@ def test_help_shows_the_flags_of_the_example_first(example, capsys, script):
     assert ("--learning_rate" in flags) is script.startswith("train")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_script_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLE / "train_grpo.py", "--preset", "tyny", "--output_dir", tmp_path / "run"],

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from marks import slow_to_build
 from PIL import Image
 from safetensors.torch import load_file
 from script_modules import script_modules
@@ -104,6 +105,7 @@ def volumes(folder: Path, splits: list[str], count: int) -> Path:
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def main_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The main job, shortened."""
     folder = tmp_path_factory.mktemp("main") / "run"
@@ -128,6 +130,7 @@ def segmenter(tmp_path_factory, modules) -> Path:
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def sft_run(tmp_path_factory, data, segmenter, example) -> Path:
     """Stage 1 that knows the two volumes by heart."""
     folder = tmp_path_factory.mktemp("sft") / "run"
@@ -138,6 +141,7 @@ def sft_run(tmp_path_factory, data, segmenter, example) -> Path:
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def grpo_run(tmp_path_factory, data, sft_run, example) -> Path:
     """Two steps of stage 2 on it, with a checkpoint at each."""
     folder = tmp_path_factory.mktemp("grpo") / "run"
@@ -315,7 +319,7 @@ def test_an_interrupted_run_is_continued(grpo_run, sft_run, data, tmp_path, exam
     check_summary(read(run / "results.json")["stage2"], n=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_finish(data, tmp_path):
     flags = ("--data", data, *GRPO, "--segmenter_steps", 4, "--output_dir", tmp_path / "run")
     done = launch("train_grpo.py", *flags, processes=2)
@@ -340,6 +344,7 @@ def test_each_reward_can_be_left_out(modules):
         assert [reward.settings["delta"] for reward in rewards if reward.needs_mask] == [2] * (name != REWARDS[3])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "used"),
     [
@@ -363,6 +368,7 @@ def test_without_rewards(sft_run, data, tmp_path, example, flags, used):
         assert entry["rewards/propagated_dice/mean"] > 0
 
 
+@pytest.mark.long
 def test_stage2_alone_with_rewards_that_are_sums_or_files(sft_run, data, tmp_path, example):
     file = tmp_path / "rewards.yaml"
     file.write_text(weighted_sum([("slice_format", 0.5), (make_reward("propagated_dice", delta=3), 2.0)]).to_yaml())
@@ -380,6 +386,7 @@ def test_stage2_alone_with_rewards_that_are_sums_or_files(sft_run, data, tmp_pat
     assert (again.text_config.hidden_size, again._name_or_path) == (128, str(run))
 
 
+@pytest.mark.long
 def test_one_slice_and_no_chain_of_thought(sft_run, tmp_path, example):
     """Both stages, on a volume of one slice."""
     folder, run = volumes(tmp_path / "data", ["train", "test"], 1), tmp_path / "run"
@@ -557,6 +564,7 @@ def test_rows_whose_lesion_is_not_shown_are_left_out_of_stage1(modules, tmp_path
         stages.stage1_rows(arguments.ExampleArguments(), recipe, made.select([0]), processor)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_start(modules, data):
     """The vision tower's warm-up included, whatever was drawn before."""
     arguments, recipes, stages = (modules[name] for name in ("arguments", "recipes", "stages"))
@@ -566,7 +574,7 @@ def test_the_same_seed_gives_the_same_start(modules, data):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not VOLUMES3D.is_dir(), reason="the real data set is not on this machine")
 def test_every_real_volume(sft_run, tmp_path, example):
     run = tmp_path / "run"
@@ -634,6 +642,7 @@ def test_help_of_the_other_commands(example, capsys, script, flag):
     assert flag in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_error_of_a_script_is_one_line_and_exit_code_2(tmp_path):
     done = started([sys.executable, str(EXAMPLE / "tables.py"), str(tmp_path)])
     assert done.returncode == 2

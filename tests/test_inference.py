@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import tiny_headed_model, tiny_model, tiny_rows, with_answers
 from datasets import Dataset
+from marks import slow_to_build
 from PIL import Image, ImageOps
 
 from segrl import DenseLoss, ReasoningSegmenter, SegSFTConfig, SegSFTTrainer
@@ -64,6 +65,7 @@ def checkerboard(logits, target):
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def segmenter(tmp_path_factory):
     return trained(tmp_path_factory, "qwen2_5_vl", 60)
 
@@ -109,6 +111,7 @@ class TestPredict:
         for answer, image, query in zip(together, images, queries, strict=True):
             same(answer, segmenter.predict(image, query))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("family", ["qwen3_vl", "llava"])
     def test_other_families(self, family, tmp_path_factory):
         other = trained(tmp_path_factory, family, 60)

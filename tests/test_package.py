@@ -32,6 +32,7 @@ def run_python(code: str, cwd: Path, pythonpath: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_import_loads_no_framework_and_little_else(tmp_path):
     code = "import sys; before = set(sys.modules); import segrl; print(*sorted(set(sys.modules) - before))"
     loaded = run_python(code, tmp_path, ROOT).split()
@@ -54,6 +55,7 @@ def test_every_folder_is_reachable(name):
     assert getattr(segrl, name) is sys.modules[f"segrl.{name}"]
 
 
+@pytest.mark.slow
 def test_dir_and_all_offer_the_same_names(tmp_path):
     code = "import segrl; print(sorted(segrl.__all__) == sorted(set(segrl.__all__) & set(dir(segrl))))"
     assert run_python(code, tmp_path, ROOT) == "True"

@@ -91,6 +91,7 @@ def assert_same(mask, logits):
 
 
 class TestAgainstThePackage:
+    @pytest.mark.slow
     @pytest.mark.parametrize("postprocessing", [True, False])
     @pytest.mark.parametrize(("depth", "index"), [(18, 0), (19, 18), (20, 8), (6, 2), (1, 0)])
     def test_whole_volume(self, monkeypatch, depth, index, postprocessing):
@@ -108,6 +109,7 @@ class TestAgainstThePackage:
         assert 0.05 < (logits[seen] > 0).float().mean() < 0.95
         assert logits[seen].std() > 0.3
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("reach", "batch_size"), [(0, 16), (2, 2), (5, 16), (50, 3)])
     def test_several_answers_about_volumes_of_different_depth(self, monkeypatch, reach, batch_size):
         long, short = volume_of(22, seed=1), volume_of(7, 40, 40, seed=2)
@@ -127,6 +129,7 @@ class TestAgainstThePackage:
             if len(request.boxes):
                 assert_same(mask, oracle(request, reach))
 
+    @pytest.mark.long
     @settings(max_examples=8)
     @given(data=st.data())
     def test_any_depth_key_and_box(self, data):
@@ -201,6 +204,7 @@ class TestWork:
         assert np.array_equal(propagator([request])[0], single)
         assert propagator.encoded_slices == 6
 
+    @pytest.mark.slow
     def test_only_slices_in_flight_and_what_sam_2_looks_back_at_are_alive(self):
         features, alive = [], []
         new_features, new_tensors = NewObjects(ImageFeatures), NewObjects(torch.Tensor)

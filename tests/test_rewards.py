@@ -406,6 +406,7 @@ def test_a_reward_may_take_any_setting():
     assert score("test_open", says(), anything=2) == 2.0
 
 
+@pytest.mark.slow
 def test_rewards_pickle_into_another_process():
     reward = make_reward("box_f1", min_iou=0.3, frame="original_px")
     assert pickle.loads(pickle.dumps(reward)) == reward

@@ -275,6 +275,7 @@ def test_a_copy_of_a_box_never_pays(reward, settings, pred, true, which, place):
     assert pay(reward, pred * 2, target, **settings) <= once + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reward", "settings"), [v for v in VARIANTS if v[0] is not box_ap])
 @given(box_lists(), box_lists(), st.randoms(use_true_random=False))
 def test_the_order_of_boxes_does_not_matter(reward, settings, pred, true, random):

@@ -355,6 +355,7 @@ def test_broken_packages_are_listed_and_the_others_work(tmp_path, monkeypatch):
         make_reward("t_twice")
 
 
+@pytest.mark.slow
 def test_a_reward_of_a_module_pickles_into_another_process(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from segrl import register_reward\n"

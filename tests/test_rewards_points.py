@@ -140,6 +140,7 @@ def test_point_in_mask_equals_a_slow_reading_on_any_mask(points, rows):
         assert pay(point_in_mask, points, target) == pytest.approx(slow_share(points, target, hit))
 
 
+@pytest.mark.slow
 @each_variant
 @given(point_lists, box_lists(), st.randoms(use_true_random=False))
 def test_range_order_and_copies(reward, settings, points, boxes, random):

@@ -145,6 +145,7 @@ class LogNothing(TrainerCallback):
         state.log_history.append({"rewards/none/mean": float("nan"), "most": float("inf"), "note": "x", "step": 2})
 
 
+@pytest.mark.slow
 def test_a_stage_is_saved_continued_and_finished(tmp_path):
     text = Dataset.from_dict({"text": [f"Find every lesion, number {number}." for number in range(8)]})
 

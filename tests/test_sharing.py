@@ -134,6 +134,7 @@ class TestAttention:
 
 
 class TestPackRows:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)
     def test_states_are_those_of_rows_of_their_own(self, kind):
         """Also of the prompt's last token, against rows without any padding, one by one."""

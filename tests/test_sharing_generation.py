@@ -223,6 +223,7 @@ class TestPictures:
         assert torch.equal(generated(model, inputs, settings_, shared), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings_", [{}, {"pad_to_multiple_of": 8}, {"activation_checkpointing": True}], ids=str)
 def test_a_turn_of_the_trainer(kind, settings_, tmp_path):

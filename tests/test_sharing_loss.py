@@ -37,6 +37,7 @@ ROWS = [Answer(0, 5, 1), Answer(1, 3, 2), Answer(0, 9, 8), Answer(1, 0), Answer(
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestEqualsTrl:
+    @pytest.mark.slow
     def test_any_rows(self, kind, tmp_path):
         """With a mask head where there are pictures, and the reference's term."""
         text = kind == "text"
@@ -56,6 +57,7 @@ class TestEqualsTrl:
         assert any(seen) or text
         assert trainer._prompt_keys is None  # what is scored next has keys of its own, or none
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
     def test_scores_in_parts(self, kind, size, tmp_path):
         """As in the old-log-prob pass: parts that hold a whole group, some of it, or rows of several."""
@@ -160,6 +162,7 @@ class TestEqualsTrl:
             assert not torch.allclose(one, full, rtol=1e-5, atol=1e-5)  # it was in half precision
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about torch
 @pytest.mark.parametrize("kind", ["llava", "text"])
 def test_flex_attention(kind, tmp_path):
@@ -176,6 +179,7 @@ def test_flex_attention(kind, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "head"), [("text", False), ("llava", False), *((kind, True) for kind in FAMILIES)])
 def test_lora(kind, head, tmp_path):
     """Gradients of adapters, and the reference pass with adapters off, also while the policy's features are kept."""

@@ -183,6 +183,7 @@ def test_every_trap_is_invalid_and_named(completion_format, boxes):
     assert ("no reasoning" in texts) == completion_format.require_reasoning
 
 
+@pytest.mark.slow
 def test_completions_reach_every_status_and_both_sides():
     for completion_format in (CompletionFormat(), CompletionFormat(answer_format="json")):
         statuses = reached(
@@ -196,6 +197,7 @@ def test_completions_reach_every_status_and_both_sides():
     assert mixed == {True, False}
 
 
+@pytest.mark.slow
 def test_json_completions_reach_points_confidences_and_slices():
     completion_format = CompletionFormat(answer_format="json", require_seg=False)
 
@@ -280,6 +282,7 @@ def test_predictions_that_find_nothing_or_something(data):
         assert finds.slice_index in range(target.depth)
 
 
+@pytest.mark.slow
 def test_predictions_about_a_volume_reach_every_kind_of_slice_and_mask():
     target = VolumeTarget.from_mask(np.pad(np.ones((1, 2, 2), dtype=bool), 1))
     completion_format = CompletionFormat(answer_format="json", require_seg=False)
@@ -295,6 +298,7 @@ def test_predictions_about_a_volume_reach_every_kind_of_slice_and_mask():
     assert {where for where, mask in seen if mask is True} == {"inside"}
 
 
+@pytest.mark.slow
 @given(strategies.batches(max_groups=3), strategies.batches(group_size=4, volume=True, valid=True, max_size=6))
 def test_batches(batch, volumes):
     for predictions, targets, groups in (batch, volumes):
@@ -308,6 +312,7 @@ def test_batches(batch, volumes):
     assert all(isinstance(target, VolumeTarget) for target in volumes[1])
 
 
+@pytest.mark.slow
 def test_batches_shrink():
     def has_foreground(batch):
         return any(prediction.mask is not None and prediction.mask.any() for prediction in batch[0])

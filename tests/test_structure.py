@@ -79,6 +79,7 @@ def test_known_values():
     assert soft_dice(np.where(pred, 0.75, 0.25), true) == pytest.approx(2 * (6 + 2) / (6 + 14 + 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [False, True])
 @given(st.data())
 def test_s_measure_equals_the_paper_term_by_term(soft, data):
@@ -88,6 +89,7 @@ def test_s_measure_equals_the_paper_term_by_term(soft, data):
     assert s_measure(pred, true, alpha) == pytest.approx(references.s_measure(pred, true, alpha), abs=1e-6)
 
 
+@pytest.mark.slow
 @given(pairs(soft=True))
 def test_soft_dice_equals_sums_over_pixels(pair):
     pred, true = pair

@@ -24,6 +24,7 @@ class Unpruned(Tracker):
 
 
 class TestTracker:
+    @pytest.mark.slow
     @pytest.mark.parametrize("changes", [{}, {"num_maskmem": 2}])
     def test_what_is_forgotten_was_not_looked_up_any_more(self, changes):
         segmenter = tiny_segmenter(**changes).eval()

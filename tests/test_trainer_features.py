@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import FAMILIES, add_head, grpo_args, seg_bias, tiny_headed_model, tiny_model, tiny_rows
+from marks import sampled
 from peft import LoraConfig, get_peft_model
 from trainer_checks import Collect, history, letters, overfit, same, same_masks, text_rows, weights, written_rollout
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForSequenceClassification
@@ -132,7 +133,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, keep=2))
 def test_without_a_head_as_in_trl(name, tmp_path):
     def run(trainer_class, config_class, folder):
         model, tokenizer = tiny_causal_lm(hidden_size=64, vocab_size=640)
@@ -158,7 +159,7 @@ def test_without_a_head_as_in_trl(name, tmp_path):
     assert not same(before, ours)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, keep=2))
 def test_with_a_head(name, tmp_path):
     model, processor = tiny_headed_model("qwen3_vl")
     if name in ("tools", "environment"):
@@ -199,6 +200,7 @@ def test_with_a_head(name, tmp_path):
         assert {"eval_policy", "eval_dense/dice_ce", "eval_rollout/dice"} <= evaluations[0].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "steps_per_generation"), [("tools", 1), ("environment", 2)])
 def test_masks_after_tool_calls(kind, steps_per_generation, tmp_path):
     """Two turns: the last `<seg>` of the model counts, the tool's does not, and the states are those of the whole."""

@@ -47,6 +47,7 @@ pytestmark = [
 class TestPlainTrl:
     """Without head and dense losses: the same logs and the same weights as TRL, exactly."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "settings"),
         [
@@ -135,6 +136,7 @@ def reference_objective(model, processor, rows, ids, rewards, group, *, policy_w
 
 
 class TestJointGradient:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("micro", "steps", "policy_weight", "dense_weight", "freeze"),
         [(8, 1, 1.0, 1.0, True), (4, 2, 1.0, 1.0, True), (2, 4, 0.5, 2.0, True), (4, 2, 1.0, 0.5, False)],
@@ -369,6 +371,7 @@ class TestForwards:
 
 
 class TestStates:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("family", "settings"),
         [
@@ -427,6 +430,7 @@ class TestStates:
                 expected = model.model(**inputs).last_hidden_state[0, length:-1]
             torch.testing.assert_close(states["rollout"][n, : len(ids) - 1], expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("share_prompt", [True, False])
     @pytest.mark.parametrize("steps_per_generation", [1, 2])
     def test_masks_of_a_rollout_from_outside(self, steps_per_generation, share_prompt, tmp_path):
@@ -610,6 +614,7 @@ class TestBadInput:
         trainer = self.trainer(tmp_path, dense_losses=[DenseLoss("dice", weight=0.0)])
         assert any(p.requires_grad for p in trainer.model.mask_head.parameters())
 
+    @pytest.mark.slow
     def test_ablation_without_reasoning(self, tmp_path):
         model, processor = tiny_headed_model()
         kinds = {}

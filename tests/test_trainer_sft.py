@@ -45,6 +45,7 @@ def text_rows(n=8) -> Any:
 class TestPlainTrl:
     """Without head and dense losses: the same logs and the same weights as TRL, exactly."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "settings"),
         [
@@ -133,6 +134,7 @@ def reference_objective(model, processor, rows, micro, *, text_weight, dense_wei
 
 
 class TestJointGradient:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("family", "micro", "steps", "text_weight", "dense_weight", "freeze"),
         [
@@ -221,6 +223,7 @@ class TestJointGradient:
 
 
 class TestTraining:
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", FAMILIES)
     def test_families_learn(self, family, tmp_path):
         model, processor = tiny_headed_model(family)
@@ -285,6 +288,7 @@ class TestTraining:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         assert len(params) == len({id(p) for p in params}) == sum(p.requires_grad for p in model.parameters())
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "settings",
         [

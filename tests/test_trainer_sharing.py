@@ -10,6 +10,7 @@ import torch
 import transformers
 from builders import FAMILIES, add_head, grpo_args, seg_bias, tiny_model, tiny_rows
 from datasets import Dataset
+from marks import sampled
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sharing_checks import build, seen_by, tower_of
 from sharing_runs import run, same_runs
@@ -41,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", sampled(SETTINGS))
 @pytest.mark.parametrize("head", [False, True])
 def test_runs_equal_trls(name, head, tmp_path):
     with_head = {"plain": FAMILIES, "reference": ["qwen3_vl"], "old": ["llava", "qwen3_vl"]}.get(name, ["qwen2_5_vl"])
@@ -57,6 +58,7 @@ def test_runs_equal_trls(name, head, tmp_path):
         assert sum(runs[0].tokens("generate")) < sum(runs[1].tokens("generate"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("new", [False, True])
 def test_lora_with_its_reference(new, tmp_path):
     """A new adapter, whose reference is the model without it; and one that is trained on, whose reference is a copy."""
@@ -78,7 +80,7 @@ def test_lora_with_its_reference(new, tmp_path):
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("answers", "rows", "steps"), [(4, 2, 4), (3, 4, 3), (6, 4, 3), (2, 4, 2), (5, 1, 5)])
+@pytest.mark.parametrize(("answers", "rows", "steps"), sampled([(4, 2, 4), (3, 4, 3), (6, 4, 3), (2, 4, 2), (5, 1, 5)]))
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
 def test_answers_to_a_prompt_stay_side_by_side(kind, answers, rows, steps, tmp_path):
     """Through shuffling and accumulation, also where a micro-batch holds part of a group; the gradient is TRL's."""
@@ -110,6 +112,7 @@ def test_answers_to_a_prompt_stay_side_by_side(kind, answers, rows, steps, tmp_p
     assert texts[0] == texts[1]
 
 
+@pytest.mark.long
 def test_pictures_move_with_their_rows(tmp_path):
     """Prompts with one, two and three pictures, in micro-batches that cut groups."""
     _, processor = tiny_model()
@@ -125,7 +128,7 @@ def test_pictures_move_with_their_rows(tmp_path):
         same_runs(*(run(tmp_path, kind, share=share, rows=rows, max_steps=1, **settings) for share in (True, False)))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", sampled(FAMILIES))
 def test_the_same_words_about_other_pictures(kind, tmp_path):
     _, processor = tiny_model()
     rows = tiny_rows(4, processor, completions=False)
@@ -173,7 +176,7 @@ def test_evaluation(tmp_path):
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 @pytest.mark.parametrize("frozen", [True, False])
 def test_each_picture_is_prepared_and_encoded_once(family, frozen, tmp_path):
     """Two groups about three pictures, one of them in both: old scores, two micro-batches of loss, and generation."""
@@ -217,6 +220,7 @@ def test_each_picture_is_prepared_and_encoded_once(family, frozen, tmp_path):
     assert len(trainer.tokens("score")) == len(trainer.tokens("loss")) == 2
 
 
+@pytest.mark.slow
 def test_a_rollout_function_shares_as_well(tmp_path):
     """Texts from outside, as vLLM's: their states come from the old-log-prob pass or one forward, which are shared."""
     texts = ["<answer><seg> two of them <seg></answer>", "<think>no mask</think>", "The lesion <seg>", "a <seg> b"]
@@ -245,6 +249,7 @@ def measure(lesion: str) -> str:
     return f"a {lesion} of 12 px"
 
 
+@pytest.mark.slow
 def test_tools(tmp_path):
     """A real call of a tool, whose answer is in the completion but not the policy's, for all answers to one prompt."""
     call = {"type": "function", "function": {"name": "measure", "arguments": {"lesion": "cyst"}}}
@@ -270,6 +275,7 @@ def test_tools(tmp_path):
     assert sum(runs[0].tokens("loss")) < 0.75 * sum(runs[1].tokens("loss"))
 
 
+@pytest.mark.long
 def test_tools_that_answer_with_pictures(tmp_path):
     """Their place is in the completion, where a packed row has only text: these rows are computed as in TRL."""
     model, processor = build("qwen3_vl")
@@ -314,6 +320,7 @@ def test_tools_that_answer_with_pictures(tmp_path):
 # ---- before and after ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_model_after_training(tmp_path):
     """It is saved and loaded as ever, and generates as a copy that never shared a prompt."""
     for kind in (*FAMILIES, "text"):

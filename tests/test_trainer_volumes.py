@@ -89,6 +89,7 @@ def trainer_of(rows, reward_funcs, folder, *, model=None, kind: Any = SegGRPOTra
 
 
 class TestPicturesInPrompts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("share", [True, False])
     @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
     def test_every_picture_after_its_number_in_order(self, family, share, synthetic, tmp_path):
@@ -122,6 +123,7 @@ class TestPicturesInPrompts:
         seen = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         assert torch.equal(output["pixel_values"].float(), seen.float())
 
+    @pytest.mark.long
     def test_sharing_changes_nothing(self, synthetic, tmp_path):
         logs = []
         for share in (True, False):
@@ -146,6 +148,7 @@ class TestPicturesInPrompts:
 
 
 class TestSft:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "config"), [(SegSFTTrainer, SegSFTConfig), (SFTTrainer, SFTConfig)])
     def test_trains_on_prepared_rows_of_different_depth(self, kind, config, synthetic, tmp_path):
         flat = row_of(tmp_path, blocks([4, 9], 32, 32), "flat")
@@ -171,6 +174,7 @@ class TestSft:
 
 
 class TestGrpo:
+    @pytest.mark.slow
     @pytest.mark.parametrize("settings", [{}, {"checkpointing": True}, {"peft": True}, {"kept": True}])
     def test_trains_and_leaves_the_segmenter_as_it_was(self, settings, synthetic, tmp_path):
         model, processor = model_of()
@@ -261,6 +265,7 @@ class TestGrpo:
         trainer.train()
         assert [entry["rollout/encoded_slices"] for entry in trainer.state.log_history[:2]] == [5.0, 0.0]
 
+    @pytest.mark.slow
     def test_two_volumes_in_a_batch(self, tmp_path):
         masks = {"one": MASK, "other": blocks([0, 0, 12], 32, 20)}
         rows = prepared([row_of(tmp_path, mask, name) for name, mask in masks.items()])
@@ -288,6 +293,7 @@ class TestGrpo:
             assert np.array_equal(prediction.mask, expected)
         assert trainer.state.log_history[0]["rollout/encoded_slices"] == 8 + 3
 
+    @pytest.mark.slow
     def test_matched_boxes_or_all(self, one, tmp_path):
         grey = VolumeReader(None, "original_px")(one)[0].grey
 

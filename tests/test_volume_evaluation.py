@@ -82,6 +82,7 @@ def test_the_tolerance_is_in_millimetres():
     assert volume_record(up, TARGET)["nsd"] < 1.0  # 2 mm by default
 
 
+@pytest.mark.slow
 @given(
     volume_targets(max_depth=3, max_size=5).flatmap(
         lambda target: st.tuples(st.just(target), st.lists(st.booleans(), min_size=75, max_size=75))
@@ -197,6 +198,7 @@ SETTINGS = {"slices": 4, "size": 32, "max_new_tokens": 8}
 
 
 class TestEvaluate:
+    @pytest.mark.slow
     @pytest.mark.parametrize("batch_size", [1, 3, 9])
     def test_one_record_per_row_in_order(self, batch_size, rows, model):
         segmenter, answers = VolumeSegmenter(model[0], model[1], SETTINGS, tiny_segmenter()), []
@@ -240,6 +242,7 @@ class TestEvaluate:
 
 
 class TestOracle:
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [1, 3])
     def test_the_true_boxes_of_the_largest_slice_propagate(self, rows, size):
         propagator, answers = VolumePropagator(tiny_segmenter(), reach=None), []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import NewObjects, sft_args, tiny_model, tiny_segmenter
 from datasets import Dataset
+from marks import slow_to_build
 from peft import LoraConfig, PeftModel
 from volume_builders import blocks, row_of
 
@@ -63,6 +64,7 @@ def taught(folder, answers, steps=75) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
+@slow_to_build
 def model(tmp_path_factory):
     return taught(tmp_path_factory.mktemp("taught"), ANSWERS)
 
@@ -167,6 +169,7 @@ class TestPredict:
         segmenter.predict(row["scan"], QUESTION, progress=True)
         assert re.search("propagate.*100%", capsys.readouterr().out)
 
+    @pytest.mark.long
     def test_features_of_a_deep_volume_are_let_go(self, segmenter):
         volume = np.random.default_rng(0).integers(0, 255, (60, 24, 40), dtype=np.uint8)
         alive = []
