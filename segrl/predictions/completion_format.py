@@ -1,4 +1,4 @@
-"""How the completions of a model are written: the frame of its boxes, the answer format, what a valid text needs."""
+"""The format of a model's completions: the frame of its boxes, the answer format, and what a valid text needs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ __all__ = ["CompletionFormat"]
 
 @dataclass(frozen=True)
 class CompletionFormat:
-    """How a reward reads completions when the trainer does not pass predictions (a plain TRL `GRPOTrainer`).
+    """The format in which completions are parsed when the trainer passes no predictions (a plain TRL `GRPOTrainer`).
 
     Attributes:
         frame: Frame kind in which the model writes boxes, or a function ``(image_size, original_size) -> Frame`` of
             (width, height) pairs, such as ``functools.partial(frame_for, processor)``.
-        seg_token: See `segrl.predictions.parse_completion`, as the rest.
+        seg_token: The segmentation token; for this and the following see `segrl.predictions.parse_completion`.
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block.
         answer_format: "text" or "json".
 
     Raises:
         FrameError: For a frame kind that does not exist, or that needs a processor.
+
+    Example:
+        >>> text = "<answer>At [500, 0, 1000, 500].</answer>"
+        >>> completion_format = CompletionFormat(require_seg=False, require_reasoning=False)
+        >>> prediction = completion_format.parse(text, Frame("relative_1000", (200, 100)))
+        >>> prediction.valid, prediction.boxes.tolist()
+        (True, [[100.0, 0.0, 200.0, 50.0]])
     """
 
     frame: FrameKind | Callable[..., Frame] = "relative_1000"
@@ -54,7 +61,7 @@ class CompletionFormat:
         return self.frame(shown, original) if callable(self.frame) else Frame(self.frame, original)
 
     def parse(self, text: str, frame: Frame) -> Prediction:
-        """Parse a completion as these settings say."""
+        """Parse a completion in this format."""
         return parse_completion(
             text,
             frame,

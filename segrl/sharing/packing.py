@@ -42,6 +42,10 @@ class Packed:
     Attributes:
         inputs: Keyword arguments of the model.
         labels: `shift_labels` (B, T+1) of the states that the backbone returns: the completion's tokens, then -100.
+
+    Example:
+        >>> Packed({"input_ids": torch.tensor([[5, 6, 7]])}, labels=torch.tensor([[7, -100]])).labels.shape
+        torch.Size([1, 2])
     """
 
     inputs: dict[str, Any]

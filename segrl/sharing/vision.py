@@ -30,6 +30,16 @@ class VisionOnce:
     Attributes:
         cache: Features (n_i, D) of the language model's tokens, and of Qwen3-VL's deeper layers, by key.
         encoded_images: Number of images that the tower has encoded, for reports and tests.
+
+    Example:
+        >>> from segrl.models import backbone_of, tiny_llava
+        >>> model, _ = tiny_llava(layers=1, vision_layers=1)
+        >>> once = install_vision(backbone_of(model.requires_grad_(False)), model.get_decoder(), FeatureCache())
+        >>> with once.expecting(["0a1b"]):  # outside of a forward the keys are given here
+        ...     for _ in range(3):
+        ...         output = model.model.get_image_features(torch.zeros(1, 3, 112, 112))
+        >>> once.encoded_images, once.frozen, once.cache.hits
+        (1, True, 2)
     """
 
     def __init__(self, backbone: Any, decoder: nn.Module, cache: FeatureCache) -> None:
