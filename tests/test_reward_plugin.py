@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from plugin_environment import ROOT, Run, fresh_environment, write_package
 
-ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "reward_plugin"
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 pytestmark = pytest.mark.slow
-
-BROKEN = {
-    "pyproject.toml": """
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-[project]
-name = "broken-plugin"
-version = "2.5"
-[project.entry-points."segrl.rewards"]
-broken_bonus = "broken_plugin:broken_bonus"
-[tool.hatch.build.targets.wheel]
-only-include = ["broken_plugin.py"]
-""",
-    "broken_plugin.py": 'raise RuntimeError("no \\x1b[31m[red]licence[/red]")\n',
-}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """Runs a program of a new environment that has segrl, the plugin and a broken plugin, and sees our dependencies."""
+    """Runs a program of a new environment that has segrl, the plugin and a broken plugin."""
     folder = tmp_path_factory.mktemp("plugin")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    binaries = folder / "venv" / "bin"
-    own = subprocess.run(
-        [binaries / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    Path(own.stdout.strip(), "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    broken = folder / "broken"
-    broken.mkdir()
-    for name, text in BROKEN.items():
-        (broken / name).write_text(text)
-    # without PYTHONPATH: nothing comes from the checkout
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    pip = [sys.executable, "-m", "pip", "--python", binaries / "python", "--disable-pip-version-check"]
-    install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed"]
-    done = subprocess.run(
-        [*pip, *install, ROOT, PLUGIN, broken], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-    def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [binaries / program, *arguments]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-    return run
+    entries = '[project.entry-points."segrl.rewards"]\nbroken_bonus = "broken_plugin:broken_bonus"'
+    code = 'raise RuntimeError("no \\x1b[31m[red]licence[/red]")\n'
+    return fresh_environment(folder, PLUGIN, write_package(folder / "broken", "broken_plugin", entries, code))
 
 
 def test_the_tutorial_ends_with_the_example():

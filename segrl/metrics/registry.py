@@ -20,7 +20,7 @@ __all__ = ["METRICS", "Metric", "make_metric", "register_metric"]
 Metric = Callable[[Any, Any], float | None]
 Item = TypeVar("Item", bound=Callable[..., Any])
 
-METRICS = Registry("metric", "segrl.metrics", preload=("segrl.metrics", "segrl.predictions"))
+METRICS = Registry("metric", "segrl.metrics", preload=("segrl.heads",))
 
 
 def register_metric(name: str) -> Callable[[Item], Item]:

@@ -13,7 +13,7 @@ __all__ = ["SEGMENTERS", "register_segmenter"]
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
-SEGMENTERS = Registry("segmenter", "segrl.segmenters", classes=True, preload=("segrl.segmenters",))
+SEGMENTERS = Registry("segmenter", "segrl.segmenters", classes=True, preload=("segrl.heads",))
 
 
 def register_segmenter(name: str) -> Callable[[Class], Class]:
