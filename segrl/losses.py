@@ -21,7 +21,7 @@ DICE_SMOOTHING = 1.0
 
 
 def dice(mask_logits: torch.Tensor, target: torch.Tensor, *, smoothing: float = DICE_SMOOTHING) -> torch.Tensor:
-    """Soft Dice loss, `1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s)` with `p = sigmoid(logits)`.
+    """Compute the soft Dice loss, `1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s)` with `p = sigmoid(logits)`.
 
     After Milletari et al. 2016, with areas in place of squares in the denominator. For a soft target the
     minimum is above 0, at a hard prediction. The empty-mask rule of `segrl.geometry.masks` holds in the limit: with an
@@ -38,6 +38,11 @@ def dice(mask_logits: torch.Tensor, target: torch.Tensor, *, smoothing: float = 
 
     Raises:
         SegRLError: Wrong shape or dtype, or `smoothing` is not positive.
+
+    Example:
+        >>> logits = torch.tensor([[[30.0, 30.0, -30.0]], [[-30.0, -30.0, -30.0]]])  # two pixels of three, and none
+        >>> dice(logits, torch.tensor([[[1.0, 0.0, 1.0]], [[0.0, 0.0, 0.0]]]))  # 1 - (2 + 1) / (4 + 1), and both empty
+        tensor([0.4000, 0.0000])
     """
     if not smoothing > 0:
         raise SegRLError(f"smoothing: expected a positive number of pixels, got {smoothing}")
@@ -49,7 +54,7 @@ def dice(mask_logits: torch.Tensor, target: torch.Tensor, *, smoothing: float = 
 
 
 def cross_entropy(mask_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy, averaged over the pixels of each mask; an empty target needs no special case.
+    """Compute the binary cross-entropy, averaged over the pixels of each mask; an empty target is no special case.
 
     Args:
         mask_logits: (N, H, W) logits.
@@ -60,6 +65,10 @@ def cross_entropy(mask_logits: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
     Raises:
         SegRLError: Wrong shape or dtype.
+
+    Example:
+        >>> cross_entropy(torch.tensor([[[0.0, 30.0]]]), torch.tensor([[[1.0, 1.0]]]))  # (log 2 + 0) / 2
+        tensor([0.3466])
     """
     logits, target = _checked(mask_logits, target)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(1, 2))
@@ -68,7 +77,7 @@ def cross_entropy(mask_logits: torch.Tensor, target: torch.Tensor) -> torch.Tens
 def dice_ce(
     mask_logits: torch.Tensor, target: torch.Tensor, *, dice_weight: float = 1.0, ce_weight: float = 1.0
 ) -> torch.Tensor:
-    """Weighted sum of `dice` and `cross_entropy`, the mask loss of CORE-Seg (the paper is silent on the weights).
+    """Compute the weighted sum of `dice` and `cross_entropy`, CORE-Seg's mask loss (the paper gives no weights).
 
     Args:
         mask_logits: (N, H, W) logits.
@@ -81,6 +90,11 @@ def dice_ce(
 
     Raises:
         SegRLError: Wrong shape or dtype.
+
+    Example:
+        >>> logits, target = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
+        >>> dice_ce(logits, target, ce_weight=2.0) == dice(logits, target) + 2.0 * cross_entropy(logits, target)
+        tensor([True])
     """
     return dice_weight * dice(mask_logits, target) + ce_weight * cross_entropy(mask_logits, target)
 
@@ -88,7 +102,7 @@ def dice_ce(
 def focal(
     mask_logits: torch.Tensor, target: torch.Tensor, *, alpha: float | None = 0.25, gamma: float = 2.0
 ) -> torch.Tensor:
-    """Focal loss, averaged over the pixels of each mask (Lin et al. 2017); an empty target needs no special case.
+    """Compute the focal loss (Lin et al. 2017), averaged over the pixels of each mask; an empty target is no special case.
 
     Args:
         mask_logits: (N, H, W) logits.
@@ -101,6 +115,10 @@ def focal(
 
     Raises:
         SegRLError: Wrong shape or dtype.
+
+    Example:
+        >>> focal(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # 0.25 * 0.5**2 * log 2
+        tensor([0.0433])
     """
     logits, target = _checked(mask_logits, target)
     probability = logits.sigmoid()

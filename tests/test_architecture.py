@@ -24,7 +24,6 @@ WITHOUT_ALL = {
     "segrl.data.images.prompts",
     "segrl.data.volumes",
     "segrl.evaluation.images",
-    "segrl.heads.attach",
     "segrl.heads.decoding",
     "segrl.inference.images",
     "segrl.scripts.command_line",

@@ -57,8 +57,7 @@ def register_adapter(name: str) -> Callable[[Class], Class]:
 
 @register_adapter("semantic_guided")
 class SemanticGuidedAdapter(nn.Module):
-    """The Semantic-Guided Prompt Adapter (SG-A) of CORE-Seg: residual MLP blocks, then one learned query attends to
-    the result.
+    """CORE-Seg's Semantic-Guided Prompt Adapter (SG-A): residual MLP blocks, whose result a learned query attends to.
 
     `h_{l+1} = h_l + MLP(LayerNorm(h_l))`, then `Proj(LayerNorm(Attn(q, h, h)))`. The paper states neither the number
     of blocks, nor the inner width, nor the heads: `blocks`, `hidden_dim` and `num_heads` are settings.
@@ -66,15 +65,23 @@ class SemanticGuidedAdapter(nn.Module):
     Args:
         input_dim: D, width of the language model.
         prompt_dim: C, width of the segmenter's prompt embeddings.
-        blocks: number of residual blocks.
-        hidden_dim: inner width of a block's MLP; `input_dim` when None.
-        attention_dim: width of the cross attention; `prompt_dim` when None.
-        num_heads: heads of the cross attention; must divide `attention_dim`.
+        blocks: Number of residual blocks.
+        hidden_dim: Inner width of a block's MLP; `input_dim` when None.
+        attention_dim: Width of the cross attention; `prompt_dim` when None.
+        num_heads: Heads of the cross attention; must divide `attention_dim`.
         num_queries: P, learned queries (1 in the paper).
-        standardise: subtract the running mean of the states and divide by their running deviation, per feature. What
+        standardise: Subtract the running mean of the states and divide by their running deviation, per feature. What
             `<seg>` states of different questions share is many times larger than what tells them apart; a decoder
             that starts from random weights learns to ignore such prompts. Not in the paper, whose decoder is
             pretrained.
+
+    Raises:
+        SegRLError: `num_heads` does not divide `attention_dim`.
+
+    Example:
+        >>> adapter = SemanticGuidedAdapter(input_dim=24, prompt_dim=16, num_heads=4, num_queries=3)
+        >>> adapter(torch.zeros(2, 5, 24), torch.ones(2, 5, dtype=torch.bool)).shape
+        torch.Size([2, 3, 16])
     """
 
     mean: Tensor  # buffers, only with `standardise`
@@ -125,7 +132,7 @@ class SemanticGuidedAdapter(nn.Module):
 
     @torch.no_grad()
     def observe(self, states: Tensor) -> None:
-        """Update the running mean and variance with the states "M D" of a training batch, of all ranks together.
+        """Update the running mean and variance with the states (M, D) of a training batch, of all ranks together.
 
         Every rank must call this for every batch, with M = 0 if it has none.
         """
@@ -143,6 +150,7 @@ class SemanticGuidedAdapter(nn.Module):
         mean.add_(step)
 
     def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        """Return prompts (N, P, C) for states (N, K, D) and their mask (N, K)."""
         if self.standardise:
             states = (states - self.mean) / (self.variance + 1e-4).sqrt()
         for block in self.blocks:
@@ -154,12 +162,18 @@ class SemanticGuidedAdapter(nn.Module):
         return self.projection(self.norm(attended))
 
     def to_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
         return dict(self._settings)
 
 
 @register_adapter("linear")
 class LinearAdapter(nn.Module):
-    """One linear layer, the ablation of CORE-Seg that stands in for SG-A. Several states are averaged first."""
+    """Project the mean of the states with one linear layer, CORE-Seg's ablation of SG-A.
+
+    Example:
+        >>> LinearAdapter(24, 16)(torch.zeros(2, 5, 24), torch.ones(2, 5, dtype=torch.bool)).shape
+        torch.Size([2, 1, 16])
+    """
 
     def __init__(self, input_dim: int, prompt_dim: int) -> None:
         super().__init__()
@@ -167,15 +181,27 @@ class LinearAdapter(nn.Module):
         self.projection = nn.Linear(input_dim, prompt_dim)
 
     def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        """Return prompts (N, P, C) for states (N, K, D) and their mask (N, K)."""
         return self.projection(_mean_state(states, state_mask))
 
     def to_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
         return dict(self._settings)
 
 
 @register_adapter("mlp")
 class MLPAdapter(nn.Module):
-    """LayerNorm and two linear layers with GELU, the `[SEG]` projection of LISA-like models (arXiv:2308.00692)."""
+    """Project the mean of the states as LISA projects `[SEG]`: LayerNorm and two linear layers (arXiv:2308.00692).
+
+    Args:
+        input_dim: D, width of the language model.
+        prompt_dim: C, width of the segmenter's prompt embeddings.
+        hidden_dim: Width between the layers; `input_dim` when None.
+
+    Example:
+        >>> MLPAdapter(24, 16, hidden_dim=8).layers[1].weight.shape
+        torch.Size([8, 24])
+    """
 
     def __init__(self, input_dim: int, prompt_dim: int, *, hidden_dim: int | None = None) -> None:
         super().__init__()
@@ -186,13 +212,15 @@ class MLPAdapter(nn.Module):
         )
 
     def forward(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        """Return prompts (N, P, C) for states (N, K, D) and their mask (N, K)."""
         return self.layers(_mean_state(states, state_mask))
 
     def to_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
         return dict(self._settings)
 
 
 def _mean_state(states: Tensor, state_mask: Tensor) -> Tensor:
-    """Mean of the existing states: "N K D" to "N 1 D"; the state itself for K = 1."""
+    """Average the states that exist: (N, K, D) to (N, 1, D)."""
     weight = state_mask.unsqueeze(-1).to(states.dtype)
     return (states * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Putting a `MaskHead` on an instance of any vision-language model.
+"""Put a `MaskHead` on an instance of any vision-language model, find it there, and take it off.
 
 The model's class, `forward` and checkpoint layout stay what they are: a subclass would lose the key renames that
 transformers registers per class, and TRL replaces `forward` of the instance. The head listens to a forward hook of
@@ -16,18 +16,34 @@ from segrl.errors import SegRLError
 from segrl.heads.mask_head import MaskHead
 from segrl.models.backbone import base_instance
 
+__all__ = ["attach_mask_head", "detach_mask_head", "find_mask_head", "without_prefix"]
+
 _ATTRIBUTE = "mask_head"
 
 
 def attach_mask_head(model: Any, head: MaskHead) -> Any:
-    """Make `head` the submodule `mask_head` of `model` and let it listen to the backbone. Returns `model`.
+    """Make `head` the submodule `mask_head` of `model` and let it listen to the backbone.
 
     Args:
-        model: any transformers causal vision-language model, or one wrapped by PEFT.
-        head: the head; it is moved to the model's device.
+        model: Any transformers causal vision-language model, or one wrapped by PEFT.
+        head: The head; it is moved to the model's device.
+
+    Returns:
+        `model`.
 
     Raises:
-        SegRLError: the model already has a head, or has no backbone that returns `last_hidden_state`.
+        SegRLError: The model already has a head, or has no backbone that returns `last_hidden_state`.
+
+    Example:
+        >>> from segrl.heads import LinearAdapter, SegTokenProbe
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> from segrl.segmenters import Sam2Segmenter
+        >>> model, _ = tiny_qwen2_5_vl()
+        >>> head = MaskHead(SegTokenProbe(3), LinearAdapter(128, 256), Sam2Segmenter())
+        >>> attach_mask_head(model, head).mask_head is find_mask_head(model) is detach_mask_head(model) is head
+        True
+        >>> find_mask_head(model), detach_mask_head(model)
+        (None, None)
     """
     base = base_instance(model)
     if find_mask_head(model) is not None:
@@ -47,13 +63,13 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
 
 
 def find_mask_head(model: Any) -> MaskHead | None:
-    """The head on `model` (through PEFT), or None."""
+    """Return the head on `model` (through PEFT), or None; see `attach_mask_head`."""
     head = getattr(base_instance(model), _ATTRIBUTE, None)
     return head if isinstance(head, MaskHead) else None
 
 
 def detach_mask_head(model: Any) -> MaskHead | None:
-    """Take the head off `model` and return it, or None if there is none."""
+    """Take the head off `model` and return it, or None if there is none; see `attach_mask_head`."""
     base, head = base_instance(model), find_mask_head(model)
     if head is not None:
         head._hook.remove()
@@ -80,5 +96,5 @@ class _BackboneHook:
 
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state dict without the head's keys."""
+    """Return a model's state dict without the head's keys."""
     return {key: value for key, value in state.items() if f"{_ATTRIBUTE}." not in key}

@@ -46,11 +46,18 @@ def register_probe(name: str) -> Callable[[Item], Item]:
 
 @register_probe("seg_token")
 class SegTokenProbe:
-    """The state at the `<seg>` token (CORE-Seg, LISA). Of several in one completion the last counts; the prompt's
-    never do.
+    """Pick the state at the last `<seg>` that the model wrote (CORE-Seg, LISA).
 
     Args:
-        token_id: id of `<seg>` in the tokenizer.
+        token_id: Id of `<seg>` in the tokenizer.
+
+    Example:
+        >>> ids = torch.tensor([[9, 1, 9, 2, 9], [9, 1, 2, 3, 4]])
+        >>> written = torch.tensor([[False, True, True, True, True]] * 2)  # behind a prompt of one token
+        >>> SegTokenProbe(9)(ids, written)
+        (tensor([[4],
+                [0]]), tensor([[ True],
+                [False]]))
     """
 
     def __init__(self, token_id: int) -> None:
@@ -68,15 +75,23 @@ class SegTokenProbe:
 
 @register_probe("answer")
 class AnswerProbe:
-    """All states of the answer, from the token after `<answer>` up to and with `<seg>` (an ablation of CORE-Seg).
+    """Pick all states of the answer, from the token after `<answer>` to `<seg>` (an ablation of CORE-Seg).
 
     A row has states only if its last `<seg>` comes after an `<answer>`. The tag is looked for in the text of the
     tokens, since tokenizers merge its brackets with their neighbours; a token that holds the end of the tag and more
     belongs to the answer only if it does not also hold the tag's last letter.
 
     Args:
-        token_id: id of `<seg>` in the tokenizer.
-        tokenizer: the tokenizer that made the ids.
+        token_id: Id of `<seg>` in the tokenizer.
+        tokenizer: The tokenizer that made the ids.
+
+    Example:
+        >>> from segrl.models import seg_token_id, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> ids = torch.tensor([tokenizer("A.<answer>B.<seg></answer>")["input_ids"]])
+        >>> index, valid = AnswerProbe(seg_token_id(tokenizer), tokenizer)(ids, torch.ones_like(ids))
+        >>> tokenizer.decode(ids[0, index[0]])
+        'B.<seg>'
     """
 
     def __init__(self, token_id: int, tokenizer) -> None:
