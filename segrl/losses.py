@@ -54,7 +54,7 @@ def dice(mask_logits: torch.Tensor, target: torch.Tensor, *, smoothing: float = 
 
 
 def cross_entropy(mask_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Compute the binary cross-entropy, averaged over the pixels of each mask; an empty target is no special case.
+    """Compute the binary cross-entropy, averaged over the pixels of each mask; empty targets are no exception.
 
     Args:
         mask_logits: (N, H, W) logits.
@@ -102,7 +102,7 @@ def dice_ce(
 def focal(
     mask_logits: torch.Tensor, target: torch.Tensor, *, alpha: float | None = 0.25, gamma: float = 2.0
 ) -> torch.Tensor:
-    """Compute the focal loss (Lin et al. 2017), averaged over the pixels of each mask; an empty target is no special case.
+    """Compute the focal loss (Lin et al. 2017), averaged over the pixels of each mask; empty targets are no exception.
 
     Args:
         mask_logits: (N, H, W) logits.
