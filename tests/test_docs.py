@@ -23,7 +23,7 @@ def test_the_quick_start_has_code():
     assert len(CODE[ROOT / "docs" / "quickstart.md"]) >= 3
 
 
-SLOW = {"write-a-training-script.md", "test-a-reward.md", "reward-plugin.md"}
+SLOW = {"extend-segrl.md", "write-a-training-script.md", "test-a-reward.md", "reward-plugin.md"}
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # without a GPU

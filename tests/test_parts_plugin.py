@@ -56,6 +56,7 @@ def test_list_shows_the_plugin_and_the_broken_ones(run: Run):
     assert parts["adapter", "linear"]["broken"] is None
 
 
+@pytest.mark.long
 def test_describe(run: Run):
     shown = run("segrl", "parts", "describe", "gated")
     assert shown.returncode == 0, shown.stderr
@@ -82,5 +83,6 @@ def test_a_fresh_process_predicts_the_same_and_evaluates(run: Run, folder: Path,
     assert len(found["records"]) == 3
 
 
+@pytest.mark.long
 def test_it_resumes(run: Run, folder: Path, trained):
     assert result(run("python", RUNS, "resume", folder / "run")) == {"steps": 40, "different": []}
