@@ -41,7 +41,7 @@ CORE_SEG = ("format", "box_f1", "dual_granularity_mask")
 def built_in_rewards() -> Iterator[Reward]:
     for name in list_rewards():
         info = reward_info(name)
-        if info.broken is None and info.origin.startswith("segrl "):
+        if info.origin.startswith("segrl "):
             yield make_reward(name)
 
 

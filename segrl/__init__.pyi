@@ -37,6 +37,7 @@ from .predictions import VolumeTarget as VolumeTarget
 from .predictions import frame_for as frame_for
 from .predictions import parse_completion as parse_completion
 from .rewards import Reward as Reward
+from .rewards import dump_reward as dump_reward
 from .rewards import list_rewards as list_rewards
 from .rewards import load_reward as load_reward
 from .rewards import make_reward as make_reward

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 
 from segrl.predictions import Frame, Target, format_answer, format_completion, parse_completion
-from segrl.rewards import list_rewards, reward_info
+from segrl.rewards import dump_reward, list_rewards, load_reward, reward_info
 
 HEIGHT, WIDTH = 32, 40
 FRAME = Frame("original_px", (WIDTH, HEIGHT))
@@ -23,6 +26,13 @@ def mask_of(*boxes):
 
 TARGET = Target.from_mask(mask_of(*TRUE_BOXES), name="scan_7.png")
 EMPTY = Target.from_mask(mask_of())
+
+
+def reloaded(reward):
+    """The reward, written as YAML and read again."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump_reward(reward, Path(folder, "reward.yaml"))
+        return load_reward(Path(folder, "reward.yaml"))
 
 
 def says(*boxes, mask=None, reasoning="Dark."):

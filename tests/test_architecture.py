@@ -16,7 +16,7 @@ for page, blocks in CODE.items():
     OUTSIDE |= {f"{page.relative_to(ROOT).as_posix()}:{number}": block for number, block in enumerate(blocks)}
 
 # What is not yet as it should be. These lists only shrink; a name that is not in them fails.
-CIRCLE = {f"segrl.rewards.{name}" for name in ("factory", "nodes", "reward", "serialization", "transforms")}
+CIRCLE: set[str] = set()
 WITHOUT_ALL = {
     "segrl.__main__",
     "segrl.cli",

@@ -14,7 +14,7 @@ from reward_cases import GOOD, TARGET, TRUE_BOXES, built_in, mask_of
 
 from segrl.cli.main import main
 from segrl.geometry import mask_to_rle
-from segrl.rewards import list_rewards, make_reward, register_reward, registry
+from segrl.rewards import dump_reward, list_rewards, make_reward, register_reward, registry
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "\x1b[31mred\x07 [bold]loud[/bold] [/oops] \x9b1m \u202e \ud800"
@@ -154,7 +154,7 @@ def test_every_reward_is_described(name, run):
 def test_describe_prints_the_parts_of_a_preset_and_of_a_file(run):
     _, out, _ = run("rewards", "describe", "core_seg")
     assert "- reward: box_f1\n  settings:\n    min_iou: 0.5" in "\n".join(line.rstrip() for line in out.splitlines())
-    make_reward("box_f1").gate("format").to_yaml("mine.yaml")
+    dump_reward(make_reward("box_f1").gate("format"), "mine.yaml")
     status, out, _ = run("rewards", "describe", "mine.yaml")
     assert status == 0
     assert "- gate:" in out
@@ -245,7 +245,6 @@ def test_broken_plugins_and_name_conflicts_are_listed(run, monkeypatch, tmp_path
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}.0\n")
         (metadata / "entry_points.txt").write_text(f"[segrl.rewards]\n{entry}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_broken", {})
     status, out, _ = run("rewards", "list", "--json")
     assert status == 0
     found = {(reward["name"], reward["origin"]): reward["broken"] for reward in json.loads(out)}

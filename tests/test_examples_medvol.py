@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from script_modules import script_modules
 
-from segrl import SegGRPOConfig, SegSFTConfig, make_reward, weighted_sum
+from segrl import SegGRPOConfig, SegSFTConfig, dump_reward, make_reward, weighted_sum
 from segrl.data import load_volumes, make_synthetic_volumes, read_grey, read_label, read_volume, write_manifest
 from segrl.evaluation import evaluate_volumes
 from segrl.inference import VolumeSegmenter
@@ -371,7 +371,7 @@ def test_without_rewards(sft_run, data, tmp_path, example, flags, used):
 @pytest.mark.long
 def test_stage2_alone_with_rewards_that_are_sums_or_files(sft_run, data, tmp_path, example):
     file = tmp_path / "rewards.yaml"
-    file.write_text(weighted_sum([("slice_format", 0.5), (make_reward("propagated_dice", delta=3), 2.0)]).to_yaml())
+    dump_reward(weighted_sum([("slice_format", 0.5), (make_reward("propagated_dice", delta=3), 2.0)]), file)
     run = tmp_path / "run"
     flags = ("--segmenter", sft_run, "--data", data, *GRPO, "--reach", 3, "--output_dir", run)
     assert example("train_grpo", "--skip_stage1", "--rewards", "medvol_r1", file, *flags) == 0

@@ -80,9 +80,10 @@ def test_audit_finds_no_way_to_game_it(run: Run):
 
 def test_it_is_found_by_name_and_survives_yaml_and_pickle(run: Run):
     code = (
-        "import pickle; from segrl import make_reward; from segrl.rewards import Reward;"
+        "import pickle; from segrl import make_reward; from segrl.rewards import dump_reward, load_reward;"
         "reward = make_reward('small_lesion_bonus', max_area=0.5);"
-        "assert Reward.from_dict(reward.to_dict()) == reward == pickle.loads(pickle.dumps(reward));"
+        "dump_reward(reward, 'bonus.yaml');"
+        "assert load_reward('bonus.yaml') == reward == pickle.loads(pickle.dumps(reward));"
         "print(reward.info.origin)"
     )
     done = run("python", "-c", code)

@@ -15,7 +15,7 @@ from trl.trainer.utils import is_async_callable
 from segrl.errors import RewardError, UnknownNameError
 from segrl.predictions import Prediction, Target, VolumeTarget
 from segrl.rewards import list_rewards, make_reward, register_reward, registry, reward_info
-from segrl.rewards.registry import all_reward_infos
+from segrl.rewards.describe import describe_all
 
 PREDICTIONS = [says([4, 4, 16, 14]), says(), read("no")]
 TARGETS = [TARGET, EMPTY, TARGET]
@@ -25,7 +25,6 @@ TARGETS = [TARGET, EMPTY, TARGET]
 def own_registry(monkeypatch):
     """Forgets what a test registers."""
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(registry, "_broken", {})
 
 
 def box_count(prediction: Prediction, target: Target, *, factor: float = 1.0) -> float | None:
@@ -238,7 +237,7 @@ def test_a_cell_of_a_notebook_may_be_run_twice():
     for value in (1.0, 2.0):
         exec(cell.format(value), {"register_reward": register_reward, "__name__": "__main__"})
         assert make_reward("test_cell").score(says(), TARGET) == value
-    with pytest.raises(RewardError, match=r"'test_cell' is registered already, by __main__\.cell; choose another name"):
+    with pytest.raises(RewardError, match=r"'test_cell' is registered already, by __main__:cell; choose another name"):
         register_reward("test_cell")(box_count)
 
 
@@ -329,30 +328,42 @@ def write_plugin(folder, name, entries, code):
 
 
 def test_broken_packages_are_listed_and_the_others_work(tmp_path, monkeypatch):
-    good = "def one(prediction, target):\n    'Always one.'\n    return 1.0\n"
+    good = "def one(prediction, target, *, height=2):\n    'Always one.'\n    return 1.0\n"
+    claims = "from segrl import register_reward\n@register_reward('t_claims', range=(0, 1))\n"
     write_plugin(tmp_path, "test_plug_a", ["t_one = test_plug_a:one", "t_twice = test_plug_a:one"], good)
-    write_plugin(tmp_path, "test_plug_b", ["t_raises = test_plug_b:one"], "1 / 0\n")
+    write_plugin(tmp_path, "test_plug_b", ["t_raises = test_plug_b:one"], "raise KeyboardInterrupt('stop')\n")
     write_plugin(tmp_path, "test_plug_c", ["t_syntax = test_plug_c:one", "t_twice = test_plug_c:one"], "def (\n")
     write_plugin(tmp_path, "test_plug_d", ["box_f1 = test_plug_d:one", "t_form = test_plug_d:no"], good + "no = 3\n")
+    write_plugin(tmp_path, "test_plug_e", ["t_hangs = test_plug_e:one"], "import time\ntime.sleep(600)\n")
+    write_plugin(tmp_path, "test_plug_f", ["t_claims = test_plug_f:one"], claims + good)
     monkeypatch.syspath_prepend(str(tmp_path))
-    infos = {(info.name, info.origin): info.broken or "" for info in all_reward_infos()}
-    assert infos[("t_one", "test_plug_a 1.0")] == ""
-    assert reward_info("t_one").summary == "Always one."
-    assert "ZeroDivisionError" in infos[("t_raises", "test_plug_b 1.0")]
-    assert "SyntaxError" in infos[("t_syntax", "test_plug_c 1.0")]
-    assert "expected a function or a class" in infos[("t_form", "test_plug_d 1.0")]
-    assert infos[("box_f1", "segrl 0.1.0")] == ""
-    assert "the name is taken by segrl 0.1.0; use 'test_plug_d:one'" in infos[("box_f1", "test_plug_d 1.0")]
-    both = reward_info("t_twice")
-    assert both.broken is not None
-    assert "test_plug_a 1.0 and test_plug_c 1.0 both bring it" in both.broken
-    assert both.summary.startswith("broken: ")
-    assert make_reward("t_one").score(says(), TARGET) == 1.0
+    rows = {(row["name"], row["origin"]): row for row in describe_all(timeout=3.0)}
+    one = rows["t_one", "test_plug_a 1.0"]
+    assert (one["summary"], one["broken"], one["settings"][0]["default"]) == ("Always one.", None, 2)
+    assert rows["t_claims", "test_plug_f 1.0"]["range"] == [0.0, 1.0]
+    assert rows["box_f1", "segrl 0.1.0"]["broken"] is None
+    reasons = {
+        ("t_raises", "test_plug_b 1.0"): "KeyboardInterrupt: stop",
+        ("t_syntax", "test_plug_c 1.0"): "SyntaxError",
+        ("t_form", "test_plug_d 1.0"): "expected a function or a class",
+        ("t_hangs", "test_plug_e 1.0"): "the import did not end within 3 s",
+        ("box_f1", "test_plug_d 1.0"): "the name is taken by segrl 0.1.0; use 'test_plug_d:one'",
+        ("t_twice", "test_plug_a 1.0, test_plug_c 1.0"): "test_plug_a 1.0 and test_plug_c 1.0 both bring it",
+    }
+    for row, reason in reasons.items():
+        assert reason in rows[row]["broken"]
+        assert rows[row]["summary"].startswith("broken: ")
+    assert not {name for name in sys.modules if name.startswith("test_plug_")}, "this process imports none of them"
     assert {"t_raises", "t_twice"} <= set(list_rewards())
-    with pytest.raises(RewardError, match=r"reward 't_raises' cannot be imported from 'test_plug_b:one': ZeroDivision"):
-        make_reward("t_raises")
-    with pytest.raises(RewardError, match=r"reward 't_twice' .*both bring it; uninstall one, or name one as"):
+    assert make_reward("t_one").score(says(), TARGET) == 1.0
+    assert make_reward("t_claims").range == (0, 1)
+    assert {name for name in sys.modules if name.startswith("test_plug_")} == {"test_plug_a", "test_plug_f"}
+    with pytest.raises(RewardError, match=r"'t_syntax' of test_plug_c 1.0 cannot be imported from 'test_plug_c:one'"):
+        make_reward("t_syntax")
+    with pytest.raises(RewardError, match=r"reward 't_twice': .*both bring it"):
         make_reward("t_twice")
+    for name in ("test_plug_a", "test_plug_f"):
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ import pickle
 import numpy as np
 import pytest
 from answers import FAR, HEIGHT, LEFT, RIGHT, WIDTH, in_answer, mask_of, target_of
+from reward_cases import reloaded
 
 from segrl.errors import RewardError
 from segrl.predictions import Frame, VolumeTarget, format_answer, format_completion
-from segrl.rewards import Reward, make_reward, reward_info
+from segrl.rewards import make_reward, reward_info
 
 IMAGE_PRESETS = [
     "core_seg",
@@ -272,7 +273,7 @@ def test_a_preset_is_listed_described_pickled_and_written(name):
     assert reward.volume == (name == "medvol_r1")
     assert reward.needs_mask == (name in ("core_seg", "lens", "medvol_r1", "seg_r1"))
     assert pickle.loads(pickle.dumps(reward)) == reward
-    assert Reward.from_dict(reward.to_dict()) == reward
+    assert reloaded(reward) == reward
 
 
 def test_a_plain_trainer_can_call_a_preset():

@@ -15,7 +15,7 @@ from recipes import Recipe, rows_for
 from segmenter import lesions_of, train_segmenter
 from warmup import add_reasoning, pretrain_vision
 
-from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, load_reward, make_reward
+from segrl import SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer, make_reward
 from segrl.caching import FeatureCache
 from segrl.data import check_volumes, load_m3d_seg, load_volumes, make_synthetic_volumes, read_label, uniform_slices
 from segrl.data.splits import load_split
@@ -218,7 +218,7 @@ def rewards_of(example: ExampleArguments) -> list[Any]:
     made = []
     for name in example.rewards or ():
         within = {"delta": example.reach} if name in ("propagated_dice", "medvol_r1") else {}
-        made.append(load_reward(name) if name.endswith((".yaml", ".yml")) else make_reward(name, **within))
+        made.append(make_reward(name, **within))
     return made
 
 

@@ -187,7 +187,7 @@ def _with_whole_groups(reward: Reward) -> Reward:
     for step in reward.steps:
         if isinstance(step, GroupRelative):
             step = replace(step, group_size=None)
-        elif isinstance(step, Gate):
+        elif isinstance(step, Gate) and isinstance(step.reward, Reward):
             step = replace(step, reward=_with_whole_groups(step.reward))
         steps.append(step)
     return replace(reward, source=source, steps=tuple(steps))

@@ -17,7 +17,6 @@ __all__ = [
     "BAD",
     "OK",
     "WRONG",
-    "YAML_SUFFIXES",
     "complain",
     "count",
     "import_modules",
@@ -28,9 +27,6 @@ __all__ = [
 ]
 
 OK, BAD, WRONG = 0, 1, 2
-
-
-YAML_SUFFIXES = (".yaml", ".yml")
 
 
 def import_modules(modules: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segrl.cli.output import BAD, OK, YAML_SUFFIXES, complain, print_json, search_here
+from segrl.cli.output import BAD, OK, complain, print_json, search_here
 from segrl.errors import RewardCheckError, RewardError
 
 __all__ = [
@@ -30,10 +30,9 @@ def list_command(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from segrl.reports.terminal import console, limits, printable
-    from segrl.rewards.describe import describe_info
-    from segrl.rewards.registry import all_reward_infos
+    from segrl.rewards.describe import describe_all
 
-    described = [describe_info(info) for info in all_reward_infos()]
+    described = describe_all()
     if arguments.json:
         return print_json(described)
     table = Table("name", "form", "range", "origin", "summary")
@@ -52,10 +51,8 @@ def describe_command(arguments: argparse.Namespace) -> int:
     from segrl.reports.terminal import console, limits, number, printable, printable_lines
     from segrl.rewards.describe import describe_reward
 
-    if ":" in arguments.reward:
-        search_here()
-    composed = Path(arguments.reward).suffix in YAML_SUFFIXES
-    reward = describe_reward(_reward(arguments.reward) if composed else arguments.reward)
+    search_here()
+    reward = describe_reward(arguments.reward)
     if arguments.json:
         return print_json(reward)
     empty = ", ".join(f"{side} {number(score)}" for side, score in (reward["empty"] or {}).items())
@@ -154,14 +151,10 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 
 def _reward(reference: str, **completion_format: Any) -> Reward:
-    """A reward from a YAML file or by name."""
+    """Make a reward from a YAML file, a name or "module:attribute"; modules of the current folder are found too."""
     from segrl.rewards.factory import make_reward
-    from segrl.rewards.serialization import load_reward
 
-    if Path(reference).suffix in YAML_SUFFIXES:
-        return make_reward(load_reward(reference), **completion_format)
-    if ":" in reference:
-        search_here()
+    search_here()
     return make_reward(reference, **completion_format)
 
 

@@ -11,15 +11,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from segrl.errors import SegRLError, unknown_name
-from segrl.registry.resolve import summary_of
+from segrl.registry.resolve import resolve_attribute, summary_of
 
 __all__ = ["PluginReport", "find_plugins", "inspect_plugins", "load_plugin", "plugin_origin"]
 
@@ -43,12 +43,14 @@ class PluginReport:
         origin: Package and version, or module, that it comes from.
         summary: First paragraph of its docstring.
         broken: Why it cannot be used, or None.
+        details: What `describe` of `inspect_plugins` returned.
     """
 
     name: str
     origin: str
     summary: str = ""
     broken: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_plugins(group: str) -> dict[str, list[EntryPoint]]:
@@ -106,7 +108,9 @@ def load_plugin(group: str, name: str, kind: str, error: type[SegRLError] = SegR
         raise error(f"{kind} {name!r} of {plugin_origin(plugin)} {_failed(plugin, _error_text(problem))}") from problem
 
 
-def inspect_plugins(group: str, timeout: float = 10.0, *, preload: Sequence[str] = ()) -> dict[str, PluginReport]:
+def inspect_plugins(
+    group: str, timeout: float = 10.0, *, preload: Sequence[str] = (), describe: str | None = None
+) -> dict[str, PluginReport]:
     """Import every entry point of a group in a child process and return what was found, by name.
 
     This process imports none of them. A plugin that raises anything (also `KeyboardInterrupt`), ends Python or does
@@ -116,6 +120,8 @@ def inspect_plugins(group: str, timeout: float = 10.0, *, preload: Sequence[str]
         group: Entry-point group, such as "segrl.rewards".
         timeout: Seconds that one plugin's import may take.
         preload: Modules that are imported before that time begins, such as "segrl.heads" for its torch.
+        describe: "module:function" of a ``function(name, plugin)`` that returns `details` as JSON-ready values; it runs
+            in the child process.
 
     Returns:
         One report per name, sorted by name; empty for a group without plugins.
@@ -130,9 +136,9 @@ def inspect_plugins(group: str, timeout: float = 10.0, *, preload: Sequence[str]
         origin = ", ".join(plugin_origin(plugin) for plugin in plugins)
         if conflict := _conflict(plugins):
             return PluginReport(name, origin, broken=conflict)
-        answer = _ask_child(plugins[0], timeout, preload)
+        answer = _ask_child(plugins[0], timeout, preload, describe)
         broken = None if answer["error"] is None else _failed(plugins[0], answer["error"])
-        return PluginReport(name, origin, answer["summary"], broken)
+        return PluginReport(name, origin, answer["summary"], broken, answer.get("details") or {})
 
     found = sorted(find_plugins(group).items())
     with ThreadPoolExecutor(_AT_ONCE) as threads:
@@ -154,8 +160,9 @@ def _error_text(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {problem}".removesuffix(": ")
 
 
-def _ask_child(plugin: EntryPoint, timeout: float, preload: Sequence[str]) -> dict[str, Any]:
-    job = {"path": sys.path, "preload": list(preload), "value": plugin.value, "group": plugin.group}
+def _ask_child(plugin: EntryPoint, timeout: float, preload: Sequence[str], describe: str | None) -> dict[str, Any]:
+    job = {"path": sys.path, "preload": list(preload), "describe": describe}
+    job |= {"name": plugin.name, "value": plugin.value, "group": plugin.group}
     # Unbuffered: `communicate` reads on where `readline` stopped. A session of its own: killed with its children.
     with subprocess.Popen(
         [sys.executable, "-P", "-c", _CHILD],
@@ -185,7 +192,7 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def run_child(preload: Sequence[str], value: str, group: str) -> None:
+def run_child(preload: Sequence[str], describe: str | None, name: str, value: str, group: str) -> None:
     """Run in the child: import the plugin, write the answer, and end whatever the plugin left running."""
     channel = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a plugin prints is no answer
@@ -193,8 +200,11 @@ def run_child(preload: Sequence[str], value: str, group: str) -> None:
         __import__(module)
     channel.write(b"ready\n")
     try:
-        answer = {"summary": summary_of(EntryPoint("plugin", value, group).load()), "error": None}
+        item = EntryPoint(name, value, group).load()
+        details = None if describe is None else resolve_attribute(describe)(name, item)
+        answer = {"summary": summary_of(item), "error": None, "details": details}
+        text = json.dumps(answer)
     except BaseException as problem:  # whatever it is, it is the answer
-        answer = {"summary": "", "error": _error_text(problem)}
-    channel.write(json.dumps(answer).encode())
+        text = json.dumps({"summary": "", "error": _error_text(problem)})
+    channel.write(text.encode())
     os._exit(0)

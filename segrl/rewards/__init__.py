@@ -1,8 +1,8 @@
 """Rewards: `make_reward("box_f1")`, or your own function under `@register_reward("name")`.
 
-The built-in ones are in `core_seg`, `mask`, `boxes`, `points`, `text` and `medvol_r1`, and `presets` adds them up as
-published systems do; importing these modules registers them. What makes a reward of a function is in `registry` (names
-and claims), `making`, `reward` and `sources` (scores), `steps` (composition), `reading` (columns) and `files` (YAML).
+Files import one way: `forms`, `registry`, `settings` (what a reward function declares), `columns`, `base` (the batch),
+`transforms`, `nodes`, `reward` (scores and composition), `serialization` (YAML), `factory` (`make_reward`), `describe`
+and `frameworks`. The rewards themselves are in `builtin`, which registers them.
 """
 
 from segrl.predictions.completion_format import CompletionFormat
@@ -18,7 +18,7 @@ from segrl.rewards.frameworks import (
 )
 from segrl.rewards.registry import RewardInfo, list_rewards, register_preset, register_reward, reward_info
 from segrl.rewards.reward import Reward
-from segrl.rewards.serialization import load_reward
+from segrl.rewards.serialization import dump_reward, load_reward
 
 __all__ = [
     "CompletionFormat",
@@ -27,6 +27,7 @@ __all__ = [
     "SwiftORM",
     "VerlBatchScore",
     "VerlScore",
+    "dump_reward",
     "easyr1_compute_score",
     "list_rewards",
     "load_reward",

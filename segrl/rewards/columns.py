@@ -12,12 +12,11 @@ from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.parsing import completion_text
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.target import Target, VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
-__all__ = []
+__all__ = ["AnyTarget", "check_target", "position", "read_rows", "same_target"]
 
-_TEXT_COLUMNS = ("query", "modality", "anatomy", "lesion", "name")
-_UNKNOWN_SIZE = (1000, 1000)  # of an image of which neither the truth nor the image is there
+_UNKNOWN_SIZE = (1000, 1000)  # of an image when neither the ground truth nor the image is given
 AnyTarget = Target | VolumeTarget | None
 
 
@@ -47,7 +46,7 @@ def read_rows(
     return predictions, targets
 
 
-def check_truth(target: object, volume: bool, where: str) -> None:
+def check_target(target: object, volume: bool, where: str) -> None:
     """Refuse a missing truth, and a volume where an image is expected or the other way round."""
     expected = VolumeTarget if volume else Target
     if not isinstance(target, expected):
@@ -58,16 +57,16 @@ def check_truth(target: object, volume: bool, where: str) -> None:
         )
 
 
-def same_truth(a: AnyTarget, b: AnyTarget) -> bool:
+def same_target(a: AnyTarget, b: AnyTarget) -> bool:
     """Whether two rows have the same truth."""
     if a is b:
         return True
     if a is None or b is None or type(a) is not type(b) or a.mask.shape != b.mask.shape:
         return False
-    return all(getattr(a, key) == getattr(b, key) for key in _TEXT_COLUMNS) and bool((a.mask == b.mask).all())
+    return all(getattr(a, key) == getattr(b, key) for key in METADATA_COLUMNS) and bool((a.mask == b.mask).all())
 
 
-def place(name: str, row: int | None, row_name: str) -> str:
+def position(name: str, row: int | None, row_name: str) -> str:
     """The reward and the row, for an error."""
     number = "" if row is None else f", row {row}"
     return f"reward {name!r}{number}" + (f" ({row_name})" if row_name else "")
@@ -87,13 +86,13 @@ def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarg
         raise RewardError(
             f"reward {name!r} needs a column 'mask' or 'target'; columns passed: {found} (for a volume: 'volume')"
         )
-    column, where = "name", place(name, row, "")
+    column, where = "name", position(name, row, "")
     texts: dict[str, str] = {}
     try:
-        for column in reversed(_TEXT_COLUMNS):
+        for column in reversed(METADATA_COLUMNS):
             if call.get(column) is not None:
                 texts[column] = str(call[column][row] or "")
-        where = place(name, row, texts.get("name", ""))
+        where = position(name, row, texts.get("name", ""))
         column = truth
         if truth == "volume":
             z, y, x = call["spacing_mm"][row] if call.get("spacing_mm") is not None else (1.0, 1.0, 1.0)
@@ -122,7 +121,7 @@ def _prediction(
             known = replace(known, slices=tuple(call["slices"][row]))  # of a volume the model saw these
         text = completion_text(completion)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        where = place(name, row, target.name if target is not None else "")
+        where = position(name, row, target.name if target is not None else "")
         raise RewardError(f"{where}: cannot read the completion: {error}") from error
     return completion_format.parse(text, known)
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from segrl.errors import RewardError
+from segrl.registry.plugins import find_plugins, inspect_plugins, plugin_origin
+from segrl.registry.resolve import argument_docs
 from segrl.rewards.factory import make_reward
-from segrl.rewards.registry import RewardInfo, reward_info
+from segrl.rewards.registry import ENTRY_POINT_GROUP, RewardInfo, adopt, registered_infos, reward_info
 from segrl.rewards.reward import Reward
+from segrl.rewards.serialization import dump_reward, is_reward_file
 
-__all__ = ["describe_info", "describe_reward"]
+__all__ = ["describe_all", "describe_info", "describe_plugin", "describe_reward"]
 
 
 def describe_reward(reward: str | Reward) -> dict[str, Any]:
     """Describe a reward.
 
     Args:
-        reward: A name from `list_rewards`, "module:attribute", or a reward.
+        reward: A name from `list_rewards`, "module:attribute", the path of a YAML file, or a reward.
 
     Returns:
         Plain values: `name`, `form`, `summary`, `equation`, `settings` (name, default, whether it is required, doc),
@@ -37,20 +39,55 @@ def describe_reward(reward: str | Reward) -> dict[str, Any]:
         >>> describe_reward("box_f1").get("form")
         'function'
     """
-    if isinstance(reward, Reward):
-        return {**describe_info(reward.info), "yaml": reward.to_yaml()}
+    if isinstance(reward, Reward) or is_reward_file(reward):
+        made = make_reward(reward)
+        return {**describe_info(made.info), "yaml": dump_reward(made)}
     info = reward_info(reward)
     described = describe_info(info)
     if described["broken"]:
         raise RewardError(f"reward {info.name!r} ({info.origin}) {described['broken']}")
     if info.form == "preset" and not any(setting["required"] for setting in described["settings"]):
-        described["yaml"] = make_reward(reward).to_yaml()
+        described["yaml"] = dump_reward(make_reward(reward))
     return described
 
 
-def describe_info(info: RewardInfo) -> dict[str, Any]:
-    """The fields of a record as plain values; a preset has the range, invariances and needs of what it makes."""
-    claims, broken = info, info.broken
+def describe_all(timeout: float = 10.0) -> list[dict[str, Any]]:
+    """Describe every reward, sorted by name, in the form of `describe_reward` without `yaml`.
+
+    Installed packages are imported in child processes; one that cannot be used has `broken` set to the reason, as has
+    one whose name is taken.
+
+    Args:
+        timeout: Seconds that the import of one package may take.
+    """
+    known = {info.name: info for info in registered_infos()}
+    rows = [describe_info(info) for info in known.values()]
+    plugins = find_plugins(ENTRY_POINT_GROUP)
+    if plugins.keys() - known.keys():
+        reports = inspect_plugins(
+            ENTRY_POINT_GROUP, timeout, preload=[__name__], describe=f"{__name__}:describe_plugin"
+        )
+        rows += [
+            _broken(name, report.origin, report.broken) if report.broken else dict(report.details)
+            for name, report in reports.items()
+            if name not in known
+        ]
+    for name, info in known.items():
+        for plugin in plugins.get(name, ()):
+            if plugin_origin(plugin) != info.origin:
+                taken = f"the name is taken by {info.origin}; use {plugin.value!r}"
+                rows.append(_broken(name, plugin_origin(plugin), taken))
+    return sorted(rows, key=lambda row: row["name"])
+
+
+def describe_plugin(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """Describe what an entry point has brought; run in the child process that imported it."""
+    return describe_info(adopt(name, function))
+
+
+def describe_info(info: RewardInfo, broken: str | None = None) -> dict[str, Any]:
+    """Return the fields of a record as plain values; a preset has the range, invariances and needs of what it makes."""
+    claims = info
     if info.form == "preset" and broken is None and inspect.Parameter.empty not in info.settings.values():
         try:
             claims = make_reward(info.name).info
@@ -65,7 +102,7 @@ def describe_info(info: RewardInfo) -> dict[str, Any]:
     assert not callable(empty)
     assert not callable(monotone)
     needs = {"mask": claims.needs_mask, "truth": claims.needs_truth, "volume": claims.volume}
-    docs = _argument_docs(info.function)
+    docs = {} if info.function is None else argument_docs(info.function)
     return {
         "name": info.name,
         "form": info.form,
@@ -91,21 +128,8 @@ def describe_info(info: RewardInfo) -> dict[str, Any]:
     }
 
 
-def _argument_docs(function: Callable[..., Any] | None) -> dict[str, str]:
-    """The sentences on each argument in a Google-style docstring."""
-    docs: dict[str, str] = {}
-    for source in (function, getattr(function, "__init__", None) if inspect.isclass(function) else None):
-        section = re.search(r"^Args:\n((?:(?:[ \t]+.*)?\n?)*)", inspect.getdoc(source) or "", re.MULTILINE)
-        lines = [] if section is None else inspect.cleandoc("\n" + section[1]).splitlines()
-        name = ""
-        for line in lines:
-            head = re.match(r"\*{0,2}(\w+)(?: \([^)]*\))?: ?(.*)", line)
-            if head is not None:
-                name = head[1]
-                docs[name] = head[2]
-            elif line.strip() and name:
-                docs[name] += " " + line.strip()
-    return docs
+def _broken(name: str, origin: str, reason: str) -> dict[str, Any]:
+    return describe_info(RewardInfo(name, None, needs_truth=False, origin=origin), reason)
 
 
 def _plain(value: Any) -> Any:

@@ -30,11 +30,9 @@ from segrl.predictions.records import TRUTH_COLUMNS, read_answer, read_target
 from segrl.predictions.target import METADATA_COLUMNS
 from segrl.rewards.factory import make_reward
 from segrl.rewards.nodes import Sum
-from segrl.rewards.reward import Reward, progress_of
+from segrl.rewards.reward import AnyReward, Reward, progress_of
 
 __all__ = ["SwiftORM", "easyr1_compute_score", "swift_orm", "verl_compute_score"]
-
-AnyReward = str | Callable[..., Any] | Reward
 
 
 def verl_compute_score(reward: AnyReward, *, batch: bool = False, none: float = 0.0) -> Callable[..., Any]:

@@ -1,84 +1,25 @@
-"""What a `Reward` is made of: a function or class with its settings, or a weighted sum; and the batch it scores."""
+"""The nodes of a reward: a function or class with its settings, and a weighted sum of rewards."""
 
-# n rows, G answers to one prompt
+# n rows
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 from segrl.errors import RewardError
-from segrl.predictions.prediction import Prediction
-from segrl.rewards import columns, registry
-from segrl.rewards.columns import AnyTarget
-from segrl.rewards.registry import RewardInfo
-from segrl.rewards.transforms import Scores
+from segrl.predictions.target import METADATA_COLUMNS
+from segrl.rewards.base import Batch, Scorer, Scores
+from segrl.rewards.columns import check_target
+from segrl.rewards.forms import accepted, filled_in, form_of
+from segrl.rewards.registry import RewardInfo, info_of, merged_needs
 
-if TYPE_CHECKING:
-    from segrl.rewards.reward import Reward
-
-__all__ = ["Batch", "Leaf", "Sum"]
-
-
-def ignore_metric(name: str, value: float) -> None:
-    """A `log_metric` outside of training."""
-
-
-@dataclass(eq=False)
-class Batch:
-    """The rows that are scored together, and what a trainer says about them.
-
-    Attributes:
-        predictions: One per row.
-        targets: One per row; None where there is no truth.
-        group_ids: One per row, equal for the answers to one prompt; None finds them, see `groups`.
-        progress: Training progress in [0, 1].
-        log_metric: TRL's function to log a number.
-        call: TRL's keyword arguments; empty outside of a trainer.
-        columns: Data set columns for TRL functions outside of a trainer, one value per row.
-    """
-
-    predictions: Sequence[Prediction]
-    targets: Sequence[AnyTarget]
-    group_ids: Sequence[Hashable] | None = None
-    progress: float = 1.0
-    log_metric: Callable[[str, float], None] = ignore_metric
-    call: Mapping[str, Any] = field(default_factory=dict)
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.predictions)
-
-    def groups(self) -> list[list[int]]:
-        """The rows of each group: those with equal ids, or runs of rows with the same prompt and the same truth."""
-        if self.group_ids is not None:
-            by_id: dict[Hashable, list[int]] = {}
-            for row, key in enumerate(self.group_ids):
-                by_id.setdefault(key, []).append(row)
-            return list(by_id.values())
-        prompts = self.call.get("prompts") or [None] * len(self)
-        found: list[list[int]] = []
-        for row in range(len(self)):
-            start = found[-1][0] if found else None
-            if (
-                start is not None
-                and prompts[row] == prompts[start]
-                and columns.same_truth(self.targets[row], self.targets[start])
-            ):
-                found[-1].append(row)
-            else:
-                found.append([row])
-        return found
-
-    def where(self, name: str, row: int) -> str:
-        """The reward and the row, for an error."""
-        target = self.targets[row]
-        return columns.place(name, row if len(self) > 1 or self.call else None, target.name if target else "")
+__all__ = ["Leaf", "Sum"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +43,7 @@ class Leaf:
     @property
     def info(self) -> RewardInfo:
         """What the reward declares, with its settings filled in."""
-        return registry.info_of(self.function, self.registered).resolved(self.settings)
+        return info_of(self.function, self.registered).resolved(self.settings)
 
     @cached_property
     def _instance(self) -> Any:
@@ -111,10 +52,15 @@ class Leaf:
     def __getstate__(self) -> dict[str, Any]:
         return {"function": self.function, "settings": self.settings, "registered": self.registered}
 
+    @property
+    def compares_answers(self) -> bool:
+        """Whether it scores the answers to one prompt together."""
+        return form_of(self.function, self.registered) == "group"
+
     @cached_property
     def is_async(self) -> bool:
         """Whether its function or method is a coroutine function."""
-        form = registry.form_of(self.function, self.registered)
+        form = form_of(self.function, self.registered)
         if form in ("batch", "group"):
             return inspect.iscoroutinefunction(getattr(self.function, f"score_{form}"))
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
@@ -123,10 +69,10 @@ class Leaf:
 
     async def evaluate(self, batch: Batch, name: str) -> Scores:
         """One score per row."""
-        info = registry.info_of(self.function, self.registered)
+        info = info_of(self.function, self.registered)
         if info.needs_truth:
             for row, target in enumerate(batch.targets):
-                columns.check_truth(target, info.volume, batch.where(name, row))
+                check_target(target, info.volume, batch.where(name, row))
         if info.form == "function":
             return await self._rows(batch, name)
         if info.form == "trl":
@@ -163,7 +109,7 @@ class Leaf:
     ) -> Scores:
         """Scores of several rows from one call; the function may be TRL's or the method of a class."""
         trl = function is self.function
-        given = registry.accepted(function, arguments) if trl else dict(arguments)
+        given = accepted(function, arguments) if trl else dict(arguments)
         extra = {**self._filled_in(function, batch), **(self.settings if trl else {})}
         where = f"reward {name!r}" + (f", rows {rows[0]} to {rows[-1]}" if len(rows) else "")
         try:
@@ -193,17 +139,20 @@ class Leaf:
 
     @staticmethod
     def _filled_in(function: Callable[..., Any], batch: Batch) -> dict[str, Any]:
-        return {key: getattr(batch, key) for key in registry.filled_in(function)}
+        return {key: getattr(batch, key) for key in filled_in(function)}
+
+
+Part = TypeVar("Part", bound=Scorer)
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Generic[Part]):
     """A weighted sum of rewards, each with a name of its own.
 
     A part that does not apply to a row is left out of its sum, as TRL does; the sum is None where no part applies.
     """
 
-    parts: tuple[tuple[Reward, float], ...]
+    parts: tuple[tuple[Part, float], ...]
 
     async def evaluate(self, batch: Batch, name: str) -> Scores:
         """One score per row; logs the mean of every part as `name/part`."""
@@ -231,6 +180,11 @@ class Sum:
         return {part.name: scores for (part, _), scores in zip(self.parts, found, strict=True)}
 
     @property
+    def compares_answers(self) -> bool:
+        """Whether any part does."""
+        return any(part.compares_answers for part, _ in self.parts)
+
+    @property
     def is_async(self) -> bool:
         """Whether any part is."""
         return any(part.is_async for part, _ in self.parts)
@@ -242,21 +196,19 @@ class Sum:
         invariant = set.intersection(*(set(info.invariant) for info in infos))
         low = high = 0.0  # a part may be left out, so each range is widened to hold 0
         known = all(info.range is not None for info in infos)
-        for part, weight in self.parts if known else ():
-            ends = [0.0, *(weight * end for end in part.range or ())]
+        for info, (_, weight) in zip(infos, self.parts, strict=True) if known else ():
+            assert not callable(info.range)
+            ends = [0.0, *(weight * end for end in info.range or ())]
             low, high = low + min(ends), high + max(ends)
         equation = " + ".join(f"{weight:g} · {part.name}" for part, weight in self.parts)
         return RewardInfo(
             name="sum",
             function=None,
             form="composition",
-            needs_mask=any(info.needs_mask for info in infos),
-            needs_truth=any(info.needs_truth for info in infos),
-            needs_probability=any(info.needs_probability for info in infos),
-            volume=any(info.volume for info in infos),
             range=(low, high) if known else None,
             invariant=tuple(sorted(invariant)),
             equation=equation,
+            **merged_needs(infos),
         )
 
 
@@ -282,13 +234,13 @@ def _trl_call(batch: Batch) -> dict[str, Any]:
     """The keyword arguments of a TRL reward function, also outside of a trainer."""
     if batch.call:
         return {**batch.call, "prediction": batch.predictions, "target": batch.targets}
-    fields = ("query", "modality", "anatomy", "lesion", "name", "mask", "boxes")
+    columns = (*METADATA_COLUMNS, "mask", "boxes")
     return {
         "prompts": [getattr(target, "query", "") for target in batch.targets],
         "completions": [prediction.text for prediction in batch.predictions],
         "prediction": batch.predictions,
         "target": batch.targets,
         "log_metric": batch.log_metric,
-        **{key: [getattr(target, key, None) for target in batch.targets] for key in fields},
+        **{key: [getattr(target, key, None) for target in batch.targets] for key in columns},
         **batch.columns,
     }

@@ -19,13 +19,23 @@ from typing import Any, TypeVar
 from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction
-from segrl.rewards import registry
+from segrl.rewards.base import Batch, Scores, ignore_metric
 from segrl.rewards.columns import AnyTarget, read_rows
-from segrl.rewards.nodes import Batch, Leaf, Sum, ignore_metric
-from segrl.rewards.registry import RewardInfo
-from segrl.rewards.transforms import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Scores, Step
+from segrl.rewards.nodes import Leaf, Sum
+from segrl.rewards.registry import FORMAT_SETTINGS, RewardInfo, info_of, merged_needs, registered_name, reward_info
+from segrl.rewards.settings import check_settings
+from segrl.rewards.transforms import Clip, Gate, GroupMode, GroupRelative, Scale, Schedule, Step
 
-__all__ = ["AsyncReward", "Reward", "build", "progress_of", "usual_format"]
+__all__ = [
+    "AnyReward",
+    "AsyncReward",
+    "Reward",
+    "build",
+    "progress_of",
+    "resolve_reward",
+    "sum_rewards",
+    "usual_format",
+]
 
 _T = TypeVar("_T")
 
@@ -44,7 +54,7 @@ class Reward:
     """
 
     name: str
-    source: Leaf | Sum
+    source: Leaf | Sum[Reward]
     steps: tuple[Step, ...] = ()
     completion_format: CompletionFormat = field(default_factory=CompletionFormat)
 
@@ -65,29 +75,30 @@ class Reward:
         return self.source.parts if isinstance(self.source, Sum) and not self.steps else ((self, 1.0),)
 
     @property
+    def inner(self) -> list[Reward]:
+        """The rewards that it evaluates: the parts of a sum, and its gates."""
+        parts = [part for part, _ in self.source.parts] if isinstance(self.source, Sum) else []
+        return parts + [other for step in self.steps for other in step.others if isinstance(other, Reward)]
+
+    @property
     def info(self) -> RewardInfo:
         """What the reward declares; steps change its range and take back its other claims where they no longer hold."""
         info = replace(self.source.info, name=self.name)
         if not self.steps:
             return info
-        gates = [step.reward.info for step in self.steps if isinstance(step, Gate)]
-        bounds, invariant = info.range, set(info.invariant)
+        bounds = info.range
         assert not callable(bounds)
         for step in self.steps:
             bounds = step.bounds(bounds)
-        for gate in gates:
-            invariant &= set(gate.invariant)
+        asked = [info, *(other.info for step in self.steps for other in step.others)]
         return replace(
             info,
             form="composition",
             range=bounds,
             empty=None,
-            invariant=tuple(sorted(invariant)),
+            invariant=tuple(sorted(set.intersection(*(set(one.invariant) for one in asked)))),
             monotone=(),
-            needs_mask=info.needs_mask or any(gate.needs_mask for gate in gates),
-            needs_truth=info.needs_truth or any(gate.needs_truth for gate in gates),
-            needs_probability=info.needs_probability or any(gate.needs_probability for gate in gates),
-            volume=info.volume or any(gate.volume for gate in gates),
+            **merged_needs(asked),
         )
 
     @property
@@ -115,19 +126,12 @@ class Reward:
     @property
     def compares_answers(self) -> bool:
         """Whether an answer's score depends on the other answers to its prompt."""
-        if any(isinstance(step, GroupRelative) for step in self.steps):
-            return True
-        if any(isinstance(step, Gate) and step.reward.compares_answers for step in self.steps):
-            return True
-        if isinstance(self.source, Sum):
-            return any(part.compares_answers for part, _ in self.source.parts)
-        return registry.form_of(self.source.function, self.name) == "group"
+        return self.source.compares_answers or any(step.compares_answers for step in self.steps)
 
     @property
     def is_async(self) -> bool:
         """Whether calling it gives a coroutine."""
-        gates = (step.reward for step in self.steps if isinstance(step, Gate))
-        return self.source.is_async or any(gate.is_async for gate in gates)
+        return self.source.is_async or any(other.is_async for step in self.steps for other in step.others)
 
     # --- scores
 
@@ -320,11 +324,15 @@ class Reward:
         """Multiply the scores by a factor that depends on the progress; see `segrl.rewards.transforms.Schedule`."""
         return self._then(Schedule(points))  # pyright: ignore[reportArgumentType]
 
-    def gate(self, other: Reward | str, above: float = 0.0, otherwise: float | None = None) -> Reward:
-        """Pay the score only where another reward exceeds `above`; see `segrl.rewards.transforms.Gate`."""
-        from segrl.rewards.factory import make_reward
+    def gate(self, other: AnyReward, above: float = 0.0, otherwise: float | None = None) -> Reward:
+        """Keep the score only where another reward exceeds `above`; see `segrl.rewards.transforms.Gate`.
 
-        return self._then(Gate(make_reward(other), above, otherwise))
+        Args:
+            other: A reward, a name, "module:attribute", a function or a class.
+            above: What its score must exceed.
+            otherwise: Score behind a closed gate; by default the lowest score of this reward, at most 0.
+        """
+        return self._then(Gate(resolve_reward(other), above, otherwise))
 
     def group_relative(self, mode: GroupMode = "rank", group_size: int | None = None) -> Reward:
         """Score each answer relative to the others to the same prompt; see `segrl.rewards.transforms.GroupRelative`."""
@@ -332,33 +340,8 @@ class Reward:
 
     def _then(self, step: Step) -> Reward:
         steps = (*self.steps, step)
-        told = self.completion_format != usual_format(self.source, self.steps)
-        return build(self.name, self.source, steps, self.completion_format if told else None)
-
-    # --- files
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values from which `Reward.from_dict` builds an equal reward.
-
-        Raises:
-            RewardError: If a function can be found neither by its registered name nor by its module.
-        """
-        from segrl.rewards.serialization import to_dict
-
-        return to_dict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any] | str) -> Reward:
-        """Build a reward from plain values; see `segrl.rewards.load_reward` for their form."""
-        from segrl.rewards.serialization import from_dict
-
-        return from_dict(data)
-
-    def to_yaml(self, path: str | Path | None = None) -> str:
-        """The YAML text that `segrl.rewards.load_reward` reads, also written to a file if a path is given."""
-        from segrl.rewards.serialization import to_yaml
-
-        return to_yaml(self, path)
+        explicit = self.completion_format != usual_format(self.source, self.steps)
+        return build(self.name, self.source, steps, self.completion_format if explicit else None)
 
 
 class AsyncReward(Reward):
@@ -370,10 +353,59 @@ class AsyncReward(Reward):
         return await self.evaluate(self._called({**dict.fromkeys(names), **call}))
 
 
-def build(
-    name: str, source: Leaf | Sum, steps: tuple[Step, ...] = (), completion_format: CompletionFormat | None = None
+AnyReward = str | Path | Callable[..., Any] | Reward
+
+
+def resolve_reward(reference: AnyReward, settings: Mapping[str, Any] | None = None) -> Reward:
+    """Make a reward from a name, "module:attribute", a function, a class or a reward; see `make_reward`."""
+    settings = settings or {}
+    given = {key: value for key, value in settings.items() if key in FORMAT_SETTINGS}
+    settings = {key: value for key, value in settings.items() if key not in FORMAT_SETTINGS}
+    if isinstance(reference, Reward):
+        if settings:
+            raise RewardError(
+                f"reward {reference.name!r} is made already; expected no settings but those of its completion format, "
+                f"got {sorted(settings)}; pass them where it is made"
+            )
+        completion_format = replace(reference.completion_format, **given)
+        return build(reference.name, reference.source, reference.steps, completion_format) if given else reference
+    if isinstance(reference, str | Path):  # `make_reward` has read the files
+        info = reward_info(str(reference))
+    else:
+        name = registered_name(reference) or getattr(reference, "__name__", type(reference).__name__)
+        info = info_of(reference, name)
+    assert info.function is not None
+    settings = check_settings(info, settings)
+    if info.form == "preset":
+        return resolve_reward(info.function(**settings).named(info.name), given)
+    completion_format = CompletionFormat(**{**info.completion_format, **given})
+    return build(info.name, Leaf(info.function, settings, info.name), (), completion_format)
+
+
+def sum_rewards(
+    parts: Sequence[tuple[Reward, float]], name: str, completion_format: CompletionFormat | None = None
 ) -> Reward:
-    """A `Reward`, or an `AsyncReward` where something in it waits.
+    """Add rewards up; see `weighted_sum`."""
+    if not parts:
+        raise RewardError(f"reward {name!r}: a sum of no parts; expected at least one")
+    names = [part.name for part, _ in parts]
+    for part, weight in parts:
+        if part.name == "total":
+            raise RewardError(f"reward {name!r}: a part is named 'total', as the sum is; rename it with .named('...')")
+        if names.count(part.name) > 1:
+            raise RewardError(f"reward {name!r}: two parts are named {part.name!r}; rename one with .named('...')")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise RewardError(f"reward {name!r}: weight of {part.name!r} is {weight!r}; expected a finite number")
+    return build(name, Sum(tuple((part, float(weight)) for part, weight in parts)), (), completion_format)
+
+
+def build(
+    name: str,
+    source: Leaf | Sum[Reward],
+    steps: tuple[Step, ...] = (),
+    completion_format: CompletionFormat | None = None,
+) -> Reward:
+    """Build a `Reward`, or an `AsyncReward` where something in it waits.
 
     Without a `completion_format` it takes the usual one, see `usual_format`.
 
@@ -390,14 +422,16 @@ def build(
     return AsyncReward(name, source, steps, completion_format) if reward.is_async else reward
 
 
-def usual_format(source: Leaf | Sum, steps: tuple[Step, ...] = ()) -> CompletionFormat | None:
-    """How a reward reads completions unless it is told: as it declares, or as those of its parts and gates do that
-    differ from the default; None if these differ from one another."""
-    parts = [part for part, _ in source.parts] if isinstance(source, Sum) else []
-    formats = {part.completion_format for part in parts} | {
-        step.reward.completion_format for step in steps if isinstance(step, Gate)
-    }
-    if isinstance(source, Leaf):
+def usual_format(source: Leaf | Sum[Reward], steps: tuple[Step, ...] = ()) -> CompletionFormat | None:
+    """Return the completion format of a reward that is not given one.
+
+    That is the one it declares, or the one of its parts and gates that differs from the default; None if several do,
+    and differ from one another.
+    """
+    formats = {other.completion_format for step in steps for other in step.others}
+    if isinstance(source, Sum):
+        formats |= {part.completion_format for part, _ in source.parts}
+    else:
         formats.add(CompletionFormat(**source.info.completion_format))
     special = formats - {CompletionFormat()}
     return None if len(special) > 1 else special.pop() if special else CompletionFormat()

@@ -18,7 +18,6 @@ A file may also hold a single reward: the keys of one item, without `rewards`. A
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -28,15 +27,20 @@ import yaml
 
 from segrl.errors import RewardError, SegRLError, unknown_name
 from segrl.predictions.completion_format import CompletionFormat
-from segrl.rewards import registry
-from segrl.rewards.factory import make_reward, weighted_sum
+from segrl.registry.resolve import path_of, resolve_attribute
 from segrl.rewards.nodes import Leaf
-from segrl.rewards.reward import Reward, build, usual_format
+from segrl.rewards.registry import FORMAT_SETTINGS, registered_name
+from segrl.rewards.reward import Reward, build, resolve_reward, sum_rewards, usual_format
 from segrl.rewards.transforms import STEPS, Gate, Schedule, Step
 
-__all__ = ["load_reward"]
+__all__ = ["dump_reward", "from_dict", "is_reward_file", "load_reward", "to_dict"]
 
 KEYS = ("name", "completion_format", "reward", "rewards", "settings", "steps", "weight")
+
+
+def is_reward_file(value: Any) -> bool:
+    """Return whether this is the path of a YAML file, rather than a name."""
+    return isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml")))
 
 
 def load_reward(path: str | Path) -> Reward:
@@ -46,8 +50,14 @@ def load_reward(path: str | Path) -> Reward:
         path: The file; the module docstring of `segrl.rewards.serialization` shows its form.
 
     Raises:
-        RewardError: If the file is missing, is not YAML, repeats a key, or a value is wrong; names the place in it.
+        RewardError: If the file is missing, is not YAML, repeats a key, or a value is wrong; names the location in it.
         UnknownNameError: For a reward, setting, step or key that does not exist; it suggests the closest one.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("mine.yaml").write_text("reward: box_f1\\nsteps: [{scale: 2}]")
+        >>> load_reward("mine.yaml").range
+        (0.0, 2.0)
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -60,10 +70,38 @@ def load_reward(path: str | Path) -> Reward:
     return from_dict(data, str(path))
 
 
+def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
+    """Return the YAML text that `load_reward` reads, and write it to a file if a path is given.
+
+    Args:
+        reward: The reward.
+        path: The file to write.
+
+    Raises:
+        RewardError: A function can be found neither by its registered name nor by its module.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> print(dump_reward(make_reward("box_f1", min_iou=0.3).clip(0, 0.5)))
+        reward: box_f1
+        settings:
+          min_iou: 0.3
+        steps:
+        - clip:
+            low: 0
+            high: 0.5
+        <BLANKLINE>
+    """
+    text = yaml.safe_dump(to_dict(reward), sort_keys=False, allow_unicode=True)
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
 def from_dict(data: Any, where: str = "reward") -> Reward:
     """Build a reward from plain values; `where` names them in errors."""
     if isinstance(data, str):
-        return _placed(where, make_reward, data)
+        return _placed(where, resolve_reward, data)
     if not isinstance(data, Mapping):
         raise RewardError(f"{where}: expected a mapping with 'reward' or 'rewards', got {data!r:.100}")
     for key in data:
@@ -73,29 +111,28 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
         raise RewardError(f"{where}: expected one of 'reward' (a name) and 'rewards' (a list), got {sorted(data)}")
     given = _mapping(data.get("completion_format"), f"{where}.completion_format")
     for key in given:
-        if key not in registry.FORMAT_SETTINGS:
-            raise unknown_name(f"key in {where}.completion_format", str(key), registry.FORMAT_SETTINGS)
+        if key not in FORMAT_SETTINGS:
+            raise unknown_name(f"key in {where}.completion_format", str(key), FORMAT_SETTINGS)
     if "reward" in data:
         if not isinstance(data["reward"], str):
             raise RewardError(f"{where}.reward: {data['reward']!r:.100}; expected the name of a reward")
         settings = _mapping(data.get("settings"), f"{where}.settings")
-        reward = _placed(where, make_reward, data["reward"], **settings)
+        reward = _placed(where, resolve_reward, data["reward"], settings)
     else:
         if "settings" in data:
             raise RewardError(f"{where}: a sum has no 'settings'; give them to its rewards")
         parts = []
         for n, item in enumerate(_list(data["rewards"], f"{where}.rewards")):
-            place = f"{where}.rewards[{n}]"
             weight = item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0
-            parts.append((from_dict(item, place), weight))
-        # How a sum reads completions is settled below, where all that is given is known.
-        reward = _placed(where, weighted_sum, parts, "total", completion_format=CompletionFormat() if given else None)
+            parts.append((from_dict(item, f"{where}.rewards[{n}]"), weight))
+        # The completion format of a sum is decided below, where all that is given is known.
+        reward = _placed(where, sum_rewards, parts, "total", CompletionFormat() if given else None)
     steps = tuple(
         _step(item, f"{where}.steps[{n}]") for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
     )
     steps = (*reward.steps, *steps)
-    told = reward.completion_format != usual_format(reward.source, reward.steps) and "reward" in data  # by a preset
-    completion_format = reward.completion_format if told else None
+    of_preset = "reward" in data and reward.completion_format != usual_format(reward.source, reward.steps)
+    completion_format = reward.completion_format if of_preset else None
     if given:
         completion_format = completion_format or usual_format(reward.source, steps) or CompletionFormat()
         completion_format = _placed(f"{where}.completion_format", replace, completion_format, **given)
@@ -106,7 +143,7 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
 
 
 def to_dict(reward: Reward) -> dict[str, Any]:
-    """Plain values from which `from_dict` builds an equal reward."""
+    """Return plain values from which `from_dict` builds an equal reward."""
     data: dict[str, Any] = {}
     if isinstance(reward.source, Leaf):
         reference = _reference(reward.source, reward.name)
@@ -137,16 +174,8 @@ def to_dict(reward: Reward) -> dict[str, Any]:
     return data
 
 
-def to_yaml(reward: Reward, path: str | Path | None = None) -> str:
-    """The YAML text of a reward, also written to a file if a path is given."""
-    text = yaml.safe_dump(to_dict(reward), sort_keys=False, allow_unicode=True)
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
-
-
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would keep the last."""
+    """Refuses a repeated key in a mapping, of which YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -205,20 +234,22 @@ def _step_values(step: Step) -> dict[str, Any]:
 
 def _reference(leaf: Leaf, name: str) -> str:
     """A name that `make_reward` turns into the same function."""
-    if registry.registered_name(leaf.function):
-        return registry.registered_name(leaf.function) or ""
-    module, path = getattr(leaf.function, "__module__", ""), getattr(leaf.function, "__qualname__", "")
-    found: Any = None
-    if module and path and "<" not in path:
-        found = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part, None)
-    if found is not leaf.function:
+    if known := registered_name(leaf.function):
+        return known
+    path = path_of(leaf.function)
+    if path is None or not _leads_to(path, leaf.function):
         raise RewardError(
             f"reward {name!r} cannot be written: its function is neither registered nor at the top of a module; "
             "decorate it with @register_reward"
         )
-    return f"{module}:{path}"
+    return path
+
+
+def _leads_to(path: str, function: Any) -> bool:
+    try:
+        return resolve_attribute(path) is function
+    except SegRLError:
+        return False
 
 
 def _placed(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:

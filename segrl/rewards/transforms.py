@@ -10,20 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
 from segrl.errors import RewardError
+from segrl.rewards.base import Batch, Scorer, Scores
+from segrl.rewards.registry import Range
 
-if TYPE_CHECKING:
-    from segrl.rewards.nodes import Batch
-    from segrl.rewards.reward import Reward
+__all__ = ["STEPS", "Clip", "Gate", "GroupMode", "GroupRelative", "Scale", "Schedule", "Step"]
 
-__all__ = ["Clip", "Gate", "GroupRelative", "Scale", "Schedule", "Step"]
-
-Scores = list[float | None]
-Range = tuple[float, float]
 GroupMode = Literal["rank", "center", "zscore", "best"]
 
 
@@ -31,6 +27,16 @@ class Step:
     """One step: `apply` maps scores to scores, `bounds` maps the range of the scores."""
 
     key: ClassVar[str]
+
+    @property
+    def others(self) -> tuple[Scorer, ...]:
+        """Other rewards that this step evaluates."""
+        return ()
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether a score after this step depends on the other answers to the prompt."""
+        return any(other.compares_answers for other in self.others)
 
     async def apply(self, scores: Scores, batch: Batch, bounds: Range | None) -> Scores:
         """Map the scores of a batch; `bounds` is the range before this step, if it is known."""
@@ -138,13 +144,17 @@ class Gate(Step):
             below 0, so that closing the gate never pays.
     """
 
-    reward: Reward
+    reward: Scorer
     above: float = 0.0
     otherwise: float | None = None
     key: ClassVar[str] = "gate"
 
     def __post_init__(self) -> None:
         _check_finite("gate", above=self.above, otherwise=0.0 if self.otherwise is None else self.otherwise)
+
+    @property
+    def others(self) -> tuple[Scorer, ...]:
+        return (self.reward,)
 
     async def apply(self, scores: Scores, batch: Batch, bounds: Range | None) -> Scores:
         conditions = await self.reward.evaluate(batch)
@@ -185,6 +195,10 @@ class GroupRelative(Step):
             raise RewardError(f"group_relative: mode={self.mode!r}; expected one of {', '.join(get_args(GroupMode))}")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise RewardError(f"group_relative: group_size={self.group_size!r}; expected a positive whole number")
+
+    @property
+    def compares_answers(self) -> bool:
+        return True
 
     async def apply(self, scores: Scores, batch: Batch, bounds: Range | None) -> Scores:
         result: Scores = [None] * len(scores)

@@ -17,7 +17,6 @@ from transformers import HfArgumentParser
 
 from segrl.errors import SegRLError, UnknownNameError, unknown_name
 from segrl.rewards.factory import make_reward
-from segrl.rewards.serialization import load_reward
 from segrl.scripts.arguments import check_numbers
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def check_rewards(names: Sequence[str]) -> list[str]:
         UnknownNameError: An unknown reward; the closest is suggested.
     """
     for name in names:
-        load_reward(name) if name.endswith((".yaml", ".yml")) else make_reward(name)
+        make_reward(name)
     if len(set(names)) < len(names):
         raise SegRLError(f"--rewards {' '.join(names)}: a reward is named twice, expected each once")
     return list(names)

@@ -18,9 +18,7 @@ from segrl.errors import DataError, SegRLError, unknown_name
 from segrl.heads.mask_head import MaskHead
 from segrl.predictions.frames import Frame, FrameKind
 from segrl.predictions.target import VolumeTarget
-from segrl.rewards.nodes import Sum
 from segrl.rewards.reward import Reward
-from segrl.rewards.transforms import Gate
 from segrl.segmenters.propagated_masks import PromptBoxes
 from segrl.segmenters.propagation import VolumePropagator
 
@@ -146,7 +144,5 @@ def _reads_within(reward: Reward) -> int:
     """How many slices from the named one a reward reads masks: the largest `delta` of its parts and gates, else 0."""
     if not reward.needs_mask:
         return 0
-    inner = [part for part, _ in reward.source.parts] if isinstance(reward.source, Sum) else []
-    inner += [step.reward for step in reward.steps if isinstance(step, Gate)]
     own = {**reward.info.settings, **reward.settings}.get("delta")
-    return max([own if isinstance(own, int) else 0, *map(_reads_within, inner)])
+    return max([own if isinstance(own, int) else 0, *map(_reads_within, reward.inner)])

@@ -20,6 +20,7 @@ from segrl.predictions.frames import Frame
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
 from segrl.rewards.reward import Reward
+from segrl.rewards.serialization import dump_reward, from_dict
 from segrl.testing import strategies
 from segrl.testing.answers import HOSTILE
 from segrl.testing.subject import TOLERANCE, Property, Rows, Subject, Violation, array_fields, leaves, same
@@ -151,7 +152,7 @@ def _not_picklable(subject: Subject) -> str | None:
 
 def _survives_yaml(subject: Subject, rows: Rows) -> None:
     try:
-        copy = Reward.from_dict(yaml.safe_load(subject.reward.to_yaml()))
+        copy = from_dict(yaml.safe_load(dump_reward(subject.reward)))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         found = f"{type(error).__name__}: {error}"
         raise Violation("a reward that can be written as YAML and read from it", found) from error
@@ -160,7 +161,7 @@ def _survives_yaml(subject: Subject, rows: Rows) -> None:
 
 def _not_writable(subject: Subject) -> str | None:
     try:
-        subject.reward.to_dict()
+        dump_reward(subject.reward)
     except RewardError as error:
         return f"not applicable: {error}"
     return None

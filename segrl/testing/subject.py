@@ -21,7 +21,7 @@ from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
 from segrl.rewards.reward import Reward
-from segrl.rewards.transforms import Gate, GroupRelative
+from segrl.rewards.transforms import GroupRelative
 
 __all__ = ["AnyTarget", "Property", "Rows", "Subject", "Violation", "array_fields", "group_size", "leaves", "same"]
 
@@ -185,24 +185,19 @@ def leaves(reward: Reward) -> Iterator[Any]:
     """The functions and classes that a reward is made of, each with its settings."""
     if hasattr(reward.source, "function"):
         yield reward.source
-    for inner in _inner(reward):
+    for inner in reward.inner:
         yield from leaves(inner)
 
 
 def group_size(reward: Reward) -> int | None:
     """The number of answers that a group must be a multiple of, if the reward asks for one."""
     sizes = {step.group_size for step in reward.steps if isinstance(step, GroupRelative) and step.group_size}
-    sizes |= {size for inner in _inner(reward) if (size := group_size(inner))}
+    sizes |= {size for inner in reward.inner if (size := group_size(inner))}
     return math.lcm(*sizes) if sizes else None
 
 
 def _boxes(target: AnyTarget) -> Any:
     return target.boxes if isinstance(target, Target) else []
-
-
-def _inner(reward: Reward) -> list[Reward]:
-    gates = [step.reward for step in reward.steps if isinstance(step, Gate)]
-    return [part for part, _ in getattr(reward.source, "parts", ())] + gates
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from segrl.errors import SegRLError, unknown_name
+from segrl.errors import SegRLError
 from segrl.predictions.completion_format import CompletionFormat
-from segrl.rewards.factory import make_reward
-from segrl.rewards.registry import is_reward_form, list_rewards
+from segrl.rewards.factory import is_reward, make_reward
 from segrl.rewards.reward import Reward
-from segrl.rewards.serialization import load_reward
 
 __all__ = ["check_groups", "common_format", "resolve_reward_funcs"]
 
-_PATH = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
-
 
 def resolve_reward_funcs(reward_funcs: Any) -> Any:
-    """Registered names, files and reward functions to `Reward` objects; anything else is TRL's business."""
+    """Return `reward_funcs` with names, files and reward functions as `Reward` objects; TRL's own forms stay."""
     if reward_funcs is None:
         return None
-    single = not isinstance(reward_funcs, list)
-    resolved = []
-    for item in [reward_funcs] if single else reward_funcs:
-        if is_reward_form(item) or (isinstance(item, str) and (item in list_rewards() or _PATH.fullmatch(item))):
-            item = make_reward(item)
-        elif isinstance(item, str) and item.endswith((".yaml", ".yml")):
-            item = load_reward(item)
-        elif isinstance(item, str) and "/" not in item and not Path(item).exists():
-            raise unknown_name("reward", item, list_rewards())
-        resolved.append(item)
-    return resolved
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    return [make_reward(item) if is_reward(item) else item for item in given]
 
 
 def common_format(rewards: list[Reward], require_reasoning: bool, default: CompletionFormat) -> CompletionFormat:
