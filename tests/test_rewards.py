@@ -430,9 +430,7 @@ def test_rewards_of_installed_packages_are_found_and_imported_late(tmp_path, mon
     assert {"test_plugged", "test_broken"} <= set(list_rewards())
     assert "plugged_reward" not in sys.modules
     assert score("test_plugged", says(), value=5) == 5.0
-    with pytest.raises(
-        RewardError, match="'test_broken' of plugged-reward 1.0 cannot be imported from 'plugged_reward:missing'"
-    ):
+    with pytest.raises(RewardError, match=r"'test_broken' of plugged-reward 1\.0 cannot be imported"):
         make_reward("test_broken")
 
 

@@ -237,7 +237,7 @@ def test_a_cell_of_a_notebook_may_be_run_twice():
     for value in (1.0, 2.0):
         exec(cell.format(value), {"register_reward": register_reward, "__name__": "__main__"})
         assert make_reward("test_cell").score(says(), TARGET) == value
-    with pytest.raises(RewardError, match=r"'test_cell' is registered already, by __main__:cell; choose another name"):
+    with pytest.raises(RewardError, match=r"'test_cell' is registered already, by __main__\.cell; choose another name"):
         register_reward("test_cell")(box_count)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from segrl.errors import RewardError
 
-__all__ = ["Form", "accepted", "can_be_reward", "filled_in", "form_of", "settings_of", "takes_any_setting"]
+__all__ = ["Form", "accepted", "can_be_reward", "filled_in", "form_of", "full_name", "settings_of", "takes_any_setting"]
 
 Form = Literal["function", "batch", "group", "trl", "preset", "composition"]
 _FILLED_IN = frozenset({"log_metric", "progress"})
@@ -45,12 +45,16 @@ def form_of(function: Callable[..., Any], name: str) -> Form:
         return "trl"
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-        path = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
         raise RewardError(
-            f"reward {name!r}: {path}({', '.join(parameters)}) takes neither (prediction, target) nor "
+            f"reward {name!r}: {full_name(function)}({', '.join(parameters)}) takes neither (prediction, target) nor "
             "completions; expected def reward(prediction, target, *, setting=...) or a TRL reward function"
         )
     return "function"
+
+
+def full_name(function: Any) -> str:
+    """Return module and name of a function or class, for an error."""
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
 
 
 @cache

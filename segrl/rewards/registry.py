@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from segrl.errors import RewardError, unknown_name
 from segrl.registry.plugins import find_plugins, load_plugin, plugin_origin
-from segrl.registry.resolve import origin_of, path_of, resolve_attribute, same_definition, summary_of
-from segrl.rewards.forms import Form, form_of, settings_of
+from segrl.registry.resolve import origin_of, resolve_attribute, same_definition, summary_of
+from segrl.rewards.forms import Form, form_of, full_name, settings_of
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -282,7 +282,7 @@ def registered_name(function: Callable[..., Any]) -> str | None:
 def _add(info: RewardInfo) -> None:
     known = _registered.get(info.name)
     if known is not None and not same_definition(known.function, info.function):
-        by = path_of(known.function) or repr(known.function)
+        by = full_name(known.function)
         raise RewardError(f"reward {info.name!r} is registered already, by {by}; choose another name")
     if clash := FORMAT_SETTINGS & info.settings.keys():
         raise RewardError(
