@@ -27,7 +27,6 @@ WITHOUT_ALL = {
     "segrl.heads.decoding",
     "segrl.inference.images",
     "segrl.scripts.command_line",
-    "segrl.segmenters.base",
     "segrl.tasks",
     "segrl.testing",
     "segrl.trainers.config",

@@ -16,16 +16,22 @@ __all__ = ["MaskRequest", "Recording", "SegInput"]
 
 
 class SegInput:
-    """What the segmenter needs of one image; shared by every completion on it, so that an image is encoded once.
+    """The segmenter's view of one image, shared by every completion about it, so that it is encoded once.
 
     Args:
-        pixels: the segmenter's input, "3 S S" (`Segmenter.preprocess`), or a function that makes it, called once and
+        pixels: The segmenter's input, (3, S, S) (`Segmenter.preprocess`), or a function that makes it, called once and
             only if the image has to be encoded.
-        features: features of this one image, kept when the encoder is frozen.
-        target: what a dense loss compares with, "h h" uint8, 255 = foreground; None without truth.
-        same_image: the first `SegInput` of this image, where another question about it has another target; its pixels
+        features: Features of this one image, kept when the encoder is frozen.
+        target: What a dense loss compares with, (h, h) uint8, 255 = foreground; None without ground truth.
+        same_image: The first `SegInput` of this image, where another question about it has another target; its pixels
             and features serve both.
-        key: hash of the image's content, under which `MaskHead.cache` keeps its features; None: this object only.
+        key: Hash of the image's content, under which `MaskHead.cache` keeps its features; None: this object only.
+
+    Example:
+        >>> import torch
+        >>> first = SegInput(lambda: torch.ones(3, 4, 4))
+        >>> SegInput(lambda: torch.zeros(3, 4, 4), same_image=first).pixels.sum()
+        tensor(48.)
     """
 
     def __init__(
@@ -52,15 +58,16 @@ class SegInput:
 
 @dataclass(eq=False)
 class MaskRequest:
-    """Masks wanted from the next forward, and where they arrive.
+    """Masks wanted from the next forward pass, and where they arrive.
 
     Attributes:
-        index, valid: positions of the probe's states, "B K", and which of them exist.
-        last: positions count within the last so many tokens of each row; None: within all of them.
-        inputs: the image of each row; the same object for the same image.
-        rows: rows that have a mask, "N"; set by the forward.
-        logits: mask logits "N h h" of these rows, with gradients; set by the forward.
-        aux: the adapter's auxiliary outputs for these rows, by name; set by the forward.
+        index: (B, K) positions of the probe's states.
+        valid: (B, K), which of them exist.
+        inputs: The image of each row; the same object for the same image.
+        last: How many tokens at the end of each row the positions count within; None: all of them.
+        rows: (N,) rows that have a mask; set by the forward pass.
+        logits: (N, h, h) mask logits of these rows, with gradients; set by the forward pass.
+        aux: The adapter's auxiliary outputs for these rows, by name; set by the forward pass.
     """
 
     index: Tensor
@@ -74,7 +81,7 @@ class MaskRequest:
 
 @dataclass(eq=False)
 class Recording:
-    """Backbone states of the forwards inside `MaskHead.record`, one tensor "B T D" per forward."""
+    """Backbone states of the forward passes inside `MaskHead.record`, one tensor (B, T, D) for each."""
 
     last_only: bool
     calls: list[Tensor] = field(default_factory=list)

@@ -1,8 +1,6 @@
-"""What a mask head needs from a segmenter: `preprocess`, `encode`, `decode`, `decode_boxes`.
+"""What a mask head needs from a segmenter: `preprocess`, `encode`, `decode`, `decode_boxes`, `freeze`."""
 
-Shape legend: B unique images, N masks to decode, S input side in pixels, h = w mask side, C prompt width, K prompts
-    per mask.
-"""
+# B unique images, N masks to decode, S input side in pixels, h = w mask side, C prompt width, K prompts per mask
 
 from __future__ import annotations
 
@@ -14,6 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+__all__ = ["ImageFeatures", "Segmenter", "evaluating"]
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -21,6 +21,11 @@ class ImageFeatures:
 
     Rows can be selected (`features[index]`), moved (`features.to(device)`), split into single images and joined again
     (`ImageFeatures.cat`), so that a cache can hold one image at a time.
+
+    Example:
+        >>> features = ImageFeatures((torch.zeros(2, 8, 4, 4), torch.zeros(2, 1)))
+        >>> len(features[:1]), len(ImageFeatures.cat([features[:1], features])), features[[1, 1, 1]].tensors[1].shape
+        (1, 3, torch.Size([3, 1]))
     """
 
     tensors: tuple[Tensor, ...]
@@ -32,7 +37,7 @@ class ImageFeatures:
         return ImageFeatures(tuple(tensor[index] for tensor in self.tensors))
 
     def to(self, *args, **kwargs) -> ImageFeatures:
-        """The same features on another device or in another dtype (arguments of `Tensor.to`)."""
+        """Return the same features on another device or in another dtype (arguments of `Tensor.to`)."""
         return ImageFeatures(tuple(tensor.to(*args, **kwargs) for tensor in self.tensors))
 
     @staticmethod
@@ -45,12 +50,12 @@ class ImageFeatures:
 
 @runtime_checkable
 class Segmenter(Protocol):
-    """A promptable segmenter, an `nn.Module` with these members.
+    """A promptable segmenter, an `nn.Module` with these members; `register_segmenter` gives one a name.
 
     Attributes:
-        image_size: side S of the square input, pixels.
-        mask_size: side h of the mask logits that `decode` returns, pixels.
-        prompt_dim: width C of one prompt embedding.
+        image_size: Side S of the square input, pixels.
+        mask_size: Side h of the mask logits that `decode` returns, pixels.
+        prompt_dim: Width C of one prompt embedding.
     """
 
     image_size: int
@@ -58,11 +63,11 @@ class Segmenter(Protocol):
     prompt_dim: int
 
     def preprocess(self, image) -> Tensor:
-        """An RGB image (PIL, or array "H W 3" uint8) to the encoder's input "3 S S". Aspect ratio is not kept."""
+        """Return an RGB image (PIL, or array (H, W, 3) uint8) as (3, S, S); its aspect ratio is not kept."""
         ...
 
     def encode(self, images: Tensor) -> ImageFeatures:
-        """Images "B 3 S S" to features of B images.
+        """Return features of images (B, 3, S, S).
 
         Features of a frozen encoder are kept, also beyond a run: nothing that trains while `freeze(encoder=True)` holds
         may take part.
@@ -77,7 +82,7 @@ class Segmenter(Protocol):
         ...
 
     def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
-        """Mask logits "N h h" for boxes "N 4" (xyxy, fractions of the image's width and height in 0..1)."""
+        """Return mask logits (N, h, h) for boxes (N, 4), xyxy in fractions of the image's width and height."""
         ...
 
     def freeze(self, *, encoder: bool) -> None:
@@ -87,7 +92,7 @@ class Segmenter(Protocol):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside: what is kept must not have dropped out, nor depend on the rest of the batch."""
+    """Put a module into evaluation mode inside: kept features must not depend on dropout or on the batch."""
     trains = [part for part in module.modules() if part.training]
     module.eval()
     try:

@@ -1,8 +1,8 @@
-"""Boxes on a slice of a volume to a mask of the volume, by a frozen SAM 2 that goes on slice by slice, both ways.
+"""Take boxes on a slice through a volume with a frozen SAM 2, slice by slice in both directions.
 
-As in MedSAM2's inference, each box is an object of its own, and both ways start from the memory of the prompted slice
-alone. All objects of a volume advance together, one slice each at a time, so that the features of a slice are computed
-once for every answer that reaches it, and are let go when no object will come by any more.
+As in MedSAM2's inference, each box is an object of its own, and both directions start from the memory of the prompted
+slice alone. All objects of a volume advance together, one slice each at a time, so that the features of a slice are
+computed once for every answer that reaches it, and are let go when no object will come by any more.
 """
 
 # D slices, H rows, W columns; N boxes; S input side of the segmenter, h = w = S / 4
@@ -38,13 +38,18 @@ class PropagationRequest:
 
     Attributes:
         volume: (D, H, W) uint8, grey.
-        key: the volume's content as text, under which features are kept; "" keeps none beyond the call.
-        slice_index: the slice that the boxes are on, 0..D-1.
+        key: The volume's content as text, under which features are kept; "" keeps none beyond the call.
+        slice_index: The slice that the boxes are on, 0..D-1.
         boxes: (N, 4) xyxy half-open, pixels of the slice. What lies outside is cut off; a box without area inside the
             slice prompts nothing.
 
     Raises:
-        SegRLError: a shape, dtype or index that does not fit, or a box that is not a number.
+        SegRLError: A shape, dtype or index that does not fit, or a box that is not a number.
+
+    Example:
+        >>> PropagationRequest(np.zeros((3, 8, 8), np.uint8), "", 3, np.zeros((0, 4)))
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: slice_index=3: expected 0..2; leave out answers that name no slice of the volume
     """
 
     volume: np.ndarray
@@ -78,6 +83,12 @@ class _Object:
     box: np.ndarray  # xyxy, fractions of the slice
     lengths: tuple[int, int]
 
+    def length(self, direction: int) -> int:
+        return self.lengths[direction > 0]
+
+    def location(self, direction: int, step: int) -> _Slice:
+        return self.volume, self.start + direction * step
+
     def slices(self) -> Iterator[_Slice]:
         yield from ((self.volume, n) for n in range(self.start - self.lengths[0], self.start + self.lengths[1] + 1))
 
@@ -89,20 +100,27 @@ class VolumePropagator:
     call, up to rounding. Gradients do not reach the segmenter.
 
     Args:
-        segmenter: single precision; use autocast for less.
-        reach: how many slices an object is followed from its box on, each way; None goes to the ends of the volume.
-        batch_size: boxes that are followed at once, and slices that are encoded at once.
-        cache: keeps features of slices across calls, for requests with a key. They take 4.2 MB a slice for a SAM 2 at
+        segmenter: Single precision; use autocast for less.
+        reach: How many slices an object is followed in each direction; None goes to the ends of the volume.
+        batch_size: Boxes that are followed at once, and slices that are encoded at once.
+        cache: Keeps features of slices across calls, for requests with a key. They take 4.2 MB a slice for a SAM 2 at
             512 px in single precision. With changed weights they are computed again.
-        postprocessing: as the `sam2` package builds its predictor: where the mask of a box is unstable, the best of the
-            three other candidates takes its place, and the prompted slice is remembered by its binary mask. Small holes
-            are not filled: that needs a CUDA extension. False for a model that was not trained for it.
+        postprocessing: As the `sam2` package builds its predictor: where the mask of a box is unstable, the best of the
+            three other candidates replaces it, and the prompted slice is remembered by its binary mask. Small holes are
+            not filled: that needs a CUDA extension. False for a model that was not trained for it.
 
     Attributes:
-        encoded_slices: how many slices went through the image encoder, for reports and tests.
+        encoded_slices: How many slices went through the image encoder, for reports and tests.
 
     Raises:
-        SegRLError: a `reach` below 0 or a `batch_size` below 1.
+        SegRLError: A `reach` below 0 or a `batch_size` below 1.
+
+    Example:
+        >>> propagator = VolumePropagator(Sam2Segmenter(), reach=1)
+        >>> volume, box = np.zeros((4, 64, 64), np.uint8), np.array([[8, 8, 40, 40]])
+        >>> (mask,) = propagator([PropagationRequest(volume, "", 3, box)])
+        >>> mask.shape, propagator.encoded_slices, bool(mask[:2].any())
+        ((4, 64, 64), 2, False)
     """
 
     def __init__(
@@ -126,28 +144,28 @@ class VolumePropagator:
     def __call__(
         self, requests: Sequence[PropagationRequest], *, progress: Callable[[int, int], None] | None = None
     ) -> list[np.ndarray]:
-        """Masks of all requests.
+        """Compute the masks of all requests.
 
         Args:
-            requests: answers about one or several volumes; equal keys, or the same array, are the same volume.
-            progress: is called after each step with the numbers of slices that are done with and of slices in all.
+            requests: Answers about one or several volumes; equal keys, or the same array, are the same volume.
+            progress: Called after each step with the numbers of slices that are done with and of slices in all.
 
         Returns:
             For each request a bool mask (D, H, W), the union over its boxes, False beyond `reach`; empty without boxes.
 
         Raises:
-            SegRLError: two requests with the same key and volumes of different shape.
+            SegRLError: Two requests with the same key and volumes of different shape.
         """
         masks = [np.zeros(request.volume.shape, dtype=bool) for request in requests]
-        objects = [thing for row, request in enumerate(requests) for thing in self._objects(row, request)]
+        objects = [item for row, request in enumerate(requests) for item in self._objects(row, request)]
         volumes = _volumes(requests)
-        total = len({place for thing in objects for place in thing.slices()})
+        total = len({location for item in objects for location in item.slices()})
         with self._frozen():
             encoder = self._fingerprint(self.segmenter) if self.cache is not None else None
             done = 0
-            for wave in self._waves(objects, volumes):
-                slices = _Slices(self, volumes, encoder, wave)
-                for _ in self._follow(wave, slices, volumes, masks):
+            for batch in self._batches(objects, volumes):
+                slices = _Slices(self, volumes, encoder, batch)
+                for _ in self._follow(batch, slices, volumes, masks):
                     if progress is not None:
                         progress(done + slices.done, total)
                 done += slices.done
@@ -162,60 +180,57 @@ class VolumePropagator:
             if (box[2:] > box[:2]).all():
                 yield _Object(row, _identity(request), request.slice_index, box / size, lengths)
 
-    def _waves(self, objects: list[_Object], volumes: dict[Any, PropagationRequest]) -> Iterator[list[_Object]]:
-        """Objects that advance together: those of whole volumes, about `batch_size`, alike in SAM 2's scale of time."""
+    def _batches(self, objects: list[_Object], volumes: dict[Any, PropagationRequest]) -> Iterator[list[_Object]]:
+        """Yield objects that advance together: of whole volumes, about `batch_size`, alike in SAM 2's scale of time."""
         scale = self.segmenter.sam.max_obj_ptrs_in_encoder
         groups: dict[Any, list[_Object]] = {}
-        for thing in objects:
-            groups.setdefault(thing.volume, []).append(thing)
-        wave: list[_Object] = []
+        for item in objects:
+            groups.setdefault(item.volume, []).append(item)
+        batch: list[_Object] = []
         last = 0
         for name in sorted(
             groups, key=lambda name: min(scale, len(volumes[name].volume))
         ):  # stable: in order of requests
             now = min(scale, len(volumes[name].volume))
-            if wave and (now != last or len(wave) + len(groups[name]) > self.batch_size):
-                yield wave
-                wave = []
-            wave, last = wave + groups[name], now
-        if wave:
-            yield wave
+            if batch and (now != last or len(batch) + len(groups[name]) > self.batch_size):
+                yield batch
+                batch = []
+            batch, last = batch + groups[name], now
+        if batch:
+            yield batch
 
     def _follow(
-        self, wave: list[_Object], slices: _Slices, volumes: dict[Any, PropagationRequest], masks: list[np.ndarray]
+        self, batch: list[_Object], slices: _Slices, volumes: dict[Any, PropagationRequest], masks: list[np.ndarray]
     ) -> Iterator[None]:
-        """Take the objects of a wave slice by slice; masks are written as they come."""
+        """Take the objects of a batch slice by slice; masks are written as they come."""
         device = slices.device
-        num_frames = max(len(volumes[thing.volume].volume) for thing in wave)
+        num_frames = max(len(volumes[item.volume].volume) for item in batch)
         chunks: list[tuple[Tracker, list[tuple[_Object, int]]]] = []
-        slices.need([(thing.volume, thing.start) for thing in wave])
-        for at in range(0, len(wave), self.batch_size):
-            part = wave[at : at + self.batch_size]
-            boxes = torch.tensor(np.stack([thing.box for thing in part]), dtype=torch.float32, device=device)
-            places = [(thing.volume, thing.start) for thing in part]
+        slices.need([item.location(1, 0) for item in batch])
+        for at in range(0, len(batch), self.batch_size):
+            part = batch[at : at + self.batch_size]
+            boxes = torch.tensor(np.stack([item.box for item in part]), dtype=torch.float32, device=device)
             tracker = Tracker(self.segmenter, num_frames)
-            _write(
-                masks, [(thing.row, thing.start) for thing in part], tracker.start(slices.take(places), boxes).logits
-            )
-            ways = [(row, way) for row, thing in enumerate(part) for way in (-1, 1) if thing.lengths[way > 0]]
-            ways.sort(key=lambda item: -part[item[0]].lengths[item[1] > 0])
-            rows = torch.tensor([row for row, _ in ways], device=device, dtype=torch.long)
-            chunks.append((tracker.branch(rows), [(part[row], way) for row, way in ways]))
+            found = tracker.start(slices.take([item.location(1, 0) for item in part]), boxes)
+            _write(masks, [(item.row, item.start) for item in part], found.logits)
+            tracks = [(row, direction) for row, item in enumerate(part) for direction in (-1, 1)]
+            tracks = [(row, direction) for row, direction in tracks if part[row].length(direction)]
+            tracks.sort(key=lambda track: -part[track[0]].length(track[1]))  # `keep` drops from the end
+            rows = torch.tensor([row for row, _ in tracks], device=device, dtype=torch.long)
+            chunks.append((tracker.branch(rows), [(part[row], direction) for row, direction in tracks]))
         yield
-        for step in range(1, 1 + max(max(thing.lengths) for thing in wave)):
-            for _, lanes in chunks:
-                lanes[:] = [(thing, way) for thing, way in lanes if thing.lengths[way > 0] >= step]
-            slices.need([(thing.volume, thing.start + way * step) for _, lanes in chunks for thing, way in lanes])
-            for tracker, lanes in chunks:
-                if not lanes:
+        for step in range(1, 1 + max(max(item.lengths) for item in batch)):
+            for _, tracks in chunks:
+                tracks[:] = [(item, direction) for item, direction in tracks if item.length(direction) >= step]
+            slices.need([item.location(direction, step) for _, tracks in chunks for item, direction in tracks])
+            for tracker, tracks in chunks:
+                if not tracks:
                     continue
-                tracker.keep(len(lanes))
-                features = slices.take([(thing.volume, thing.start + way * step) for thing, way in lanes])
-                _write(
-                    masks,
-                    [(thing.row, thing.start + way * step) for thing, way in lanes],
-                    tracker.step(features).logits,
-                )
+                tracker.keep(len(tracks))
+                locations = [item.location(direction, step) for item, direction in tracks]
+                found = tracker.step(slices.take(locations))
+                rows_and_slices = zip(tracks, locations, strict=True)
+                _write(masks, [(item.row, index) for (item, _), (_, index) in rows_and_slices], found.logits)
             yield
 
     @contextmanager
@@ -239,61 +254,61 @@ class VolumePropagator:
 
 
 class _Slices:
-    """Features of the slices of a wave, from the first object that needs them to the last."""
+    """Features of the slices of a batch, from the first object that needs them to the last."""
 
     def __init__(
         self,
         owner: VolumePropagator,
         volumes: dict[Any, PropagationRequest],
         encoder: str | None,
-        wave: Sequence[_Object],
+        batch: Sequence[_Object],
     ) -> None:
         self._owner, self._volumes, self._encoder = owner, volumes, encoder
         parameter = next(owner.segmenter.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
-        self._uses = Counter(place for thing in wave for place in thing.slices())
+        self._uses = Counter(location for item in batch for location in item.slices())
         self._features: dict[_Slice, ImageFeatures] = {}
         self.done = 0
 
-    def need(self, places: Sequence[_Slice]) -> None:
+    def need(self, locations: Sequence[_Slice]) -> None:
         """Look up or compute what is not here yet."""
         missing = []
-        for place in dict.fromkeys(places):
-            if place in self._features:
+        for location in dict.fromkeys(locations):
+            if location in self._features:
                 continue
-            key, cache = self._key(place), self._owner.cache
+            key, cache = self._key(location), self._owner.cache
             found = cache.get(key, self.device) if cache is not None and key is not None else None
             if found is None:
-                missing.append((place, key))
+                missing.append((location, key))
             else:
-                self._features[place] = ImageFeatures(found)
+                self._features[location] = ImageFeatures(found)
         size = self._owner.batch_size
         for at in range(0, len(missing), size):
             self._encode(missing[at : at + size])
 
-    def take(self, places: Sequence[_Slice]) -> ImageFeatures:
-        """Features of these slices, one row each; every place counts as one visit."""
-        features = ImageFeatures.cat([self._features[place] for place in places])
-        for place in places:
-            self._uses[place] -= 1
-            if not self._uses[place]:
-                del self._features[place]
+    def take(self, locations: Sequence[_Slice]) -> ImageFeatures:
+        """Return features of these slices, one row each; every location counts as one visit."""
+        features = ImageFeatures.cat([self._features[location] for location in locations])
+        for location in locations:
+            self._uses[location] -= 1
+            if not self._uses[location]:
+                del self._features[location]
                 self.done += 1
         return features
 
-    def _key(self, place: _Slice) -> str | None:
-        name = self._volumes[place[0]].key
-        return feature_key(self._encoder, f"frame {name} {place[1]}" if name else None, self.device.type)
+    def _key(self, location: _Slice) -> str | None:
+        name = self._volumes[location[0]].key
+        return feature_key(self._encoder, f"frame {name} {location[1]}" if name else None, self.device.type)
 
     def _encode(self, missing: Sequence[tuple[_Slice, str | None]]) -> None:
         segmenter, cache = self._owner.segmenter, self._owner.cache
         pixels = [segmenter.preprocess(self._volumes[name].volume[index]) for (name, index), _ in missing]
         encoded = segmenter.encode_frames(torch.stack(pixels).to(self.device, self._dtype))
         self._owner.encoded_slices += len(missing)
-        for n, (place, key) in enumerate(missing):
+        for n, (location, key) in enumerate(missing):
             # a copy, since a slice would keep the whole batch alive; contiguous, as it comes back from disk
             own = tuple(t[n : n + 1].clone(memory_format=torch.contiguous_format) for t in encoded.tensors)
-            self._features[place] = ImageFeatures(own)
+            self._features[location] = ImageFeatures(own)
             if cache is not None and key is not None:
                 cache.put(key, own)
 
@@ -303,7 +318,7 @@ def _identity(request: PropagationRequest) -> Any:
 
 
 def _volumes(requests: Sequence[PropagationRequest]) -> dict[Any, PropagationRequest]:
-    """The first request of every volume, by identity."""
+    """Return the first request of every volume, by identity."""
     first: dict[Any, PropagationRequest] = {}
     for row, request in enumerate(requests):
         known = first.setdefault(_identity(request), request)
@@ -315,13 +330,13 @@ def _volumes(requests: Sequence[PropagationRequest]) -> dict[Any, PropagationReq
     return first
 
 
-def _write(masks: list[np.ndarray], places: Sequence[tuple[int, int]], logits: Tensor) -> None:
-    """Add the masks (logits "N h w") to slice `place[1]` of mask `place[0]`, resized to its size."""
+def _write(masks: list[np.ndarray], locations: Sequence[tuple[int, int]], logits: Tensor) -> None:
+    """Add masks (logits (N, h, w)), resized, to the slices `locations`: index of the mask, index of its slice."""
     by_size: dict[tuple[int, int], list[int]] = {}
-    for n, (row, _) in enumerate(places):
+    for n, (row, _) in enumerate(locations):
         by_size.setdefault(masks[row].shape[1:], []).append(n)
     for size, rows in by_size.items():
         resized = F.interpolate(logits[rows, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
         for n, mask in zip(rows, (resized > 0).cpu().numpy(), strict=True):
-            row, index = places[n]
+            row, index = locations[n]
             masks[row][index] |= mask

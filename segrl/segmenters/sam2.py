@@ -40,11 +40,26 @@ class Sam2Config:
     """Sizes of a SAM 2 model. The defaults are SAM 2.1 hiera-tiny at 512 px, the model of MedSAM2.
 
     Attributes:
-        image_size: input side S in pixels, a multiple of 32.
-        embed_dim, num_heads, stages, global_att_blocks, window_spec, pos_embed_size: the Hiera trunk.
-        hidden_dim: width of the neck, prompt encoder and mask decoder (a multiple of 8).
-        memory_dim, memory_layers, memory_feedforward: memory attention and memory encoder (video only).
-        num_maskmem: memories that the video predictor keeps.
+        image_size: Input side S in pixels, a multiple of 32.
+        embed_dim: Width of the Hiera trunk's first stage.
+        num_heads: Attention heads of that stage.
+        stages: Blocks of each stage.
+        global_att_blocks: Blocks that attend to the whole image.
+        window_spec: Window side of each stage.
+        pos_embed_size: Side of the position embedding before it is resized.
+        hidden_dim: Width of the neck, prompt encoder and mask decoder (a multiple of 8).
+        memory_dim: Width of the memories (video only, as all below).
+        memory_layers: Layers of the memory attention.
+        memory_feedforward: Inner width of these layers.
+        num_maskmem: Memories that the video predictor keeps.
+
+    Raises:
+        SegRLError: `image_size` or `hidden_dim` is no such multiple.
+
+    Example:
+        >>> Sam2Config(image_size=1000)
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: image_size=1000: a SAM 2 input side must be a positive multiple of 32 pixels
     """
 
     image_size: int = 512
@@ -94,11 +109,19 @@ _NAMED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def sam2_config(name: str, **changes: Any) -> Sam2Config:
-    """A published size by name (`sam2.1_hiera_tiny`, `_small`, `_base_plus`, `_large`), with changes such as
-    `image_size=1024`.
+    """Return the sizes of a published model.
+
+    Args:
+        name: `sam2.1_hiera_tiny`, `_small`, `_base_plus` or `_large`.
+        **changes: Fields of `Sam2Config`, such as `image_size=1024`.
 
     Raises:
-        UnknownNameError: no such size.
+        UnknownNameError: No such model.
+
+    Example:
+        >>> config = sam2_config("sam2.1_hiera_large", image_size=1024)
+        >>> config.embed_dim, config.stages, config.image_size
+        (144, (2, 6, 36, 4), 1024)
     """
     if name not in _NAMED_CONFIGS:
         raise unknown_name("SAM 2 size", name, _NAMED_CONFIGS)
@@ -106,7 +129,7 @@ def sam2_config(name: str, **changes: Any) -> Sam2Config:
 
 
 def build_sam2(config: Sam2Config) -> nn.Module:
-    """A `SAM2Base` of these sizes with random weights and the parameter names of the published SAM 2.1 checkpoints."""
+    """Build a `SAM2Base` with random weights and the parameter names of the published SAM 2.1 checkpoints."""
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
     from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
@@ -200,11 +223,20 @@ _UNTRAINED = ("sam_mask_decoder.iou_prediction_head.", "sam_mask_decoder.pred_ob
 
 @register_segmenter("sam2")
 class Sam2Segmenter(nn.Module):
-    """SAM 2 as a `Segmenter`: image encoder, prompt embeddings straight into the mask decoder, one mask a prompt.
+    """SAM 2 as a `Segmenter`: prompt embeddings go straight into its mask decoder, which returns one mask for each.
 
     `decode` uses the decoder's single-mask token and no output other than its logits: stride 4, so `mask_size` is S /
     4. The projections `conv_s0` and `conv_s1` belong to the decoder and may train, so they run in `decode`, on unique
     images; features of a frozen encoder therefore never go stale.
+
+    Args:
+        config: Its sizes; by default those of `Sam2Config`.
+
+    Example:
+        >>> segmenter = Sam2Segmenter(Sam2Config(image_size=64))
+        >>> features = segmenter.encode(torch.zeros(1, 3, 64, 64))
+        >>> segmenter.decode(features, torch.zeros(2, 1, 256), torch.tensor([0, 0])).shape  # two masks of one image
+        torch.Size([2, 16, 16])
     """
 
     pixel_mean: Tensor
@@ -223,13 +255,17 @@ class Sam2Segmenter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, config: Sam2Config | None = None) -> Sam2Segmenter:
-        """Load published weights: a `.pt` file in the layout `{"model": state_dict}`, or `owner/repo:file.pt` on the
-        hub; or what `save_pretrained` wrote into a folder, which brings its own config.
+        """Load published weights, or what `save_pretrained` wrote.
 
         Pickles are read with `torch.load(weights_only=True)`: a pickle that holds anything but tensors is refused.
 
+        Args:
+            checkpoint: A `.pt` file in the layout `{"model": state_dict}`, `owner/repo:file.pt` on the hub, or a folder
+                of `save_pretrained`, which brings its own config.
+            config: Sizes of the model that wrote the file.
+
         Raises:
-            CheckpointError: file missing, not a plain weights file, or any parameter of the model missing, unexpected
+            CheckpointError: File missing, not a plain weights file, or any parameter of the model missing, unexpected
                 or of another shape (all named).
         """
         if (Path(checkpoint) / SEGMENTER_CONFIG).is_file():
@@ -291,11 +327,13 @@ class Sam2Segmenter(nn.Module):
         self.sam.load_state_dict(state)
 
     def freeze(self, *, encoder: bool) -> None:
+        """Let the mask decoder train, and the image encoder unless it is frozen; see `Segmenter.freeze`."""
         for name, parameter in self.sam.named_parameters():
             trains = name.startswith("sam_mask_decoder.") and not name.startswith(_UNTRAINED)
             parameter.requires_grad_(trains or (name.startswith("image_encoder.") and not encoder))
 
     def preprocess(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return an image as (3, S, S), normalised as ImageNet; see `Segmenter.preprocess`."""
         if not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
         side = self.image_size
@@ -304,12 +342,13 @@ class Sam2Segmenter(nn.Module):
         return (pixels - self.pixel_mean.cpu()) / self.pixel_std.cpu()
 
     def encode(self, images: Tensor) -> ImageFeatures:
+        """Return features of strides 16, 8 and 4; see `Segmenter.encode`."""
         stride4, stride8, stride16 = self._levels(images)
         embedding = stride16 + self.sam.no_mem_embed.view(1, -1, 1, 1)  # SAM 2 adds it to a frame without memory
         return ImageFeatures((embedding, stride8, stride4))
 
     def encode_frames(self, images: Tensor) -> ImageFeatures:
-        """Images "B 3 S S" to what `segrl.segmenters.tracking` reads: strides 16, 8 and 4.
+        """Return what `segrl.segmenters.tracking` reads of images (B, 3, S, S): strides 16, 8 and 4.
 
         Nothing is added to stride 16, since a frame meets the memory of others there. Strides 8 and 4 have gone through
         the decoder's own projections, which makes them a fifth of the size of `encode`'s, and stale as soon as the
@@ -361,6 +400,7 @@ class Sam2Segmenter(nn.Module):
         return masks[:, 0]
 
     def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
+        """Return mask logits (N, h, h) for boxes (N, 4); see `Segmenter.decode_boxes`."""
         corners = boxes.reshape(-1, 2, 2) * self.image_size
         # SAM 2 was trained on boxes as two points with the labels 2 and 3 and the padding point that comes with points
         labels = torch.tensor([[2, 3]], dtype=torch.int, device=boxes.device).expand(len(corners), -1)

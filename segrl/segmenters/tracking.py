@@ -29,10 +29,10 @@ __all__ = ["FrameMasks", "Tracker", "track_clip", "tracking_loss"]
 
 @dataclass(frozen=True)
 class FrameMasks:
-    """What SAM 2 says about N objects on one frame each.
+    """SAM 2's output for N objects on one frame each.
 
     Attributes:
-        logits: (N, h, w) the candidate of the highest predicted IoU; -1024 everywhere where the object is not seen.
+        logits: (N, h, w), the candidate of the highest predicted IoU; -1024 everywhere where the object is not seen.
         candidates: (N, M, h, w), not blanked, so that a mask learns before its object score does.
         ious: (N, M) predicted IoU of each candidate, in 0..1.
         object_scores: (N,) logits; the object is seen where they are above 0.
@@ -72,8 +72,8 @@ class Tracker:
     kept does not grow with the number of frames: memories that SAM 2 cannot look up any more are dropped.
 
     Args:
-        segmenter: its `.sam` runs, in the mode (training or evaluation) and with the gradients that the caller set.
-        num_frames: length of the longest sequence. SAM 2 scales the distances of object pointers by it where it is
+        segmenter: Its `.sam` runs, in the mode (training or evaluation) and with the gradients that the caller set.
+        num_frames: Length of the longest sequence. SAM 2 scales the distances of object pointers by it where it is
             below 16: objects of one tracker must agree in `min(length, 16)`.
     """
 
@@ -84,17 +84,21 @@ class Tracker:
         self._frame = 0
 
     def start(self, features: ImageFeatures, boxes: Tensor) -> FrameMasks:
-        """The prompted frames: features of N frames (`Sam2Segmenter.encode_frames`) and boxes "N 4" (xyxy, fractions of
-        width and height in 0..1)."""
+        """Return the masks of the prompted frames.
+
+        Args:
+            features: Of N frames (`Sam2Segmenter.encode_frames`).
+            boxes: (N, 4) xyxy, fractions of width and height in 0..1.
+        """
         corners = boxes.reshape(-1, 2, 2) * self._sam.image_size
         labels = torch.tensor([[2, 3]], dtype=torch.int32, device=boxes.device).expand(len(corners), -1)
         masks, self._prompted = self._run(features, {"point_coords": corners, "point_labels": labels})
         return masks
 
     def branch(self, rows: Tensor) -> Tracker:
-        """A tracker that goes on from frame 0 with the objects of these rows, in this order; rows may repeat."""
+        """Return a tracker that goes on from frame 0 with the objects of these rows, in this order; rows may repeat."""
         assert self._prompted is not None
-        assert not self._frame, "both ways start from the frame with the box"
+        assert not self._frame, "both directions start from the frame with the box"
         other = object.__new__(Tracker)
         other._sam, other._num_frames, other._followed, other._frame = self._sam, self._num_frames, {}, 0
         other._prompted = self._prompted.rows(rows)
@@ -109,7 +113,7 @@ class Tracker:
         self._followed = {frame: memory.rows(slice(count)) for frame, memory in self._followed.items()}
 
     def step(self, features: ImageFeatures) -> FrameMasks:
-        """The next frame of every object."""
+        """Return the masks of every object's next frame."""
         self._frame += 1
         masks, self._followed[self._frame] = self._run(features, None)
         self._forget()
@@ -166,18 +170,18 @@ class Tracker:
 def track_clip(
     segmenter: Sam2Segmenter, images: Tensor, boxes: Tensor, *, key: int = 0, num_frames: int | None = None
 ) -> list[FrameMasks]:
-    """Masks of one object per clip on every frame, from a box on frame `key`, with gradients.
+    """Compute masks of one object per clip on every frame, from a box on frame `key`, with gradients.
 
     Frames after `key` are reached forwards, frames before it backwards, both from the memory of frame `key` alone, as
     `VolumePropagator` does.
 
     Args:
-        segmenter: a SAM 2; its mode decides about dropout, `requires_grad` about what learns. Note that
+        segmenter: A SAM 2; its mode decides about dropout, `requires_grad` about what learns. Note that
             `Sam2Segmenter.freeze` leaves the memory frozen: `segmenter.requires_grad_(True)` trains all of it.
         images: (B, T, 3, S, S), from `segmenter.preprocess`.
         boxes: (B, 4) xyxy on frame `key`, fractions of width and height in 0..1.
-        key: index of the frame with the box.
-        num_frames: length of the whole sequence that clips are cut from, None where they are all of it. It sets the
+        key: Index of the frame with the box.
+        num_frames: Length of the whole sequence that clips are cut from, None where they are all of it. It sets the
             scale of time up to 16 (see `Tracker`): a model trained on clips of 6 frames at the scale of 6 takes objects
             in longer volumes to end too early or late.
 
@@ -185,7 +189,14 @@ def track_clip(
         T results of B objects each, in the order of the frames.
 
     Raises:
-        SegRLError: a shape that does not fit, `key` is no frame of the clip, or `num_frames` is less than T.
+        SegRLError: A shape that does not fit, `key` is no frame of the clip, or `num_frames` is less than T.
+
+    Example:
+        >>> from segrl.segmenters import Sam2Config
+        >>> segmenter = Sam2Segmenter(Sam2Config(image_size=64))
+        >>> clip = track_clip(segmenter, torch.zeros(2, 3, 3, 64, 64), torch.tensor([[0.2, 0.2, 0.8, 0.8]] * 2), key=1)
+        >>> len(clip), clip[1].candidates.shape, clip[0].candidates.shape  # one candidate on the frame with the box
+        (3, torch.Size([2, 1, 16, 16]), torch.Size([2, 3, 16, 16]))
     """
     side = segmenter.image_size
     if images.ndim != 5 or not images.size(1) or tuple(images.shape[2:]) != (3, side, side):
@@ -201,9 +212,9 @@ def track_clip(
     features = [ImageFeatures(tuple(level[:, frame] for level in levels)) for frame in range(frames)]
     start = Tracker(segmenter, num_frames or frames)
     found = {key: start.start(features[key], boxes)}
-    for way in (range(key + 1, frames), range(key - 1, -1, -1)):
+    for direction in (range(key + 1, frames), range(key - 1, -1, -1)):
         tracker = start.branch(torch.arange(count, device=boxes.device))
-        found |= {frame: tracker.step(features[frame]) for frame in way}
+        found |= {frame: tracker.step(features[frame]) for frame in direction}
     return [found[frame] for frame in range(frames)]
 
 
@@ -216,25 +227,31 @@ def tracking_loss(
     iou_weight: float = 1.0,
     object_weight: float = 1.0,
 ) -> Tensor:
-    """SAM 2's training objective, averaged over frames (Ravi et al. 2024, appendix on training).
+    """Compute SAM 2's training objective, averaged over frames (Ravi et al. 2024, appendix on training).
 
     On a frame with the object: focal and Dice loss of the candidate for which their weighted sum is lowest, and the
     mean absolute error of every candidate's predicted IoU. On every frame: cross-entropy of the object score. The
-    paper says nothing of the size at which masks are compared: here candidates are enlarged to that of the target.
+    paper does not state the size at which masks are compared: here candidates are enlarged to that of the target.
 
     Args:
         clip: T results of `track_clip` for B clips.
         target: (B, T, H, W) bool; an empty frame has no object.
-        mask_weight: weight of the focal loss (alpha 0.25, gamma 2).
-        dice_weight: weight of the Dice loss.
-        iou_weight: weight of the error of the predicted IoU.
-        object_weight: weight of the cross-entropy.
+        mask_weight: Weight of the focal loss (alpha 0.25, gamma 2).
+        dice_weight: Weight of the Dice loss.
+        iou_weight: Weight of the error of the predicted IoU.
+        object_weight: Weight of the cross-entropy.
 
     Returns:
         (B,), at least 0.
 
     Raises:
         SegRLError: `target` does not have the clip's numbers of objects and frames, or is not bool.
+
+    Example:
+        >>> seen = torch.full((1,), 30.0)  # a sure object, on a frame without one: cross-entropy 30
+        >>> masks = FrameMasks(torch.zeros(1, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 3), seen)
+        >>> tracking_loss([masks], torch.zeros(1, 1, 4, 4, dtype=torch.bool))
+        tensor([30.])
     """
     shape = (len(clip[0].logits), len(clip)) if clip else (0, 0)
     if target.ndim != 4 or tuple(target.shape[:2]) != shape or target.dtype != torch.bool:
@@ -242,16 +259,16 @@ def tracking_loss(
             f"target: expected bool of shape {shape} + (H, W) for this clip, got {target.dtype} {tuple(target.shape)}"
         )
     total = target.new_zeros(shape[0], dtype=torch.float32)
-    for masks, truth in zip(clip, target.unbind(1), strict=True):
-        size = truth.shape[-2:]
+    for masks, true in zip(clip, target.unbind(1), strict=True):
+        size = true.shape[-2:]
         candidates = F.interpolate(masks.candidates.float(), size=size, mode="bilinear", align_corners=False)
-        truths = truth[:, None].expand_as(candidates)
-        flat, flat_truths = candidates.flatten(0, 1), truths.flatten(0, 1)
-        each = mask_weight * focal(flat, flat_truths) + dice_weight * dice(flat, flat_truths)
+        targets = true[:, None].expand_as(candidates)
+        flat, flat_targets = candidates.flatten(0, 1), targets.flatten(0, 1)
+        each = mask_weight * focal(flat, flat_targets) + dice_weight * dice(flat, flat_targets)
         predicted = candidates > 0
-        overlap, union = (predicted & truths).sum((2, 3)), (predicted | truths).sum((2, 3))
+        overlap, union = (predicted & targets).sum((2, 3)), (predicted | targets).sum((2, 3))
         error = (masks.ious.float() - overlap / union.clamp(min=1)).abs().mean(1)
-        present = truth.flatten(1).any(1).float()
+        present = true.flatten(1).any(1).float()
         seen = F.binary_cross_entropy_with_logits(masks.object_scores.float(), present, reduction="none")
         best = each.unflatten(0, candidates.shape[:2]).amin(1)
         total = total + present * (best + iou_weight * error) + object_weight * seen
