@@ -15,6 +15,7 @@ unique images and, as (N,), the row of each mask's image.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,8 +24,16 @@ from torch import Tensor, nn
 
 from segrl.errors import SegRLError
 from segrl.registry import Registry
+from segrl.segmenters.base import ImageFeatures
 
-__all__ = ["ADAPTERS", "LinearAdapter", "MLPAdapter", "SemanticGuidedAdapter", "register_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "LinearAdapter",
+    "MLPAdapter",
+    "SemanticGuidedAdapter",
+    "register_adapter",
+    "run_adapter",
+]
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
@@ -224,3 +233,46 @@ def _mean_state(states: Tensor, state_mask: Tensor) -> Tensor:
     """Average the states that exist: (N, K, D) to (N, 1, D)."""
     weight = state_mask.unsqueeze(-1).to(states.dtype)
     return (states * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def run_adapter(
+    adapter: nn.Module, states: Tensor, state_mask: Tensor, features: ImageFeatures, index: Tensor, prompt_dim: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Call an adapter, and check what it returns.
+
+    Args:
+        adapter: Any adapter.
+        states: (N, K, D).
+        state_mask: (N, K).
+        features: Of the unique images, for an adapter whose `forward` takes them.
+        index: (N,) row of each mask's image.
+        prompt_dim: C.
+
+    Returns:
+        Prompts (N, P, C), and its auxiliary outputs by name.
+
+    Raises:
+        SegRLError: Prompts or an auxiliary output of another shape, or an output named "mask".
+    """
+    images = {"features": features, "index": index}
+    reads = "features" in inspect.signature(adapter.forward).parameters
+    output = adapter(states, state_mask, **(images if reads else {}))
+    prompts, aux = output if isinstance(output, tuple) else (output, {})
+    name, count = type(adapter).__name__, len(states)
+    got = _shape(prompts)
+    if not isinstance(got, tuple) or len(got) != 3 or (got[0], got[2]) != (count, prompt_dim):
+        raise SegRLError(f"adapter {name}: returned prompts {got}; expected shape ({count}, prompts, {prompt_dim})")
+    if not isinstance(aux, dict):
+        raise SegRLError(f"adapter {name}: returned auxiliary outputs {type(aux).__name__}; expected a dict")
+    for key, value in aux.items():
+        got = _shape(value)
+        if key == "mask" or not isinstance(got, tuple) or got[:1] != (count,):
+            raise SegRLError(
+                f"adapter {name}: returned auxiliary output {key!r} {got}; expected shape ({count}, ...) and a name "
+                "other than 'mask'"
+            )
+    return prompts, aux
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -7,8 +7,9 @@ The head is a submodule of the model and listens to the backbone (`attach.py`). 
 - `head.record()`: backbone states of a generation or of a scoring pass are kept, so that masks need no pass of their
   own.
 
-Shape legend: B rows, T tokens, K probe states per mask, D language-model width, N masks, C prompt width, h mask side.
 """
+
+# B rows, T tokens, K probe states per mask, D language-model width, N masks, P prompts, C prompt width, h mask side
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from segrl.caching.feature_cache import FeatureCache
 from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 from segrl.errors import CheckpointError, SegRLError
-from segrl.heads.adapters import ADAPTERS
+from segrl.heads.adapters import ADAPTERS, run_adapter
 from segrl.heads.parts import HEAD_CONFIG, HEAD_VERSION, HEAD_WEIGHTS, build_part, check_part, part_config, read_config
 from segrl.heads.probes import PROBES
 from segrl.heads.requests import MaskRequest, Recording, SegInput
@@ -63,15 +64,30 @@ class _Tie(torch.autograd.Function):
 
 
 class MaskHead(nn.Module):
-    """From hidden states at the probe's positions to mask logits.
+    """Probe, adapter and segmenter: from hidden states at the probe's positions to mask logits.
 
     Args:
-        probe: which states prompt the segmenter (`SegTokenProbe`, `AnswerProbe`, or any callable with their signature).
-        adapter: states "N K D" and their mask "N K" to prompt embeddings "N P C", see `segrl.heads.adapters`.
-        segmenter: see `segrl.segmenters.Segmenter`.
-        freeze_encoder: train the image encoder or not. Features of a frozen encoder are computed once per unique image.
-        cache: where features of a frozen encoder outlive the rows they were computed for; the trainers make one of
+        probe: Which states prompt the segmenter (`SegTokenProbe`, `AnswerProbe`, or any callable with their signature).
+        adapter: States (N, K, D) and their mask (N, K) to prompt embeddings (N, P, C); see `segrl.heads.adapters`.
+        segmenter: See `segrl.segmenters.Segmenter`.
+        freeze_encoder: Whether the image encoder is frozen. Features of a frozen one are computed once per image.
+        cache: Where features of a frozen encoder outlive the rows they were computed for; the trainers make one of
             their settings. It is not saved with the head.
+
+    Attributes:
+        encoded_images: How many images went through the image encoder, for reports and tests.
+
+    Raises:
+        SegRLError: The segmenter lacks members; all are named.
+
+    Example:
+        >>> from segrl.heads import LinearAdapter, SegTokenProbe
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter
+        >>> head = MaskHead(SegTokenProbe(3), LinearAdapter(24, 256), Sam2Segmenter(Sam2Config(image_size=64)))
+        >>> image = SegInput(torch.zeros(3, 64, 64))
+        >>> logits = head(torch.zeros(2, 1, 24), torch.ones(2, 1, dtype=torch.bool), [image, image])
+        >>> logits.shape, head.encoded_images
+        (torch.Size([2, 16, 16]), 1)
     """
 
     _hook: Any  # handle of the backbone's hook while the head is attached
@@ -98,7 +114,7 @@ class MaskHead(nn.Module):
         self._request: MaskRequest | None = None
         self._recording: Recording | None = None
         self._checked: dict[str, Any] = {}  # descriptions that are known to rebuild their part
-        self.encoded_images = 0  # how many images went through the encoder, for reports and tests
+        self.encoded_images = 0
         self.freeze()
 
     @classmethod
@@ -150,7 +166,7 @@ class MaskHead(nn.Module):
     # ---- masks from states -------------------------------------------------------------------------------------------
 
     def features(self, inputs: Sequence[SegInput]) -> tuple[ImageFeatures, Tensor]:
-        """Features of the unique images among `inputs`, and for each input the row of its image.
+        """Return features of the unique images among `inputs`, and for each input the row of its image.
 
         A frozen encoder runs once per image, in evaluation mode and without gradients, and leaves its result in the
         `SegInput` and in the cache.
@@ -188,7 +204,7 @@ class MaskHead(nn.Module):
                     self.cache.put(key, item.features.tensors)
 
     def _cache_keys(self, items: Sequence[SegInput], device: str) -> list[str | None]:
-        """What features of these images are kept under: image, encoder and precision; None where they are not kept."""
+        """Return the keys of these images' features: image, encoder and precision; None where none are kept."""
         wanted = self.cache is not None and any(item.key is not None for item in items)
         encoder = self._fingerprint(self.segmenter) if wanted else None
         return [feature_key(encoder, item.key, device) for item in items]
@@ -219,29 +235,11 @@ class MaskHead(nn.Module):
         """
         features, index = self.features(inputs)
         parameter = next(self.adapter.parameters(), states)
-        reads_features = "features" in inspect.signature(self.adapter.forward).parameters
-        images = {"features": features, "index": index} if reads_features else {}
-        output = self.adapter(states.to(parameter.device, parameter.dtype), valid.to(parameter.device), **images)
-        prompts, found = output if isinstance(output, tuple) else (output, {})
-        self._check_output(prompts, found, len(states))
+        states, valid = states.to(parameter.device, parameter.dtype), valid.to(parameter.device)
+        prompts, found = run_adapter(self.adapter, states, valid, features, index, self.segmenter.prompt_dim)
         if aux is not None:
             aux.update(found)
         return self.segmenter.decode(features, prompts, index, **self._mask_prompt(found))
-
-    def _check_output(self, prompts: Any, aux: Any, count: int) -> None:
-        name, width = type(self.adapter).__name__, self.segmenter.prompt_dim
-        got = tuple(prompts.shape) if isinstance(prompts, Tensor) else type(prompts).__name__
-        if not isinstance(got, tuple) or len(got) != 3 or (got[0], got[2]) != (count, width):
-            raise SegRLError(f"adapter {name}: returned prompts {got}; expected shape ({count}, prompts, {width})")
-        if not isinstance(aux, dict):
-            raise SegRLError(f"adapter {name}: returned auxiliary outputs {type(aux).__name__}; expected a dict")
-        for key, value in aux.items():
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            if key == "mask" or not isinstance(shape, tuple) or shape[:1] != (count,):
-                raise SegRLError(
-                    f"adapter {name}: returned auxiliary output {key!r} {shape}; expected shape ({count}, ...) and a "
-                    "name other than 'mask'"
-                )
 
     def _mask_prompt(self, aux: dict[str, Tensor]) -> dict[str, Tensor]:
         if MASK_PROMPT not in aux:
