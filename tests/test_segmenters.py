@@ -163,6 +163,33 @@ class TestSegmenter:
                 one = segmenter.decode(features, prompts[n : n + 1], torch.zeros(1, dtype=torch.long))
                 assert torch.allclose(joined[n], one[0], atol=1e-4)
 
+    def test_a_first_guess_goes_where_sam2_puts_it(self, segmenter):
+        """As SAM 2's own prompt encoder and decoder take a mask prompt beside points, called directly."""
+        features = segmenter.encode(torch.stack([segmenter.preprocess(picture(seed=n)) for n in range(2)]))
+        generator = torch.Generator().manual_seed(0)
+        guess = torch.randn(3, 1, 16, 16, generator=generator, requires_grad=True)
+        prompts, index = torch.randn(3, 2, 32, generator=generator), torch.tensor([1, 0, 1])
+        logits = segmenter.decode(features, prompts, index, mask_prompt=guess)
+        encoder, decoder = segmenter.sam.sam_prompt_encoder, segmenter.sam.sam_mask_decoder
+        _, dense = encoder(points=None, boxes=None, masks=guess)
+        embedding, stride8, stride4 = features.tensors
+        expected, *_ = decoder(
+            image_embeddings=embedding[index],
+            image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=prompts,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=[decoder.conv_s0(stride4[index]), decoder.conv_s1(stride8[index])],
+        )
+        torch.testing.assert_close(logits, expected[:, 0], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(logits, segmenter.decode(features, prompts, index), atol=1e-4)
+        assert torch.autograd.grad(logits.sum(), guess)[0].any()
+        none = segmenter.decode(features, prompts[:0], index[:0], mask_prompt=guess[:0])
+        assert none.shape == (0, 16, 16)
+        with pytest.raises(SegRLError, match=r"mask_prompt: expected .* \(3, 1, 16, 16\), got \(3, 16, 16\)"):
+            segmenter.decode(features, prompts, index, mask_prompt=guess[:, 0])
+
     def test_no_masks(self, segmenter):
         features = segmenter.encode(segmenter.preprocess(picture())[None])
         nothing = torch.zeros(0, dtype=torch.long)
@@ -206,7 +233,7 @@ class TestSegmenter:
 
     def test_the_config_rebuilds_the_architecture(self, segmenter):
         config = json.loads(json.dumps(segmenter.to_config()))
-        again = Sam2Segmenter(Sam2Config(**config))
+        again = Sam2Segmenter.from_config(config, tokenizer=None)
         assert again.config == segmenter.config
         again.load_state_dict(segmenter.state_dict())
 
