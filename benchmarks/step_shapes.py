@@ -18,10 +18,10 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from segrl.data import INSTRUCTION, make_synthetic
+from segrl.data import make_synthetic
 from segrl.geometry import boxes_from_mask
 from segrl.models import tiny_qwen2_5_vl
-from segrl.predictions import format_answer, frame_for
+from segrl.predictions import ImagePromptSettings, format_answer, frame_for
 from segrl.segmenters.sam2 import Sam2Config, sam2_config
 
 PATCH, MERGE = 14, 2
@@ -181,8 +181,10 @@ def image_tokens(shape: Shape) -> int:
 
 def prompt_text(shape: Shape, processor: Any, question: str) -> str:
     """The question, the instruction if there is room for it, and filler up to `shape.prompt_tokens`."""
-    left = shape.prompt_tokens - prompt_length(shape, processor, f"{question} {INSTRUCTION}")
-    text = f"{question} {INSTRUCTION}" if left >= 0 else question
+    instruction = ImagePromptSettings().full_instruction
+    left = shape.prompt_tokens - prompt_length(shape, processor, f"{question} {instruction}")
+    text = f"{question} {instruction}" if left >= 0 else question
+    instruction = ImagePromptSettings().full_instruction
     left = shape.prompt_tokens - prompt_length(shape, processor, text)
     return text + "".join(itertools.islice(itertools.cycle(_WORDS), max(0, left)))
 

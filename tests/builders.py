@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from segrl.data import make_synthetic, prepare
 from segrl.heads import MaskHead, attach_mask_head
 from segrl.models import seg_token_id, tiny_llava, tiny_qwen2_5_vl, tiny_qwen3_vl
-from segrl.predictions import Prediction
+from segrl.predictions import ImagePromptSettings, Prediction
 from segrl.segmenters import Sam2Config, Sam2Segmenter
 from segrl.trainers import SegGRPOConfig, SegSFTConfig
 
@@ -93,7 +93,11 @@ def tiny_headed_model(
 def tiny_rows(n: int, processor: Any, completions: bool = True, *, size: int = 64, seed: int = 0) -> Any:
     """Synthetic rows with prompts, and with answers for SFT."""
     return prepare(
-        make_synthetic(n, size=size, seed=seed), processor, completions=completions, instruction="Answer.", brief=True
+        make_synthetic(n, size=size, seed=seed),
+        processor,
+        ImagePromptSettings(instruction="Answer."),
+        completions=completions,
+        brief=True,
     )
 
 

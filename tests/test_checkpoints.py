@@ -25,12 +25,13 @@ from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFT
 from segrl.data import make_synthetic
 from segrl.errors import CheckpointError
 from segrl.heads import find_mask_head
-from segrl.inference import ReasoningSegmenter, save_settings
+from segrl.inference import ReasoningSegmenter
 from segrl.models import restore_weights, seg_token_id, tiny_qwen2_5_vl
+from segrl.predictions import ImagePromptSettings
 from segrl.segmenters import Sam2Segmenter
 from segrl.segmenters.sam2 import sam2_config
 
-SETTINGS = {"instruction": "Answer.", "max_new_tokens": 60}
+SETTINGS = ImagePromptSettings(instruction="Answer.", max_new_tokens=60)
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
 OTHER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 31, 42].<seg></answer>"
 COMMON: dict[str, Any] = {
@@ -264,7 +265,7 @@ def answering(folder, tied):
     trainer = sft(folder, model, processor, rows=rows, max_steps=60, lr_scheduler_type="constant", save_strategy="no")
     trainer.train()
     trainer.save_model()
-    save_settings(folder, SETTINGS)
+    SETTINGS.save(folder)
     return ReasoningSegmenter(model.eval(), processor, SETTINGS)
 
 
@@ -302,7 +303,7 @@ def adapter_run(request, tmp_path_factory):
     )
     trainer.train()
     trainer.save_model()
-    save_settings(folder, SETTINGS)
+    SETTINGS.save(folder)
     predictions = ReasoningSegmenter(trainer.model.eval(), segmenter.processor, SETTINGS).predict_batch(*questions())
     assert [p.text for p in predictions] == [OTHER] * 3
     return folder, as_data(predictions)

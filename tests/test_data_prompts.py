@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from segrl.data import (
-    ANSWER_ONLY_INSTRUCTION,
-    INSTRUCTION,
     build_prompt,
     build_query,
     build_reasoning,
@@ -21,7 +19,7 @@ from segrl.data import (
 from segrl.errors import DataError, FrameError
 from segrl.geometry import boxes_from_mask
 from segrl.models import tiny_qwen2_5_vl, tiny_qwen3_vl
-from segrl.predictions import frame_for, parse_completion
+from segrl.predictions import ImagePromptSettings, frame_for, parse_completion
 
 LESIONS2D = Path(__file__).parents[2] / "shared" / "data" / "lesions2d"
 TEXTS = ("query", "modality", "anatomy", "lesion", "name")
@@ -153,13 +151,22 @@ def test_the_aim_is_said_only_when_the_query_hides_it():
 
 
 def test_prompt():
-    assert build_prompt("Where?") == [{"role": "user", "content": f"Where? {INSTRUCTION}"}]
+    assert build_prompt("Where?", "Look.") == [{"role": "user", "content": "Where? Look."}]
     assert build_prompt("Where?", "") == [{"role": "user", "content": "Where?"}]
-    assert "<seg>" not in INSTRUCTION + ANSWER_ONLY_INSTRUCTION
+    for reasoning in (True, False):
+        instruction = ImagePromptSettings(reasoning=reasoning).full_instruction
+        assert ("<think>" in instruction) == reasoning
+        assert "<seg>" not in instruction
 
 
 def test_known_completion():
-    prepared = prepare(one_box(40, 20, (4, 5, 10, 9)), None, completions=True, brief=True, frame_kind="original_px")
+    prepared = prepare(
+        one_box(40, 20, (4, 5, 10, 9)),
+        None,
+        ImagePromptSettings(frame_kind="original_px"),
+        completions=True,
+        brief=True,
+    )
     assert completion(prepared) == (
         "<think>The tissue looks normal around one medium cyst in the left part.</think>"
         "<answer>The cyst is located at [4, 5, 10, 9].<seg></answer>"
@@ -168,7 +175,9 @@ def test_known_completion():
 
 
 def test_relative_frame_counts_in_thousandths():
-    prepared = prepare(one_box(40, 20, (4, 5, 10, 10)), None, completions=True, frame_kind="relative_1000")
+    prepared = prepare(
+        one_box(40, 20, (4, 5, 10, 10)), None, ImagePromptSettings(frame_kind="relative_1000"), completions=True
+    )
     assert "[100, 250, 250, 500]" in completion(prepared)
 
 
@@ -176,7 +185,7 @@ def test_qwen2_5_boxes_are_pixels_of_the_image_that_the_model_sees():
     _, processor = tiny_qwen2_5_vl(max_pixels=112 * 112)
     dataset = one_box(200, 200, (50, 100, 100, 200))
     for max_edge in (None, 150, 96):
-        prepared = prepare(dataset, processor, completions=True, max_edge=max_edge)
+        prepared = prepare(dataset, processor, ImagePromptSettings(max_edge=max_edge), completions=True)
         grid = processor.image_processor(prepared[0]["image"], return_tensors="pt")[
             "image_grid_thw"
         ]  # patches of 14 px
@@ -184,7 +193,7 @@ def test_qwen2_5_boxes_are_pixels_of_the_image_that_the_model_sees():
         assert edge == {None: 112, 150: 84, 96: 84}[max_edge]
         assert f"[{edge // 4}, {edge // 2}, {edge // 2}, {edge}]" in completion(prepared)
     assert "[250, 500, 500, 1000]" in completion(
-        prepare(dataset, processor, completions=True, frame_kind="relative_1000")
+        prepare(dataset, processor, ImagePromptSettings(frame_kind="relative_1000"), completions=True)
     )
 
 
@@ -193,7 +202,7 @@ def test_qwen2_5_boxes_are_pixels_of_the_image_that_the_model_sees():
 def test_completions_parse_back_to_the_boxes_of_the_mask(build, reasoning):
     _, processor = build()
     dataset = make_synthetic(8)
-    prepared = prepare(dataset, processor, completions=True, reasoning=reasoning, max_edge=100)
+    prepared = prepare(dataset, processor, ImagePromptSettings(reasoning=reasoning, max_edge=100), completions=True)
     for index, row in enumerate(prepared):
         assert isinstance(row, dict)
         assert row["image"].size == (100, 100)
@@ -216,9 +225,9 @@ def test_prompts_only_leave_rows_and_bytes_alone():
 
 def test_max_edge_keeps_the_aspect_and_never_enlarges():
     dataset = one_box(64, 16, (1, 2, 3, 4))
-    assert prepare(dataset, None, completions=False, max_edge=32)[0]["image"].size == (32, 8)
-    assert prepare(dataset, None, completions=False, max_edge=4)[0]["image"].size == (4, 1)
-    assert prepare(dataset, None, completions=False, max_edge=65)[0]["image"].size == (64, 16)
+    assert prepare(dataset, None, ImagePromptSettings(max_edge=32), completions=False)[0]["image"].size == (32, 8)
+    assert prepare(dataset, None, ImagePromptSettings(max_edge=4), completions=False)[0]["image"].size == (4, 1)
+    assert prepare(dataset, None, ImagePromptSettings(max_edge=65), completions=False)[0]["image"].size == (64, 16)
 
 
 def test_a_rotated_photo_is_turned_before_it_is_shrunk(tmp_path):
@@ -228,7 +237,7 @@ def test_a_rotated_photo_is_turned_before_it_is_shrunk(tmp_path):
     mask = np.zeros((20, 40), np.uint8)
     mask[5:10, 20:40] = 255
     dataset = dataset_of(str(tmp_path / "photo.png"), mask)
-    prepared = prepare(dataset, None, completions=True, max_edge=20, frame_kind="original_px")
+    prepared = prepare(dataset, None, ImagePromptSettings(max_edge=20, frame_kind="original_px"), completions=True)
     assert prepared[0]["image"].size == (20, 10)
     assert np.asarray(prepared[0]["image"])[5, 18].argmax() == 0
     assert "[20, 5, 40, 10]" in completion(prepared)
@@ -236,15 +245,17 @@ def test_a_rotated_photo_is_turned_before_it_is_shrunk(tmp_path):
 
 def test_own_reasoning_is_used_and_gaps_are_filled():
     dataset = make_synthetic(2, size=48).add_column("reasoning", ["Own words.", ""])  # pyright: ignore[reportCallIssue]
-    prepared = prepare(dataset, None, completions=True, brief=True, frame_kind="original_px")
+    prepared = prepare(dataset, None, ImagePromptSettings(frame_kind="original_px"), completions=True, brief=True)
     assert completion(prepared, 0).startswith("<think>Own words.</think>")
     assert completion(prepared, 1).startswith("<think>The breast looks normal around")
 
 
 def test_without_reasoning_the_instruction_asks_for_none():
-    prepared = prepare(make_synthetic(1), None, completions=True, reasoning=False, frame_kind="original_px")
+    prepared = prepare(
+        make_synthetic(1), None, ImagePromptSettings(reasoning=False, frame_kind="original_px"), completions=True
+    )
     assert "<think>" not in prepared[0]["prompt"][0]["content"] + completion(prepared)
-    assert prepared[0]["prompt"][0]["content"].endswith(ANSWER_ONLY_INSTRUCTION)
+    assert prepared[0]["prompt"][0]["content"].endswith(ImagePromptSettings(reasoning=False).full_instruction)
 
 
 def test_max_boxes_keeps_the_largest():
@@ -252,19 +263,21 @@ def test_max_boxes_keeps_the_largest():
     mask = np.asarray(dataset[0]["mask"]).copy()
     mask[30:40, 30:40] = 255
     dataset = dataset_of(dataset[0]["image"], mask)
-    prepared = prepare(dataset, None, completions=True, max_boxes=1, frame_kind="original_px")
+    prepared = prepare(dataset, None, ImagePromptSettings(frame_kind="original_px"), completions=True, max_boxes=1)
     assert re.findall(r"\[.*?\]", completion(prepared)) == ["[30, 30, 40, 40]"]
 
 
 @pytest.mark.parametrize("seg_token", ["<seg>", "<|mask|>", ""])
 def test_other_segmentation_tokens(seg_token):
-    prepared = prepare(make_synthetic(1), None, completions=True, frame_kind="original_px", seg_token=seg_token)
+    prepared = prepare(
+        make_synthetic(1), None, ImagePromptSettings(frame_kind="original_px", seg_token=seg_token), completions=True
+    )
     assert completion(prepared).endswith(f"].{seg_token}</answer>")
 
 
 def test_an_empty_mask_gives_a_valid_answer_without_boxes():
     dataset = one_box(16, 16, (0, 0, 0, 0))
-    prepared = prepare(dataset, None, completions=True, frame_kind="original_px")
+    prepared = prepare(dataset, None, ImagePromptSettings(frame_kind="original_px"), completions=True)
     prediction = parse_completion(completion(prepared), frame_for(None, (16, 16), kind="original_px"))
     assert prediction.valid
     assert len(prediction.boxes) == 0
@@ -283,15 +296,22 @@ def test_an_empty_mask_gives_a_valid_answer_without_boxes():
 )
 def test_texts_that_break_the_grammar(texts, message):
     with pytest.raises(DataError, match=message):
-        prepare(one_box(9, 9, (1, 1, 4, 4), **texts), None, completions=True, frame_kind="original_px")
+        prepare(
+            one_box(9, 9, (1, 1, 4, 4), **texts), None, ImagePromptSettings(frame_kind="original_px"), completions=True
+        )
 
 
 def test_bad_masks_name_the_row():
     image, grey = PILImage.new("RGB", (8, 6)), np.arange(48, dtype=np.uint8).reshape(6, 8)
     with pytest.raises(DataError, match=r"a\.png: the mask is 4 x 4 px, the image 8 x 6; expected the same size"):
-        prepare(dataset_of(image, np.zeros((4, 4), np.uint8)), None, completions=True, frame_kind="original_px")
+        prepare(
+            dataset_of(image, np.zeros((4, 4), np.uint8)),
+            None,
+            ImagePromptSettings(frame_kind="original_px"),
+            completions=True,
+        )
     with pytest.raises(DataError, match=r"mask of a\.png: a mask may hold 0 and one positive value, got 48 values"):
-        prepare(dataset_of(image, grey), None, completions=True, frame_kind="original_px")
+        prepare(dataset_of(image, grey), None, ImagePromptSettings(frame_kind="original_px"), completions=True)
 
 
 @pytest.mark.parametrize(
@@ -311,19 +331,26 @@ def test_bad_settings(settings, message):
 def test_unknown_frame():
     _, processor = tiny_qwen3_vl()
     with pytest.raises(FrameError, match=r"'pixels'; expected one of original_px"):
-        prepare(make_synthetic(1), processor, completions=True, frame_kind="pixels")  # type: ignore[arg-type]
+        prepare(make_synthetic(1), processor, ImagePromptSettings(frame_kind="pixels"), completions=True)  # type: ignore[arg-type]
 
 
 def test_missing_columns():
     with pytest.raises(DataError, match=r"dataset lacks the columns \['lesion'\]: expected .*'name'\], found"):
-        prepare(make_synthetic(1).remove_columns("lesion"), None, completions=True, frame_kind="original_px")
+        prepare(
+            make_synthetic(1).remove_columns("lesion"),
+            None,
+            ImagePromptSettings(frame_kind="original_px"),
+            completions=True,
+        )
 
 
 @pytest.mark.skipif(not LESIONS2D.is_dir(), reason="the real data set is not on this machine")
 def test_real_lesions_of_every_source():
     dataset = load_folder(LESIONS2D, validate=False)
     first = [dataset["source"].index(source) for source in sorted(set(dataset["source"]))]
-    prepared = prepare(dataset.select(first), None, completions=True, frame_kind="original_px", max_edge=128)
+    prepared = prepare(
+        dataset.select(first), None, ImagePromptSettings(frame_kind="original_px", max_edge=128), completions=True
+    )
     for index, row in enumerate(prepared):
         assert isinstance(row, dict)
         assert row["lesion"] in row["query"]

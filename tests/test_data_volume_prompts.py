@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from volume_builders import blocks, row_of
 
 from segrl.data import (
-    SLICE_INSTRUCTION,
     Volume,
     build_volume_prompt,
     format_slice_answer,
     load_volumes,
     prepare_volumes,
     read_grey,
-    read_truth,
     read_volume,
     render_slices,
     shown_frame,
@@ -30,8 +28,8 @@ from segrl.data import (
     write_volume,
 )
 from segrl.errors import DataError, FrameError
-from segrl.predictions import Frame, format_completion, parse_completion
-from segrl.tasks.volumes import VolumeReader
+from segrl.predictions import Frame, VolumePromptSettings, format_completion, parse_completion
+from segrl.tasks import VolumeTask
 
 VOLUMES3D = Path(__file__).parents[2] / "shared" / "data" / "volumes3d"
 PROCESSORS = {family: tiny_model(family)[1] for family in ("qwen2_5_vl", "qwen3_vl")}
@@ -127,10 +125,10 @@ class TestPrompt:
         kinds = [block["type"] for block in user["content"]]
         assert kinds == ["text", "image"] * 3 + ["text"]
         assert [block["text"] for block in user["content"][:-1:2]] == ["<slice 1>", "<slice 2>", "<slice 3>"]
-        assert user["content"][-1]["text"] == f"Where? {SLICE_INSTRUCTION}"
+        assert user["content"][-1]["text"] == f"Where? {VolumePromptSettings().full_instruction}"
 
     def test_the_instruction_is_an_example_of_the_answer(self):
-        keys = re.findall(r'"(\w+)"', SLICE_INSTRUCTION)
+        keys = re.findall(r'"(\w+)"', VolumePromptSettings().full_instruction)
         assert keys == list(json.loads(format_slice_answer(0, np.zeros((0, 4)), Frame("original_px", (8, 8)))))
 
 
@@ -215,7 +213,9 @@ class TestRows:
         write_volume(tmp_path / "both.nii.gz", Volume(values.astype(np.float32), volume.spacing_mm))
         found = [prepared([{**row, "label": str(tmp_path / "both.nii.gz"), "label_value": v}])[0] for v in (1, 2)]
         assert [row["key_slice"] for row in found] == [1, 3]
-        assert read_truth({**row, "label": str(tmp_path / "both.nii.gz"), "label_value": 2}, volume).sum() == 2
+        case = read_case({**row, "label": str(tmp_path / "both.nii.gz"), "label_value": 2})
+        assert case.mask is not None
+        assert case.mask.sum() == 2
 
 
 class TestKeySlice:
@@ -311,7 +311,12 @@ class TestErrors:
         with pytest.raises(DataError, match=r"dataset lacks the columns \['label_value', 'name'\]: expected \['scan'"):
             prepared([{key: value for key, value in row.items() if key not in ("label_value", "name")}])
         with pytest.raises(DataError, match="dataset has no rows: expected at least one"):
-            prepare_volumes(Dataset.from_list([row]).select([]), None, completions=False, frame_kind="original_px")
+            prepare_volumes(
+                Dataset.from_list([row]).select([]),
+                None,
+                VolumePromptSettings(frame_kind="original_px"),
+                completions=False,
+            )
 
     @pytest.mark.parametrize("name", ["slices", "size", "top_k", "max_boxes"])
     def test_numbers_below_one(self, name, tmp_path):
@@ -322,15 +327,20 @@ class TestErrors:
     def test_no_processor(self, kind, tmp_path):
         with pytest.raises(DataError, match=f"processor=None with frame_kind={kind!r}: pass the model's processor"):
             prepare_volumes(
-                Dataset.from_list([row_of(tmp_path, blocks([0, 4]))]), None, completions=True, frame_kind=kind
+                Dataset.from_list([row_of(tmp_path, blocks([0, 4]))]),
+                None,
+                VolumePromptSettings(frame_kind=kind),
+                completions=True,
             )
 
 
 @pytest.mark.skipif(not VOLUMES3D.is_dir(), reason="no real volumes here")
 def test_real_volumes_of_2_to_182_slices():
     rows = load_volumes(VOLUMES3D, validate=False)
-    for row in list[Any](prepare_volumes(rows, PROCESSORS["qwen3_vl"], completions=True, slices=64, size=32)):
-        (read,) = VolumeReader(PROCESSORS["qwen3_vl"])([row])
+    for row in list[Any](
+        prepare_volumes(rows, PROCESSORS["qwen3_vl"], VolumePromptSettings(slices=64, size=32), completions=True)
+    ):
+        (read,) = VolumeTask(PROCESSORS["qwen3_vl"]).read([row])
         assert row["slices"] == uniform_slices(read.target.depth, 64).tolist()
         answer = parse_completion(row["completion"][0]["content"], read.frame, require_seg=False, answer_format="json")
         assert answer.valid

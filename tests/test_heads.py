@@ -32,7 +32,7 @@ from segrl.heads import (
     find_mask_head,
     register_adapter,
 )
-from segrl.heads.decoding import add_masks, generation_states, masks_at, pad_ids
+from segrl.heads.decoding import Completions, add_masks, generation_states, masks_at
 from segrl.models import seg_token_id, tiny_tokenizer
 from segrl.predictions import Frame, Status, parse_completion
 from segrl.segmenters import Sam2Segmenter
@@ -44,6 +44,12 @@ ADAPTERS = [
     MLPAdapter(24, 16),
     MLPAdapter(24, 16, hidden_dim=5),
 ]
+
+
+def completions(ids, states):
+    batch = Completions.of(ids, "cpu")
+    batch.states = states
+    return batch
 
 
 def adapter_name(adapter):
@@ -1034,8 +1040,15 @@ class TestFiles:
 
 
 class TestDecoding:
-    def test_pad_ids(self):
-        assert pad_ids([[5, 6, 7], [8], []], "cpu").tolist() == [[5, 6, 7], [8, -1, -1], [-1, -1, -1]]
+    def test_completions(self):
+        batch = Completions.of([[5, 6, 7], [8], []], "cpu")
+        assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+        assert batch.exists.sum(1).tolist() == batch.own.sum(1).tolist() == [3, 1, 0]
+        assert batch.last_text_ids() == [[5, 6, 7], [8], []]
+        turns = Completions.of([[5, 6, 7, 8, 9], [1, 2]], "cpu", own=[[1, 0, 1, 1, 0], [1, 1]])
+        assert turns.last_text_ids() == [[7, 8], [1, 2]]
+        turns.known = torch.tensor([[True] * 5, [False] * 5])
+        assert turns.probed().tolist() == [[True, False, True, True, False], [False] * 5]
 
     def test_states_of_single_tokens_are_none(self):
         head: Any = find_mask_head(pair()[0])
@@ -1066,7 +1079,7 @@ class TestDecoding:
         tokenizer, predictions, ids = self.rows([good, "<think>A.</think><answer>No.</answer>", good + " x"])
         head = MaskHead(SegTokenProbe(seg_token_id(tokenizer)), LinearAdapter(8, 32), tiny_segmenter())
         states, inputs = noise(3, max(map(len, ids)) - 1, 8), [seg_input(head, n) for n in range(3)]
-        results = add_masks(head, predictions, pad_ids(ids, "cpu"), states, inputs, [(48, 64), (48, 64), (20, 30)])
+        results = add_masks(head, predictions, completions(ids, states), inputs, [(48, 64), (48, 64), (20, 30)])
         assert [result.status for result in results] == [p.status for p in predictions]
         assert results[0].valid
         assert results[1].mask is None
@@ -1089,14 +1102,14 @@ class TestDecoding:
         assert token_id not in letters
         head = MaskHead(SegTokenProbe(token_id), LinearAdapter(8, 32), tiny_segmenter())
         states = noise(1, len(letters), 8)
-        (result,) = add_masks(head, [prediction], pad_ids([letters], "cpu"), states, [seg_input(head)], [(48, 64)])
+        (result,) = add_masks(head, [prediction], completions([letters], states), [seg_input(head)], [(48, 64)])
         assert (result.mask, result.has_seg, result.status) == (None, False, Status.NO_SEG_TOKEN)
 
     def test_a_token_that_ends_a_cut_off_completion_has_no_mask(self):
         tokenizer, predictions, ids = self.rows(["<think>A.</think><answer>One at [1, 2, 3, 4].<seg>"])
         head = MaskHead(SegTokenProbe(seg_token_id(tokenizer)), LinearAdapter(8, 32), tiny_segmenter())
         states = noise(1, len(ids[0]) - 1, 8)
-        (result,) = add_masks(head, predictions, pad_ids(ids, "cpu"), states, [seg_input(head)], [(48, 64)])
+        (result,) = add_masks(head, predictions, completions(ids, states), [seg_input(head)], [(48, 64)])
         assert result.mask is None
         assert not result.valid
         assert result.status is predictions[0].status
@@ -1104,7 +1117,7 @@ class TestDecoding:
     def test_without_states_there_are_no_masks(self):
         tokenizer, predictions, ids = self.rows(["<seg>"])
         head = MaskHead(SegTokenProbe(seg_token_id(tokenizer)), LinearAdapter(8, 32), tiny_segmenter())
-        (result,) = add_masks(head, predictions, pad_ids(ids, "cpu"), None, [seg_input(head)], [(48, 64)])
+        (result,) = add_masks(head, predictions, completions(ids, None), [seg_input(head)], [(48, 64)])
         assert result.mask is None
         assert head.encoded_images == 0
 

@@ -1,5 +1,6 @@
 """`ReasoningSegmenter`: one question or many, images of any size and mode, saved and loaded."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from segrl.errors import CheckpointError, DataError
 from segrl.heads import SegInput, find_mask_head
 from segrl.heads.decoding import masks_at
 from segrl.losses import dice_ce
-from segrl.predictions import Status
+from segrl.predictions import ImagePromptSettings, Status
 
-SETTINGS = {"instruction": "Answer.", "max_new_tokens": 60}
+SETTINGS = ImagePromptSettings(instruction="Answer.", max_new_tokens=60)
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
 
 
@@ -41,7 +42,7 @@ def trained(tmp_path_factory, family, steps):
         }
         for n in range(20)
     ]
-    data = prepare(Dataset.from_list(rows), processor, completions=True, instruction="Answer.")
+    data = prepare(Dataset.from_list(rows), processor, ImagePromptSettings(instruction="Answer."), completions=True)
     args = SegSFTConfig(
         str(tmp_path_factory.mktemp(family)),
         **{"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
@@ -202,7 +203,7 @@ class TestImages:
         same(answer, segmenter.predict(upright, "Find it."), pixels=0)
 
     def test_max_edge_shrinks_what_is_shown_and_nothing_else(self, segmenter):
-        settings = {**SETTINGS, "max_edge": 112}
+        settings = replace(SETTINGS, max_edge=112)
         limited: Any = ReasoningSegmenter(segmenter.model, segmenter.processor, settings)
         image = picture((224, 112))
         answer = limited.predict(image, "Find it.")

@@ -10,11 +10,12 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 
 from segrl.caching import FeatureCache
-from segrl.errors import DataError, FrameError
+from segrl.errors import DataError, UnknownNameError
 from segrl.heads import MaskHead
 from segrl.heads.mask_head import SegInput
 from segrl.heads.probes import SegTokenProbe
-from segrl.tasks.images import RowReader, check_columns
+from segrl.predictions import ImagePromptSettings
+from segrl.tasks import ImageTask, check_columns
 
 
 def picture(seed=0, size=(40, 30), mode="RGB"):
@@ -32,8 +33,9 @@ def row(seed=0, box=(4, 6, 12, 16), **changes):
     return {"image": picture(seed), "mask": mask_of(box), "query": "Where?", "name": f"row {seed}", **changes}
 
 
-def reader(*args) -> Any:
-    return RowReader(*args)
+def reader(processor, segmenter=None, frame_kind: Any = None) -> Any:
+    head = None if segmenter is None else MaskHead(SegTokenProbe(5), torch.nn.Linear(4, 4), segmenter)
+    return ImageTask(processor, ImagePromptSettings(frame_kind=frame_kind), head).read
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +80,8 @@ class TestRead:
         _, processor = tiny_model()
         (read,) = reader(processor, segmenter, "original_px")([row()])
         assert read.frame.kind == "original_px"
-        with pytest.raises(FrameError, match="'inches'"):
-            reader(processor, segmenter, "inches")([row()])
+        with pytest.raises(UnknownNameError, match="'inches'"):
+            reader(processor, segmenter, "inches")
 
     def test_first_of_several_images(self, segmenter):
         given = row()

@@ -159,16 +159,14 @@ def test_a_stage_is_saved_continued_and_finished(tmp_path):
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert not is_finished(whole)
-    train_and_save(trainer(whole), {"instruction": "Look."})
+    train_and_save(trainer(whole))
     assert is_finished(whole)
     assert (whole / "model.safetensors").is_file()
-    assert json.loads((whole / "segrl.json").read_text())["instruction"] == "Look."
     history = json.loads((whole / "log_history.json").read_text())
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
     assert history[-1] == {"rewards/none/mean": None, "most": None, "note": "x", "step": 2}
 
     train_and_save(trainer(resumed, resume_from_checkpoint=str(whole / "checkpoint-1")))
-    assert not (resumed / "segrl.json").exists()
     again = json.loads((resumed / "log_history.json").read_text())
     assert again[0] == history[0]
     assert again[1]["loss"] == pytest.approx(history[1]["loss"], abs=1e-4)

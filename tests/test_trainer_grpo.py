@@ -31,9 +31,10 @@ from trainer_checks import (
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from segrl.errors import DataError, FrameError, RewardError, SegRLError, UnknownNameError
+from segrl.errors import DataError, RewardError, SegRLError, UnknownNameError
 from segrl.heads import DenseLoss
 from segrl.models import tiny_causal_lm
+from segrl.predictions import ImagePromptSettings
 from segrl.rewards import register_reward
 from segrl.trainers import SegGRPOConfig, SegGRPOTrainer
 
@@ -401,7 +402,7 @@ class TestStates:
 
         def keep(completions, **_):
             assert trainer._rollout is not None
-            states["rollout"] = trainer._rollout.states
+            states["rollout"] = trainer._rollout.completions.states
             return [0.0] * len(completions)
 
         args = grpo_args(
@@ -597,9 +598,8 @@ class TestBadInput:
             trainer.train()
 
     def test_unknown_frame(self, tmp_path):
-        trainer = self.trainer(tmp_path, settings={"frame_kind": "millimetres"})
-        with pytest.raises(FrameError, match="frame kind 'millimetres'; expected one of original_px"):
-            trainer.train()
+        with pytest.raises(UnknownNameError, match="'millimetres'"):
+            self.trainer(tmp_path, prompt_settings=ImagePromptSettings(frame_kind="millimetres"))  # pyright: ignore
 
     def test_failed_construction_keeps_the_head(self, tmp_path):
         model, processor = tiny_headed_model()
@@ -623,7 +623,8 @@ class TestBadInput:
                 tmp_path,
                 model=model,
                 processor=processor,
-                settings={"require_reasoning": required, "max_completion_length": 64},
+                settings={"max_completion_length": 64},
+                prompt_settings=ImagePromptSettings(reasoning=required),
                 rollout_func=written_rollout(["<answer>The cyst is located at [1, 2, 3, 4].<seg></answer>"]),
             )
             trainer.train()

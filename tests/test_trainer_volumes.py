@@ -1,6 +1,7 @@
 """Training on volumes: TRL's path of several images, masks by a frozen segmenter, and how often it encodes a slice."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from segrl.caching import FeatureCache
 from segrl.data import make_synthetic_volumes, prepare_volumes
 from segrl.errors import DataError, SegRLError, UnknownNameError
 from segrl.models import tiny_causal_lm
+from segrl.predictions import VolumePromptSettings
 from segrl.rewards import make_reward, weighted_sum
 from segrl.scoring import score_file
 from segrl.segmenters import PropagationRequest, VolumePropagator
-from segrl.tasks.volumes import VolumeReader
+from segrl.tasks import VolumeTask
 from segrl.trainers import SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
 
 pytestmark = [
@@ -31,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using 'rollout_func'"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning"),
 ]
-SHOWN = {"slices": 4, "size": 32, "frame_kind": "original_px", "instruction": "Answer."}
+SHOWN = VolumePromptSettings(slices=4, size=32, frame_kind="original_px", instruction="Answer.")
 MASK = blocks([0, 9, 9, 9, 9, 9, 9, 0])  # boxes 5, 2, 13, 3 and 7, 10, 8, 11 on its slices; 0, 2, 5, 7 are shown
 NEAR, FAR = [4, 1, 14, 5], [25, 15, 36, 22]
 
@@ -44,9 +46,9 @@ def text(number, *boxes):
     return f'<think>a</think><answer>{{"slice": {number}, "bbox_2d_list": {[list(box) for box in boxes]}}}</answer>'
 
 
-def prepared(rows, completions=False, **settings) -> Any:
+def prepared(rows, completions=False, brief=False, **settings) -> Any:
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    return prepare_volumes(dataset, None, completions=completions, **{**SHOWN, **settings})
+    return prepare_volumes(dataset, None, replace(SHOWN, **settings), completions=completions, brief=brief)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +81,13 @@ class Keeping(SegGRPOTrainer):
 
 
 def trainer_of(rows, reward_funcs, folder, *, model=None, kind: Any = SegGRPOTrainer, texts=None, **settings) -> Any:
-    names = ("propagator", "peft_config", "eval_dataset")
+    names = ("propagator", "peft_config", "eval_dataset", "prompt_settings")
     extra = {name: settings.pop(name) for name in names if name in settings}
     if texts is not None:
         extra["rollout_func"] = written_rollout(texts)
     model, processor = model or model_of()
-    args = grpo_args(folder, **{"frame_kind": "original_px", **settings})
+    args = grpo_args(folder, **settings)
+    extra.setdefault("prompt_settings", SHOWN)
     return kind(model, reward_funcs, args, train_dataset=rows, processing_class=processor, **extra)
 
 
@@ -281,21 +284,21 @@ class TestGrpo:
             max_steps=1,
         )
         trainer.train()
-        read = dict(zip(masks, VolumeReader(None, "original_px")(rows), strict=True))
+        read = dict(zip(masks, VolumeTask(None, SHOWN).read(rows), strict=True))
         assert set(collect.joined("name")) == {"one", "other"}
         for name, prediction, target in zip(*map(collect.joined, ("name", "prediction", "target")), strict=True):
             row = read[name]
             assert np.array_equal(target.mask, masks[name])
             expected = np.zeros_like(target.mask)
             if len(prediction.boxes):
-                request = PropagationRequest(row.grey, "", prediction.slice_index, prediction.boxes)
+                request = PropagationRequest(row.case.grey, "", prediction.slice_index, prediction.boxes)
                 expected = propagator(reach=None)([request])[0]
             assert np.array_equal(prediction.mask, expected)
         assert trainer.state.log_history[0]["rollout/encoded_slices"] == 8 + 3
 
     @pytest.mark.slow
     def test_matched_boxes_or_all(self, one, tmp_path):
-        grey = VolumeReader(None, "original_px")(one)[0].grey
+        grey = VolumeTask(None, SHOWN).read(one)[0].case.grey
 
         def expected(index, *boxes):
             return propagator()([PropagationRequest(grey, "", index, np.array(boxes, dtype=float).reshape(-1, 4))])[0]

@@ -18,7 +18,7 @@ from segrl.errors import DataError
 from segrl.evaluation import evaluate_oracle_boxes, evaluate_volumes, summarise_volumes, volume_record
 from segrl.inference import VolumeSegmenter
 from segrl.metrics import bootstrap_ci
-from segrl.predictions import Prediction, Status, VolumeTarget
+from segrl.predictions import Prediction, Status, VolumePromptSettings, VolumeTarget
 from segrl.reports import write_results
 from segrl.segmenters import PropagationRequest, VolumePropagator
 from segrl.testing.strategies import volume_targets
@@ -194,7 +194,7 @@ def keep(answers):
     return lambda *given: answers.append(given)
 
 
-SETTINGS = {"slices": 4, "size": 32, "max_new_tokens": 8}
+SETTINGS = VolumePromptSettings(slices=4, size=32, max_new_tokens=8)
 
 
 class TestEvaluate:

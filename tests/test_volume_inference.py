@@ -1,5 +1,6 @@
 """`VolumeSegmenter`: one question about a volume, whatever form the volume comes in; saved, loaded, asked again."""
 
+from dataclasses import replace
 import re
 from typing import Any
 
@@ -12,6 +13,8 @@ from marks import slow_to_build
 from peft import LoraConfig, PeftModel
 from volume_builders import blocks, row_of
 
+from segrl.data import read_case
+from segrl.predictions import VolumePromptSettings
 from segrl.data import Intensity, Volume, prepare_volumes, read_grey, read_volume
 from segrl.errors import CheckpointError, DataError
 from segrl.inference import VolumeSegmenter
@@ -19,7 +22,7 @@ from segrl.segmenters import ImageFeatures, PropagationRequest, VolumePropagator
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, SEGMENTER_WEIGHTS
 from segrl.trainers import SegSFTTrainer
 
-SETTINGS = {"slices": 4, "size": 32, "instruction": "Answer.", "frame_kind": "original_px", "max_new_tokens": 90}
+SETTINGS = VolumePromptSettings(slices=4, size=32, instruction="Answer.", frame_kind="original_px", max_new_tokens=90)
 QUESTION = "Where is it?"
 MASK = blocks([0, 9, 9, 9, 9, 9, 9, 0])  # 0, 2, 5, 7 are shown
 BOX = [4, 1, 34, 20]
@@ -45,8 +48,7 @@ def taught(folder, answers, steps=75) -> tuple[Any, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     scans = [row_of(folder, blocks([5] * depth, 24, 40), f"{depth}") for depth in (1, 3, 8)]
     rows = [{**scan, "query": question} for scan in scans for question in answers]
-    prompt = {name: value for name, value in SETTINGS.items() if name != "max_new_tokens"}
-    data = prepare_volumes(Dataset.from_list(rows), None, completions=False, **prompt)
+    data = prepare_volumes(Dataset.from_list(rows), None, SETTINGS, completions=False)
     completions = [[{"role": "assistant", "content": answers[row["query"]]}] for row in rows]
     data = data.add_column("completion", completions)
     args = sft_args(
@@ -112,9 +114,8 @@ class TestPredict:
 
     def test_the_prompt_is_that_of_training(self, segmenter, row):
         """Token by token and pixel by pixel what TRL makes of a prepared row."""
-        prompt = {name: value for name, value in SETTINGS.items() if name != "max_new_tokens"}
-        data: Any = prepare_volumes(Dataset.from_list([row]), None, completions=False, **prompt)
-        conversation, frame = segmenter._ask(read_grey(row["scan"], modality="MRI")[1], row["query"])
+        data: Any = prepare_volumes(Dataset.from_list([row]), None, SETTINGS, completions=False)
+        conversation, asked = segmenter._ask(read_case(row, label=False), row["query"])
         mine = segmenter._inputs([conversation])
         images = iter(data[0]["images"])
         content = [
@@ -124,7 +125,7 @@ class TestPredict:
         theirs = segmenter._inputs([[{"role": "user", "content": content}]])
         assert torch.equal(mine["input_ids"], theirs["input_ids"])
         assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
-        assert list(frame.slices) == data[0]["slices"]
+        assert list(asked.frame.slices) == data[0]["slices"]
 
     def test_a_batch_of_volumes_of_different_depth_equals_one_by_one(self, segmenter):
         rng = np.random.default_rng(0)
@@ -243,14 +244,13 @@ class TestSaved:
         assert loaded.predict(row["scan"], QUESTION).mask is None
 
     def test_settings_of_the_propagator_come_back(self, model, tmp_path):
-        made = VolumeSegmenter(model[0], model[1], {**SETTINGS, "postprocessing": False}, tiny_segmenter())
+        made = VolumeSegmenter(model[0], model[1], replace(SETTINGS, postprocessing=False), tiny_segmenter())
         made.save_pretrained(tmp_path)
         loaded = VolumeSegmenter.from_pretrained(tmp_path, device="cpu")
         for one in (made, loaded):
             assert one.propagator is not None
             assert (one.propagator.postprocessing, one.propagator.reach) == (False, None)
-        assert VolumeSegmenter(model[0], model[1]).settings == {"max_new_tokens": 256}
-        assert VolumeSegmenter(model[0], model[1], {"max_new_tokens": None}).settings == {"max_new_tokens": 256}
+        assert VolumeSegmenter(model[0], model[1]).settings.max_new_tokens == 256
 
     @pytest.mark.parametrize("merge", [False, True])
     def test_an_adapter(self, merge, row, tmp_path):

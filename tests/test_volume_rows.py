@@ -1,4 +1,4 @@
-"""`VolumeReader`: rows to truths, frames and grey values, read once while there is room."""
+"""`VolumeTask.read`: rows to truths, frames and grey values, read once while there is room."""
 
 from typing import Any
 
@@ -10,20 +10,24 @@ from volume_builders import blocks, row_of
 
 from segrl.data import prepare_volumes, read_grey
 from segrl.errors import DataError
-from segrl.tasks.volumes import VOLUME_COLUMNS, VolumeReader
+from segrl.predictions import VolumePromptSettings
+from segrl.tasks import VolumeTask
 
 
 def rows_of(folder, *masks, slices=3, **fields) -> list[Any]:
     rows = [row_of(folder, mask, f"volume {n}", **fields) for n, mask in enumerate(masks)]
     return list(
         prepare_volumes(
-            Dataset.from_list(rows), None, completions=False, slices=slices, size=32, frame_kind="original_px"
+            Dataset.from_list(rows),
+            None,
+            VolumePromptSettings(slices=slices, size=32, frame_kind="original_px"),
+            completions=False,
         )
     )
 
 
-def reader(**settings):
-    return VolumeReader(None, "original_px", **settings)
+def reader(processor=None, frame_kind: Any = "original_px", **settings) -> Any:
+    return VolumeTask(processor, VolumePromptSettings(frame_kind=frame_kind), **settings).read
 
 
 class TestReading:
@@ -35,33 +39,34 @@ class TestReading:
         assert found.target.spacing_mm == (3.0, 1.0, 1.0)
         for name in ("query", "modality", "anatomy", "lesion", "name"):
             assert getattr(found.target, name) == row[name]
-        assert np.array_equal(found.grey, read_grey(row["scan"], modality="MRI")[1])
+        assert np.array_equal(found.case.grey, read_grey(row["scan"], modality="MRI")[1])
         assert (found.frame.kind, found.frame.original_size) == ("original_px", (40, 24))
         assert found.frame.slices == (0, 2, 4)
-        assert found.nbytes == 2 * mask.size
 
     def test_the_frame_is_that_of_the_picture(self, tmp_path):
         _, processor = tiny_model("qwen2_5_vl")
         rows = [row_of(tmp_path, blocks([4, 4]))]
-        (row,) = list[Any](prepare_volumes(Dataset.from_list(rows), processor, completions=False, size=112))
-        (found,) = VolumeReader(processor)([row])
+        (row,) = list[Any](
+            prepare_volumes(Dataset.from_list(rows), processor, VolumePromptSettings(size=112), completions=False)
+        )
+        (found,) = reader(processor, None)([row])
         assert row["images"][0].size == (112, 67)
         assert found.frame.kind == "resized_px"
         assert found.frame.resized_size == (112, 56)  # multiples of 28
         assert found.frame.original_size == (40, 24)
-        assert VolumeReader(processor, "relative_1000")([row])[0].frame.kind == "relative_1000"
+        assert reader(processor, "relative_1000")([row])[0].frame.kind == "relative_1000"
 
     def test_intensity_and_value_of_the_row_count(self, tmp_path):
         (row,) = rows_of(tmp_path, blocks([4, 4]), intensity="window:0:100")
         (found,) = reader()([row])
-        assert np.array_equal(found.grey, read_grey(row["scan"], intensity="window:0:100")[1])
+        assert np.array_equal(found.case.grey, read_grey(row["scan"], intensity="window:0:100")[1])
         (none,) = reader()([{**row, "label_value": 7}])
         assert none.target.empty  # there is nothing to find, and the rewards know it
 
     def test_equal_volumes_have_equal_keys_and_others_do_not(self, tmp_path):
         first, other, taller = rows_of(tmp_path, blocks([4, 4]), blocks([4, 5]), blocks([4, 4], 48, 20))
         asked = {**first, "query": "What else?", "name": "again"}
-        keys = [row.key for row in reader()([first, other, taller, asked])]
+        keys = [row.case.key for row in reader()([first, other, taller, asked])]
         assert keys[0] == keys[3]
         assert len(set(keys)) == 3
 
@@ -98,7 +103,7 @@ class TestKeeping:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("column", ["images", *VOLUME_COLUMNS])
+    @pytest.mark.parametrize("column", VolumeTask.needed)
     def test_a_value_is_missing(self, column, tmp_path):
         (row,) = rows_of(tmp_path, blocks([4, 4]))
         with pytest.raises(

@@ -6,28 +6,27 @@ intensity instead of image and mask.
 
 from segrl.data.images.augmentation import augment
 from segrl.data.images.folder import check_rows, load_folder
-from segrl.data.images.prompts import ANSWER_ONLY_INSTRUCTION, INSTRUCTION, build_prompt, prepare
+from segrl.data.images.prompts import build_prompt, prepare, shown_image
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
 from segrl.data.manifest import write_manifest
 from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
-from segrl.data.volumes.case import grey_values, read_grey, read_truth
+from segrl.data.volumes.case import Case, CaseReader, grey_values, read_case, read_grey
 from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.data.volumes.intensity import CT_WINDOW, Intensity, intensity_for, scale_intensity
 from segrl.data.volumes.m3d_seg import M3D_SEG_DATASETS, load_m3d_seg
 from segrl.data.volumes.nifti import Volume, label_values, read_label, read_volume, write_mask, write_volume
-from segrl.data.volumes.prompts import SLICE_INSTRUCTION, build_volume_prompt, format_slice_answer, prepare_volumes
+from segrl.data.volumes.prompts import build_volume_prompt, format_slice_answer, prepare_volumes
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.data.volumes.synthetic import VOLUME_LESIONS, SyntheticVolume, make_synthetic_volumes, make_volume
 
 __all__ = [
-    "ANSWER_ONLY_INSTRUCTION",
     "CT_WINDOW",
-    "INSTRUCTION",
     "LESIONS",
     "M3D_SEG_DATASETS",
-    "SLICE_INSTRUCTION",
     "VOLUME_LESIONS",
+    "Case",
+    "CaseReader",
     "Intensity",
     "Scene",
     "SyntheticVolume",
@@ -53,13 +52,14 @@ __all__ = [
     "make_volume",
     "prepare",
     "prepare_volumes",
+    "read_case",
     "read_grey",
     "read_label",
-    "read_truth",
     "read_volume",
     "render_slices",
     "scale_intensity",
     "shown_frame",
+    "shown_image",
     "uniform_slices",
     "write_folder",
     "write_manifest",

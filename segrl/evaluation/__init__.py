@@ -1,5 +1,6 @@
 """A model judged on a data set: one record per row, and the baselines beside it."""
 
+from segrl.evaluation.base import OnAnswer, overlap_record
 from segrl.evaluation.constant_mask import constant_mask_baseline, evaluate_constant_mask
 from segrl.evaluation.images import evaluate
 from segrl.evaluation.volumes import (
@@ -14,11 +15,13 @@ from segrl.evaluation.volumes import (
 __all__ = [
     "VOLUME_GROUPINGS",
     "VOLUME_METRICS",
+    "OnAnswer",
     "constant_mask_baseline",
     "evaluate",
     "evaluate_constant_mask",
     "evaluate_oracle_boxes",
     "evaluate_volumes",
+    "overlap_record",
     "summarise_volumes",
     "volume_record",
 ]

@@ -1,84 +1,68 @@
-"""Evaluation on a data set: one record per row, and the best constant mask as the floor that any model must beat."""
+"""Evaluation on a data set of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.progress import track
 
-from segrl.errors import DataError
+from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
 from segrl.geometry.masks import binarize
 from segrl.inference.images import ReasoningSegmenter
-from segrl.metrics.overlap import dice, failure, iou
-from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target
 
-_GROUPS = ("query", "modality", "anatomy", "lesion", "name")
+__all__ = ["evaluate", "read_image_target"]
 
 
 def evaluate(
-    segmenter: ReasoningSegmenter, dataset: Dataset, *, batch_size: int = 16, progress: bool = True
-) -> tuple[list[dict[str, Any]], list[Prediction], list[Target]]:
+    segmenter: ReasoningSegmenter,
+    dataset: Dataset,
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    on_answer: OnAnswer | None = None,
+) -> list[dict[str, Any]]:
     """Ask the model about every row, greedily.
 
     Args:
-        segmenter: the model.
-        dataset: columns image, mask, query, and modality, anatomy, lesion, name where known.
-        batch_size: rows per generation.
-        progress: show a progress bar.
+        segmenter: The model.
+        dataset: Columns image, mask, query, and modality, anatomy, lesion, name where known.
+        batch_size: Rows per generation.
+        progress: Show a progress bar.
+        on_answer: Called for every row with its number, the image, the prediction and the target; to draw or keep what
+            the records do not hold.
 
     Returns:
-        Records for `segrl.metrics.summarise` (dice and iou in 0..1 at the mask's own size, fail, the row's texts, the
-        model's text), predictions and targets, all in the order of the rows. A prediction without a mask counts as an
-        empty one, so that an empty truth without a lesion is met by it; `fail` is Dice = 0 or an invalid format
-        (CORE-Seg).
+        One record per row for `segrl.metrics.summarise`, in order: dice and iou in [0, 1] at the mask's own size, fail,
+        the row's texts, the model's text, status and boxes.
 
     Raises:
         DataError: `batch_size` is below 1, or a mask is not binary.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
-    records, predictions, targets = [], [], []
-    starts: Iterable[int] = range(0, len(dataset), batch_size)
-    for start in track(starts, "evaluate", disable=not progress):
-        rows = [dataset[n] for n in range(start, min(start + batch_size, len(dataset)))]
-        truths = [_target(row) for row in rows]
-        answers = segmenter.predict_batch(
-            [row["image"] for row in rows], [row["query"] for row in rows], sizes=[(t.width, t.height) for t in truths]
-        )
-        for answer, truth in zip(answers, truths, strict=True):
-            records.append(_record(answer, truth))
-        predictions += answers
-        targets += truths
-    return records, predictions, targets
 
+    def answer(batch: list[tuple[Any, Target]]) -> Any:
+        images, targets = [image for image, _ in batch], [target for _, target in batch]
+        sizes = [(target.width, target.height) for target in targets]
+        return segmenter.predict_batch(images, [target.query for target in targets], sizes=sizes)
 
-def _record(prediction: Prediction, target: Target) -> dict[str, Any]:
-    mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
-    return {
-        **_texts(target),
-        "dice": dice(mask, target.mask),
-        "iou": iou(mask, target.mask),
-        "fail": failure(prediction.mask, target.mask, prediction.valid),
-        "status": str(prediction.status.value),
-        "text": prediction.text,
-        "boxes": prediction.boxes.tolist(),
-    }
-
-
-def _texts(target: Target) -> dict[str, str]:
-    return {name: getattr(target, name) for name in _GROUPS}
-
-
-def _target(row: Any) -> Target:
-    name = str(row.get("name") or "row")
-    return Target.from_mask(
-        binarize(np.asarray(row["mask"]), name), **{key: str(row.get(key) or "") for key in _GROUPS}
+    return score_rows(
+        dataset,
+        lambda row: (row["image"], read_image_target(row)),
+        answer,
+        overlap_record,
+        title="evaluate",
+        batch_size=batch_size,
+        progress=progress,
+        on_answer=on_answer,
     )
 
 
-def _without_images(dataset: Dataset) -> Dataset:
-    return dataset.remove_columns("image") if "image" in dataset.column_names else dataset
+def read_image_target(row: dict[str, Any]) -> Target:
+    """The ground truth of a row with the column `mask`.
+
+    Raises:
+        DataError: The mask is not binary; names the row.
+    """
+    texts = Target.texts_of(row)
+    return Target.from_mask(binarize(np.asarray(row["mask"]), texts["name"] or "row"), **texts)

@@ -9,18 +9,17 @@ can be expected to do better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.progress import track
 
-from segrl.data.volumes.case import read_grey, read_truth
+from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.prompts import format_slice_answer
-from segrl.errors import DataError
+from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
 from segrl.inference.volumes import VolumeSegmenter
-from segrl.metrics.overlap import dice, iou
 from segrl.metrics.summary import summarise
 from segrl.metrics.surfaces import hausdorff, surface_dice
 from segrl.predictions.frames import Frame
@@ -51,56 +50,38 @@ VOLUME_METRICS = {
 }
 VOLUME_GROUPINGS = ("lesion",)  # the structure: a data set of organs names them in this column
 _UNDEFINED = ("hd95_mm",)
-_TEXTS = ("query", "modality", "anatomy", "lesion", "name")
 
 
 def volume_record(prediction: Prediction, target: VolumeTarget, *, nsd_tolerance_mm: float = 2.0) -> dict[str, Any]:
     """Score one answer about a volume; plain Python values, ready for JSON.
 
-    A prediction without a mask counts as an empty one, so that an answer which names nothing is right about a volume
-    that holds nothing.
-
     Args:
-        prediction: Its (D, H, W) mask is compared with the truth; its slice and boxes with that slice of it.
-        target: Truth, spacing in millimetres and texts.
+        prediction: Its (D, H, W) mask is compared with the ground truth; its slice and boxes with that slice of it.
+        target: Ground truth, spacing in millimetres and texts.
         nsd_tolerance_mm: Distance up to which two surfaces agree, millimetres; at least 0.
 
     Returns:
-        A record for `summarise_volumes`:
+        What `segrl.evaluation.overlap_record` says of the voxels, and
 
-        - "dice", "iou": of the voxels, in [0, 1]; both masks empty 1.0, exactly one empty 0.0.
-        - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None.
-        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0.
-        - "fail": Dice is 0 or the text is invalid.
-        - "slice_visibility", "slice_boxes": the rewards of these names, which pay nothing for an invalid text.
-        - "slice_index", "boxes" (original pixels), "status", "text" of the prediction, and the texts of the target.
-
-        Where "hd95_mm" is None there is no distance: such a volume counts in the other scores alone.
+        - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None:
+          where there is no distance, a volume counts in the other scores alone,
+        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0,
+        - "slice_visibility", "slice_boxes": the rewards of these names, 0.0 for an invalid text,
+        - "slice_index" of the prediction.
 
     Raises:
-        DataError: The mask has another shape than the truth, which is named, or a tolerance below 0.
+        DataError: The mask has another shape than the ground truth, which is named, or a tolerance below 0.
     """
+    record = overlap_record(prediction, target)
     mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
-    if mask.shape != target.mask.shape:
-        raise DataError(
-            f"{target.name or 'volume'}: the predicted mask has shape {mask.shape}, the true one {target.mask.shape}; "
-            "put the prediction on the grid of the scan"
-        )
-    overlap = dice(mask, target.mask)
     distance = hausdorff(mask, target.mask, spacing=target.spacing_mm)
     return {
-        **{name: getattr(target, name) for name in _TEXTS},
-        "dice": overlap,
-        "iou": iou(mask, target.mask),
-        "fail": not prediction.valid or overlap == 0.0,
+        **record,
         "hd95_mm": distance if math.isfinite(distance) else None,
         "nsd": surface_dice(mask, target.mask, nsd_tolerance_mm, target.spacing_mm),
         "slice_visibility": make_reward("slice_visibility").score(prediction, target),
         "slice_boxes": make_reward("slice_boxes").score(prediction, target),
         "slice_index": prediction.slice_index,
-        "boxes": prediction.boxes.tolist(),
-        "status": str(prediction.status.value),
-        "text": prediction.text,
     }
 
 
@@ -124,9 +105,6 @@ def summarise_volumes(
         DataError: As `segrl.metrics.summarise`.
     """
     return summarise(records, metrics=VOLUME_METRICS, groupings=groupings, optional=_UNDEFINED)
-
-
-OnAnswer = Callable[[int, np.ndarray, Prediction, VolumeTarget], None]
 
 
 def evaluate_volumes(
@@ -156,10 +134,19 @@ def evaluate_volumes(
         DataError: `batch_size` is below 1, or a file cannot be read.
     """
 
-    def answers(read: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
-        return segmenter.predict_batch([grey for grey, _ in read], [target.query for _, target in read])
+    def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+        return segmenter.predict_batch([grey for grey, _ in batch], [target.query for _, target in batch])
 
-    return _scored("evaluate", answers, dataset, batch_size, nsd_tolerance_mm, progress, on_answer)
+    return score_rows(
+        dataset,
+        partial(_read, CaseReader(0)),
+        answer,
+        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm),
+        title="evaluate",
+        batch_size=batch_size,
+        progress=progress,
+        on_answer=on_answer,
+    )
 
 
 def evaluate_oracle_boxes(
@@ -188,34 +175,20 @@ def evaluate_oracle_boxes(
         DataError: As `evaluate_volumes`.
     """
 
-    def answers(read: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
-        said = [_true_answer(target) for _, target in read]
-        return add_volume_masks(propagator, said, [grey for grey, _ in read], [""] * len(read))
+    def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+        written = [_true_answer(target) for _, target in batch]
+        return add_volume_masks(propagator, written, [grey for grey, _ in batch], [""] * len(batch))
 
-    return _scored("oracle", answers, dataset, batch_size, nsd_tolerance_mm, progress, on_answer)
-
-
-def _scored(
-    title: str,
-    answers: Callable[[list[tuple[np.ndarray, VolumeTarget]]], list[Prediction]],
-    dataset: Dataset,
-    batch_size: int,
-    nsd_tolerance_mm: float,
-    progress: bool,
-    on_answer: OnAnswer | None,
-) -> list[dict[str, Any]]:
-    """A record of every row, of what `answers` says to the grey values and truths of a batch."""
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
-    records: list[dict[str, Any]] = []
-    starts = range(0, len(dataset), batch_size)
-    for start in track(starts, title, len(starts), disable=not progress):
-        read = [_read(dataset[n]) for n in range(start, min(start + batch_size, len(dataset)))]
-        for answer, (grey, target) in zip(answers(read), read, strict=True):
-            if on_answer is not None:
-                on_answer(len(records), grey, answer, target)
-            records.append(volume_record(answer, target, nsd_tolerance_mm=nsd_tolerance_mm))
-    return records
+    return score_rows(
+        dataset,
+        partial(_read, CaseReader(0)),
+        answer,
+        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm),
+        title="oracle",
+        batch_size=batch_size,
+        progress=progress,
+        on_answer=on_answer,
+    )
 
 
 def _true_answer(target: VolumeTarget) -> Prediction:
@@ -228,8 +201,7 @@ def _true_answer(target: VolumeTarget) -> Prediction:
     return parse_completion(format_completion("The truth.", answer), frame, require_seg=False, answer_format="json")
 
 
-def _read(row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
-    """Grey values and truth of a row."""
-    volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
-    mask = read_truth(row, volume, allow_empty=True)
-    return grey, VolumeTarget(mask, volume.spacing_mm, **{name: str(row.get(name) or "") for name in _TEXTS})
+def _read(read_case: CaseReader, row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
+    """Grey values and ground truth of a row."""
+    case = read_case(row, allow_empty=True)
+    return case.grey, case.target(row)

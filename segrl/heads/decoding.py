@@ -6,73 +6,157 @@ B rows, T completion tokens, D language-model width, h mask side, H x W original
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segrl.errors import SegRLError
 from segrl.heads.mask_head import MaskHead
 from segrl.heads.requests import Recording, SegInput
+from segrl.predictions.parsing import SEG_TOKEN
 from segrl.predictions.prediction import Prediction, Status
+
+__all__ = ["Completions", "add_masks", "check_token", "generation_states", "masks_at"]
+
+
+@dataclass(eq=False)
+class Completions:
+    """Completion tokens of a batch, which of them the model wrote, and the backbone's states at them.
+
+    Attributes:
+        ids: (B, T) token ids, 0 behind the end of a row.
+        exists: (B, T) bool, False on padding.
+        own: (B, T) bool, True where the model wrote the token: not padding, and not what tools or environments said.
+        states: (B, T', D), or None while there are none. T' may be T - 1: the last token of a cut-off completion was
+            never fed back.
+        known: (B, T) bool, False where a state means nothing, as in a completion that was hidden from attention; None:
+            all mean something.
+    """
+
+    ids: Tensor
+    exists: Tensor
+    own: Tensor
+    states: Tensor | None = None
+    known: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[Sequence[int]],
+        device: torch.device | str,
+        own: Sequence[Sequence[int]] | None = None,
+    ) -> Completions:
+        """Build from nested lists.
+
+        Args:
+            ids: Tokens of each completion.
+            device: Where the tensors go.
+            own: For each token 1 where the model wrote it, 0 for others; None: the model wrote all.
+
+        Example:
+            >>> batch = Completions.of([[5, 6, 7], [8]], "cpu", own=[[1, 0, 1], [1]])
+            >>> batch.own.tolist(), batch.last_text_ids()
+            ([[True, False, True], [True, False, False]], [[7], [8]])
+        """
+        longest = max(len(row) for row in ids)
+        written = own if own is not None else [[1] * len(row) for row in ids]
+        filled = [[*map(int, row), *[0] * (longest - len(row))] for row in ids]
+        exists = [[True] * len(row) + [False] * (longest - len(row)) for row in ids]
+        mask = [[*map(bool, row), *[False] * (longest - len(row))] for row in written]
+        return cls(*(torch.tensor(values, device=device) for values in (filled, exists, mask)))
+
+    def last_text_ids(self) -> list[list[int]]:
+        """The last run of tokens that the model wrote in each row; with tools or environments, its last turn."""
+        result = []
+        for ids, own in zip(self.ids.tolist(), self.own.tolist(), strict=True):
+            end = next((n + 1 for n in reversed(range(len(ids))) if own[n]), 0)
+            start = next((n + 1 for n in reversed(range(end)) if not own[n]), 0)
+            result.append(ids[start:end])
+        return result
+
+    def probed(self) -> Tensor:
+        """(B, T) bool: tokens that a probe may choose."""
+        return self.own if self.known is None else self.own & self.known
+
+
+def check_token(head: MaskHead, tokenizer: Any) -> None:
+    """Refuse a head whose probe looks for a token that is not this tokenizer's normal `<seg>`.
+
+    Raises:
+        SegRLError: Another token, or a special one, which TRL drops from the text that rewards read.
+    """
+    token_id = getattr(head.probe, "token_id", None)
+    if token_id is None:
+        return
+    known = tokenizer.added_tokens_decoder.get(token_id)
+    if known is None or known.content != SEG_TOKEN:
+        found = "no added token" if known is None else repr(known.content)
+        raise SegRLError(
+            f"{type(head.probe).__name__}(token_id={token_id}): {found} of this tokenizer, expected {SEG_TOKEN!r}; "
+            "add it with segrl.models.ensure_seg_token(model, processor) and build the head with the id it returns"
+        )
+    if known.special:
+        raise SegRLError(
+            f"{known.content!r} is a special token: TRL drops those from the text that rewards read. "
+            "Add it as a normal token (segrl.models.ensure_seg_token)"
+        )
 
 
 def generation_states(recording: Recording, ids: Sequence[Sequence[int]]) -> Tensor | None:
-    """States "B T D" of the completion tokens `ids` from a generation recorded with `last_only=True`.
+    """States (B, T - 1, D) of the completion tokens `ids` from a generation recorded with `last_only=True`.
 
-    Token t's state is the backbone's output when t was fed back. The last token of the longest completion never was,
-    so T is one less than its length; what comes before the fed tokens is the prompt. None if nothing was fed back.
+    Token t's state is the backbone's output when t was fed back. The last token of the longest completion never was;
+    what comes before the fed tokens is the prompt. None if nothing was fed back.
     """
     fed = max(len(row) for row in ids) - 1
     return torch.cat(recording.calls[-fed:], dim=1) if fed > 0 else None
-
-
-def pad_ids(ids: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
-    """Completions as one tensor "B T", filled with -1."""
-    longest = max(len(row) for row in ids)
-    return torch.tensor([list(row) + [-1] * (longest - len(row)) for row in ids], device=device)
 
 
 @torch.no_grad()
 def add_masks(
     head: MaskHead,
     predictions: Sequence[Prediction],
-    ids: Tensor,
-    states: Tensor | None,
-    inputs: Sequence[SegInput],
+    completions: Completions,
+    inputs: Sequence[SegInput | None],
     sizes: Sequence[tuple[int, int]],
     *,
     probabilities: bool = False,
 ) -> list[Prediction]:
-    """The predictions with masks in original pixels, decoded in one batched call.
+    """Return the predictions with masks in original pixels, decoded in one batched call.
 
     Args:
-        head: the mask head.
-        predictions: one per row, parsed from the text.
-        ids: completion tokens "B T", -1 where there is none (`pad_ids`).
-        states: backbone states of these tokens "B T' D". T' may be T - 1: a `<seg>` that is the last token of a
-            cut-off completion was never fed back, its answer is not closed, and it gets no mask.
-        inputs: the segmenter's input per row; the same object for the same image.
+        head: The mask head.
+        predictions: One per row, parsed from the text.
+        completions: Tokens and states. A `<seg>` that is the last token of a cut-off completion was never fed back, its
+            answer is not closed, and it gets no mask.
+        inputs: The segmenter's input per row; the same object for the same image; None where there is nothing to see.
         sizes: (H, W) of each row's mask.
-        probabilities: whether predictions also carry the foreground probabilities of their masks.
+        probabilities: Whether predictions also carry the foreground probabilities of their masks.
 
     Returns:
         Predictions with `mask`, or without one and with `has_seg=False` where the token itself is not in the
         completion, even if its letters are.
     """
     found: dict[int, np.ndarray] = {}
+    states = completions.states
+    index, valid = head.probe(completions.ids, completions.probed())
     if states is not None:
-        index, valid = head.probe(ids.clamp(min=0), ids >= 0)
-        valid = valid & (index < states.size(1))
-        rows = valid.any(1).nonzero()[:, 0]
-        if len(rows):
+        usable = valid & (index < states.size(1))
+        rows = [n for n in usable.any(1).nonzero()[:, 0].tolist() if inputs[n] is not None]
+        if rows:
             position = index[rows].clamp(max=states.size(1) - 1).unsqueeze(-1).expand(-1, -1, states.size(-1))
             chosen = states[rows].gather(1, position)
-            logits = head(chosen, valid[rows], [inputs[n] for n in rows.tolist()])
-            full = masks_at(logits, [sizes[n] for n in rows.tolist()], probabilities=probabilities)
-            found = dict(zip(rows.tolist(), full, strict=True))
-    return [_settled(prediction, found.get(n)) for n, prediction in enumerate(predictions)]
+            logits = head(chosen, usable[rows], [item for n in rows if (item := inputs[n]) is not None])
+            full = masks_at(logits, [sizes[n] for n in rows], probabilities=probabilities)
+            found = dict(zip(rows, full, strict=True))
+    return [
+        prediction if inputs[n] is None else _with_mask(prediction, found.get(n))
+        for n, prediction in enumerate(predictions)
+    ]
 
 
 def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]], *, probabilities: bool = False) -> list[np.ndarray]:
@@ -88,7 +172,7 @@ def masks_at(logits: Tensor, sizes: Sequence[tuple[int, int]], *, probabilities:
     return [result[n] for n in range(len(sizes))]
 
 
-def _settled(prediction: Prediction, found: np.ndarray | None) -> Prediction:
+def _with_mask(prediction: Prediction, found: np.ndarray | None) -> Prediction:
     """The prediction with a mask, which is given as such or as probabilities."""
     if found is not None:
         return prediction.with_mask(found) if found.dtype == np.bool_ else prediction.with_mask(found > 0.5, found)

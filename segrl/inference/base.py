@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from segrl.errors import CheckpointError, DataError
-from segrl.heads.attach import attach_mask_head, detach_mask_head
+from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
+from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
+from segrl.hub import is_hub_name
 from segrl.models.backbone import base_instance
 from segrl.models.loading import load_vlm
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.tasks import Task
 
-__all__ = ["SETTINGS", "SegmenterBase", "save_settings"]
-
-SETTINGS = "segrl.json"
+__all__ = ["SegmenterBase", "find_run"]
 
 
 class SegmenterBase:
-    """A trained model, its processor and how it is to be asked: what asking about images and volumes has in common.
+    """A trained model, its processor and how it is asked; use `ReasoningSegmenter` or `VolumeSegmenter`.
 
     Args:
-        model: a vision-language model, with a mask head or without.
-        processor: its processor.
-        settings: how the training data was built; saved with the model.
+        model: A vision-language model, with a mask head or without.
+        processor: Its processor.
+        settings: How the training data was prepared; the task's defaults when None.
+
+    Raises:
+        CheckpointError: The settings are those of another task.
     """
 
-    def __init__(self, model: Any, processor: Any, settings: dict[str, Any] | None = None) -> None:
-        self.model, self.processor = model, processor
-        self.settings = dict(settings or {})
+    settings_class: ClassVar[type[PromptSettings]]
+
+    def __init__(self, model: Any, processor: Any, settings: PromptSettings | None = None) -> None:
+        settings = settings if settings is not None else self.settings_class()
+        if not isinstance(settings, self.settings_class):
+            raise CheckpointError(
+                f"{type(self).__name__}: the model was trained on {settings.task}, expected a model of "
+                f"{self.settings_class.task}; segrl.inference.load picks the class that fits"
+            )
+        self.model, self.processor, self.settings = model, processor, settings
 
     @classmethod
     def from_pretrained(
@@ -44,25 +57,29 @@ class SegmenterBase:
         dtype: Any = None,
         merge: bool = False,
         trainable: bool = False,
+        head: MaskHead | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load what a segrl trainer saved: a full model or a PEFT adapter, the mask head, and the prompt settings.
 
         Args:
-            folder: an output directory or one of its `checkpoint-*` folders.
-            device: where to put it; a CUDA device if there is one when None.
-            dtype: of the language model.
-            merge: fold a PEFT adapter into the base model.
-            trainable: let a PEFT adapter be trained further (all else is trainable by itself).
-            kwargs: to `from_pretrained` of the language model.
+            folder: An output directory, one of its `checkpoint-*` folders, or a hub repository `owner/name`.
+            device: Where to put it; a CUDA device if there is one when None.
+            dtype: Of the language model.
+            merge: Fold a PEFT adapter into the base model.
+            trainable: Let a PEFT adapter be trained further (all else is trainable by itself).
+            head: A mask head built in code, which gets the saved weights; None builds it from `mask_head.json`.
+            kwargs: To `from_pretrained` of the language model.
 
         Raises:
-            CheckpointError: no model there, or weights that do not fit.
+            CheckpointError: No model there, weights that do not fit, or a run of another task.
         """
-        path = Path(folder)
-        if not path.is_dir():
+        path = find_run(folder)
+        settings = load_prompt_settings(path)
+        if settings is not None and not isinstance(settings, cls.settings_class):
             raise CheckpointError(
-                f"model folder {str(folder)!r} does not exist; pass an output directory of a segrl run"
+                f"{str(folder)!r} is a run on {settings.task}, expected one on {cls.settings_class.task}; "
+                "segrl.inference.load picks the class that fits"
             )
         model: Any
         if (path / "adapter_config.json").is_file():
@@ -72,9 +89,8 @@ class SegmenterBase:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if (path / HEAD_CONFIG).is_file():
             attach_mask_head(model, MaskHead.from_pretrained(path, tokenizer=processor.tokenizer))
-        settings = next((p / SETTINGS for p in (path, path.parent) if (p / SETTINGS).is_file()), None)
         model.eval()
-        return cls(model, processor, json.loads(settings.read_text(encoding="utf-8")) if settings else None)
+        return cls(model, processor, settings)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model, processor, mask head and prompt settings; `from_pretrained` gives the same predictions."""
@@ -88,7 +104,7 @@ class SegmenterBase:
                 attach_mask_head(self.model, head)
                 head.save_pretrained(path)
         self.processor.save_pretrained(path)
-        save_settings(path, self.settings)
+        self.settings.save(path)
 
     def push_to_hub(self, repository: str, **kwargs: Any) -> Any:
         """Upload what `save_pretrained` writes to a hub repository, created if needed (not run in segrl's tests)."""
@@ -101,24 +117,39 @@ class SegmenterBase:
             HfApi().create_repo(repository, exist_ok=True)
             return HfApi().upload_folder(repo_id=repository, folder_path=folder, **kwargs)
 
+    @property
+    def task(self) -> Task:
+        """Reads answers and makes masks, as in training."""
+        raise NotImplementedError
+
     @torch.no_grad()
-    def _answer(
-        self, conversations: Sequence[Any], generation: dict[str, Any], head: MaskHead | None = None
-    ) -> tuple[list[list[int]], list[str], Any]:
-        """One answer for each conversation, in one batch; greedy unless `generation` says otherwise.
+    def _predict(
+        self, conversations: Sequence[Any], rows: Sequence[Any], generation: dict[str, Any], **mask_settings: Any
+    ) -> list[Prediction]:
+        """One prediction for each conversation, in one batch; greedy unless `generation` says otherwise.
 
         Args:
-            conversations: messages whose image blocks hold their images.
-            generation: to `model.generate`.
-            head: a mask head that listens.
-
-        Returns:
-            The tokens that were generated, the texts up to the first end token, and what the head recorded.
+            conversations: Messages whose image blocks hold their images.
+            rows: What each conversation is about, as the task reads them.
+            generation: To `model.generate`.
+            mask_settings: To `add_masks` of the task.
         """
+        task, head = self.task, find_mask_head(self.model)
+        completions, texts = self._answer(conversations, generation, head)
+        reading = self.settings.completion_format
+        reading = replace(reading, require_seg=reading.require_seg and head is not None)
+        predictions = [reading.parse(text, row.frame) for text, row in zip(texts, rows, strict=True)]
+        inputs = task.seg_inputs(rows, predictions)
+        return task.add_masks(predictions, rows, completions, inputs, **mask_settings)
+
+    def _answer(
+        self, conversations: Sequence[Any], generation: dict[str, Any], head: MaskHead | None
+    ) -> tuple[Completions, list[str]]:
+        """Generated tokens up to the first end token, with their states where a head listens, and their texts."""
         inputs = self._inputs(conversations)
         options = {
             "do_sample": False,
-            "max_new_tokens": self.settings.get("max_new_tokens") or 512,
+            "max_new_tokens": self.settings.max_new_tokens,
             "suppress_tokens": _image_tokens(self.model),
             **generation,
         }
@@ -131,8 +162,11 @@ class SegmenterBase:
         with head.record(last_only=True) if head is not None else nullcontext() as recording:
             output = self.model.generate(**inputs, **options)
         written = output[:, inputs["input_ids"].size(1) :].tolist()
-        texts = self.processor.tokenizer.batch_decode([self._trimmed(row) for row in written], skip_special_tokens=True)
-        return written, texts, recording
+        ids = [self._trimmed(row) for row in written]
+        completions = Completions.of(ids, base_instance(self.model).device)
+        if recording is not None:
+            completions.states = generation_states(recording, written)
+        return completions, self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _inputs(self, conversations: Sequence[Any]) -> Any:
         """Conversations as a padded batch on the model's device."""
@@ -157,10 +191,25 @@ class SegmenterBase:
         return ids[: stop + 1]
 
 
-def save_settings(folder: str | os.PathLike, settings: dict[str, Any]) -> None:
-    """Write how a model is to be asked beside its files, as `segrl.json`, which `from_pretrained` reads."""
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (Path(folder) / SETTINGS).write_text(text, encoding="utf-8")
+def find_run(name: str | os.PathLike) -> Path:
+    """Return the folder of a run: a folder as it is, a hub repository `owner/name` after its download.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if is_hub_name(str(name)):  # not run in segrl's tests, which are offline
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(name)))
+        except OSError as error:
+            raise CheckpointError(f"{str(name)!r}: no such folder, and the hub says: {error}") from error
+    raise CheckpointError(
+        f"model folder {str(name)!r} does not exist; pass an output directory of a segrl run, or owner/name on the hub"
+    )
 
 
 def _image_tokens(model: Any) -> list[int] | None:

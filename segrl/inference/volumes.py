@@ -7,24 +7,27 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from rich.progress import Progress
 
-from segrl.data.volumes.case import grey_values, read_grey
+from segrl.caching.content import content_key
+from segrl.data.volumes.case import Case, grey_values
 from segrl.data.volumes.intensity import Intensity
-from segrl.data.volumes.nifti import Volume
-from segrl.data.volumes.prompts import SLICE_INSTRUCTION, build_volume_prompt
+from segrl.data.volumes.nifti import Volume, read_volume
+from segrl.data.volumes.prompts import build_volume_prompt
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.errors import DataError
-from segrl.inference.base import SegmenterBase
-from segrl.predictions.parsing import parse_completion
+from segrl.heads.attach import find_mask_head
+from segrl.inference.base import SegmenterBase, find_run
 from segrl.predictions.prediction import Prediction
-from segrl.segmenters.propagated_masks import add_volume_masks
+from segrl.predictions.prompt_settings import VolumePromptSettings
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, Sam2Segmenter
+from segrl.tasks.volumes import VolumeRow, VolumeTask
 
 __all__ = ["VolumeSegmenter"]
 
@@ -33,28 +36,34 @@ class VolumeSegmenter(SegmenterBase):
     """A trained model that answers about volumes, and the frozen segmenter that turns its boxes into a mask.
 
     Args:
-        model: A vision-language model.
+        model: A vision-language model, with a mask head or without.
         processor: Its processor.
-        settings: How the training data was built: `slices`, `size`, `instruction`, `reasoning`, `frame_kind`,
-            `max_new_tokens`, and `postprocessing` of the propagator. What is missing gets the defaults of
-            `segrl.data.prepare_volumes` and 256 new tokens.
-        segmenter: SAM 2; None leaves predictions without masks.
+        settings: How the training data was prepared; the defaults of `VolumePromptSettings` when None.
+        segmenter: SAM 2, which propagates boxes (or the head's mask of the named slice) through the volume; None leaves
+            predictions with the head's mask, or without masks.
     """
+
+    settings_class = VolumePromptSettings
+    settings: VolumePromptSettings
 
     def __init__(
         self,
         model: Any,
         processor: Any,
-        settings: dict[str, Any] | None = None,
+        settings: VolumePromptSettings | None = None,
         segmenter: Sam2Segmenter | None = None,
     ) -> None:
-        given = dict(settings or {})
-        super().__init__(model, processor, {**given, "max_new_tokens": given.get("max_new_tokens") or 256})
+        super().__init__(model, processor, settings)
         self.segmenter = segmenter
         self.propagator: VolumePropagator | None = None
         if segmenter is not None:
-            postprocessing = self.settings.get("postprocessing", True)
-            self.propagator = VolumePropagator(segmenter, reach=None, postprocessing=postprocessing)
+            self.propagator = VolumePropagator(segmenter, reach=None, postprocessing=self.settings.postprocessing)
+
+    @property
+    def task(self) -> VolumeTask:
+        return VolumeTask(
+            self.processor, self.settings, find_mask_head(self.model), self.propagator, prompt_boxes="all"
+        )
 
     @classmethod
     def from_pretrained(
@@ -63,16 +72,17 @@ class VolumeSegmenter(SegmenterBase):
         """Load a run.
 
         Args:
-            folder: An output directory or one of its checkpoints.
+            folder: An output directory, one of its checkpoints, or a hub repository.
             segmenter: SAM 2, or the path of its weights; None takes the one that was saved with the run, if any.
             kwargs: See `ReasoningSegmenter.from_pretrained`.
 
         Raises:
-            CheckpointError: No model there, or weights that do not fit.
+            CheckpointError: No model there, weights that do not fit, or a run on images.
         """
-        loaded = super().from_pretrained(folder, **kwargs)
+        path = find_run(folder)
+        loaded = super().from_pretrained(path, **kwargs)
         if segmenter is None:
-            home = next((p for p in (Path(folder), Path(folder).parent) if (p / SEGMENTER_CONFIG).is_file()), None)
+            home = next((p for p in (path, path.parent) if (p / SEGMENTER_CONFIG).is_file()), None)
             segmenter = None if home is None else Sam2Segmenter.from_pretrained(home)
         elif isinstance(segmenter, str | os.PathLike):
             segmenter = Sam2Segmenter.from_pretrained(os.fspath(segmenter))
@@ -108,9 +118,9 @@ class VolumeSegmenter(SegmenterBase):
             volumes: Paths of scans, `Volume`s, or grey values (D, H, W) uint8 in the order of
                 `segrl.data.volumes.intensity`. Equal objects are read and encoded once.
             queries: One question each.
-            modalities: Such as "CT": decides how voxels become grey values, see `segrl.data.intensity_for`; one for
-                all or one each.
-            intensity: The scaling itself.
+            modalities: Such as "CT", one for all or one each. A scan is scaled to grey values as the training rows of
+                its modality were; see `VolumePromptSettings.scaling_for`.
+            intensity: The scaling itself, in the place of that of training.
             progress: Show a progress bar of the slices that the segmenter has done.
             generation: To `model.generate`.
 
@@ -129,31 +139,15 @@ class VolumeSegmenter(SegmenterBase):
             raise DataError(f"{len(kinds)} modalities for {len(volumes)} volumes; expected one per volume, or one text")
         if not volumes:
             return []
-        known: dict[tuple[Any, str], np.ndarray] = {}
-        greys = []
-        for volume, kind in zip(volumes, kinds, strict=True):
+        cases: dict[tuple[Any, str], Case] = {}
+        conversations, rows = [], []
+        for volume, kind, query in zip(volumes, kinds, queries, strict=True):
             key = (str(volume) if isinstance(volume, str | Path) else id(volume), kind)
-            if key not in known:
-                known[key] = _grey(volume, kind, str(intensity))
-            greys.append(known[key])
-        conversations, frames = [], []
-        for grey, query in zip(greys, queries, strict=True):
-            conversation, frame = self._ask(grey, query)
+            if key not in cases:
+                cases[key] = self._case(volume, kind, str(intensity))
+            conversation, row = self._ask(cases[key], query)
             conversations.append(conversation)
-            frames.append(frame)
-        _, texts, _ = self._answer(conversations, generation)
-        predictions = [
-            parse_completion(
-                text,
-                frame,
-                require_seg=False,
-                require_reasoning=self.settings.get("reasoning", True),
-                answer_format="json",
-            )
-            for text, frame in zip(texts, frames, strict=True)
-        ]
-        if self.propagator is None:
-            return predictions
+            rows.append(row)
         with Progress(disable=not progress) if progress else nullcontext() as bar:
             task = None if bar is None else bar.add_task("propagate", total=None)
 
@@ -161,32 +155,34 @@ class VolumeSegmenter(SegmenterBase):
                 if bar is not None and task is not None:
                     bar.update(task, completed=done, total=total)
 
-            return add_volume_masks(self.propagator, predictions, greys, [""] * len(greys), progress=show)
+            return self._predict(conversations, rows, generation, progress=show)
 
-    def _ask(self, grey: np.ndarray, query: str) -> tuple[list[dict[str, Any]], Any]:
-        """The conversation with its images, and the frame of the answer, as `prepare_volumes` builds them."""
-        shown = uniform_slices(len(grey), self.settings.get("slices", 64))
-        images = render_slices(grey, shown, self.settings.get("size", 256))
-        instruction = self.settings.get("instruction")
-        conversation = build_volume_prompt(query, len(shown), SLICE_INSTRUCTION if instruction is None else instruction)
+    def _ask(self, case: Case, query: str) -> tuple[list[dict[str, Any]], VolumeRow]:
+        """The conversation with its images, and what it is about, as `prepare_volumes` and the task build them."""
+        shown = uniform_slices(len(case.grey), self.settings.slices)
+        images = render_slices(case.grey, shown, self.settings.size)
+        conversation = build_volume_prompt(query, len(shown), self.settings.full_instruction)
         waiting = iter(images)
         for block in conversation[0]["content"]:
             if block["type"] == "image":
                 block["image"] = next(waiting)
-        kind = self.settings.get("frame_kind")
-        return conversation, shown_frame(self.processor, grey.shape, shown, images[0].size, kind)
+        frame = shown_frame(self.processor, case.grey.shape, shown, images[0].size, self.settings.frame_kind)
+        return conversation, VolumeRow(None, frame, case)
 
-
-def _grey(volume: Volume | np.ndarray | str | Path, modality: str, intensity: str) -> np.ndarray:
-    if isinstance(volume, np.ndarray):
-        if volume.dtype != np.uint8 or volume.ndim != 3 or not volume.size:
+    def _case(self, volume: Volume | np.ndarray | str | Path, modality: str, intensity: str) -> Case:
+        """The grey values of a volume, scaled as in training."""
+        if isinstance(volume, np.ndarray):
+            if volume.dtype != np.uint8 or volume.ndim != 3 or not volume.size:
+                raise DataError(
+                    f"volume: {volume.dtype} array of shape {volume.shape}; expected grey values (D, H, W) uint8, as "
+                    "segrl.data.scale_intensity gives them, or a Volume or path"
+                )
+            return Case(Volume(volume), content_key(volume))
+        if not isinstance(volume, Volume | str | Path):
             raise DataError(
-                f"volume: {volume.dtype} array of shape {volume.shape}; expected grey values (D, H, W) uint8, as "
-                "segrl.data.scale_intensity gives them, or a Volume or path"
+                f"volume: {type(volume).__name__}; expected a path, a Volume or grey values (D, H, W) uint8"
             )
-        return volume
-    if isinstance(volume, Volume):
-        return grey_values(volume, modality=modality, intensity=intensity)
-    if not isinstance(volume, str | Path):
-        raise DataError(f"volume: {type(volume).__name__}; expected a path, a Volume or grey values (D, H, W) uint8")
-    return read_grey(str(volume), modality=modality, intensity=intensity)[1]
+        scan = volume if isinstance(volume, Volume) else read_volume(volume)
+        modality, intensity = self.settings.scaling_for(modality, intensity)
+        grey = grey_values(scan, modality=modality, intensity=intensity)
+        return Case(replace(scan, voxels=grey), content_key(grey))

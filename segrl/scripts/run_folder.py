@@ -17,7 +17,6 @@ from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
 from segrl.errors import CheckpointError, DataError, SegRLError
-from segrl.inference.base import save_settings
 from segrl.reports.results_file import versions, write_results
 
 __all__ = ["check_batches", "check_output", "claim_output", "find_stage1", "is_finished", "train_and_save"]
@@ -117,21 +116,18 @@ def check_batches(config: Any, rows: Sized) -> None:
         )
 
 
-def train_and_save(trainer: Any, settings: Mapping[str, Any] | None = None) -> None:
+def train_and_save(trainer: Any) -> None:
     """Train a stage to its end and save it in the trainer's `output_dir`, on every process.
 
     The checkpoint that `resume_from_checkpoint` of the trainer's settings names is continued.
 
     Args:
         trainer: A trainer of segrl, TRL or transformers.
-        settings: How the model is asked, for `segrl.json` (see `segrl.inference.save_settings`); None writes none.
     """
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     folder = Path(trainer.args.output_dir)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        if settings is not None:
-            save_settings(folder, dict(settings))
         history: Any = [{key: _finite(value) for key, value in entry.items()} for entry in trainer.state.log_history]
         write_results(folder / HISTORY, history)  # last: `is_finished` looks for it
     trainer.accelerator.wait_for_everyone()

@@ -28,6 +28,7 @@ def add_volume_masks(
     targets: Sequence[VolumeTarget] | None = None,
     *,
     prompt_boxes: PromptBoxes = "all",
+    slice_masks: Sequence[np.ndarray | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
     """Predictions with the mask of the whole volume.
@@ -41,6 +42,8 @@ def add_volume_masks(
         targets: The truths, which "matched" needs.
         prompt_boxes: "all" boxes prompt the segmenter, or, as MedVol-R1 trains, only those "matched" one-to-one to a
             true box on the named slice that they touch.
+        slice_masks: For each prediction the mask (H, W) bool on its named slice that is propagated in place of the
+            boxes; None for one that has none.
         progress: See `VolumePropagator`.
 
     Returns:
@@ -59,6 +62,12 @@ def add_volume_masks(
     for row, (prediction, volume, key) in enumerate(zip(predictions, volumes, keys, strict=True)):
         index, boxes = prediction.slice_index, prediction.boxes
         if index is None or not 0 <= index < len(volume):
+            continue
+        if slice_masks is not None:
+            start = slice_masks[row]
+            if start is not None and start.any():
+                requests.append(PropagationRequest(volume, key, index, mask=start))
+                rows.append(row)
             continue
         if prompt_boxes == "matched" and targets is not None:
             boxes = boxes[match_boxes(boxes, targets[row].at(index).boxes).pred_index]

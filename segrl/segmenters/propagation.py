@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class PropagationRequest:
         slice_index: The slice that the boxes are on, 0..D-1.
         boxes: (N, 4) xyxy half-open, pixels of the slice. What lies outside is cut off; a box without area inside the
             slice prompts nothing.
+        mask: (H, W) bool, one more object on that slice, given by its mask; None or all False: there is none.
 
     Raises:
         SegRLError: A shape, dtype or index that does not fit, or a box that is not a number.
@@ -55,7 +56,8 @@ class PropagationRequest:
     volume: np.ndarray
     key: str
     slice_index: int
-    boxes: np.ndarray
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    mask: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         volume, boxes = self.volume, self.boxes
@@ -71,17 +73,22 @@ class PropagationRequest:
             )
         if boxes.ndim != 2 or boxes.shape[1] != 4 or np.isnan(boxes).any():
             raise SegRLError(f"boxes: expected (N, 4) numbers, got shape {boxes.shape}: {boxes.tolist()}")
+        if self.mask is not None and (self.mask.shape != volume.shape[1:] or self.mask.dtype != np.bool_):
+            raise SegRLError(
+                f"mask: expected bool {volume.shape[1:]}, the size of a slice, got {self.mask.dtype} {self.mask.shape}"
+            )
 
 
 @dataclass(frozen=True)
 class _Object:
-    """One box: where its masks go, where it starts, and how many slices it is followed down and up."""
+    """One box or mask: where its masks go, where it starts, and how many slices it is followed down and up."""
 
     row: int
     volume: Any
     start: int
     box: np.ndarray  # xyxy, fractions of the slice
     lengths: tuple[int, int]
+    mask: np.ndarray | None = None  # (H, W) bool, in the place of the box
 
     def length(self, direction: int) -> int:
         return self.lengths[direction > 0]
@@ -179,6 +186,8 @@ class VolumePropagator:
         for box in np.clip(np.asarray(request.boxes, dtype=np.float64), 0, size):
             if (box[2:] > box[:2]).all():
                 yield _Object(row, _identity(request), request.slice_index, box / size, lengths)
+        if request.mask is not None and request.mask.any():
+            yield _Object(row, _identity(request), request.slice_index, np.zeros(4), lengths, request.mask)
 
     def _batches(self, objects: list[_Object], volumes: dict[Any, PropagationRequest]) -> Iterator[list[_Object]]:
         """Yield objects that advance together: of whole volumes, about `batch_size`, alike in SAM 2's scale of time."""
@@ -207,11 +216,10 @@ class VolumePropagator:
         num_frames = max(len(volumes[item.volume].volume) for item in batch)
         chunks: list[tuple[Tracker, list[tuple[_Object, int]]]] = []
         slices.need([item.location(1, 0) for item in batch])
-        for at in range(0, len(batch), self.batch_size):
-            part = batch[at : at + self.batch_size]
-            boxes = torch.tensor(np.stack([item.box for item in part]), dtype=torch.float32, device=device)
+        for part in _parts(batch, self.batch_size):
+            features = slices.take([item.location(1, 0) for item in part])
             tracker = Tracker(self.segmenter, num_frames)
-            found = tracker.start(slices.take([item.location(1, 0) for item in part]), boxes)
+            found = tracker.start(features, **self._prompts(part, device))
             _write(masks, [(item.row, item.start) for item in part], found.logits)
             tracks = [(row, direction) for row, item in enumerate(part) for direction in (-1, 1)]
             tracks = [(row, direction) for row, direction in tracks if part[row].length(direction)]
@@ -232,6 +240,15 @@ class VolumePropagator:
                 rows_and_slices = zip(tracks, locations, strict=True)
                 _write(masks, [(item.row, index) for (item, _), (_, index) in rows_and_slices], found.logits)
             yield
+
+    def _prompts(self, part: Sequence[_Object], device: torch.device) -> dict[str, Tensor]:
+        """Arguments of `Tracker.start`: boxes (N, 4), or masks (N, S, S) where the objects are given by masks."""
+        if part[0].mask is None:
+            return {"boxes": torch.tensor(np.stack([item.box for item in part]), dtype=torch.float32, device=device)}
+        side = self.segmenter.image_size
+        given = [torch.from_numpy(item.mask)[None, None].float() for item in part if item.mask is not None]
+        resized = [F.interpolate(mask, size=(side, side), mode="bilinear", antialias=True) for mask in given]
+        return {"masks": (torch.cat(resized)[:, 0] > 0.5).to(device)}
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -311,6 +328,14 @@ class _Slices:
             self._features[location] = ImageFeatures(own)
             if cache is not None and key is not None:
                 cache.put(key, own)
+
+
+def _parts(objects: Sequence[_Object], size: int) -> Iterator[list[_Object]]:
+    """The objects in groups of at most `size`, those given by boxes apart from those given by masks."""
+    for masks in (False, True):
+        alike = [item for item in objects if (item.mask is not None) == masks]
+        for at in range(0, len(alike), size):
+            yield alike[at : at + size]
 
 
 def _identity(request: PropagationRequest) -> Any:

@@ -83,17 +83,22 @@ class Tracker:
         self._followed: dict[int, _Memory] = {}
         self._frame = 0
 
-    def start(self, features: ImageFeatures, boxes: Tensor) -> FrameMasks:
+    def start(self, features: ImageFeatures, boxes: Tensor | None = None, masks: Tensor | None = None) -> FrameMasks:
         """Return the masks of the prompted frames.
 
         Args:
             features: Of N frames (`Sam2Segmenter.encode_frames`).
             boxes: (N, 4) xyxy, fractions of width and height in 0..1.
+            masks: (N, S, S) bool in the place of boxes; SAM 2 remembers them as they are.
         """
+        if masks is not None:
+            found, self._prompted = self._run(features, None, masks[:, None].float())
+            return found
+        assert boxes is not None
         corners = boxes.reshape(-1, 2, 2) * self._sam.image_size
         labels = torch.tensor([[2, 3]], dtype=torch.int32, device=boxes.device).expand(len(corners), -1)
-        masks, self._prompted = self._run(features, {"point_coords": corners, "point_labels": labels})
-        return masks
+        found, self._prompted = self._run(features, {"point_coords": corners, "point_labels": labels})
+        return found
 
     def branch(self, rows: Tensor) -> Tracker:
         """Return a tracker that goes on from frame 0 with the objects of these rows, in this order; rows may repeat."""
@@ -119,8 +124,11 @@ class Tracker:
         self._forget()
         return masks
 
-    def _run(self, features: ImageFeatures, points: dict[str, Tensor] | None) -> tuple[FrameMasks, _Memory]:
+    def _run(
+        self, features: ImageFeatures, points: dict[str, Tensor] | None, masks: Tensor | None = None
+    ) -> tuple[FrameMasks, _Memory]:
         sam = self._sam
+        as_output, sam.use_mask_input_as_output_without_sam = sam.use_mask_input_as_output_without_sam, True
         stride16, stride8, stride4 = features.tensors
         levels = [stride4, stride8, stride16]
         sizes = [tuple(level.shape[-2:]) for level in levels]
@@ -130,18 +138,19 @@ class Tracker:
         hook = sam.sam_mask_decoder.register_forward_hook(lambda *call: raw.append(call[-1][0]))
         _, outputs, _, _ = sam._track_step(
             frame_idx=self._frame,
-            is_init_cond_frame=points is not None,
+            is_init_cond_frame=points is not None or masks is not None,
             current_vision_feats=flat,
             current_vision_pos_embeds=[position.flatten(2).permute(2, 0, 1)],
             feat_sizes=sizes,
             point_inputs=points,
-            mask_inputs=None,
+            mask_inputs=masks,
             output_dict={"cond_frame_outputs": {0: self._prompted}, "non_cond_frame_outputs": self._followed},
             num_frames=self._num_frames,
             track_in_reverse=False,  # backwards is the same computation: only distances from the current frame enter
             prev_sam_mask_logits=None,
         )
         hook.remove()
+        sam.use_mask_input_as_output_without_sam = as_output
         _, _, ious, chosen, chosen_high, pointer, scores = outputs
         memory, positions = sam._encode_new_memory(
             current_vision_feats=flat,
@@ -152,6 +161,8 @@ class Tracker:
         )
         count = len(pointer)
         positions = [level[:1].expand(count, -1, -1, -1) for level in positions]  # the same for every object
+        if masks is not None:  # a mask that is given is the only candidate
+            raw = [chosen]
         return FrameMasks(chosen[:, 0], raw[0], ious, scores[:, 0]), _Memory(memory, positions, pointer)
 
     def _forget(self) -> None:

@@ -1,9 +1,8 @@
-"""Data set rows to targets, frames and segmenter inputs; equal content gives one object, so it is encoded once."""
+"""Images: rows with `image` and `mask`, masks decoded by the head from the states of answers."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,111 +10,125 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from segrl.caching.content import content_key
 from segrl.errors import DataError, SegRLError
 from segrl.geometry.masks import binarize, soft_target
-from segrl.heads.mask_head import MaskHead, SegInput
-from segrl.predictions.frames import Frame, FrameKind, frame_for
-from segrl.predictions.parsing import SEG_TOKEN
-from segrl.predictions.target import Target
+from segrl.heads.decoding import Completions, add_masks, check_token
+from segrl.heads.mask_head import MaskHead
+from segrl.heads.requests import SegInput
+from segrl.predictions.frames import Frame, frame_for
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.prompt_settings import ImagePromptSettings
+from segrl.predictions.target import METADATA_COLUMNS, Target
+from segrl.rewards.reward import Reward
 
-__all__ = []
-
-SEG_COLUMNS = ("mask", "query", "modality", "anatomy", "lesion", "name")  # what is read beside the image
+__all__ = ["ImageRow", "ImageTask"]
 
 
 @dataclass(eq=False)
-class SegRow:
-    """One data set row, read: the truth, the frame of the boxes that the model writes, and the segmenter's input."""
+class ImageRow:
+    """One data set row, read.
 
-    target: Target
-    frame: Frame
-    seg_input: SegInput | None
-
-
-class RowReader:
-    """Reads rows with the columns `image` (or `images`, of which the first is segmented) and `mask`.
-
-    Args:
-        processor: the model's processor; it decides the frame of written boxes.
-        segmenter: prepares the segmenter's input; None when there is no mask head, and then rows need no image.
-        frame_kind: overrides the frame that the processor implies.
+    Attributes:
+        target: The ground truth; None in inference, where nobody knows it.
+        frame: Of the boxes that the model writes.
+        seg_input: What the head's segmenter sees; None without a head.
     """
 
-    def __init__(self, processor, segmenter=None, frame_kind: FrameKind | None = None) -> None:
-        self.processor, self.segmenter = processor, segmenter
-        self.frame_kind: FrameKind | None = frame_kind
+    target: Target | None
+    frame: Frame
+    seg_input: SegInput | None = None
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[SegRow]:
-        """Rows of a batch in order. Repeated rows (the G samples of a group) share one `SegRow`.
+
+class ImageTask:
+    """Rows with the columns `image` (or `images`, whose first is segmented) and `mask`; see `segrl.tasks.base.Task`.
+
+    Args:
+        processor: The model's processor; it decides the frame of written boxes.
+        settings: How the model is asked.
+        head: The model's mask head; None when there is none, and then rows need no image.
+    """
+
+    columns = ("mask", *METADATA_COLUMNS)
+
+    def __init__(
+        self, processor: Any, settings: ImagePromptSettings | None = None, head: MaskHead | None = None
+    ) -> None:
+        self.processor, self.head = processor, head
+        self.settings = settings or ImagePromptSettings()
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return ("mask",) if self.head is None else ("image", "mask")
+
+    @property
+    def makes_masks(self) -> bool:
+        return self.head is not None
+
+    def check(self, rewards: Sequence[Reward], tokenizer: Any) -> None:
+        for reward in rewards:
+            if reward.volume:
+                raise SegRLError(f"reward {reward.name!r} reads the ground truth of a volume, and the rows are images")
+        if self.head is not None:
+            check_token(self.head, tokenizer)
+
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> list[ImageRow]:
+        """Read rows; equal content gives one object, so that an image is encoded once.
 
         Raises:
-            DataError: a row has no image or no mask, or the mask is not binary; names the row.
+            DataError: A row has no image or no mask, or the mask is not binary; names the row.
         """
-        known: dict[bytes, SegRow] = {}
-        first: dict[bytes, SegInput] = {}
+        known: dict[str, ImageRow] = {}
+        first: dict[str, SegInput] = {}
         result = []
         for number, row in enumerate(rows):
             name = str(row.get("name") or f"row {number} of the batch")
-            image, mask = _image(row, name, needed=self.segmenter is not None), _mask(row, name)
-            fields = {key: str(row.get(key) or "") for key in ("query", "modality", "anatomy", "lesion")}
-            digest = hashlib.blake2b(digest_size=16)
-            if image is not None:
-                digest.update(str(image.size).encode() + image.tobytes())
-            image_key = digest.digest()
-            digest.update(str((mask.shape, mask.dtype, fields)).encode() + mask.tobytes())
-            key = digest.digest()
+            image, mask = _image(row, name, needed=self.head is not None), _mask(row, name)
+            texts = Target.texts_of(row)
+            image_key = content_key(image)
+            key = content_key(image_key, mask, texts)
             if key not in known:
-                known[key] = self._read(image, mask, name, fields, first.get(image_key), image_key.hex())
-                own = known[key].seg_input
-                if own is not None:
-                    first.setdefault(image_key, own)
+                target = Target.from_mask(binarize(mask, name), **{**texts, "name": name})
+                seg_input = self._input(image, target, first.get(image_key), image_key)
+                known[key] = ImageRow(target, self._frame(image, target), seg_input)
+                if seg_input is not None:
+                    first.setdefault(image_key, seg_input)
             result.append(known[key])
         return result
 
-    def _read(
-        self,
-        image: Image.Image | None,
-        mask: np.ndarray,
-        name: str,
-        fields: dict[str, str],
-        same: SegInput | None,
-        key: str,
-    ) -> SegRow:
-        target = Target.from_mask(binarize(mask, name), name=name, **fields)
+    def _frame(self, image: Image.Image | None, target: Target) -> Frame:
         size = (target.width, target.height)
-        shown = size if image is None else image.size
-        frame = frame_for(self.processor, shown, original_size=size, kind=self.frame_kind)
-        if self.segmenter is None:
-            return SegRow(target, frame, None)
-        side = self.segmenter.mask_size
-        truth = soft_target(target.mask, (side, side), quantised=True)
-        pixels = partial(self.segmenter.preprocess, image)  # called only if the image has to be encoded
-        return SegRow(target, frame, SegInput(pixels, target=truth, same_image=same, key=key))
+        return frame_for(self.processor, size if image is None else image.size, size, kind=self.settings.frame_kind)
 
+    def _input(self, image: Image.Image | None, target: Target, same: SegInput | None, key: str) -> SegInput | None:
+        if self.head is None or image is None:
+            return None
+        segmenter = self.head.segmenter
+        dense = soft_target(target.mask, (segmenter.mask_size, segmenter.mask_size), quantised=True)
+        pixels = partial(segmenter.preprocess, image)  # called only if the image has to be encoded
+        return SegInput(pixels, target=dense, same_image=same, key=key)
 
-def check_columns(datasets: Mapping[str, Any], needed: Collection[str]) -> None:
-    """Check before training that every data set has the columns that masks need; a stream may not know its columns.
+    def seg_inputs(
+        self, rows: Sequence[ImageRow], predictions: Sequence[Prediction] | None = None
+    ) -> list[SegInput | None]:
+        return [row.seg_input for row in rows]
 
-    Args:
-        datasets: `{"train_dataset": ..., "eval_dataset": ...}`; a value may be None or a dict of data sets.
-        needed: column names; `images` counts as `image`.
+    def add_masks(
+        self,
+        predictions: Sequence[Prediction],
+        rows: Sequence[ImageRow],
+        completions: Completions | None,
+        inputs: Sequence[SegInput | None],
+        *,
+        probabilities: bool = False,
+    ) -> list[Prediction]:
+        if self.head is None or completions is None:
+            return list(predictions)
+        sizes = [(row.frame.original_size[1], row.frame.original_size[0]) for row in rows]
+        return add_masks(self.head, predictions, completions, inputs, sizes, probabilities=probabilities)
 
-    Raises:
-        DataError: a column is missing; names the data set and the columns that it has.
-    """
-    for name, dataset in datasets.items():
-        if isinstance(dataset, Mapping):
-            check_columns({f"{name}[{key!r}]": value for key, value in dataset.items()}, needed)
-            continue
-        columns = getattr(dataset, "column_names", None)
-        if not columns:
-            continue
-        have = set(columns) | ({"image"} if "images" in columns else set())
-        missing = sorted(set(needed) - have)
-        if missing:
-            raise DataError(
-                f"{name}: no column {missing} (it has {sorted(columns)}); masks and their rewards need {sorted(needed)}"
-            )
+    def log(self) -> dict[str, float]:
+        return {}
 
 
 def _image(row: Mapping[str, Any], name: str, *, needed: bool) -> Image.Image | None:
@@ -136,21 +149,3 @@ def _mask(row: Mapping[str, Any], name: str) -> np.ndarray:
     if mask is None:
         raise DataError(f"{name}: no mask; expected a PIL image or array in the column 'mask' (columns: {sorted(row)})")
     return np.asarray(mask)
-
-
-def _check_token(head: MaskHead, tokenizer: Any) -> None:
-    token_id = getattr(head.probe, "token_id", None)
-    if token_id is None:
-        return
-    known = tokenizer.added_tokens_decoder.get(token_id)
-    if known is None or known.content != SEG_TOKEN:
-        found = "no added token" if known is None else repr(known.content)
-        raise SegRLError(
-            f"{type(head.probe).__name__}(token_id={token_id}): {found} of this tokenizer, expected {SEG_TOKEN!r}; "
-            "add it with segrl.models.ensure_seg_token(model, processor) and build the head with the id it returns"
-        )
-    if known.special:
-        raise SegRLError(
-            f"{known.content!r} is a special token: TRL drops those from the text that rewards read. "
-            "Add it as a normal token (segrl.models.ensure_seg_token)"
-        )

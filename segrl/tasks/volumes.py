@@ -1,71 +1,125 @@
-"""Data set rows about volumes to targets, frames and grey values; what was read is kept while there is room."""
+"""Volumes: rows of `prepare_volumes`, answers that name a slice, masks by propagation, by a mask head, or by both."""
 
 # D slices, H/W pixels of a slice
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 
-from segrl.data.volumes.case import read_grey, read_truth
+from segrl.data.volumes.case import Case, CaseReader
 from segrl.data.volumes.slices import shown_frame
 from segrl.errors import DataError, SegRLError, unknown_name
+from segrl.geometry.masks import soft_target
+from segrl.heads.decoding import Completions, add_masks, check_token
 from segrl.heads.mask_head import MaskHead
-from segrl.predictions.frames import Frame, FrameKind
-from segrl.predictions.target import VolumeTarget
+from segrl.heads.requests import SegInput
+from segrl.predictions.frames import Frame
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.prompt_settings import VolumePromptSettings
+from segrl.predictions.target import METADATA_COLUMNS, VolumeTarget
 from segrl.rewards.reward import Reward
-from segrl.segmenters.propagated_masks import PromptBoxes
+from segrl.segmenters.propagated_masks import PromptBoxes, add_volume_masks
 from segrl.segmenters.propagation import VolumePropagator
 
-__all__ = []
+__all__ = ["VolumeRow", "VolumeTask"]
 
-VOLUME_COLUMNS = ("scan", "label", "label_value", "intensity", "slices")  # beside `images`
-_TEXTS = ("query", "modality", "anatomy", "lesion", "name")
+_SCAN_COLUMNS = ("scan", "label", "label_value", "intensity", "slices")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class VolumeRow:
     """One data set row, read.
 
     Attributes:
-        target: The truth.
-        frame: Of the boxes and of the numbers of slices that the model writes.
-        grey: (D, H, W) uint8, what a segmenter sees.
-        key: Content of `grey` as text: equal volumes have equal keys.
+        target: The ground truth; None in inference, where nobody knows it.
+        frame: Of the boxes and of the slice numbers that the model writes.
+        case: The scan's grey values and the label.
+        key_slice: Index in the volume of the slice that the reference answer names; None without one.
     """
 
-    target: VolumeTarget
+    target: VolumeTarget | None
     frame: Frame
-    grey: np.ndarray
-    key: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.grey.nbytes + self.target.mask.nbytes
+    case: Case
+    key_slice: int | None = None
+    inputs: dict[int, SegInput] = field(default_factory=dict, repr=False)
 
 
-class VolumeReader:
-    """Reads rows with the columns of `VOLUME_COLUMNS`, as `segrl.data.prepare_volumes` makes them.
+class VolumeTask:
+    """Rows of `segrl.data.prepare_volumes`; see `segrl.tasks.base.Task`.
+
+    Masks come from a `propagator`, which takes the boxes of an answer through the volume (MedVol-R1); from a `head`,
+    which decodes the state of `<seg>` on the named slice and leaves the others empty; or from both: then the head's
+    mask on the named slice is propagated, in the place of the boxes.
 
     Args:
         processor: The model's processor; it decides the frame of written boxes.
-        frame_kind: Overrides the frame that the processor implies.
-        memory_bytes: Volumes that were read last are kept within this budget, the last one in any case.
+        settings: How the model is asked.
+        head: The model's mask head, if it has one.
+        propagator: The frozen segmenter, if there is one.
+        prompt_boxes: Boxes that prompt the propagator in training: those matched to a true box on the named slice
+            (MedVol-R1; then more boxes never hurt R_c, only slice_boxes), or "all".
+        memory_bytes: Scans and labels read last are kept within this budget, the last ones in any case.
+
+    Raises:
+        UnknownNameError: An unknown `prompt_boxes`.
     """
 
-    def __init__(self, processor: Any, frame_kind: FrameKind | None = None, *, memory_bytes: int = 2**31) -> None:
-        self.processor, self.memory_bytes = processor, memory_bytes
-        self.frame_kind: FrameKind | None = frame_kind
-        self._kept: OrderedDict[tuple[Any, ...], VolumeRow] = OrderedDict()
+    columns = (*_SCAN_COLUMNS, "key_slice", *METADATA_COLUMNS)
+    needed = ("images", *_SCAN_COLUMNS)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[VolumeRow]:
-        """Rows of a batch in order. Equal rows (the G answers to a prompt) share one `VolumeRow`.
+    def __init__(
+        self,
+        processor: Any,
+        settings: VolumePromptSettings | None = None,
+        head: MaskHead | None = None,
+        propagator: VolumePropagator | None = None,
+        *,
+        prompt_boxes: PromptBoxes = "matched",
+        memory_bytes: int = 2**31,
+    ) -> None:
+        if prompt_boxes not in get_args(PromptBoxes):
+            raise unknown_name("prompt_boxes", prompt_boxes, get_args(PromptBoxes))
+        self.processor, self.head, self.propagator = processor, head, propagator
+        self.settings = settings or VolumePromptSettings()
+        self.prompt_boxes: PromptBoxes = prompt_boxes
+        self._read_case = CaseReader(memory_bytes)
+        self._rows: OrderedDict[tuple[Any, ...], VolumeRow] = OrderedDict()
+        self._logged_slices = 0
+
+    @property
+    def makes_masks(self) -> bool:
+        return self.head is not None or self.propagator is not None
+
+    def check(self, rewards: Sequence[Reward], tokenizer: Any) -> None:
+        if self.head is not None:
+            check_token(self.head, tokenizer)
+        reach = 0 if self.propagator is None else self.propagator.reach
+        for reward in rewards:
+            if reward.needs_truth and not reward.volume:
+                raise SegRLError(
+                    f"reward {reward.name!r} reads the ground truth of an image, and the rows are volumes; train with "
+                    "rewards of volumes only, such as slice_visibility"
+                )
+            if reward.needs_mask and not self.makes_masks:
+                raise SegRLError(
+                    f"reward {reward.name!r} reads masks; pass propagator=VolumePropagator(segmenter), or a model with "
+                    "a mask head"
+                )
+            delta = _reads_within(reward)
+            if self.propagator is not None and reach is not None and delta > reach:
+                raise SegRLError(
+                    f"reward {reward.name!r} reads masks up to {delta} slices from the named one, and the propagator "
+                    f"goes reach={reach} slices; pass VolumePropagator(..., reach={delta})"
+                )
+
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> list[VolumeRow]:
+        """Read rows; equal rows share one `VolumeRow`.
 
         Raises:
             DataError: A row lacks a value, a file cannot be read, label and scan differ, or the pictures are not
@@ -76,7 +130,7 @@ class VolumeReader:
 
     def _row(self, row: Mapping[str, Any], number: int) -> VolumeRow:
         where = row.get("name") or f"row {number} of the batch"
-        missing = [column for column in ("images", *VOLUME_COLUMNS) if _lacks(row, column)]
+        missing = [column for column in self.needed if _lacks(row, column)]
         if missing:
             raise DataError(f"{where}: no value for {missing}; expected rows of prepare_volumes with labels")
         if len(row["images"]) != len(row["slices"]):
@@ -84,60 +138,104 @@ class VolumeReader:
                 f"{where}: {len(row['images'])} images for {len(row['slices'])} slices; expected one each, as "
                 "prepare_volumes makes them"
             )
-        fields = {name: str(row.get(name) or "") for name in _TEXTS}
-        size = row["images"][0].size
-        key = (*(str(row[column]) for column in VOLUME_COLUMNS), size, *fields.values())
-        if key not in self._kept:
-            self._kept[key] = self._read(row, fields, size, where)
-            while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > self.memory_bytes:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        texts, size = VolumeTarget.texts_of(row), row["images"][0].size
+        key = (*(str(row.get(column)) for column in (*_SCAN_COLUMNS, "key_slice")), size, *texts.values())
+        if key not in self._rows:
+            case = self._read_case(row, allow_empty=True)
+            if max(row["slices"]) >= len(case.grey):
+                raise DataError(
+                    f"{where}: slice {max(row['slices'])} of {row['scan']}, which has {len(case.grey)}; the scan is "
+                    "not the one that was shown: run prepare_volumes again"
+                )
+            frame = shown_frame(self.processor, case.grey.shape, row["slices"], size, self.settings.frame_kind)
+            self._rows[key] = VolumeRow(case.target(row), frame, case, row.get("key_slice"))
+            while len(self._rows) > 1 and sum(map(_nbytes, self._rows.values())) > self._read_case.memory_bytes:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(key)
+        return self._rows[key]
 
-    def _read(self, row: Mapping[str, Any], fields: dict[str, str], size: tuple[int, int], where: str) -> VolumeRow:
-        volume, grey = read_grey(row["scan"], modality=fields["modality"], intensity=row["intensity"])
-        if max(row["slices"]) >= len(grey):
-            raise DataError(
-                f"{where}: slice {max(row['slices'])} of {row['scan']}, which has {len(grey)}; the scan is not the one "
-                "that was shown: run prepare_volumes again"
-            )
-        mask = read_truth(row, volume, allow_empty=True)
-        frame = shown_frame(self.processor, grey.shape, row["slices"], size, self.frame_kind)
-        return VolumeRow(
-            VolumeTarget(mask, volume.spacing_mm, **fields),
-            frame,
-            grey,
-            hashlib.blake2b(grey.tobytes() + str(grey.shape).encode(), digest_size=16).hexdigest(),
+    def seg_inputs(
+        self, rows: Sequence[VolumeRow], predictions: Sequence[Prediction] | None = None
+    ) -> list[SegInput | None]:
+        """The named slice of each answer, with the ground truth on it; None where no slice of the volume is named."""
+        if self.head is None:
+            return [None] * len(rows)
+        named = [row.key_slice for row in rows] if predictions is None else [p.slice_index for p in predictions]
+        first: dict[str | None, SegInput] = {}
+        found: list[SegInput | None] = []
+        for row, index in zip(rows, named, strict=True):
+            item = None
+            if index is not None and 0 <= index < len(row.case.grey):
+                if index not in row.inputs:
+                    row.inputs[index] = self._slice_input(row, index, first)
+                item = row.inputs[index]
+                first.setdefault(item.key, item)
+            found.append(item)
+        return found
+
+    def _slice_input(self, row: VolumeRow, index: int, first: Mapping[str | None, SegInput]) -> SegInput:
+        assert self.head is not None
+        segmenter, key = self.head.segmenter, f"{row.case.key} {index}"
+        side, dense = segmenter.mask_size, None
+        if row.target is not None:
+            dense = soft_target(row.target.mask[index], (side, side), quantised=True)
+        pixels = partial(segmenter.preprocess, row.case.grey[index])
+        return SegInput(pixels, target=dense, same_image=first.get(key), key=key)
+
+    def add_masks(
+        self,
+        predictions: Sequence[Prediction],
+        rows: Sequence[VolumeRow],
+        completions: Completions | None,
+        inputs: Sequence[SegInput | None],
+        *,
+        probabilities: bool = False,
+        progress: Any = None,
+    ) -> list[Prediction]:
+        on_slice: list[np.ndarray | None] | None = None
+        result = list(predictions)
+        if self.head is not None and completions is not None:
+            sizes = [(row.case.grey.shape[1], row.case.grey.shape[2]) for row in rows]
+            result = add_masks(self.head, predictions, completions, inputs, sizes)
+            on_slice = [prediction.mask for prediction in result]
+            result = [_as_volume(prediction, row) for prediction, row in zip(result, rows, strict=True)]
+        if self.propagator is None:
+            return result
+        targets = None if any(row.target is None for row in rows) else [row.target for row in rows]
+        return add_volume_masks(
+            self.propagator,
+            result,
+            [row.case.grey for row in rows],
+            [row.case.key for row in rows],
+            targets,  # type: ignore[arg-type]
+            prompt_boxes=self.prompt_boxes if targets is not None else "all",
+            slice_masks=on_slice,
+            progress=progress,
         )
+
+    def log(self) -> dict[str, float]:
+        if self.propagator is None:
+            return {}
+        new = self.propagator.encoded_slices - self._logged_slices
+        self._logged_slices += new
+        return {"encoded_slices": float(new)}
+
+
+def _as_volume(prediction: Prediction, row: VolumeRow) -> Prediction:
+    """The mask of the named slice as the mask of the volume, empty elsewhere."""
+    volume = np.zeros(row.case.grey.shape, dtype=bool)
+    if prediction.mask is not None and prediction.slice_index is not None:
+        volume[prediction.slice_index] = prediction.mask
+    return prediction.with_mask(volume)
+
+
+def _nbytes(row: VolumeRow) -> int:
+    return row.case.grey.nbytes + (0 if row.case.mask is None else row.case.mask.nbytes)
 
 
 def _lacks(row: Mapping[str, Any], column: str) -> bool:
     value = row.get(column)
     return value is None or (column in ("images", "scan", "label", "slices") and not len(value))
-
-
-def _check_volumes(
-    rewards: list[Reward], head: MaskHead | None, propagator: VolumePropagator | None, prompt_boxes: str
-) -> None:
-    """Volumes and images do not mix, and a reward must not read masks where nothing was propagated."""
-    if prompt_boxes not in get_args(PromptBoxes):
-        raise unknown_name("prompt_boxes", prompt_boxes, get_args(PromptBoxes))
-    if head is not None:
-        raise SegRLError("a mask head segments images; for volumes pass propagator=VolumePropagator(...) and no head")
-    for reward in rewards:
-        if reward.needs_truth and not reward.volume:
-            raise SegRLError(
-                f"reward {reward.name!r} reads the truth of an image, and the rows are volumes; train with rewards of "
-                "volumes only, such as slice_visibility"
-            )
-        if reward.needs_mask and propagator is None:
-            raise SegRLError(f"reward {reward.name!r} reads masks; pass propagator=VolumePropagator(segmenter)")
-        delta = _reads_within(reward)
-        if propagator is not None and propagator.reach is not None and delta > propagator.reach:
-            raise SegRLError(
-                f"reward {reward.name!r} reads masks up to {delta} slices from the named one, and the propagator goes "
-                f"reach={propagator.reach} slices; pass VolumePropagator(..., reach={delta})"
-            )
 
 
 def _reads_within(reward: Reward) -> int:

@@ -10,7 +10,7 @@ from trl.trainer.sft_config import SFTConfig
 
 @dataclass
 class SegGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with the weight of the policy term, the head's learning rate and the frame of written boxes.
+    """`GRPOConfig` with the weight of the policy term, the head's learning rate.
 
     The defaults add nothing: without a mask head, dense losses and segrl rewards `SegGRPOTrainer` is TRL's
     `GRPOTrainer` bit for bit.
@@ -21,17 +21,6 @@ class SegGRPOConfig(GRPOConfig):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the mask head; None uses learning_rate."}
-    )
-    frame_kind: str | None = field(
-        default=None,
-        metadata={
-            "help": "Frame of the boxes that the model writes: original_px, resized_px or relative_1000; "
-            "None reads it off the processor.",
-            "choices": ["original_px", "resized_px", "relative_1000"],
-        },
-    )
-    require_reasoning: bool = field(
-        default=True, metadata={"help": "Whether a valid completion has a <think> block (False: ablation without CoT)."}
     )
     prompt_boxes: str = field(
         default="matched",

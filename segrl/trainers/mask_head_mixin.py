@@ -21,9 +21,17 @@ from segrl.caching.feature_cache import FeatureCache
 from segrl.errors import SegRLError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
 from segrl.heads.dense import DenseLoss, check_dense_losses, dense_terms
-from segrl.heads.mask_head import MaskHead, MaskRequest
+from segrl.heads.mask_head import MaskHead
+from segrl.heads.requests import MaskRequest
 from segrl.models.loading import restore_weights
+from segrl.predictions.prompt_settings import PromptSettings
 from segrl.trainers.config import SegSFTConfig
+
+
+def default_args(config: Callable[[str], Any], model: Any, suffix: str) -> Any:
+    """TRL's default settings of a trainer, whose output folder has the model's name."""
+    name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
+    return config(f"{name.rstrip('/').split('/')[-1]}-{suffix}")
 
 
 @contextmanager
@@ -41,7 +49,8 @@ class MaskHeadMixin:
     """Mixin before a TRL trainer: `class SegXTrainer(MaskHeadMixin, XTrainer)`."""
 
     mask_head: MaskHead | None = None
-    dense_losses: list[DenseLoss]
+    dense_losses: Sequence[DenseLoss] = ()
+    prompt_settings: PromptSettings | None = None
     _text_term: str  # name of TRL's own loss in the logs
 
     def _init_joint(self, model: Any, dense_losses: Sequence[DenseLoss] | None, build: Any) -> None:
@@ -69,6 +78,10 @@ class MaskHeadMixin:
                 head.requires_grad_(False)  # masks for rewards only
             head.cache = _feature_cache(self.args, head.cache)  # type: ignore[attr-defined]
         self.mask_head = head
+
+    def _keep_settings(self, settings: PromptSettings | None) -> None:
+        """Remember what `_save` writes: the prompt settings, with what the training rows add to them."""
+        self.prompt_settings = None if settings is None else settings.for_rows(self.train_dataset)  # type: ignore[attr-defined]
 
     def _mode(self) -> str:
         """TRL's key of the metrics: "train" or "eval"."""
@@ -126,8 +139,12 @@ class MaskHeadMixin:
         trainer: Any = self
         with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
             super()._save(output_dir, None if state_dict is None else without_prefix(state_dict))  # type: ignore[misc]
-        if self.mask_head is not None and trainer.args.should_save:
-            self.mask_head.save_pretrained(output_dir if output_dir is not None else trainer.args.output_dir)
+        if trainer.args.should_save:
+            folder = output_dir if output_dir is not None else trainer.args.output_dir
+            if self.mask_head is not None:
+                self.mask_head.save_pretrained(folder)
+            if self.prompt_settings is not None:
+                self.prompt_settings.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._load(

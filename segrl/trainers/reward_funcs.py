@@ -7,6 +7,7 @@ from typing import Any
 
 from segrl.errors import SegRLError
 from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.prompt_settings import PromptSettings
 from segrl.rewards.factory import is_reward, make_reward
 from segrl.rewards.reward import Reward
 
@@ -21,14 +22,22 @@ def resolve_reward_funcs(reward_funcs: Any) -> Any:
     return [make_reward(item) if is_reward(item) else item for item in given]
 
 
-def common_format(rewards: list[Reward], require_reasoning: bool, default: CompletionFormat) -> CompletionFormat:
-    """How all rewards read completions, apart from the frame, which is the processor's."""
-    formats = {replace(reward.completion_format, frame="relative_1000") for reward in rewards} or {default}
+def common_format(rewards: list[Reward], settings: PromptSettings) -> CompletionFormat:
+    """Return how all rewards read completions, apart from the frame, which is the processor's.
+
+    Args:
+        rewards: The rewards; without one the settings decide.
+        settings: How the model is asked: without `reasoning` no answer needs a block of it.
+
+    Raises:
+        SegRLError: Two rewards read completions in different ways.
+    """
+    formats = {replace(reward.completion_format, frame="relative_1000") for reward in rewards} or {settings.completion_format}
     if len(formats) > 1:
         listed = "; ".join(f"{reward.name!r}: {reward.completion_format}" for reward in rewards)
         raise SegRLError(f"rewards read completions in different ways ({listed}); make them with the same settings")
-    completion_format = formats.pop()
-    return replace(completion_format, require_reasoning=completion_format.require_reasoning and require_reasoning)
+    found = formats.pop()
+    return replace(found, require_reasoning=found.require_reasoning and settings.reasoning)
 
 
 def check_groups(rewards: list[Reward], args: Any, answers: int) -> None:

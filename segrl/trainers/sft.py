@@ -10,21 +10,24 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from segrl.errors import SegRLError
 from segrl.heads.dense import DenseLoss
-from segrl.tasks.images import SEG_COLUMNS, RowReader, check_columns
+from segrl.predictions.prompt_settings import PromptSettings
+from segrl.tasks import Task, check_columns, make_task
 from segrl.trainers.config import SegSFTConfig
-from segrl.trainers.mask_head_mixin import MaskHeadMixin
+from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
+
+__all__ = ["SegCollator", "SegSFTTrainer"]
 
 
 class SegCollator:
     """TRL's collator, plus `seg_inputs`: the segmenter's input and target of each row."""
 
-    def __init__(self, collator: Any, reader: RowReader) -> None:
-        self.collator, self.reader = collator, reader
+    def __init__(self, collator: Any, task: Task) -> None:
+        self.collator, self.task = collator, task
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = self.reader(examples)  # before TRL's collator, which rewrites the examples
-        batch = self.collator([{k: v for k, v in row.items() if k not in SEG_COLUMNS} for row in examples])
-        batch["seg_inputs"] = [row.seg_input for row in rows]
+        rows = self.task.read(examples)  # before TRL's collator, which rewrites the examples
+        batch = self.collator([{k: v for k, v in row.items() if k not in self.task.columns} for row in examples])
+        batch["seg_inputs"] = self.task.seg_inputs(rows)
         return batch
 
 
@@ -33,7 +36,9 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
 
     Called as TRL's trainer, with `dense_losses=[DenseLoss("dice_ce")]` for a model with a mask head. Masks are
     decoded inside TRL's own forward, at the `<seg>` of the completion (never of the prompt). Data set columns:
-    `prompt`, `completion` (or `messages`), `image` or `images` (the first is segmented), `mask`.
+    `prompt`, `completion` (or `messages`), `image` or `images` (the first is segmented), `mask`; of volumes those of
+    `segrl.data.prepare_volumes`, whose `key_slice` is segmented. `prompt_settings` are saved with the model as
+    `segrl.json`.
 
     Without dense losses this is TRL's trainer, bit for bit.
 
@@ -42,6 +47,7 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
             rows are not images, or on data without the columns that masks need.
     """
 
+    task: Task | None = None
     _text_term = "text"
     _tag_names = ("trl", "sft", "segrl")
 
@@ -51,24 +57,24 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
         args: Any = None,
         *positional: Any,
         dense_losses: Sequence[DenseLoss] | None = None,
+        prompt_settings: PromptSettings | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else (getattr(model.config, "_name_or_path", "") or "model")
-            args = SegSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SegSFT")
+        args = args if args is not None else default_args(SegSFTConfig, model, "SegSFT")
         if dense_losses and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
             raise SegRLError("dense losses need one row per image: set packing=False and padding_free=False")
         self._init_joint(model, dense_losses, lambda: SFTTrainer.__init__(self, model, args, *positional, **kwargs))
-        if self.dense_losses and self.mask_head is not None:
-            check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, ("image", "mask"))
-            self.data_collator = SegCollator(
-                self.data_collator, RowReader(self.processing_class, self.mask_head.segmenter)
-            )
+        if self.dense_losses:
+            columns = getattr(self.train_dataset, "column_names", None) or ()
+            self.task = make_task(self.processing_class, prompt_settings, head=self.mask_head, columns=columns)
+            check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
+            self.data_collator = SegCollator(self.data_collator, self.task)
+        self._keep_settings(prompt_settings)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.dense_losses and "mask" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, *SEG_COLUMNS]
+        if self.task is not None:
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.task.columns]))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,17 +1,111 @@
-"""One volume of a data set: its grey values and its label."""
+"""One case of a data set of volumes: the scan's grey values and its label, read once for all who ask."""
+
+# D slices, H/W pixels of a slice
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from segrl.caching.content import content_key
 from segrl.data.volumes.intensity import Intensity, intensity_for, scale_intensity
 from segrl.data.volumes.nifti import Volume, read_label, read_volume
 from segrl.errors import DataError
+from segrl.predictions.target import VolumeTarget
 
-__all__ = ["grey_values", "read_grey", "read_truth"]
+__all__ = ["Case", "CaseReader", "grey_values", "read_case", "read_grey"]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One row of a data set of volumes, read.
+
+    Attributes:
+        scan: The scan with its grey values as `voxels`, (D, H, W) uint8.
+        key: Content key of the grey values: equal scans have equal keys.
+        mask: (D, H, W) bool, the row's structure; all False where the label has none. None if no label was asked for.
+    """
+
+    scan: Volume
+    key: str
+    mask: np.ndarray | None = None
+
+    @property
+    def grey(self) -> np.ndarray:
+        """(D, H, W) uint8, what a segmenter sees."""
+        return self.scan.voxels
+
+    def target(self, row: Mapping[str, Any]) -> VolumeTarget:
+        """The ground truth, with the metadata of the row."""
+        assert self.mask is not None
+        return VolumeTarget(self.mask, self.scan.spacing_mm, **VolumeTarget.texts_of(row))
+
+
+class CaseReader:
+    """Read rows of `segrl.data.load_volumes`; a scan is read once per path and scaling, a label once per value.
+
+    Args:
+        memory_bytes: Scans and labels read last are kept within this budget, the last ones in any case.
+    """
+
+    def __init__(self, memory_bytes: int = 2**31) -> None:
+        self.memory_bytes = memory_bytes
+        self._scans: OrderedDict[tuple[str, ...], tuple[Volume, str]] = OrderedDict()
+        self._masks: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
+
+    def __call__(self, row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
+        """Read one row.
+
+        Args:
+            row: The columns `scan`, `modality` and `intensity`, for a label also `label` and `label_value`, and `name`.
+            label: Whether the label is read.
+            allow_empty: Whether a label without such voxels is an empty mask instead of an error.
+
+        Raises:
+            DataError: A missing value, or a file that cannot be read or does not fit; names the file.
+        """
+        where = row.get("name") or row.get("scan") or "row"
+        missing = [column for column in ("scan", *(("label",) if label else ())) if not row.get(column)]
+        if missing:
+            raise DataError(f"{where}: no {missing[0]}; expected a path in the column {missing[0]!r}")
+        path, modality, intensity = (str(row.get(column) or "") for column in ("scan", "modality", "intensity"))
+        known = (path, modality, intensity)
+        if known not in self._scans:
+            volume, grey = read_grey(path, modality=modality, intensity=intensity)
+            self._scans[known] = replace(volume, voxels=grey), content_key(grey)
+        self._scans.move_to_end(known)
+        scan, key = self._scans[known]
+        mask = None
+        if label:
+            which = (str(row["label"]), row.get("label_value") or 0, path)
+            if which not in self._masks:
+                self._masks[which] = read_label(which[0], scan, which[1], allow_empty=True)
+            self._masks.move_to_end(which)
+            mask = self._masks[which]
+            if not allow_empty and not mask.any():
+                read_label(which[0], scan, which[1])  # raises, and says which values there are
+        self._forget()
+        return Case(scan, key, mask)
+
+    def _forget(self) -> None:
+        """Keep what fits, the newest in any case."""
+        for kept in (self._masks, self._scans):
+            while len(kept) > 1 and self.nbytes > self.memory_bytes:
+                kept.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(scan.voxels.nbytes for scan, _ in self._scans.values()) + sum(m.nbytes for m in self._masks.values())
+
+
+def read_case(row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
+    """Read one row of `segrl.data.load_volumes` and keep nothing; see `CaseReader`."""
+    return CaseReader(0)(row, label=label, allow_empty=allow_empty)
 
 
 def read_grey(path: str, *, modality: str = "", intensity: str = "") -> tuple[Volume, np.ndarray]:
@@ -33,32 +127,19 @@ def read_grey(path: str, *, modality: str = "", intensity: str = "") -> tuple[Vo
 
 
 def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> np.ndarray:
-    """Grey values of a volume in memory, (D, H, W) uint8; see `read_grey`.
+    """Scale a volume in memory to grey values, (D, H, W) uint8; see `read_grey`.
 
     Raises:
         DataError: An intensity that is none, or voxels that are NaN or infinite; names the volume.
+
+    Example:
+        >>> import numpy as np
+        >>> from segrl.data import Volume
+        >>> grey_values(Volume(np.array([[[-160.0, 40.0, 240.0]]])), intensity="window:-160:240").tolist()
+        [[[0, 128, 255]]]
     """
     try:
         scaling = Intensity.parse(intensity) if intensity else intensity_for(modality, volume.voxels)
         return scale_intensity(volume.voxels, scaling)
     except DataError as error:
         raise DataError(f"{volume.name or 'volume'}: {error}") from error
-
-
-def read_truth(row: Mapping[str, Any], volume: Volume, *, allow_empty: bool = False) -> np.ndarray:
-    """Read the label of a row.
-
-    Args:
-        row: The columns `label`, `label_value` and `name`.
-        volume: The row's scan.
-        allow_empty: Whether a label without such voxels is an empty mask instead of an error.
-
-    Returns:
-        (D, H, W) bool.
-
-    Raises:
-        DataError: The row has no label, or as `segrl.data.read_label`.
-    """
-    if not row["label"]:
-        raise DataError(f"{row.get('name') or row['scan']}: no label; expected a path in the column 'label'")
-    return read_label(row["label"], volume, row["label_value"] or 0, allow_empty=allow_empty)

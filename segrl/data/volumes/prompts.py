@@ -1,8 +1,8 @@
 """Prompts and target completions for volumes: slices with their numbers, a question, and an answer in JSON.
 
 MedVol-R1 shows 64 slices of 256 px, each after an identifier such as `<slice 1>`, and lets the model answer with the
-number of a key slice and the boxes on it. For supervised fine-tuning the slices are ranked by foreground area and one
-of the K largest is the answer's; the boxes are those of the connected components there.
+number of a key slice and the boxes on it. For supervised fine-tuning the slices are ranked by foreground area, and the
+answer names one of the K largest; its boxes are those of the connected components there.
 """
 
 # D slices of the volume, S slices shown, H/W pixels of a slice
@@ -19,27 +19,25 @@ import numpy as np
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
+from segrl.data.completions import check_preparation, target_completion
 from segrl.data.reasoning import build_reasoning
-from segrl.data.volumes.case import read_grey, read_truth
+from segrl.data.volumes.case import read_case
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
-from segrl.errors import DataError, SegRLError
+from segrl.errors import DataError
 from segrl.geometry.masks import boxes_from_mask
-from segrl.predictions.frames import Frame, FrameKind
+from segrl.predictions.frames import Frame
 from segrl.predictions.json_answers import BOX_LIST_KEY, SLICE_KEY
-from segrl.predictions.parsing import format_completion
+from segrl.predictions.prompt_settings import VolumePromptSettings
+from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["SLICE_INSTRUCTION", "build_volume_prompt", "format_slice_answer", "prepare_volumes"]
+__all__ = ["build_volume_prompt", "format_slice_answer", "prepare_volumes"]
 
-SLICE_INSTRUCTION = (
-    "Think in <think></think>, then answer in <answer></answer> with JSON: the slice that shows it best and its boxes "
-    'on that slice, {"slice": number, "bbox_2d_list": [[x1, y1, x2, y2]]}.'
-)
-_COLUMNS = ("scan", "label", "label_value", "intensity", "query", "modality", "anatomy", "lesion", "name")
-_PLACES = ("lowest", "middle", "highest")
+_COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
+_THIRDS = ("lowest", "middle", "highest")
 
 
-def build_volume_prompt(query: str, count: int, instruction: str = SLICE_INSTRUCTION) -> list[dict[str, Any]]:
-    """The conversation that asks one question about a stack of slices.
+def build_volume_prompt(query: str, count: int, instruction: str) -> list[dict[str, Any]]:
+    """Build the conversation that asks one question about a stack of slices.
 
     Args:
         query: The question.
@@ -61,13 +59,14 @@ def build_volume_prompt(query: str, count: int, instruction: str = SLICE_INSTRUC
     return [{"role": "user", "content": blocks}]
 
 
-def format_slice_answer(place: int, boxes_px: np.ndarray, frame: Frame) -> str:
+def format_slice_answer(position: int, boxes_px: np.ndarray, frame: Frame, *, seg_token: str = "") -> str:
     """Write the answer: the number of a slice and the boxes on it.
 
     Args:
-        place: Place of the slice among those shown, from 0; the written number is one more.
+        position: Position of the slice among those shown, from 0; the written number is one more.
         boxes_px: (N, 4) boxes in original pixels.
         frame: See `shown_frame`.
+        seg_token: Ends the answer of a model with a mask head.
 
     Returns:
         JSON that `parse_completion(..., answer_format="json")` reads back.
@@ -76,41 +75,34 @@ def format_slice_answer(place: int, boxes_px: np.ndarray, frame: Frame) -> str:
         >>> format_slice_answer(2, np.array([[1, 2, 9, 8]]), Frame("original_px", (64, 64), slices=(0, 3, 6)))
         '{"slice": 3, "bbox_2d_list": [[1, 2, 9, 8]]}'
     """
-    return json.dumps({SLICE_KEY: place + 1, BOX_LIST_KEY: frame.from_original(boxes_px).tolist()})
+    return json.dumps({SLICE_KEY: position + 1, BOX_LIST_KEY: frame.from_original(boxes_px).tolist()}) + seg_token
 
 
 def prepare_volumes(
     dataset: Dataset,
     processor: Any,
+    settings: VolumePromptSettings | None = None,
     *,
     completions: bool,
-    slices: int = 64,
-    size: int = 256,
     top_k: int = 5,
-    instruction: str = SLICE_INSTRUCTION,
-    reasoning: bool = True,
     brief: bool = False,
     max_boxes: int | None = None,
-    frame_kind: FrameKind | None = None,
     seed: int = 0,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Adds the columns that the trainers read: `images`, `slices`, `prompt`, and `completion` for fine-tuning.
+    """Add the columns that the trainers read: `images`, `slices`, `prompt`, and `completion` for fine-tuning.
 
     Args:
         dataset: Rows of `segrl.data.load_volumes`; a column `reasoning` is used where it is filled.
-        processor: The model's processor; decides the frame in which boxes are written. May be None with `frame_kind`
-            "original_px" or "relative_1000".
+        processor: The model's processor; it decides the frame in which boxes are written. May be None when the
+            settings' `frame_kind` is "original_px" or "relative_1000".
+        settings: How the model is asked; the defaults of `VolumePromptSettings` when None. With `reasoning` the answer
+            has a `<think>` block, which never holds a coordinate or the number of a slice.
         completions: Also build target completions; leave it off for GRPO.
-        slices: Slices shown, at equal distances; a volume with fewer shows all of them. MedVol-R1: 64.
-        size: Longest edge of a shown slice, pixels. MedVol-R1: 256.
-        top_k: The answer's slice is one of so many with the most foreground among those shown, drawn by a stable hash
-            of name and seed. The paper is silent on K.
-        instruction: Follows every question.
-        reasoning: Write a `<think>` block. It never holds a coordinate or a number of a slice.
+        top_k: The answer's slice is one of the K with the most foreground among those shown, drawn by a stable hash of
+            name and seed. The paper is silent on K.
         brief: Short template reasoning, for tiny models.
         max_boxes: Write only the boxes of the largest components. Rewards still compare with all of them.
-        frame_kind: Overrides the frame that the processor implies.
         seed: Draws other key slices.
         num_proc: Processes for `Dataset.map`.
 
@@ -122,62 +114,61 @@ def prepare_volumes(
         DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
             completions, a row has no label or a lesion that no shown slice holds; names the row or file.
     """
-    if not len(dataset):
-        raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
-    missing = [column for column in _COLUMNS if column not in dataset.column_names]
-    if missing:
-        raise DataError(f"dataset lacks the columns {missing}: expected {list(_COLUMNS)}; load_volumes gives them")
-    for name, value in {"slices": slices, "size": size, "top_k": top_k, "max_boxes": max_boxes}.items():
-        if value is not None and value < 1:
-            raise DataError(f"{name}={value}: expected 1 or more")
-    if processor is None and frame_kind not in ("original_px", "relative_1000"):
-        raise DataError(f"processor=None with frame_kind={frame_kind!r}: pass the model's processor")
+    settings = settings or VolumePromptSettings()
+    limits = {"top_k": top_k, "max_boxes": max_boxes}
+    check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes")
     row_columns = functools.partial(
         _row_columns,
         processor=processor,
+        settings=settings,
         completions=completions,
-        count=slices,
-        size=size,
         top_k=top_k,
-        instruction=instruction,
-        reasoning=reasoning,
         brief=brief,
         max_boxes=max_boxes,
-        frame_kind=frame_kind,
         seed=seed,
     )
     return dataset.map(row_columns, num_proc=num_proc, desc="slices").cast_column("images", List(Image()))
 
 
 def _row_columns(
-    row: dict[str, Any], *, processor: Any, completions: bool, count: int, size: int, instruction: str, **settings: Any
+    row: dict[str, Any],
+    *,
+    processor: Any,
+    settings: VolumePromptSettings,
+    completions: bool,
+    top_k: int,
+    brief: bool,
+    max_boxes: int | None,
+    seed: int,
 ) -> dict[str, Any]:
-    volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
-    shown = uniform_slices(len(grey), count)
-    images = render_slices(grey, shown, size)
+    case = read_case(row, label=completions)
+    mask = case.mask
+    shown = uniform_slices(len(case.grey), settings.slices)
+    images = render_slices(case.grey, shown, settings.size)
     columns: dict[str, Any] = {
         "images": [_png(image) for image in images],
         "slices": shown.tolist(),
-        "prompt": build_volume_prompt(row["query"], len(shown), instruction),
+        "prompt": build_volume_prompt(row["query"], len(shown), settings.full_instruction),
     }
-    if not completions:
+    if mask is None:
         return columns
-    frame = shown_frame(processor, grey.shape, shown, images[0].size, settings["frame_kind"])
-    mask = read_truth(row, volume)
-    place = _key_place(mask[shown], settings["top_k"], f"{row['name']} {settings['seed']}", row)
-    key = int(shown[place])
-    boxes = boxes_from_mask(mask[key])[: settings["max_boxes"]]
-    try:
-        height = (place + 0.5) / len(shown)  # of the slice's middle in the stack
-        thought = _reasoning(row, mask[key], height, settings["brief"]) if settings["reasoning"] else None
-        text = format_completion(thought, format_slice_answer(place, boxes, frame))
-    except SegRLError as error:
-        raise DataError(f"{row['name']}: {error}") from error
-    return columns | {"completion": [{"role": "assistant", "content": text}], "key_slice": key}
+    frame = shown_frame(processor, case.grey.shape, shown, images[0].size, settings.frame_kind)
+    position = _key_position(mask[shown], top_k, f"{row['name']} {seed}", row)
+    key = int(shown[position])
+    height = (position + 0.5) / len(shown)  # of the slice's middle in the stack
+    reasoning = _reasoning(row, mask[key], height, brief) if settings.reasoning else None
+
+    def answer() -> str:
+        return format_slice_answer(
+            position, boxes_from_mask(mask[key])[:max_boxes], frame, seg_token=settings.seg_token
+        )
+
+    completion = target_completion(row["name"], reasoning, answer, frame, settings)
+    return columns | {"completion": completion, "key_slice": key}
 
 
-def _key_place(shown: np.ndarray, top_k: int, key: str, row: dict[str, Any]) -> int:
-    """Place of one of the `top_k` slices with the most foreground, (S, H, W); those without any never count."""
+def _key_position(shown: np.ndarray, top_k: int, key: str, row: dict[str, Any]) -> int:
+    """Position of one of the `top_k` slices with the most foreground, (S, H, W); those without any never count."""
     areas = shown.sum(axis=(1, 2))
     ranked = np.argsort(-areas, kind="stable")[:top_k]
     visible = ranked[areas[ranked] > 0]
@@ -194,8 +185,8 @@ def _reasoning(row: dict[str, Any], mask: np.ndarray, height: float, brief: bool
     if (row.get("reasoning") or "").strip():
         return row["reasoning"].strip()
     texts = {name: row[name] for name in ("lesion", "anatomy", "modality", "query")}
-    place = f"It is best seen in the {_PLACES[min(2, int(3 * height))]} third of the slices."
-    return f"{build_reasoning(mask=mask, key=row['name'], brief=brief, **texts)} {place}"
+    position = f"It is best seen in the {_THIRDS[min(2, int(3 * height))]} third of the slices."
+    return f"{build_reasoning(mask=mask, key=row['name'], brief=brief, **texts)} {position}"
 
 
 def _png(image: PILImage.Image) -> dict[str, Any]:

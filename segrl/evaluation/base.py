@@ -1,0 +1,98 @@
+"""What judging a model on images and on volumes has in common: one loop, one record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from datasets import Dataset
+from rich.progress import track
+
+from segrl.errors import DataError
+from segrl.metrics.overlap import dice, failure, iou
+from segrl.predictions.prediction import Prediction
+from segrl.predictions.target import Target, VolumeTarget
+
+__all__ = ["OnAnswer", "overlap_record", "score_rows"]
+
+OnAnswer = Callable[[int, Any, Prediction, Any], None]
+"""Called for every row with its number, what was shown (image or grey values), the prediction and the target."""
+
+Shown = TypeVar("Shown")
+AnyTarget = TypeVar("AnyTarget", Target, VolumeTarget)
+
+
+def score_rows(
+    dataset: Dataset,
+    read: Callable[[dict[str, Any]], tuple[Any, Any]],
+    answer: Callable[[list[tuple[Any, Any]]], Sequence[Prediction]],
+    record: Callable[[Prediction, Any], dict[str, Any]],
+    *,
+    title: str,
+    batch_size: int,
+    progress: bool,
+    on_answer: OnAnswer | None,
+) -> list[dict[str, Any]]:
+    """Return a record of every row, in order.
+
+    Args:
+        dataset: The rows.
+        read: A row to what is shown and its target.
+        answer: What was read of a batch to its predictions.
+        record: A prediction and its target to a record.
+        title: Of the progress bar.
+        batch_size: Rows read and answered together.
+        progress: Whether the bar is shown.
+        on_answer: Sees every answer.
+
+    Raises:
+        DataError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
+    records: list[dict[str, Any]] = []
+    starts = range(0, len(dataset), batch_size)
+    for start in track(starts, title, len(starts), disable=not progress):
+        batch = [read(dict(dataset[n])) for n in range(start, min(start + batch_size, len(dataset)))]
+        for prediction, (shown, target) in zip(answer(batch), batch, strict=True):
+            if on_answer is not None:
+                on_answer(len(records), shown, prediction, target)
+            records.append(record(prediction, target))
+    return records
+
+
+def overlap_record(prediction: Prediction, target: Target | VolumeTarget) -> dict[str, Any]:
+    """Score one answer; plain Python values, ready for JSON.
+
+    A prediction without a mask counts as an empty one, so that an answer which names nothing is right where there is
+    nothing.
+
+    Args:
+        prediction: Its mask is compared with the ground truth.
+        target: Ground truth and texts.
+
+    Returns:
+        - "query", "modality", "anatomy", "lesion", "name" of the target,
+        - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
+        - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
+        - "boxes" (original pixels), "status", "text" of the prediction.
+
+    Raises:
+        DataError: The mask has another shape than the ground truth; names the row.
+    """
+    mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
+    if mask.shape != target.mask.shape:
+        raise DataError(
+            f"{target.name or 'row'}: the predicted mask has shape {mask.shape}, the true one {target.mask.shape}; "
+            "put the prediction on the grid of the image or scan"
+        )
+    return {
+        **target.to_dict(),
+        "dice": dice(mask, target.mask),
+        "iou": iou(mask, target.mask),
+        "fail": failure(prediction.mask, target.mask, prediction.valid),
+        "status": str(prediction.status.value),
+        "text": prediction.text,
+        "boxes": prediction.boxes.tolist(),
+    }
