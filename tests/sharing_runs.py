@@ -49,8 +49,9 @@ class Watched(SegGRPOTrainer):
 
     def _calculate_rewards(self, *args: Any) -> Any:
         rewards = super()._calculate_rewards(*args)
-        if self._rollout is not None and self._rollout.states is not None:
-            self.states.append(self._rollout.states)
+        completions = None if self._rollout is None else self._rollout.completions
+        if completions is not None and completions.states is not None:
+            self.states.append(completions.states)
         return rewards
 
     def tokens(self, what: str) -> list[int]:

@@ -16,7 +16,7 @@ from segrl.data import (
     make_synthetic,
     prepare,
 )
-from segrl.errors import DataError, FrameError
+from segrl.errors import DataError, UnknownNameError
 from segrl.geometry import boxes_from_mask
 from segrl.models import tiny_qwen2_5_vl, tiny_qwen3_vl
 from segrl.predictions import ImagePromptSettings, frame_for, parse_completion
@@ -171,7 +171,7 @@ def test_known_completion():
         "<think>The tissue looks normal around one medium cyst in the left part.</think>"
         "<answer>The cyst is located at [4, 5, 10, 9].<seg></answer>"
     )
-    assert prepared[0]["prompt"] == build_prompt("Where is the cyst?")
+    assert prepared[0]["prompt"] == build_prompt("Where is the cyst?", ImagePromptSettings().full_instruction)
 
 
 def test_relative_frame_counts_in_thousandths():
@@ -319,18 +319,19 @@ def test_bad_masks_name_the_row():
     [
         ({}, r"processor=None with frame_kind=None: pass the model's processor, or one of the frames"),
         ({"frame_kind": "resized_px"}, r"processor=None with frame_kind='resized_px': pass the model's processor"),
-        ({"frame_kind": "original_px", "max_edge": 0}, r"max_edge=0: expected 1 or more, or None for no limit"),
+        ({"frame_kind": "original_px", "max_edge": 0}, r"max_edge=0: expected a whole number, 1 or more or null"),
         ({"frame_kind": "original_px", "max_boxes": 0}, r"max_boxes=0: expected 1 or more, or None for no limit"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(DataError, match=message):
-        prepare(make_synthetic(1, size=32), None, completions=True, **settings)
+        limit = settings.pop("max_boxes", None)
+        prepare(make_synthetic(1, size=32), None, ImagePromptSettings(**settings), completions=True, max_boxes=limit)
 
 
 def test_unknown_frame():
     _, processor = tiny_qwen3_vl()
-    with pytest.raises(FrameError, match=r"'pixels'; expected one of original_px"):
+    with pytest.raises(UnknownNameError, match=r"'pixels'"):
         prepare(make_synthetic(1), processor, ImagePromptSettings(frame_kind="pixels"), completions=True)  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from segrl.data import (
     format_slice_answer,
     load_volumes,
     prepare_volumes,
+    read_case,
     read_grey,
     read_volume,
     render_slices,
@@ -46,8 +47,10 @@ def said(place, boxes, frame):
 
 
 def prepared(rows, processor=None, **options) -> Any:
-    chosen = {"completions": True, "slices": 64, "size": 32, "frame_kind": None if processor else "original_px"}
-    return prepare_volumes(Dataset.from_list(rows), processor, **{**chosen, **options})
+    chosen: dict[str, Any] = {"slices": 64, "size": 32, "frame_kind": None if processor else "original_px"}
+    asked = {name: options.pop(name) for name in list(options) if hasattr(VolumePromptSettings, name)}
+    settings = VolumePromptSettings(**{**chosen, **asked})
+    return prepare_volumes(Dataset.from_list(rows), processor, settings, **{"completions": True, **options})
 
 
 def answer_of(row) -> Any:
@@ -120,7 +123,7 @@ class TestNumbers:
 
 class TestPrompt:
     def test_every_picture_stands_after_its_number(self):
-        ((user,),) = (build_volume_prompt("Where?", 3),)
+        ((user,),) = (build_volume_prompt("Where?", 3, VolumePromptSettings().full_instruction),)
         assert user["role"] == "user"
         kinds = [block["type"] for block in user["content"]]
         assert kinds == ["text", "image"] * 3 + ["text"]
@@ -169,7 +172,7 @@ class TestRows:
         _, grey = read_grey(row["scan"], modality="MRI")
         for image, expected in zip(found["images"], render_slices(grey, [0, 2, 4], 20), strict=True):
             assert np.array_equal(np.array(image), np.array(expected))
-        assert found["prompt"] == build_volume_prompt("Where is it?", 3)
+        assert found["prompt"] == build_volume_prompt("Where is it?", 3, VolumePromptSettings().full_instruction)
         assert "completion" not in found
         assert {key: found[key] for key in row} == row
 
@@ -341,10 +344,11 @@ def test_real_volumes_of_2_to_182_slices():
         prepare_volumes(rows, PROCESSORS["qwen3_vl"], VolumePromptSettings(slices=64, size=32), completions=True)
     ):
         (read,) = VolumeTask(PROCESSORS["qwen3_vl"]).read([row])
-        assert row["slices"] == uniform_slices(read.target.depth, 64).tolist()
+        target: Any = read.target
+        assert row["slices"] == uniform_slices(target.depth, 64).tolist()
         answer = parse_completion(row["completion"][0]["content"], read.frame, require_seg=False, answer_format="json")
         assert answer.valid
         assert answer.slice_index == row["key_slice"]
-        true = read.target.at(row["key_slice"]).boxes
+        true = target.at(row["key_slice"]).boxes
         assert len(answer.boxes) == len(true)
-        assert np.abs(answer.boxes - true).max() <= max(read.target.width, read.target.height) / 1000
+        assert np.abs(answer.boxes - true).max() <= max(target.width, target.height) / 1000

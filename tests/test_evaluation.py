@@ -1,6 +1,7 @@
 """Evaluation of a model and of the best constant mask, against slow recomputations."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from PIL import Image
 
 from segrl import ReasoningSegmenter
 from segrl.data import load_folder, make_synthetic
-from segrl.errors import DataError
+from segrl.errors import DataError, SegRLError
 from segrl.evaluation import evaluate, evaluate_constant_mask
-from segrl.metrics import summarise
-from segrl.predictions import Prediction, Status
+from segrl.metrics import iou, register_metric, summarise
+from segrl.predictions import ImagePromptSettings, Prediction, Status
 
 LESIONS2D = Path(__file__).parents[2] / "shared" / "data" / "lesions2d"
 
@@ -62,13 +63,21 @@ def with_masks(rows: Dataset, masks: list[np.ndarray]) -> Dataset:
     )
 
 
+def evaluated(segmenter: Any, rows: Dataset, **settings: Any) -> tuple[list[Any], list[Prediction], list[Any]]:
+    """Records, predictions and targets."""
+    seen: list[tuple[int, Any, Prediction, Any]] = []
+    records = evaluate(segmenter, rows, progress=False, on_answer=lambda *answer: seen.append(answer), **settings)
+    assert [number for number, *_ in seen] == list(range(len(rows)))
+    return records, [prediction for _, _, prediction, _ in seen], [target for *_, target in seen]
+
+
 def test_records_equal_a_slow_recomputation():
     rows = make_synthetic(10, size=32)
     masks = [np.asarray(mask) > 0 for mask in rows["mask"]]
     masks[4] = np.zeros_like(masks[4])  # a truth without a lesion
     rows = with_masks(rows, masks)
     segmenter = Thresholding()
-    records, predictions, targets = evaluate(segmenter, rows, batch_size=4, progress=False)
+    records, predictions, targets = evaluated(segmenter, rows, batch_size=4)
     assert segmenter.batches == [4, 4, 2]
     assert {prediction.status for prediction in predictions} == {Status.VALID, Status.NO_REASONING, Status.NO_SEG_TOKEN}
     assert len(records) == len(predictions) == len(targets) == 10
@@ -93,7 +102,7 @@ def test_records_equal_a_slow_recomputation():
 def test_scores_are_taken_at_the_size_of_the_mask():
     small = make_synthetic(2, size=32)
     masks = [np.kron(np.asarray(mask) > 0, np.ones((2, 3), dtype=bool)) for mask in small["mask"]]  # 96 x 64 pixels
-    _, predictions, targets = evaluate(Thresholding(), with_masks(small, masks), progress=False)
+    _, predictions, targets = evaluated(Thresholding(), with_masks(small, masks))
     for prediction, target, mask in zip(predictions, targets, masks, strict=True):
         assert target.mask.shape == mask.shape == (64, 96)
         assert prediction.mask is None or prediction.mask.shape == (64, 96)
@@ -101,16 +110,16 @@ def test_scores_are_taken_at_the_size_of_the_mask():
 
 def test_rows_without_texts_are_evaluated():
     rows = make_synthetic(2, size=32).select_columns(["image", "mask", "query"])
-    records, _, _ = evaluate(Thresholding(), rows, progress=False)
+    records = evaluate(Thresholding(), rows, progress=False)
     assert [record["modality"] for record in records] == ["", ""]
     assert list(summarise(records)["groups"]["anatomy"]) == ["unspecified"]
 
 
 def test_a_model_is_asked_greedily_about_every_row_in_order():
     model, processor = tiny_headed_model()
-    segmenter = ReasoningSegmenter(model.eval(), processor, {"max_new_tokens": 8})
+    segmenter = ReasoningSegmenter(model.eval(), processor, ImagePromptSettings(max_new_tokens=8))
     rows = make_synthetic(3, size=56)
-    records, predictions, targets = evaluate(segmenter, rows, batch_size=2, progress=False)
+    records, predictions, targets = evaluated(segmenter, rows, batch_size=2)
     for row, record, prediction, target in zip(rows, records, predictions, targets, strict=True):
         assert isinstance(row, dict)
         alone = segmenter.predict(row["image"], row["query"])
@@ -122,7 +131,7 @@ def test_a_model_is_asked_greedily_about_every_row_in_order():
 
 def test_no_rows_give_no_records_and_bad_input_is_named():
     rows = make_synthetic(2, size=32)
-    assert evaluate(Thresholding(), rows.select([]), progress=False) == ([], [], [])
+    assert evaluate(Thresholding(), rows.select([]), progress=False) == []
     for size in (0, -1):
         with pytest.raises(DataError, match=f"batch_size={size}: expected 1 or more"):
             evaluate(Thresholding(), rows, batch_size=size)
@@ -158,3 +167,21 @@ def test_the_constant_mask_on_real_images():
     summary = summarise(evaluate_constant_mask(train, test, size=128))
     assert summary["n"] == len(test)
     assert 0.37 < summary["mdice"] < 0.38
+
+
+def test_registered_metrics_join_the_records():
+    rows = make_synthetic(2, size=32)
+    records = evaluate(Thresholding(), rows, metrics=("iou_of_it", letters), progress=False)
+    assert [record["letters"] for record in records] == [len(row["query"]) + 1 for row in map(dict, rows)]
+    assert [record["iou_of_it"] for record in records] == [record["iou"] for record in records]
+    with pytest.raises(SegRLError, match=r"metrics \['dice'\]"):
+        evaluate(Thresholding(), rows, metrics=("dice",), progress=False)
+
+
+@register_metric("iou_of_it")
+def iou_of_it(prediction, target):
+    return iou(prediction.mask if prediction.mask is not None else np.zeros_like(target.mask), target.mask)
+
+
+def letters(prediction, target):
+    return len(prediction.text)

@@ -133,7 +133,7 @@ class TestPredict:
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs = segmenter._inputs(segmenter._conversations([image], [query]))
+        inputs = segmenter._inputs([segmenter._ask(image, query, image.size)[0]])
         assert processor.tokenizer.decode(inputs["input_ids"][0]).count(query) == prompt.count(query) == 1
         ids = torch.tensor([processor.tokenizer(ANSWER)["input_ids"]])
         whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids], 1)}
@@ -276,7 +276,7 @@ class TestFiles:
 
     def test_a_model_without_head(self, tmp_path):
         model, processor = tiny_model()
-        segmenter = ReasoningSegmenter(model, processor, {"max_new_tokens": 5})
+        segmenter = ReasoningSegmenter(model, processor, ImagePromptSettings(max_new_tokens=5))
         (answer,) = segmenter.predict_batch([picture()], ["Find it."])
         assert answer.mask is None
         segmenter.save_pretrained(tmp_path)

@@ -60,6 +60,7 @@ def test_failure():
     assert metrics.failure(empty, full, True)
     assert metrics.failure(None, full, True)
     assert not metrics.failure(empty, empty, True)
+    assert not metrics.failure(None, empty, True)
     assert metrics.failure(full, empty, True)
 
 

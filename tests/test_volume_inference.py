@@ -1,7 +1,7 @@
 """`VolumeSegmenter`: one question about a volume, whatever form the volume comes in; saved, loaded, asked again."""
 
-from dataclasses import replace
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,10 @@ from marks import slow_to_build
 from peft import LoraConfig, PeftModel
 from volume_builders import blocks, row_of
 
-from segrl.data import read_case
-from segrl.predictions import VolumePromptSettings
-from segrl.data import Intensity, Volume, prepare_volumes, read_grey, read_volume
+from segrl.data import Intensity, Volume, prepare_volumes, read_case, read_grey, read_volume
 from segrl.errors import CheckpointError, DataError
 from segrl.inference import VolumeSegmenter
+from segrl.predictions import VolumePromptSettings
 from segrl.segmenters import ImageFeatures, PropagationRequest, VolumePropagator
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, SEGMENTER_WEIGHTS
 from segrl.trainers import SegSFTTrainer

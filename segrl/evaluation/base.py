@@ -9,13 +9,15 @@ import numpy as np
 from datasets import Dataset
 from rich.progress import track
 
-from segrl.errors import DataError
+from segrl.errors import DataError, SegRLError
 from segrl.metrics.overlap import dice, failure, iou
+from segrl.metrics.registry import Metric, make_metric
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.target import Target, VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
 __all__ = ["OnAnswer", "overlap_record", "score_rows"]
 
+_RECORD_KEYS = {*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"}
 OnAnswer = Callable[[int, Any, Prediction, Any], None]
 """Called for every row with its number, what was shown (image or grey values), the prediction and the target."""
 
@@ -62,7 +64,9 @@ def score_rows(
     return records
 
 
-def overlap_record(prediction: Prediction, target: Target | VolumeTarget) -> dict[str, Any]:
+def overlap_record(
+    prediction: Prediction, target: Target | VolumeTarget, metrics: Sequence[str | Metric] = ()
+) -> dict[str, Any]:
     """Score one answer; plain Python values, ready for JSON.
 
     A prediction without a mask counts as an empty one, so that an answer which names nothing is right where there is
@@ -71,12 +75,13 @@ def overlap_record(prediction: Prediction, target: Target | VolumeTarget) -> dic
     Args:
         prediction: Its mask is compared with the ground truth.
         target: Ground truth and texts.
+        metrics: More metrics (`segrl.metrics.register_metric`), whose values are added under their names.
 
     Returns:
         - "query", "modality", "anatomy", "lesion", "name" of the target,
         - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
         - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
-        - "boxes" (original pixels), "status", "text" of the prediction.
+        - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`.
 
     Raises:
         DataError: The mask has another shape than the ground truth; names the row.
@@ -95,4 +100,12 @@ def overlap_record(prediction: Prediction, target: Target | VolumeTarget) -> dic
         "status": str(prediction.status.value),
         "text": prediction.text,
         "boxes": prediction.boxes.tolist(),
+        **{name: metric(prediction, target) for name, metric in _named(metrics).items()},
     }
+
+
+def _named(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
+    made = {metric if isinstance(metric, str) else metric.__name__: make_metric(metric) for metric in metrics}
+    if clash := sorted(made.keys() & _RECORD_KEYS):
+        raise SegRLError(f"metrics {clash}: these names are taken by the record itself; leave them out")
+    return made

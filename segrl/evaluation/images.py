@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from datasets import Dataset
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
 from segrl.geometry.masks import binarize
 from segrl.inference.images import ReasoningSegmenter
+from segrl.metrics.registry import Metric
 from segrl.predictions.target import Target
 
 __all__ = ["evaluate", "read_image_target"]
@@ -20,6 +23,7 @@ def evaluate(
     dataset: Dataset,
     *,
     batch_size: int = 16,
+    metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
 ) -> list[dict[str, Any]]:
@@ -29,6 +33,7 @@ def evaluate(
         segmenter: The model.
         dataset: Columns image, mask, query, and modality, anatomy, lesion, name where known.
         batch_size: Rows per generation.
+        metrics: More metrics for the records, see `segrl.metrics.register_metric`.
         progress: Show a progress bar.
         on_answer: Called for every row with its number, the image, the prediction and the target; to draw or keep what
             the records do not hold.
@@ -50,7 +55,7 @@ def evaluate(
         dataset,
         lambda row: (row["image"], read_image_target(row)),
         answer,
-        overlap_record,
+        partial(overlap_record, metrics=metrics),
         title="evaluate",
         batch_size=batch_size,
         progress=progress,

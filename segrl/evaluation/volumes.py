@@ -20,6 +20,7 @@ from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.prompts import format_slice_answer
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
 from segrl.inference.volumes import VolumeSegmenter
+from segrl.metrics.registry import Metric
 from segrl.metrics.summary import summarise
 from segrl.metrics.surfaces import hausdorff, surface_dice
 from segrl.predictions.frames import Frame
@@ -52,13 +53,16 @@ VOLUME_GROUPINGS = ("lesion",)  # the structure: a data set of organs names them
 _UNDEFINED = ("hd95_mm",)
 
 
-def volume_record(prediction: Prediction, target: VolumeTarget, *, nsd_tolerance_mm: float = 2.0) -> dict[str, Any]:
+def volume_record(
+    prediction: Prediction, target: VolumeTarget, *, nsd_tolerance_mm: float = 2.0, metrics: Sequence[str | Metric] = ()
+) -> dict[str, Any]:
     """Score one answer about a volume; plain Python values, ready for JSON.
 
     Args:
         prediction: Its (D, H, W) mask is compared with the ground truth; its slice and boxes with that slice of it.
         target: Ground truth, spacing in millimetres and texts.
         nsd_tolerance_mm: Distance up to which two surfaces agree, millimetres; at least 0.
+        metrics: More metrics, see `segrl.metrics.register_metric`.
 
     Returns:
         What `segrl.evaluation.overlap_record` says of the voxels, and
@@ -72,7 +76,7 @@ def volume_record(prediction: Prediction, target: VolumeTarget, *, nsd_tolerance
     Raises:
         DataError: The mask has another shape than the ground truth, which is named, or a tolerance below 0.
     """
-    record = overlap_record(prediction, target)
+    record = overlap_record(prediction, target, metrics)
     mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
     distance = hausdorff(mask, target.mask, spacing=target.spacing_mm)
     return {
@@ -113,6 +117,7 @@ def evaluate_volumes(
     *,
     batch_size: int = 4,
     nsd_tolerance_mm: float = 2.0,
+    metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
 ) -> list[dict[str, Any]]:
@@ -123,6 +128,7 @@ def evaluate_volumes(
         dataset: Rows of `segrl.data.load_volumes`.
         batch_size: Rows per generation; so many volumes are in memory at once.
         nsd_tolerance_mm: See `volume_record`.
+        metrics: See `volume_record`.
         progress: Show a progress bar.
         on_answer: Called for every row with its number, the grey values (D, H, W), the prediction and the truth; to
             draw or keep what the records do not hold.
@@ -141,7 +147,7 @@ def evaluate_volumes(
         dataset,
         partial(_read, CaseReader(0)),
         answer,
-        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm),
+        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics),
         title="evaluate",
         batch_size=batch_size,
         progress=progress,
@@ -155,6 +161,7 @@ def evaluate_oracle_boxes(
     *,
     batch_size: int = 4,
     nsd_tolerance_mm: float = 2.0,
+    metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
 ) -> list[dict[str, Any]]:
@@ -165,6 +172,7 @@ def evaluate_oracle_boxes(
         dataset: As in `evaluate_volumes`, as the rest.
         batch_size: Rows that are propagated together; so many volumes are in memory at once.
         nsd_tolerance_mm: See `volume_record`.
+        metrics: See `volume_record`.
         progress: Show a progress bar.
         on_answer: See `evaluate_volumes`.
 
@@ -183,7 +191,7 @@ def evaluate_oracle_boxes(
         dataset,
         partial(_read, CaseReader(0)),
         answer,
-        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm),
+        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics),
         title="oracle",
         batch_size=batch_size,
         progress=progress,

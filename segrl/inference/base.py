@@ -88,7 +88,7 @@ class SegmenterBase:
             model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if (path / HEAD_CONFIG).is_file():
-            attach_mask_head(model, MaskHead.from_pretrained(path, tokenizer=processor.tokenizer))
+            attach_mask_head(model, MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head))
         model.eval()
         return cls(model, processor, settings)
 

@@ -74,14 +74,20 @@ class ReasoningSegmenter(SegmenterBase):
         inputs = {} if head is None else {k: SegInput(head.segmenter.preprocess(image)) for k, image in shown.items()}
         conversations, rows = [], []
         for n, (image, query) in enumerate(zip(images, queries, strict=True)):
-            small = shown[id(image)]
             size = sizes[n] if sizes is not None else ImageOps.exif_transpose(image).size
-            frame = frame_for(self.processor, small.size, size, kind=self.settings.frame_kind)
-            rows.append(ImageRow(None, frame, inputs.get(id(image))))
-            text = build_prompt(query, self.settings.full_instruction)[0]["content"]
-            content = [{"type": "image", "image": small}, {"type": "text", "text": text}]
-            conversations.append([{"role": "user", "content": content}])
+            conversation, row = self._ask(shown[id(image)], query, size, inputs.get(id(image)))
+            conversations.append(conversation)
+            rows.append(row)
         return self._predict(conversations, rows, generation)
+
+    def _ask(
+        self, shown: Image.Image, query: str, size: tuple[int, int], seg_input: SegInput | None = None
+    ) -> tuple[list[dict[str, Any]], ImageRow]:
+        """The conversation with its image, and what it is about, as `prepare` and the task build them."""
+        text = build_prompt(query, self.settings.full_instruction)[0]["content"]
+        content = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
+        frame = frame_for(self.processor, shown.size, size, kind=self.settings.frame_kind)
+        return [{"role": "user", "content": content}], ImageRow(None, frame, seg_input)
 
     def _shown(self, image: Image.Image) -> Image.Image:
         """What the model sees, as `segrl.data.prepare` makes it, in RGB."""

@@ -70,8 +70,8 @@ def failure(prediction_mask: ArrayLike | None, true_mask: ArrayLike, valid_forma
     """Return whether a sample counts into the Failure Rate: Dice is 0, or the format is invalid (CORE-Seg).
 
     Args:
-        prediction_mask: (H, W) mask, or `None` if none was predicted, which is a failure.
-        true_mask: (H, W) ground truth mask.
+        prediction_mask: (H, W) mask, of a volume (D, H, W); None if none was predicted, which counts as an empty one.
+        true_mask: Ground truth mask of the same shape.
         valid_format: Whether the text has the required format.
 
     Returns:
@@ -84,4 +84,5 @@ def failure(prediction_mask: ArrayLike | None, true_mask: ArrayLike, valid_forma
         >>> failure([[1, 0]], [[1, 1]], True), failure([[1, 0]], [[0, 1]], True), failure([[1, 0]], [[1, 0]], False)
         (False, True, True)
     """
-    return not valid_format or prediction_mask is None or dice(prediction_mask, true_mask) == 0.0
+    predicted = np.zeros_like(true_mask) if prediction_mask is None else prediction_mask
+    return not valid_format or dice(predicted, true_mask) == 0.0

@@ -32,7 +32,9 @@ def common_format(rewards: list[Reward], settings: PromptSettings) -> Completion
     Raises:
         SegRLError: Two rewards read completions in different ways.
     """
-    formats = {replace(reward.completion_format, frame="relative_1000") for reward in rewards} or {settings.completion_format}
+    formats = {replace(reward.completion_format, frame="relative_1000") for reward in rewards} or {
+        settings.completion_format
+    }
     if len(formats) > 1:
         listed = "; ".join(f"{reward.name!r}: {reward.completion_format}" for reward in rewards)
         raise SegRLError(f"rewards read completions in different ways ({listed}); make them with the same settings")
