@@ -324,9 +324,10 @@ def test_bad_masks_name_the_row():
     ],
 )
 def test_bad_settings(settings, message):
+    limits = {name: value for name, value in settings.items() if name == "max_boxes"}
+    asked = {name: value for name, value in settings.items() if name not in limits}
     with pytest.raises(DataError, match=message):
-        limit = settings.pop("max_boxes", None)
-        prepare(make_synthetic(1, size=32), None, ImagePromptSettings(**settings), completions=True, max_boxes=limit)
+        prepare(make_synthetic(1, size=32), None, ImagePromptSettings(**asked), completions=True, **limits)
 
 
 def test_unknown_frame():

@@ -401,8 +401,8 @@ class TestStates:
         collect, states = Collect(), {}
 
         def keep(completions, **_):
-            assert trainer._rollout is not None
-            states["rollout"] = trainer._rollout.completions.states
+            rollout: Any = trainer._rollout
+            states["rollout"] = rollout.completions.states
             return [0.0] * len(completions)
 
         args = grpo_args(
