@@ -4,7 +4,7 @@ from segrl.heads.adapters import LinearAdapter, MLPAdapter, SemanticGuidedAdapte
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
 from segrl.heads.dense import DenseLoss, register_dense_loss
 from segrl.heads.mask_head import MaskHead
-from segrl.heads.probes import AnswerProbe, SegTokenProbe, register_probe
+from segrl.heads.probes import AnswerProbe, QueryProbe, SegTokenProbe, register_probe
 from segrl.heads.requests import SegInput
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LinearAdapter",
     "MLPAdapter",
     "MaskHead",
+    "QueryProbe",
     "SegInput",
     "SegTokenProbe",
     "SemanticGuidedAdapter",

@@ -58,7 +58,9 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
         )
     head.to(next(backbone.parameters()).device)
     base.add_module(_ATTRIBUTE, head)
-    head._hook = backbone.register_forward_hook(_BackboneHook(head))
+    head._hooks = [backbone.register_forward_hook(_BackboneHook(head))]
+    if hasattr(head.probe, "embed"):
+        head._hooks.append(base.get_input_embeddings().register_forward_hook(_EmbeddingHook(head)))
     return model
 
 
@@ -72,10 +74,21 @@ def detach_mask_head(model: Any) -> MaskHead | None:
     """Take the head off `model` and return it, or None if there is none; see `attach_mask_head`."""
     base, head = base_instance(model), find_mask_head(model)
     if head is not None:
-        head._hook.remove()
-        del head._hook
+        for hook in head._hooks:
+            hook.remove()
+        head._hooks = []
         delattr(base, _ATTRIBUTE)
     return head
+
+
+class _EmbeddingHook:
+    """Lets a probe put learned queries in the place of the embeddings of their token."""
+
+    def __init__(self, head: MaskHead) -> None:
+        self.head = head
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self.head.probe.embed(args[0], output) if args else output
 
 
 class _BackboneHook:

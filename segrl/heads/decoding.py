@@ -20,7 +20,7 @@ from segrl.heads.requests import Recording, SegInput
 from segrl.predictions.parsing import SEG_TOKEN
 from segrl.predictions.prediction import Prediction, Status
 
-__all__ = ["Completions", "add_masks", "check_token", "generation_states", "masks_at"]
+__all__ = ["Completions", "add_masks", "append_tokens", "check_token", "generation_states", "masks_at"]
 
 
 @dataclass(eq=False)
@@ -33,6 +33,7 @@ class Completions:
         own: (B, T) bool, True where the model wrote the token: not padding, and not what tools or environments said.
         states: (B, T', D), or None while there are none. T' may be T - 1: the last token of a cut-off completion was
             never fed back.
+        queries: (B, T) bool, True on the query tokens of a probe, which nobody wrote; None without any.
         known: (B, T) bool, False where a state means nothing, as in a completion that was hidden from attention; None:
             all mean something.
     """
@@ -42,6 +43,7 @@ class Completions:
     own: Tensor
     states: Tensor | None = None
     known: Tensor | None = None
+    queries: Tensor | None = None
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class Completions:
         ids: Sequence[Sequence[int]],
         device: torch.device | str,
         own: Sequence[Sequence[int]] | None = None,
+        queries: tuple[int, int] | None = None,
     ) -> Completions:
         """Build from nested lists.
 
@@ -56,6 +59,7 @@ class Completions:
             ids: Tokens of each completion.
             device: Where the tensors go.
             own: For each token 1 where the model wrote it, 0 for others; None: the model wrote all.
+            queries: Token and number of those that a probe wants behind each completion.
 
         Example:
             >>> batch = Completions.of([[5, 6, 7], [8]], "cpu", own=[[1, 0, 1], [1]])
@@ -67,7 +71,8 @@ class Completions:
         filled = [[*map(int, row), *[0] * (longest - len(row))] for row in ids]
         exists = [[True] * len(row) + [False] * (longest - len(row)) for row in ids]
         mask = [[*map(bool, row), *[False] * (longest - len(row))] for row in written]
-        return cls(*(torch.tensor(values, device=device) for values in (filled, exists, mask)))
+        batch = cls(*(torch.tensor(values, device=device) for values in (filled, exists, mask)))
+        return batch if queries is None else batch.with_queries(*queries)
 
     def last_text_ids(self) -> list[list[int]]:
         """The last run of tokens that the model wrote in each row; with tools or environments, its last turn."""
@@ -80,7 +85,36 @@ class Completions:
 
     def probed(self) -> Tensor:
         """(B, T) bool: tokens that a probe may choose."""
-        return self.own if self.known is None else self.own & self.known
+        own = self.own if self.queries is None else self.own | self.queries
+        return own if self.known is None else own & self.known
+
+    def with_queries(self, token_id: int, count: int) -> Completions:
+        """The completions with `count` query tokens behind each, without states."""
+        ids, exists, queries = append_tokens(self.ids, self.exists, token_id, count)
+        return Completions(ids, exists, F.pad(self.own, (0, count)), queries=queries)
+
+
+def append_tokens(ids: Tensor, mask: Tensor, token_id: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Append tokens behind the last one of each row that the mask holds; a row without any gets none.
+
+    Args:
+        ids: (B, T).
+        mask: (B, T), 1 or True on the tokens of a row.
+        token_id: The token.
+        count: How many, Q.
+
+    Returns:
+        Ids and mask (B, T + Q) with the dtype they had, and (B, T + Q) bool, True on the new tokens.
+
+    Example:
+        >>> ids, mask, new = append_tokens(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]]), 9, 1)
+        >>> ids.tolist(), mask.tolist(), new.tolist()
+        ([[5, 6, 9], [7, 9, 0]], [[1, 1, 1], [1, 1, 0]], [[False, False, True], [False, True, False]])
+    """
+    position = torch.arange(ids.size(1) + count, device=ids.device)
+    last = torch.where(mask.bool(), position[: ids.size(1)], -1).amax(1, keepdim=True)
+    new = (position > last) & (position <= last + count) & (last >= 0)
+    return F.pad(ids, (0, count)).masked_fill(new, token_id), F.pad(mask, (0, count)).masked_fill(new, 1), new
 
 
 def check_token(head: MaskHead, tokenizer: Any) -> None:

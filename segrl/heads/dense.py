@@ -132,7 +132,7 @@ def dense_terms(dense_losses: Sequence[DenseLoss], request: MaskRequest) -> tupl
     logits, rows = request.logits, request.rows
     if logits is None or rows is None:
         raise SegRLError("the forward pass decoded no masks: the model's backbone was not called")
-    targets = [request.inputs[n].target for n in rows.tolist()]
+    targets = [item.target for n in rows.tolist() if (item := request.inputs[n]) is not None]
     stacked = [t for t in targets if t is not None]
     if len(stacked) < len(targets):
         raise SegRLError("a dense loss needs a target mask for every row; some rows have none")

@@ -90,7 +90,7 @@ class MaskHead(nn.Module):
         (torch.Size([2, 16, 16]), 1)
     """
 
-    _hook: Any  # handle of the backbone's hook while the head is attached
+    _hooks: list[Any]  # handles of the hooks on the model while the head is attached
 
     def __init__(
         self,
@@ -113,6 +113,7 @@ class MaskHead(nn.Module):
         self.cache, self._fingerprint = cache, EncoderFingerprint()
         self._request: MaskRequest | None = None
         self._recording: Recording | None = None
+        self._hooks = []
         self._checked: dict[str, Any] = {}  # descriptions that are known to rebuild their part
         self.encoded_images = 0
         self.freeze()
@@ -160,7 +161,9 @@ class MaskHead(nn.Module):
 
     def freeze(self) -> None:
         """Set `requires_grad` of the head's parameters as `freeze_encoder` says (PEFT freezes all it does not know)."""
-        self.adapter.requires_grad_(True)
+        for part in (self.probe, self.adapter):
+            if isinstance(part, nn.Module):
+                part.requires_grad_(True)
         self.segmenter.freeze(encoder=self.freeze_encoder)
 
     # ---- masks from states -------------------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ class MaskHead(nn.Module):
 
     @contextmanager
     def decode_next(
-        self, index: Tensor, valid: Tensor, inputs: Sequence[SegInput], last: int | None = None
+        self, index: Tensor, valid: Tensor, inputs: Sequence[SegInput | None], last: int | None = None
     ) -> Iterator[MaskRequest]:
         """Inside the context the next backbone forward decodes masks at positions `index` "B K"; see `MaskRequest`."""
         self._request = request = MaskRequest(index, valid, inputs, last)
@@ -264,6 +267,11 @@ class MaskHead(nn.Module):
             yield request
         finally:
             self._request = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the next backbone forward decodes masks."""
+        return self._request is not None
 
     @contextmanager
     def record(self, *, last_only: bool = False) -> Iterator[Recording]:
@@ -288,8 +296,10 @@ class MaskHead(nn.Module):
                 f"masks were asked for {len(request.index)} rows, the forward has {len(states)}: the batch was split "
                 "or packed, which a mask head does not support here"
             )
-        rows = request.valid.any(1).nonzero()[:, 0]
-        anchor = rows if len(rows) else rows.new_zeros(1)  # without any mask the head still runs, with weight zero
+        seen = torch.tensor([item is not None for item in request.inputs], device=request.valid.device)
+        rows = (request.valid.any(1) & seen).nonzero()[:, 0]
+        # without any mask the head still runs, with weight zero
+        anchor = rows if len(rows) else seen.int().argmax(keepdim=True)
         skipped = 0 if request.last is None else states.size(1) - request.last
         index = (request.index[anchor] + skipped).unsqueeze(-1).expand(-1, -1, states.size(-1))
         valid = request.valid[anchor].clone()
@@ -297,14 +307,18 @@ class MaskHead(nn.Module):
         chosen = states[anchor].gather(1, index)
         observe: Any = getattr(self.adapter, "observe", None)
         if observe is not None and self.training and torch.is_grad_enabled():
-            observe(chosen[request.valid[anchor]])
+            observe(chosen[request.valid[anchor] & bool(len(rows))])
         aux: dict[str, Tensor] = {}
-        logits = self(chosen, valid, [request.inputs[n] for n in anchor.tolist()], aux)
+        logits = self(chosen, valid, [request.inputs[n] or self._blank() for n in anchor.tolist()], aux)
         request.rows, request.logits = rows, logits[: len(rows)]
         request.aux = {name: value[: len(rows)] for name, value in aux.items()}
         # every trainable parameter takes part in every forward, so that no rank waits for a gradient that never comes
         touch = sum((p.reshape(-1)[:1].sum() * 0 for p in self.parameters() if p.requires_grad), logits.sum() * 0)
         return _Tie.apply(states, touch) if torch.is_tensor(touch) and touch.requires_grad else states
+
+    def _blank(self) -> SegInput:
+        """A black image, for a batch in which no row has an image."""
+        return SegInput(torch.zeros(3, self.segmenter.image_size, self.segmenter.image_size))
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,11 @@
 
 A probe maps token ids (B, T) and the completion mask (B, T) (True on tokens that the model wrote, never on the prompt)
 to positions (B, K) in T and their validity (B, K). A row with no valid position has no mask.
+
+A probe with the attributes `query_token_id` and `num_queries` gets that many tokens behind every completion, which
+attend to the prompt, the image and everything that was written; its completion mask is True on them too. With a method
+`embed(ids, embeddings)` it decides what the backbone sees in their place. Such tokens were never generated, so a
+rollout takes one more forward pass.
 """
 
 # B rows, T tokens, K states
@@ -12,12 +17,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segrl.errors import SegRLError
 from segrl.registry import Registry
 
-__all__ = ["PROBES", "AnswerProbe", "SegTokenProbe", "register_probe"]
+__all__ = ["PROBES", "AnswerProbe", "QueryProbe", "SegTokenProbe", "query_tokens", "register_probe"]
 
 Item = TypeVar("Item", bound=Callable[..., Any])
 
@@ -137,3 +142,54 @@ class AnswerProbe:
         if tokenizer is None:
             raise SegRLError("probe 'answer' looks for <answer> in the text of the tokens: pass tokenizer=")
         return cls(**config, tokenizer=tokenizer)
+
+
+@register_probe("query")
+class QueryProbe(nn.Module):
+    """The states of learned query tokens behind the completion, after LENS (arXiv:2508.14153).
+
+    Args:
+        token_id: Id of `<seg>`: only a completion that holds it has a mask.
+        query_token_id: Id of a normal token that stands for the queries, and that no text holds:
+            `segrl.models.ensure_seg_token(model, processor, "<query>")`.
+        num_queries: Queries, K.
+        width: Width of the language model, D.
+    """
+
+    def __init__(self, token_id: int, query_token_id: int, num_queries: int, width: int) -> None:
+        super().__init__()
+        if num_queries < 1 or token_id == query_token_id:
+            raise SegRLError(
+                f"QueryProbe(token_id={token_id}, query_token_id={query_token_id}, num_queries={num_queries}): "
+                "expected two different tokens and 1 query or more"
+            )
+        self.token_id, self.query_token_id, self.num_queries = int(token_id), int(query_token_id), int(num_queries)
+        self.queries = nn.Parameter(torch.randn(num_queries, width) * 0.02)
+
+    def forward(self, ids: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the positions (B, K) of the last K tokens of the mask, valid where the completion holds `<seg>`."""
+        position = torch.arange(ids.size(1), device=ids.device)
+        last = torch.where(completion_mask.bool(), position, -1).amax(1, keepdim=True)
+        index = last - torch.arange(self.num_queries - 1, -1, -1, device=ids.device)
+        written = ((ids == self.token_id) & completion_mask.bool()).any(1, keepdim=True)
+        return index.clamp(min=0), (index >= 0) & written
+
+    def embed(self, ids: Tensor, embeddings: Tensor) -> Tensor:
+        """Put the queries, in order, in the place of the embeddings (B, T, D) of their token."""
+        here = ids == self.query_token_id
+        order = (here.cumsum(-1) - 1).clamp(min=0) % self.num_queries
+        return torch.where(here.unsqueeze(-1), self.queries.to(embeddings.dtype)[order], embeddings)
+
+    def to_config(self) -> dict[str, Any]:
+        return {
+            "token_id": self.token_id,
+            "query_token_id": self.query_token_id,
+            "num_queries": self.num_queries,
+            "width": self.queries.size(1),
+        }
+
+
+def query_tokens(probe: Any) -> tuple[int, int] | None:
+    """The token that stands for a probe's queries and how many follow a completion; None for a probe without any."""
+    count = getattr(probe, "num_queries", 0)
+    return (int(probe.query_token_id), int(count)) if count else None

@@ -63,7 +63,7 @@ class MaskRequest:
     Attributes:
         index: (B, K) positions of the probe's states.
         valid: (B, K), which of them exist.
-        inputs: The image of each row; the same object for the same image.
+        inputs: The image of each row; the same object for the same image; None for a row without one.
         last: How many tokens at the end of each row the positions count within; None: all of them.
         rows: (N,) rows that have a mask; set by the forward pass.
         logits: (N, h, h) mask logits of these rows, with gradients; set by the forward pass.
@@ -72,7 +72,7 @@ class MaskRequest:
 
     index: Tensor
     valid: Tensor
-    inputs: Sequence[SegInput]
+    inputs: Sequence[SegInput | None]
     last: int | None = None
     rows: Tensor | None = None
     logits: Tensor | None = None

@@ -15,6 +15,7 @@ from segrl.errors import CheckpointError, DataError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
 from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
+from segrl.heads.probes import query_tokens
 from segrl.hub import is_hub_name
 from segrl.models.backbone import base_instance
 from segrl.models.loading import load_vlm
@@ -163,10 +164,25 @@ class SegmenterBase:
             output = self.model.generate(**inputs, **options)
         written = output[:, inputs["input_ids"].size(1) :].tolist()
         ids = [self._trimmed(row) for row in written]
-        completions = Completions.of(ids, base_instance(self.model).device)
-        if recording is not None:
+        queries = None if head is None else query_tokens(head.probe)
+        completions = Completions.of(ids, base_instance(self.model).device, queries=queries)
+        if head is not None and queries is not None:
+            self._score(inputs, completions, head)
+        elif recording is not None:
             completions.states = generation_states(recording, written)
         return completions, self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _score(self, inputs: Any, completions: Completions, head: MaskHead) -> None:
+        """Get the states of completions whose query tokens were not generated, by one more forward."""
+        whole = dict(inputs)
+        whole["input_ids"] = torch.cat([inputs["input_ids"], completions.ids], 1)
+        whole["attention_mask"] = torch.cat([inputs["attention_mask"], completions.exists.long()], 1)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in whole:
+                whole[name] = torch.cat([whole[name], torch.zeros_like(completions.ids)], 1)
+        with head.record() as recording:
+            self.model(**whole)
+        completions.states = recording.calls[-1][:, -completions.ids.size(1) :]
 
     def _inputs(self, conversations: Sequence[Any]) -> Any:
         """Conversations as a padded batch on the model's device."""

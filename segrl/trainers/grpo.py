@@ -29,8 +29,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from segrl.heads.attach import find_mask_head
-from segrl.heads.decoding import Completions
+from segrl.heads.decoding import Completions, append_tokens
 from segrl.heads.dense import DenseLoss
+from segrl.heads.probes import query_tokens
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings
@@ -155,7 +156,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             with head_detached(self.model) if self.use_vllm else nullcontext():
                 output = super()._generate(prompts)
         if rollout is not None:
-            rollout.finish(*output[:3], device=self.accelerator.device)
+            rollout.finish(*output[:3], device=self.accelerator.device, queries=self._queries)
         return output
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +165,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             rollout is None
             or head is None
             or rollout.recorded
+            or self._queries is not None
             or self.use_vllm
             or self.use_transformers_continuous_batching
         ):
@@ -176,20 +178,38 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        call = super()._get_per_token_logps_and_entropies
         rollout, head = self._rollout, self.mask_head
-        if (
-            rollout is None
-            or head is None
-            or not rollout.needs_states
-            or model is not self.model
-            or not is_policy(model)
-        ):
+        wanted = head is not None and rollout is not None and rollout.needs_states and model is self.model
+        if head is None or not (head.is_asked or (wanted and is_policy(model))):
+            call = super()._get_per_token_logps_and_entropies
             return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if head.is_asked or rollout is None:
+            return self._scored(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         with head.record() as recording:
-            result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        rollout.take_states(recording, attention_mask, logits_to_keep)
+            result = self._scored(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        rollout.take_states(recording, attention_mask[:, -logits_to_keep:])
         return result
+
+    def _scored(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """TRL's scoring pass with the probe's query tokens behind each completion; scores are those without them."""
+        call = super()._get_per_token_logps_and_entropies
+        if self._queries is None:
+            return call(model, input_ids, attention_mask, keep, *args, **kwargs)
+        token_id, count = self._queries
+        own_ids, own_mask, _ = append_tokens(input_ids[:, -keep:], attention_mask[:, -keep:], token_id, count)
+        input_ids = torch.cat([input_ids[:, :-keep], own_ids], 1)
+        attention_mask = torch.cat([attention_mask[:, :-keep], own_mask], 1)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = torch.nn.functional.pad(kwargs[name], (0, count))
+        logps, entropies, loss = call(model, input_ids, attention_mask, keep + count, *args, **kwargs)
+        return logps[:, :keep], None if entropies is None else entropies[:, :keep], loss
+
+    @property
+    def _queries(self) -> tuple[int, int] | None:
+        return None if self.mask_head is None else query_tokens(self.mask_head.probe)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         if self.task is not None:
@@ -202,7 +222,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         """The rows with `prediction` and `target`, and the masks' metrics logged."""
         rollout = self._rollout or Rollout()
         if rollout.completions is None:
-            rollout.completions = Completions.of(ids, self.accelerator.device)
+            rollout.completions = Completions.of(ids, self.accelerator.device, queries=self._queries)
         rows = task.read(inputs)
         # Not the messages that TRL makes of the completion: where those are parsed (tools), the reasoning is cut out
         # and stray text around it is lost, which the grammar has to see.
@@ -240,7 +260,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             super()._get_per_token_logps_and_entropies(
                 self.model, ids, mask, keep, batch_size=self.args.per_device_train_batch_size, **extra
             )
-        rollout.take_states(recording, mask, keep)
+        rollout.take_states(recording, mask[:, -keep:])
 
     def _log_predictions(self, task: Task, predictions: list[Prediction], targets: list[Any]) -> None:
         for name, values in rollout_metrics(predictions, targets, masks=task.makes_masks).items():
@@ -277,7 +297,12 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         ids, own = inputs["completion_ids"], inputs["completion_mask"]
         if "tool_mask" in inputs:
             own = own * inputs["tool_mask"]
-        index, valid = self.mask_head.probe(ids, own)
-        with self.mask_head.decode_next(index, valid, inputs["seg_inputs"], last=ids.size(1)) as request:
+        exists = inputs["completion_mask"].bool()
+        completions = Completions(ids, exists, own.bool())
+        if self._queries is not None:
+            completions = completions.with_queries(*self._queries)
+        index, valid = self.mask_head.probe(completions.ids, completions.probed())
+        last = completions.ids.size(1)
+        with self.mask_head.decode_next(index, valid, inputs["seg_inputs"], last=last) as request:
             loss = super()._compute_loss(model, inputs)
         return self._joint_loss(loss, weight, request, scale, mode)

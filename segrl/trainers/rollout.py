@@ -50,25 +50,33 @@ class Rollout:
         completion_ids: Sequence[Any],
         own: Sequence[Any] | None,
         device: torch.device,
+        queries: tuple[int, int] | None = None,
     ) -> None:
         """Take the prompts and completions that TRL goes on with.
 
         Tools, environments and rollout functions put text of others between or around the generated tokens: then the
-        recorded states are not those of the completions, which get theirs from a scoring pass.
+        recorded states are not those of the completions, which get theirs from a scoring pass; nor do `queries`, token
+        and number of those that a probe wants behind each completion, have any.
         """
-        self.prompt_ids = _lists(prompt_ids)
-        ids = _lists(completion_ids)
-        self.completions = Completions.of(ids, device, own)
-        if self._recorded is not None and self._recorded[:2] == (self.prompt_ids, ids):
+        self.prompt_ids, ids = _lists(prompt_ids), _lists(completion_ids)
+        self.completions = Completions.of(ids, device, own, queries)
+        if queries is None and self._recorded is not None and self._recorded[:2] == (self.prompt_ids, ids):
             self.completions.states = self._recorded[2]
         self._recorded = None
 
-    def take_states(self, recording: Recording, attention_mask: Tensor, keep: int) -> None:
-        """Take the states of the last `keep` tokens of a scoring pass with this `attention_mask` (B, T)."""
+    def take_states(self, recording: Recording, attention_mask: Tensor) -> None:
+        """Take the states of the completions from a scoring pass.
+
+        Args:
+            recording: Of the pass.
+            attention_mask: (B, T) of the completions in it: `mask_truncated_completions` hides a whole one from
+                attention, and then its states mean nothing.
+        """
         assert self.completions is not None
+        keep = self.completions.ids.size(1)
         self.completions.states = torch.cat([states[:, -keep:] for states in recording.calls])
-        # `mask_truncated_completions` hides a whole completion from attention: its states mean nothing
-        self.completions.known = attention_mask[:, -keep:] != 0
+        visible = (attention_mask != 0).any(1, keepdim=True)
+        self.completions.known = visible.expand_as(self.completions.exists)
 
 
 def tensors_of_prompts(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
 from segrl.errors import SegRLError
+from segrl.heads.decoding import append_tokens
 from segrl.heads.dense import DenseLoss
+from segrl.heads.probes import query_tokens
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.tasks import Task, check_columns, make_task
 from segrl.trainers.config import SegSFTConfig
@@ -85,7 +88,10 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
         request = None
         if self.dense_losses and self.mask_head is not None:
             seg_inputs = inputs.pop("seg_inputs")
-            index, valid = self.mask_head.probe(inputs["input_ids"], inputs["labels"] != -100)
+            probed = inputs["labels"] != -100
+            if (queries := query_tokens(self.mask_head.probe)) is not None:
+                probed = _add_queries(inputs, probed, *queries)
+            index, valid = self.mask_head.probe(inputs["input_ids"], probed)
             with self.mask_head.decode_next(index, valid, seg_inputs) as request:
                 result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
@@ -93,3 +99,13 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
         loss: Tensor = result[0] if return_outputs else result
         joint = self._joint_loss(loss, weight, request, 1.0 / steps, mode)
         return (joint, result[1]) if return_outputs else joint
+
+
+def _add_queries(inputs: dict[str, Any], probed: Tensor, token_id: int, count: int) -> Tensor:
+    """Put query tokens, which are not learned as text, behind each row of a batch; returns the mask for the probe."""
+    ids, mask, new = append_tokens(inputs["input_ids"], inputs["attention_mask"], token_id, count)
+    inputs |= {"input_ids": ids, "attention_mask": mask, "labels": F.pad(inputs["labels"], (0, count), value=-100)}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if inputs.get(name) is not None:
+            inputs[name] = F.pad(inputs[name], (0, count))
+    return F.pad(probed, (0, count)) | new
