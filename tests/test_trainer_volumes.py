@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import add_head, grpo_args, seg_bias, sft_args, tiny_model, tiny_segmenter
+from builders import grpo_args, seg_bias, sft_args, tiny_model, tiny_segmenter
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from trainer_checks import Collect, history, same, weights, written_rollout
@@ -384,12 +384,6 @@ class TestErrors:
         with pytest.raises(error, match=message):
             trainer_of(rows, reward_funcs, folder, **settings)
 
-    def test_a_mask_head(self, one, tmp_path):
-        model, processor = tiny_model("qwen3_vl")
-        add_head(model, processor)
-        message = r"a mask head segments images; for volumes pass propagator=VolumePropagator\(\.\.\.\) and no head"
-        self.refuse(one, ["slice_boxes"], tmp_path, message, model=(model, processor))
-
     def test_no_propagator(self, one, tmp_path):
         message = r"reward 'propagated_dice' reads masks; pass propagator=VolumePropagator\(segmenter\)"
         self.refuse(one, rewards(), tmp_path, message)
@@ -412,7 +406,7 @@ class TestErrors:
             trainer_of(one, [reward()], tmp_path, propagator=propagator(reach))
 
     def test_rewards_of_images_beside_those_of_volumes(self, one, tmp_path):
-        message = r"reward 'box_f1' reads the truth of an image, and the rows are volumes; train with rewards of"
+        message = r"reward 'box_f1' reads the ground truth of an image, and the rows are volumes; train with rewards of"
         self.refuse(one, ["slice_boxes", "box_f1"], tmp_path, message)
         self.refuse(one, ["box_f1"], tmp_path, message, propagator=propagator())
 

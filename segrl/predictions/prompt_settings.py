@@ -184,13 +184,13 @@ class VolumePromptSettings(PromptSettings):
     )
 
     def __post_init__(self) -> None:
-        try:
-            pairs = tuple((modality, intensity) for modality, intensity in self.scaling)
-        except (TypeError, ValueError):
-            pairs = (("", 0),)
-        if not all(isinstance(text, str) for pair in pairs for text in pair):
+        given = self.scaling if isinstance(self.scaling, list | tuple) else None
+        if given is None or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in given
+        ):
             raise DataError(f"scaling={self.scaling!r:.100}: expected pairs of texts, (modality, intensity)")
-        object.__setattr__(self, "scaling", pairs)
+        object.__setattr__(self, "scaling", tuple((modality, intensity) for modality, intensity in given))
         super().__post_init__()
 
     @property

@@ -1,0 +1,178 @@
+"""Images and volumes are two tasks of one mechanism: what they share is held together here."""
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import tiny_headed_model, tiny_model
+
+from segrl import inference, predictions
+from segrl.data import make_synthetic, make_synthetic_volumes, prepare, prepare_volumes
+from segrl.errors import CheckpointError, SegRLError
+from segrl.evaluation import overlap_record, volume_record
+from segrl.predictions import (
+    ImagePromptSettings,
+    Prediction,
+    Status,
+    Target,
+    VolumePromptSettings,
+    VolumeTarget,
+    load_prompt_settings,
+)
+from segrl.rewards import make_reward
+from segrl.tasks import ImageTask, VolumeTask, make_task, rollout_metrics
+
+KINDS: Any = [ImagePromptSettings, VolumePromptSettings]
+
+
+def answer(mask, status=Status.VALID):
+    return Prediction("text", "r", "a", np.zeros((0, 4)), status, has_seg=True, mask=mask)
+
+
+def pairs() -> list[tuple[Any, Any, Any]]:
+    """Target, an equal mask and an empty one, of an image and of a volume."""
+    plane = np.zeros((6, 8), dtype=bool)
+    plane[2:4, 2:5] = True
+    volume = np.stack([np.zeros_like(plane), plane])
+    return [
+        (Target.from_mask(plane, lesion="cyst"), plane, np.zeros_like(plane)),
+        (VolumeTarget.from_mask(volume, lesion="cyst"), volume, np.zeros_like(volume)),
+    ]
+
+
+def test_record_keys():
+    (image, *_), (volume, *_) = pairs()
+    two, three = overlap_record(answer(image.mask), image), volume_record(answer(volume.mask), volume)
+    assert list(two) == list(three)[: len(two)]
+    assert set(three) - set(two) == {"hd95_mm", "nsd", "slice_visibility", "slice_boxes", "slice_index"}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_definition_of_a_failure(which):
+    target, right, nothing = pairs()[which]
+    empty = type(target).from_mask(nothing)
+    record = overlap_record if which == 0 else volume_record
+    cases = [
+        (answer(right), target, False),
+        (answer(right, Status.NO_ANSWER), target, True),
+        (answer(nothing), target, True),
+        (answer(None), target, True),
+        (answer(None), empty, False),
+        (answer(right), empty, True),
+    ]
+    for prediction, truth, failed in cases:
+        assert record(prediction, truth)["fail"] is failed
+        assert rollout_metrics([prediction], [truth], masks=True)["fail"] == [float(failed)]
+        assert rollout_metrics([prediction], [truth], masks=True)["dice"] == [record(prediction, truth)["dice"]]
+    assert list(rollout_metrics([], [], masks=False)) == ["valid"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reasoning_changes_the_instruction_the_format_and_the_target(kind, tmp_path):
+    rows = make_synthetic(1) if kind is ImagePromptSettings else make_synthetic_volumes(1, tmp_path, depth=4, size=32)
+    make = prepare if kind is ImagePromptSettings else prepare_volumes
+    for reasoning in (True, False):
+        settings = kind(reasoning=reasoning, frame_kind="original_px")
+        assert ("<think>" in settings.full_instruction) is reasoning
+        assert settings.completion_format.require_reasoning is reasoning
+        (row,) = make(rows, None, settings, completions=True)
+        assert ("<think>" in str(row["prompt"])) is reasoning
+        assert ("<think>" in row["completion"][0]["content"]) is reasoning
+    assert kind(instruction="Look.", reasoning=False).full_instruction == "Look."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_come_back_from_their_file(kind, tmp_path):
+    settings = kind(instruction="Look.", reasoning=False, frame_kind="relative_1000", max_new_tokens=7)
+    settings.save(tmp_path)
+    assert load_prompt_settings(tmp_path) == settings
+    (tmp_path / "checkpoint-3").mkdir()
+    assert load_prompt_settings(tmp_path / "checkpoint-3") == settings
+    assert load_prompt_settings(tmp_path.parent) is None
+    assert {item.name for item in fields(ImagePromptSettings)} - {item.name for item in fields(kind)} <= {"max_edge"}
+
+
+BAD_FILES = [
+    ("[1]", "holds a list, expected an object"),
+    ("{", "not JSON"),
+    ('{"task": "images"}', "version=None"),
+    ('{"task": "images", "version": 99}', "version=99 is of a newer segrl"),
+    ('{"task": "video", "version": 1}', "unknown task 'video'"),
+    ('{"task": "images", "version": 1, "max_edgee": 3}', "did you mean 'max_edge'"),
+    ('{"task": "images", "version": 1, "max_edge": "512"}', "max_edge='512': expected a whole number"),
+    ('{"task": "images", "version": 1, "reasoning": 1}', "reasoning=1: expected true or false"),
+    ('{"task": "volumes", "version": 1, "slices": 0}', "slices=0: expected a whole number, 1 or more"),
+    ('{"task": "volumes", "version": 1, "scaling": ["CT"]}', "expected pairs of texts"),
+    ('{"task": "volumes", "version": 1, "frame_kind": "cm"}', "unknown frame_kind 'cm'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
+def test_a_damaged_file_of_settings_is_one_line_that_names_file_and_key(text, message, tmp_path):
+    (tmp_path / "segrl.json").write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        load_prompt_settings(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "segrl.json"))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_must_agree_between_stages():
+    VolumePromptSettings(reasoning=False, instruction="a").check_continues(VolumePromptSettings(), "run")
+    for change in ({"slices": 8}, {"size": 32}, {"frame_kind": "original_px"}):
+        with pytest.raises(SegRLError, match=f"run was trained with {next(iter(change))}="):
+            VolumePromptSettings(**change).check_continues(VolumePromptSettings(), "run")
+    with pytest.raises(SegRLError, match="run was trained on images, expected a run on volumes"):
+        VolumePromptSettings().check_continues(ImagePromptSettings(), "run")
+    window = VolumePromptSettings(scaling=(("CT", "window:0:1"),))
+    with pytest.raises(SegRLError, match="scaling"):
+        window.check_continues(VolumePromptSettings(scaling=(("CT", ""),)), "run")
+    window.check_continues(VolumePromptSettings(scaling=(("MRI", ""),)), "run")
+
+
+def test_a_scan_is_scaled_as_in_training():
+    settings = VolumePromptSettings(scaling=(("CT", "window:-160:240"), ("CT", "window:0:80"), ("MRI", "")))
+    assert settings.scaling_for("MRI") == ("MRI", "")
+    assert settings.scaling_for("ct", "window:0:9") == ("ct", "window:0:9")
+    assert settings.scaling_for("PET") == ("PET", "")
+    for modality in ("CT", ""):
+        with pytest.raises(SegRLError, match="several scalings"):
+            settings.scaling_for(modality)
+    assert VolumePromptSettings(scaling=(("CT", "window:0:80"),)).scaling_for() == ("CT", "window:0:80")
+
+
+def test_which_task_fits():
+    _, processor = tiny_model()
+    assert isinstance(make_task(processor), ImageTask)
+    assert isinstance(make_task(processor, rewards=[make_reward("slice_visibility")]), VolumeTask)
+    assert isinstance(make_task(processor, columns=["scan", "slices", "images"]), VolumeTask)
+    assert isinstance(make_task(processor, VolumePromptSettings()), VolumeTask)
+    with pytest.raises(SegRLError, match="prompt_settings are those of images"):
+        make_task(processor, ImagePromptSettings(), rewards=[make_reward("slice_visibility")])
+
+
+@pytest.mark.slow
+def test_load_returns_the_segmenter_of_the_run(tmp_path):
+    model, processor = tiny_headed_model()
+    inference.ReasoningSegmenter(model, processor).save_pretrained(tmp_path / "images")
+    inference.VolumeSegmenter(*tiny_model("qwen3_vl")).save_pretrained(tmp_path / "volumes")
+    for name, kind in (("images", inference.ReasoningSegmenter), ("volumes", inference.VolumeSegmenter)):
+        assert type(inference.load(tmp_path / name, device="cpu")) is kind
+    with pytest.raises(CheckpointError, match="is a run on volumes, expected one on images"):
+        inference.ReasoningSegmenter.from_pretrained(tmp_path / "volumes")
+    (tmp_path / "images" / "segrl.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no segrl\.json"):
+        inference.load(tmp_path / "images")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inference.load(tmp_path / "nothing")
+
+
+def test_both_trainers_and_prepare_have_the_same_arguments():
+    shared = {"dataset", "processor", "settings", "completions", "brief", "max_boxes", "num_proc"}
+    for make in (prepare, prepare_volumes):
+        assert shared <= set(inspect.signature(make).parameters)
+    public = {name for name, _ in inspect.getmembers(ImageTask) if not name.startswith("_")} | {"settings", "head"}
+    assert {name for name in dir(VolumeTask) if not name.startswith("_")} | {"settings", "head"} >= public
+    assert predictions.PromptSettings.__subclasses__() == KINDS
