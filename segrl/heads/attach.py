@@ -40,10 +40,8 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
         >>> from segrl.segmenters import Sam2Segmenter
         >>> model, _ = tiny_qwen2_5_vl()
         >>> head = MaskHead(SegTokenProbe(3), LinearAdapter(128, 256), Sam2Segmenter())
-        >>> attach_mask_head(model, head).mask_head is find_mask_head(model) is detach_mask_head(model) is head
+        >>> attach_mask_head(model, head).mask_head is head
         True
-        >>> find_mask_head(model), detach_mask_head(model)
-        (None, None)
     """
     base = base_instance(model)
     if find_mask_head(model) is not None:
@@ -65,13 +63,33 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
 
 
 def find_mask_head(model: Any) -> MaskHead | None:
-    """Return the head on `model` (through PEFT), or None; see `attach_mask_head`."""
+    """Return the head on `model` (through PEFT), or None.
+
+    Example:
+        >>> from segrl.heads import LinearAdapter, SegTokenProbe
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter
+        >>> model, _ = tiny_qwen2_5_vl()
+        >>> head = MaskHead(SegTokenProbe(3), LinearAdapter(128, 256), Sam2Segmenter(Sam2Config(image_size=64)))
+        >>> find_mask_head(model), find_mask_head(attach_mask_head(model, head)) is head
+        (None, True)
+    """
     head = getattr(base_instance(model), _ATTRIBUTE, None)
     return head if isinstance(head, MaskHead) else None
 
 
 def detach_mask_head(model: Any) -> MaskHead | None:
-    """Take the head off `model` and return it, or None if there is none; see `attach_mask_head`."""
+    """Take the head off `model` and return it, or None if there is none.
+
+    Example:
+        >>> from segrl.heads import LinearAdapter, SegTokenProbe
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter
+        >>> model, _ = tiny_qwen2_5_vl()
+        >>> head = MaskHead(SegTokenProbe(3), LinearAdapter(128, 256), Sam2Segmenter(Sam2Config(image_size=64)))
+        >>> detach_mask_head(attach_mask_head(model, head)) is head, detach_mask_head(model)
+        (True, None)
+    """
     base, head = base_instance(model), find_mask_head(model)
     if head is not None:
         for hook in head._hooks:
