@@ -1,1 +1,3 @@
 """The command `segrl`."""
+
+__all__: list[str] = []

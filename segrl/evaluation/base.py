@@ -85,6 +85,14 @@ def overlap_record(
 
     Raises:
         DataError: The mask has another shape than the ground truth; names the row.
+
+    Example:
+        >>> from segrl.predictions import Frame, Target, parse_completion
+        >>> text = "<think>a</think><answer>The cyst is located at [0, 0, 2, 2].<seg></answer>"
+        >>> prediction = parse_completion(text, Frame("original_px", (4, 4))).with_mask(np.eye(4, dtype=bool))
+        >>> record = overlap_record(prediction, Target.from_mask(np.ones((4, 4), dtype=bool), lesion="cyst"))
+        >>> record["dice"], record["iou"], record["fail"], record["boxes"], record["lesion"]
+        (0.4, 0.25, False, [[0.0, 0.0, 2.0, 2.0]], 'cyst')
     """
     mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
     if mask.shape != target.mask.shape:

@@ -23,7 +23,7 @@ CANDIDATE_THRESHOLDS = 64
 def constant_mask_baseline(
     train_masks: Iterable[ArrayLike], *, size: int = 128, thresholds: Sequence[float] | None = None
 ) -> tuple[np.ndarray, float]:
-    """The best mask that ignores the image: what a model must beat to have looked at it.
+    """Return the best mask that ignores the image: what a model must beat to have looked at it.
 
     The training masks are resized to a square and averaged, and the average is cut at the threshold with the highest
     mean Dice on those training masks. Score it with `dice(resize_mask(mask, true.shape), true)`.
@@ -39,6 +39,12 @@ def constant_mask_baseline(
 
     Raises:
         DataError: No masks, no thresholds, or as `segrl.geometry.resize_mask`.
+
+    Example:
+        >>> left = np.array([[1, 1, 0, 0]] * 4)
+        >>> mask, threshold = constant_mask_baseline([left, left, left], size=4)
+        >>> mask[0].tolist()
+        [True, True, False, False]
     """
     flat = [resize_mask(mask, (size, size)).ravel() for mask in train_masks]
     if not flat:
@@ -62,15 +68,22 @@ def evaluate_constant_mask(train: Dataset, test: Dataset, *, size: int = 128) ->
     """Score the mask that is best on average over the training rows, the floor that a model must beat.
 
     Args:
-        train: rows whose masks are averaged; see `segrl.evaluation.constant_mask_baseline`.
-        test: rows that the mask, resized to each, is compared with.
-        size: side of the square in which the masks are averaged, pixels.
+        train: Rows whose masks are averaged; see `segrl.evaluation.constant_mask_baseline`.
+        test: Rows that the mask, resized to each, is compared with.
+        size: Side of the square in which the masks are averaged, pixels.
 
     Returns:
         Records for `segrl.metrics.summarise`, one per test row in order; `fail` is Dice = 0, since there is no text.
 
     Raises:
-        DataError: no training rows, or a mask that is not binary.
+        DataError: No training rows, or a mask that is not binary.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> rows = make_synthetic(3, size=32)
+        >>> scores = evaluate_constant_mask(rows, rows, size=32)
+        >>> [sorted(record) == sorted(scores[0]) and 0 < record["dice"] < 1 for record in scores]
+        [True, True, True]
     """
     mask, _ = constant_mask_baseline((read_image_target(row).mask for row in _without_images(train)), size=size)
     records = []

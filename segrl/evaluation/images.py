@@ -44,6 +44,15 @@ def evaluate(
 
     Raises:
         DataError: `batch_size` is below 1, or a mask is not binary.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> from segrl.predictions import ImagePromptSettings
+        >>> segmenter = ReasoningSegmenter(*tiny_qwen2_5_vl(), ImagePromptSettings(max_new_tokens=2))
+        >>> records = evaluate(segmenter, make_synthetic(2, size=56), progress=False)
+        >>> [(record["fail"], record["dice"]) for record in records]  # two random tokens are no valid answer
+        [(True, 0.0), (True, 0.0)]
     """
 
     def answer(batch: list[tuple[Any, Target]]) -> Any:

@@ -75,6 +75,16 @@ def volume_record(
 
     Raises:
         DataError: The mask has another shape than the ground truth, which is named, or a tolerance below 0.
+
+    Example:
+        >>> from segrl.predictions import Frame, parse_completion
+        >>> mask = np.zeros((4, 8, 8), dtype=bool)
+        >>> mask[1, 2:6, 2:6] = True
+        >>> text = '<think>a</think><answer>{"slice": 2, "bbox_2d_list": [[2, 2, 6, 6]]}</answer>'
+        >>> answer = parse_completion(text, Frame("original_px", (8, 8)), require_seg=False, answer_format="json")
+        >>> record = volume_record(answer.with_mask(mask), VolumeTarget.from_mask(mask, (5.0, 1.0, 1.0)))
+        >>> record["dice"], record["hd95_mm"], record["nsd"], record["slice_visibility"], record["slice_index"]
+        (1.0, 0.0, 1.0, 1.0, 1)
     """
     record = overlap_record(prediction, target, metrics)
     mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
@@ -107,6 +117,13 @@ def summarise_volumes(
 
     Raises:
         DataError: As `segrl.metrics.summarise`.
+
+    Example:
+        >>> scores = {"dice": 0.5, "iou": 0.4, "nsd": 0.6, "slice_visibility": 1.0, "slice_boxes": 0.0}
+        >>> records = [{**scores, "fail": False, "hd95_mm": distance, "lesion": "cyst"} for distance in (4.0, None)]
+        >>> summary = summarise_volumes(records)
+        >>> summary["mdice"], summary["hd95_mm"], summary["n_scored"]
+        (0.5, 4.0, {'hd95_mm': 1})
     """
     return summarise(records, metrics=VOLUME_METRICS, groupings=groupings, optional=_UNDEFINED)
 
@@ -138,6 +155,16 @@ def evaluate_volumes(
 
     Raises:
         DataError: `batch_size` is below 1, or a file cannot be read.
+
+    Example:
+        >>> from segrl.data import make_synthetic_volumes
+        >>> from segrl.models import tiny_qwen3_vl
+        >>> from segrl.predictions import VolumePromptSettings
+        >>> settings = VolumePromptSettings(slices=2, size=32, max_new_tokens=2)
+        >>> rows = make_synthetic_volumes(1, "volumes", depth=4, size=32)
+        >>> (record,) = evaluate_volumes(VolumeSegmenter(*tiny_qwen3_vl(), settings), rows, progress=False)
+        >>> record["fail"], record["dice"], record["slice_index"]  # two random tokens are no valid answer
+        (True, 0.0, None)
     """
 
     def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
@@ -181,6 +208,15 @@ def evaluate_oracle_boxes(
 
     Raises:
         DataError: As `evaluate_volumes`.
+
+    Example:
+        >>> from segrl.data import make_synthetic_volumes
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter
+        >>> small = Sam2Config(image_size=64)
+        >>> rows = make_synthetic_volumes(1, "volumes", depth=4, size=32)
+        >>> (record,) = evaluate_oracle_boxes(VolumePropagator(Sam2Segmenter(small), reach=None), rows, progress=False)
+        >>> record["slice_visibility"], record["slice_boxes"]  # the true boxes on the best slice
+        (1.0, 1.0)
     """
 
     def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:

@@ -146,7 +146,7 @@ class AnswerProbe:
 
 @register_probe("query")
 class QueryProbe(nn.Module):
-    """The states of learned query tokens behind the completion, after LENS (arXiv:2508.14153).
+    """Choose the states of learned query tokens behind the completion, after LENS (arXiv:2508.14153).
 
     Args:
         token_id: Id of `<seg>`: only a completion that holds it has a mask.
@@ -154,6 +154,12 @@ class QueryProbe(nn.Module):
             `segrl.models.ensure_seg_token(model, processor, "<query>")`.
         num_queries: Queries, K.
         width: Width of the language model, D.
+
+    Example:
+        >>> probe = QueryProbe(token_id=7, query_token_id=9, num_queries=2, width=4)
+        >>> index, valid = probe(torch.tensor([[5, 7, 9, 9]]), torch.tensor([[True] * 4]))
+        >>> index.tolist(), valid.tolist()
+        ([[2, 3]], [[True, True]])
     """
 
     def __init__(self, token_id: int, query_token_id: int, num_queries: int, width: int) -> None:

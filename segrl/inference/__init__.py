@@ -23,6 +23,12 @@ def load(name: str | os.PathLike, **kwargs: Any) -> ReasoningSegmenter | VolumeS
 
     Raises:
         CheckpointError: There is no run, or its files do not fit together.
+
+    Example:
+        >>> from segrl.models import tiny_qwen3_vl
+        >>> VolumeSegmenter(*tiny_qwen3_vl()).save_pretrained("run")
+        >>> type(load("run", device="cpu")).__name__
+        'VolumeSegmenter'
     """
     path = find_run(name)
     settings = load_prompt_settings(path)

@@ -36,6 +36,13 @@ class SegmenterBase:
 
     Raises:
         CheckpointError: The settings are those of another task.
+
+    Example:
+        >>> from segrl.inference import ReasoningSegmenter
+        >>> from segrl.predictions import VolumePromptSettings
+        >>> ReasoningSegmenter(None, None, VolumePromptSettings())
+        Traceback (most recent call last):
+        segrl.errors.CheckpointError: ReasoningSegmenter: the model was trained on volumes, expected a model of ...
     """
 
     settings_class: ClassVar[type[PromptSettings]]

@@ -27,6 +27,13 @@ class ReasoningSegmenter(SegmenterBase):
         model: A vision-language model with a mask head, or without (then predictions have no mask).
         processor: Its processor.
         settings: How the training data was prepared; the defaults of `ImagePromptSettings` when None.
+
+    Example:
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> segmenter = ReasoningSegmenter(*tiny_qwen2_5_vl(), ImagePromptSettings(max_edge=56, max_new_tokens=3))
+        >>> answer = segmenter.predict(Image.new("RGB", (112, 84)), "Where is the cyst?")
+        >>> answer.valid, answer.mask, segmenter.task.settings.max_edge
+        (False, None, 56)
     """
 
     settings_class = ImagePromptSettings

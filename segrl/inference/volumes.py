@@ -41,6 +41,13 @@ class VolumeSegmenter(SegmenterBase):
         settings: How the training data was prepared; the defaults of `VolumePromptSettings` when None.
         segmenter: SAM 2, which propagates boxes (or the head's mask of the named slice) through the volume; None leaves
             predictions with the head's mask, or without masks.
+
+    Example:
+        >>> from segrl.models import tiny_qwen3_vl
+        >>> segmenter = VolumeSegmenter(*tiny_qwen3_vl(), VolumePromptSettings(slices=2, size=32, max_new_tokens=3))
+        >>> answer = segmenter.predict(np.zeros((5, 24, 40), dtype=np.uint8), "Where is the cyst?")
+        >>> answer.valid, answer.slice_index, segmenter.propagator
+        (False, None, None)
     """
 
     settings_class = VolumePromptSettings

@@ -46,6 +46,12 @@ class PromptSettings:
     Raises:
         UnknownNameError: An unknown frame kind.
         DataError: A value of another type, or a number below 1.
+
+    Example:
+        >>> from segrl.predictions import ImagePromptSettings
+        >>> ImagePromptSettings(max_new_tokens=0)
+        Traceback (most recent call last):
+        segrl.errors.DataError: max_new_tokens=0: expected a whole number, 1 or more
     """
 
     instruction: str | None = None
@@ -248,6 +254,11 @@ def load_prompt_settings(folder: str | os.PathLike) -> PromptSettings | None:
     Raises:
         CheckpointError: It is no JSON object, is of a newer version or an unknown task, or has an unknown or mistyped
             value; names file and key.
+
+    Example:
+        >>> ImagePromptSettings(max_edge=96).save(".")
+        >>> load_prompt_settings(".").max_edge, load_prompt_settings(".").task
+        (96, 'images')
     """
     path = next((p / SETTINGS_FILE for p in (Path(folder), Path(folder).parent) if (p / SETTINGS_FILE).is_file()), None)
     if path is None:

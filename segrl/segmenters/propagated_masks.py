@@ -31,7 +31,7 @@ def add_volume_masks(
     slice_masks: Sequence[np.ndarray | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """Predictions with the mask of the whole volume.
+    """Return the predictions with the mask of the whole volume.
 
     Args:
         propagator: The frozen segmenter.
@@ -39,7 +39,7 @@ def add_volume_masks(
         volumes: Grey values of each prediction's volume, (D, H, W) uint8; the same object, or an equal key, is the same
             volume, whose features are computed once.
         keys: Content of each volume as text; "" keeps no features beyond the call.
-        targets: The truths, which "matched" needs.
+        targets: The ground truth, which "matched" needs.
         prompt_boxes: "all" boxes prompt the segmenter, or, as MedVol-R1 trains, only those "matched" one-to-one to a
             true box on the named slice that they touch.
         slice_masks: For each prediction the mask (H, W) bool on its named slice that is propagated in place of the
@@ -52,6 +52,16 @@ def add_volume_masks(
 
     Raises:
         SegRLError: An unknown `prompt_boxes`, or "matched" without targets.
+
+    Example:
+        >>> from segrl.predictions import Frame, parse_completion
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter, VolumePropagator
+        >>> small = Sam2Config(image_size=64)
+        >>> said = parse_completion("nothing", Frame("original_px", (8, 8)), answer_format="json")
+        >>> propagator = VolumePropagator(Sam2Segmenter(small))
+        >>> (answer,) = add_volume_masks(propagator, [said], [np.zeros((3, 8, 8), np.uint8)], [""])
+        >>> answer.mask.shape, answer.mask.any(), propagator.encoded_slices
+        ((3, 8, 8), np.False_, 0)
     """
     if prompt_boxes not in get_args(PromptBoxes):
         raise unknown_name("prompt_boxes", prompt_boxes, get_args(PromptBoxes))

@@ -10,21 +10,11 @@ from segrl.heads.mask_head import MaskHead
 from segrl.predictions.prompt_settings import ImagePromptSettings, PromptSettings, VolumePromptSettings
 from segrl.rewards.reward import Reward
 from segrl.segmenters.propagation import VolumePropagator
-from segrl.tasks.base import Task, TaskRow, check_columns, rollout_metrics
+from segrl.tasks.base import Task, check_columns, rollout_metrics
 from segrl.tasks.images import ImageRow, ImageTask
 from segrl.tasks.volumes import VolumeRow, VolumeTask
 
-__all__ = [
-    "ImageRow",
-    "ImageTask",
-    "Task",
-    "TaskRow",
-    "VolumeRow",
-    "VolumeTask",
-    "check_columns",
-    "make_task",
-    "rollout_metrics",
-]
+__all__ = ["ImageRow", "ImageTask", "Task", "VolumeRow", "VolumeTask", "check_columns", "make_task", "rollout_metrics"]
 
 
 def make_task(
@@ -50,6 +40,11 @@ def make_task(
 
     Raises:
         SegRLError: The settings are those of images, and the rest is about volumes.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> type(make_task(None)).__name__, type(make_task(None, rewards=[make_reward("slice_boxes")])).__name__
+        ('ImageTask', 'VolumeTask')
     """
     volumes = propagator is not None or any(reward.volume for reward in rewards) or {"scan", "slices"} <= set(columns)
     if isinstance(settings, ImagePromptSettings) and volumes:

@@ -115,6 +115,12 @@ def rollout_metrics(
 
     Returns:
         One number per answer: "valid", and with masks "dice" and "fail" (`segrl.metrics.failure`).
+
+    Example:
+        >>> from segrl.predictions import Frame, Target, parse_completion
+        >>> answer = parse_completion("no answer", Frame("original_px", (4, 4)))
+        >>> rollout_metrics([answer], [Target.from_mask(np.eye(4, dtype=bool))], masks=True)
+        {'valid': [0.0], 'dice': [0.0], 'fail': [1.0]}
     """
     found = {"valid": [float(prediction.valid) for prediction in predictions]}
     if masks:
@@ -133,6 +139,13 @@ def check_columns(datasets: Mapping[str, Any], needed: Collection[str]) -> None:
 
     Raises:
         DataError: A column is missing; names the data set and the columns that it has.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> check_columns({"train_dataset": Dataset.from_dict({"images": [1], "mask": [2]})}, ("image", "mask"))
+        >>> check_columns({"train_dataset": Dataset.from_dict({"images": [1]})}, ("image", "mask"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: train_dataset: no column ['mask'] (it has ['images']); masks and their rewards need ...
     """
     for name, dataset in datasets.items():
         if isinstance(dataset, Mapping):

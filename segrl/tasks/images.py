@@ -47,6 +47,13 @@ class ImageTask:
         processor: The model's processor; it decides the frame of written boxes.
         settings: How the model is asked.
         head: The model's mask head; None when there is none, and then rows need no image.
+
+    Example:
+        >>> import numpy as np
+        >>> task = ImageTask(None, ImagePromptSettings(frame_kind="original_px"))
+        >>> (row,) = task.read([{"mask": np.eye(3, dtype=bool), "lesion": "cyst"}])
+        >>> row.target.lesion, row.target.boxes.tolist(), row.frame.original_size
+        ('cyst', [[0.0, 0.0, 3.0, 3.0]], (3, 3))
     """
 
     columns = ("mask", *METADATA_COLUMNS)

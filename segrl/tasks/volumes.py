@@ -68,6 +68,15 @@ class VolumeTask:
 
     Raises:
         UnknownNameError: An unknown `prompt_boxes`.
+
+    Example:
+        >>> from segrl.data import make_synthetic_volumes, prepare_volumes
+        >>> settings = VolumePromptSettings(slices=4, size=32, frame_kind="original_px")
+        >>> volumes = make_synthetic_volumes(1, "volumes", depth=4, size=32)
+        >>> rows = prepare_volumes(volumes, None, settings, completions=True)
+        >>> (row,) = VolumeTask(None, settings).read(list(rows))
+        >>> row.frame.slices, row.case.grey.shape, row.key_slice in row.frame.slices
+        ((0, 1, 2, 3), (4, 32, 32), True)
     """
 
     columns = (*_SCAN_COLUMNS, "key_slice", *METADATA_COLUMNS)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
+__all__ = ["SegGRPOConfig", "SegSFTConfig"]
+
 
 @dataclass
 class SegGRPOConfig(GRPOConfig):
@@ -14,6 +16,10 @@ class SegGRPOConfig(GRPOConfig):
 
     The defaults add nothing: without a mask head, dense losses and segrl rewards `SegGRPOTrainer` is TRL's
     `GRPOTrainer` bit for bit.
+
+    Example:
+        >>> SegGRPOConfig("runs/mine", use_cpu=True, bf16=False, report_to="none").policy_weight
+        1.0
     """
 
     policy_weight: float = field(
@@ -59,6 +65,10 @@ class SegSFTConfig(SFTConfig):
     """`SFTConfig` with the weight of the text term and the head's learning rate.
 
     The defaults add nothing: without a mask head and dense losses `SegSFTTrainer` is TRL's `SFTTrainer` bit for bit.
+
+    Example:
+        >>> SegSFTConfig("runs/mine", use_cpu=True, bf16=False, report_to="none", text_weight=0.5).text_weight
+        0.5
     """
 
     text_weight: float = field(

@@ -78,6 +78,17 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         SegRLError: Before training, for an unknown reward name, dense losses without a mask head, a probe whose token
             is not the tokenizer's, data without the columns that masks need, rewards of volumes beside rewards of
             images, or a reward that reads masks further than the propagator reaches.
+
+    Example:
+        >>> from segrl.data import make_synthetic, prepare
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> from segrl.trainers import SegGRPOConfig
+        >>> model, processor = tiny_qwen2_5_vl()
+        >>> rows = prepare(make_synthetic(4, size=56), processor, completions=False)
+        >>> args = SegGRPOConfig("run", use_cpu=True, bf16=False, report_to="none", num_generations=2)
+        >>> trainer = SegGRPOTrainer(model, ["format", "box_f1"], args, train_dataset=rows, processing_class=processor)
+        >>> [reward.name for reward in trainer.reward_funcs], trainer.task.makes_masks
+        (['format', 'box_f1'], False)
     """
 
     # read by overridden methods also where `__init__` did not run, as in TRL's own tests

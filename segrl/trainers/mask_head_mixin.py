@@ -27,6 +27,8 @@ from segrl.models.loading import restore_weights
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.trainers.config import SegSFTConfig
 
+__all__ = ["MaskHeadMixin", "default_args", "head_detached"]
+
 
 def default_args(config: Callable[[str], Any], model: Any, suffix: str) -> Any:
     """TRL's default settings of a trainer, whose output folder has the model's name."""
@@ -73,6 +75,7 @@ class MaskHeadMixin:
                 attach_mask_head(trained, head)
         _name_missing_bias(trained)
         if head is not None:
+            head.check_saving()  # now, not at the first checkpoint
             head.freeze()
             if not self.dense_losses:
                 head.requires_grad_(False)  # masks for rewards only

@@ -48,6 +48,14 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
     Raises:
         SegRLError: before training, for dense losses without a mask head, with packing or padding-free batches, where
             rows are not images, or on data without the columns that masks need.
+
+    Example:
+        >>> from segrl.heads import DenseLoss
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> model, processor = tiny_qwen2_5_vl()
+        >>> SegSFTTrainer(model, dense_losses=[DenseLoss("dice")])
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: dense_losses=[DenseLoss('dice', weight=1.0)] need mask logits, but the model has no ...
     """
 
     task: Task | None = None

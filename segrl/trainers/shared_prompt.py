@@ -30,11 +30,29 @@ from segrl.caching.feature_cache import FeatureCache
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
 
+__all__ = ["SharedPromptGRPOTrainer"]
+
 
 class SharedPromptGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that heeds `share_prompt` of `SegGRPOConfig` (None means yes); off, it is `GRPOTrainer`.
 
     Also off with settings that do not have it, as TRL's own.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from segrl.models import tiny_causal_lm
+        >>> from segrl.trainers import SegGRPOConfig
+        >>> model, tokenizer = tiny_causal_lm(layers=1)
+        >>> args = SegGRPOConfig("run", use_cpu=True, bf16=False, report_to="none", share_prompt=True)
+        >>> trainer = SharedPromptGRPOTrainer(
+        ...     model,
+        ...     lambda completions, **_: [0.0] * len(completions),
+        ...     args,
+        ...     train_dataset=Dataset.from_dict({"prompt": ["Where is it?"] * 8}),
+        ...     processing_class=tokenizer,
+        ... )
+        >>> trainer._shares
+        True
     """
 
     args: Any
@@ -43,7 +61,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     _image_keys: ImageKeys | None = None  # of one rollout
     _shares = False
     _share_by_default = True
-    _told = False  # whether the warning about inputs has been given
+    _warned = False  # whether the warning about inputs has been given
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,8 +152,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         dense = super()._get_per_token_logps_and_entropies
         other = {name for name, value in images.items() if value is not None} - set(IMAGE_INPUTS)
         if not self._shares or keys is None or len(keys) != rows or compute_aux_loss or other:
-            if self._shares and other and not self._told:
-                self._told = True
+            if self._shares and other and not self._warned:
+                self._warned = True
                 _warn(f"the model takes {', '.join(sorted(other))}, which cannot be shared")
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
@@ -183,8 +201,8 @@ def _side_by_side(batches: list[dict[str, Any]]) -> list[Any]:
     """The micro-batches of a rollout, with the answers to one prompt in as few of them as can be."""
     whole: Any = split_pixel_values_by_grid({key: _joined([batch[key] for batch in batches]) for key in batches[0]})
     keys = whole["prompt_keys"]
-    place = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # prompts stay in TRL's random order
-    order = sorted(range(len(keys)), key=lambda row: place[keys[row]])
+    position = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # prompts stay in TRL's random order
+    order = sorted(range(len(keys)), key=lambda row: position[keys[row]])
 
     def reorder(value: Any) -> Any:
         if value is None or (isinstance(value, Tensor) and value.ndim == 0):

@@ -1,1 +1,3 @@
 """Images: folders, prompts, synthetic lesions, augmentation."""
+
+__all__: list[str] = []

@@ -1,1 +1,3 @@
 """Volumes: files, intensity scaling, shown slices, prompts, synthetic volumes."""
+
+__all__: list[str] = []

@@ -28,6 +28,11 @@ class Case:
         scan: The scan with its grey values as `voxels`, (D, H, W) uint8.
         key: Content key of the grey values: equal scans have equal keys.
         mask: (D, H, W) bool, the row's structure; all False where the label has none. None if no label was asked for.
+
+    Example:
+        >>> from segrl.data import Volume
+        >>> Case(Volume(np.zeros((2, 3, 4), np.uint8)), "key").grey.shape
+        (2, 3, 4)
     """
 
     scan: Volume
@@ -50,6 +55,12 @@ class CaseReader:
 
     Args:
         memory_bytes: Scans and labels read last are kept within this budget, the last ones in any case.
+
+    Example:
+        >>> from segrl.data import make_synthetic_volumes
+        >>> read, (row,) = CaseReader(), list(make_synthetic_volumes(1, "volumes", depth=4, size=32))
+        >>> read(row).scan is read({**row, "label_value": 1}).scan
+        True
     """
 
     def __init__(self, memory_bytes: int = 2**31) -> None:
@@ -104,7 +115,15 @@ class CaseReader:
 
 
 def read_case(row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
-    """Read one row of `segrl.data.load_volumes` and keep nothing; see `CaseReader`."""
+    """Read one row of `segrl.data.load_volumes` and keep nothing; see `CaseReader`.
+
+    Example:
+        >>> from segrl.data import make_synthetic_volumes
+        >>> (row,) = list(make_synthetic_volumes(1, "volumes", depth=4, size=32))
+        >>> case = read_case(row)
+        >>> case.grey.shape, bool(case.mask.any()), case.target(row).lesion == row["lesion"]
+        ((4, 32, 32), True, True)
+    """
     return CaseReader(0)(row, label=label, allow_empty=allow_empty)
 
 
@@ -121,6 +140,12 @@ def read_grey(path: str, *, modality: str = "", intensity: str = "") -> tuple[Vo
 
     Raises:
         DataError: As `read_volume`, or for an intensity that is none; both name the file.
+
+    Example:
+        >>> from segrl.data import Volume, write_volume
+        >>> write_volume("scan.nii.gz", Volume(np.array([[[0.0, 5.0, 10.0]]])))
+        >>> read_grey("scan.nii.gz", intensity="window:0:10")[1].tolist()
+        [[[0, 128, 255]]]
     """
     volume = read_volume(path)
     return volume, grey_values(volume, modality=modality, intensity=intensity)

@@ -113,6 +113,14 @@ def prepare_volumes(
     Raises:
         DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
             completions, a row has no label or a lesion that no shown slice holds; names the row or file.
+
+    Example:
+        >>> from segrl.data import make_synthetic_volumes
+        >>> settings = VolumePromptSettings(slices=4, size=32, frame_kind="original_px")
+        >>> volumes = make_synthetic_volumes(1, "volumes", depth=8, size=32)
+        >>> rows = prepare_volumes(volumes, None, settings, completions=True)
+        >>> rows[0]["slices"], rows[0]["key_slice"] in rows[0]["slices"], len(rows[0]["images"])
+        ([0, 2, 5, 7], True, 4)
     """
     settings = settings or VolumePromptSettings()
     limits = {"top_k": top_k, "max_boxes": max_boxes}

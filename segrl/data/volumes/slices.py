@@ -16,7 +16,7 @@ __all__ = ["render_slices", "shown_frame", "uniform_slices"]
 
 
 def render_slices(grey: np.ndarray, slices: Sequence[int] | np.ndarray, size: int) -> list[PILImage.Image]:
-    """Slices as the model sees them.
+    """Render slices as the model sees them.
 
     Args:
         grey: (D, H, W) uint8.
@@ -25,6 +25,10 @@ def render_slices(grey: np.ndarray, slices: Sequence[int] | np.ndarray, size: in
 
     Returns:
         One RGB image per slice.
+
+    Example:
+        >>> [image.size for image in render_slices(np.zeros((4, 6, 12), np.uint8), [0, 3], 48)]
+        [(48, 24), (48, 24)]
     """
     height, width = grey.shape[1:]
     scale = size / max(width, height)
@@ -40,7 +44,7 @@ def shown_frame(
     shown_size: tuple[int, int],
     kind: FrameKind | None = None,
 ) -> Frame:
-    """The frame in which a model answers about a volume: of its boxes, and of the numbers of its slices.
+    """Return the frame in which a model answers about a volume: of its boxes, and of the numbers of its slices.
 
     Args:
         processor: The model's processor; may be None where `kind` is "original_px" or "relative_1000".
@@ -51,6 +55,11 @@ def shown_frame(
 
     Raises:
         FrameError: As `frame_for`, or neither a processor nor a kind.
+
+    Example:
+        >>> frame = shown_frame(None, (10, 40, 60), [0, 5, 9], (30, 20), "relative_1000")
+        >>> frame.original_slice(1), frame.to_original([[0, 0, 500, 500]]).tolist()
+        (5, [[0.0, 0.0, 30.0, 20.0]])
     """
     original = int(shape[2]), int(shape[1])
     if processor is None:
@@ -63,7 +72,7 @@ def shown_frame(
 
 
 def uniform_slices(depth: int, count: int) -> np.ndarray:
-    """Chooses slices at equal distances over the whole volume, both ends among them.
+    """Choose slices at equal distances over the whole volume, both ends among them.
 
     Args:
         depth: Slices of the volume, 1 or more.
