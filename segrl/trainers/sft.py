@@ -53,7 +53,8 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
         >>> from segrl.heads import DenseLoss
         >>> from segrl.models import tiny_qwen2_5_vl
         >>> model, processor = tiny_qwen2_5_vl()
-        >>> SegSFTTrainer(model, dense_losses=[DenseLoss("dice")])
+        >>> args = SegSFTConfig("run", use_cpu=True, bf16=False, report_to="none")
+        >>> SegSFTTrainer(model, args, dense_losses=[DenseLoss("dice")])
         Traceback (most recent call last):
         segrl.errors.SegRLError: dense_losses=[DenseLoss('dice', weight=1.0)] need mask logits, but the model has no ...
     """
