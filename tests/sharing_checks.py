@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from trainer_checks import letters, text_rows
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from segrl.caching import ImageKeys
@@ -25,6 +26,7 @@ from segrl.sharing import PromptKey
 from segrl.trainers import SegGRPOTrainer
 
 KINDS = (*FAMILIES, "text")
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # transformers 5.24
 SIZES = ((64, 64), (90, 60), (56, 112), (40, 40))  # of the pictures that prompts show; the fifth has the first's size
 
 

@@ -12,6 +12,7 @@ from builders import FAMILIES, grpo_args, tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from sharing_checks import CACHE
 from trainer_checks import letters, text_rows
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -97,7 +98,7 @@ class TestModelsOfPackedRows:
         config = model.config.get_text_config()
         config._attn_implementation = implementation
         mask, states = no_mask("cpu"), torch.zeros(1, 3, 64)
-        arguments = {"config": config, "inputs_embeds": states, "attention_mask": mask, "past_key_values": None}
+        arguments = {"config": config, "inputs_embeds": states, "attention_mask": mask, CACHE: None}
         assert create_causal_mask(**arguments, position_ids=torch.arange(3)[None]) is mask
 
     def test_features_of_images(self, family):
@@ -147,7 +148,7 @@ class TestModelsOfPackedRows:
         seen: list[Any] = []
 
         def before(module, args, kwargs):
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
             seen.append((args, type(cache), cache.get_seq_length(), len(ids), set(kwargs)))
 
@@ -155,7 +156,7 @@ class TestModelsOfPackedRows:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
         args, kind, length, rows, names = seen[0]
         assert (args, kind, length, rows) == ((), DynamicCache, 0, 2)
-        assert {"attention_mask", "past_key_values"} <= names
+        assert {"attention_mask", CACHE} <= names
         assert {"pixel_values", "mm_encoder_outputs"} & names  # transformers 5.2x encodes before the first forward
         assert seen[1][2] == inputs["input_ids"].size(1)
 

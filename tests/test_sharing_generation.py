@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import FAMILIES, seg_bias
 from peft import LoraConfig, get_peft_model
-from sharing_checks import KINDS, Prompt, build, encoded, left, make_trainer, picture, seen_by, tower_of
+from sharing_checks import CACHE, KINDS, Prompt, build, encoded, left, make_trainer, picture, seen_by, tower_of
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from segrl.caching import FeatureCache, ImageKeys
@@ -156,9 +156,9 @@ class TestGenerate:
         def cache():
             return StaticCache(config=base_instance(model).config.get_text_config(), max_cache_len=200)
 
-        expected = model.generate(**inputs, generation_config=settings_, past_key_values=cache())
+        expected = model.generate(**inputs, generation_config=settings_, **{CACHE: cache()})
         with torch.no_grad(), prefill_once(backbone_of(model), *shared):
-            found = model.generate(**inputs, generation_config=settings_, past_key_values=cache())
+            found = model.generate(**inputs, generation_config=settings_, **{CACHE: cache()})
         assert torch.equal(found, expected)
 
     def test_other_rows_than_the_keys(self, kind):
@@ -211,9 +211,9 @@ class TestPictures:
         assert torch.equal(generated(model, inputs, settings_, (keys, wrong)), expected)
         assert prefill.shapes[0][0] == (2 if wrong == own else 3)
         with torch.no_grad(), prefill_once(backbone_of(model), keys, wrong):  # pixels in the forward itself
-            output = backbone_of(model)(**inputs, past_key_values=DynamicCache(), use_cache=True)
+            output = backbone_of(model)(**inputs, **{CACHE: DynamicCache()}, use_cache=True)
         assert prefill.shapes[-1][0] == prefill.shapes[0][0]
-        assert len(output.last_hidden_state) == output.past_key_values.layers[0].keys.size(0) == 3
+        assert len(output.last_hidden_state) == output[CACHE].layers[0].keys.size(0) == 3
 
     def test_some_rows_without_pictures(self, family):
         model, processor = ready(family)
