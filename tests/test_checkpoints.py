@@ -15,7 +15,7 @@ from marks import slow_to_build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from script_modules import script_modules
-from test_loading import hub_key, write_hub_folder
+from test_models_loading import hub_key, write_hub_folder
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_config import SFTConfig

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.errors import CheckpointError, DataError, SegRLError, unknown_name
 from segrl.hub import check_source, is_hub_name, reraise_as
 
 
@@ -59,3 +59,10 @@ def test_without_an_error_nothing_happens():
     with reraise_as("--data 'mine'"):
         value = 1
     assert value == 1
+
+
+def test_unknown_names_get_a_suggestion():
+    error = unknown_name("reward", "box_f2", iter(["format", "box_f1"]))
+    assert str(error) == "unknown reward 'box_f2'; did you mean 'box_f1'? Known: box_f1, format"
+    assert "did you mean" not in str(unknown_name("reward", "zzz", ["format"]))
+    assert str(unknown_name("head", "x", [])).endswith("Known: none")

@@ -15,7 +15,7 @@ from segrl.data import (
     write_mask,
     write_volume,
 )
-from segrl.errors import DataError, UnknownNameError
+from segrl.errors import DataError
 
 VOLUMES3D = Path(__file__).parents[2] / "shared" / "data" / "volumes3d"
 HEADER = ["image", "label", "split", "modality", "anatomy", "lesion", "site"]
@@ -153,16 +153,6 @@ def test_allow_empty(folder):
     check_volumes(load_volumes(folder, validate=False), allow_empty=True)
 
 
-def test_scan_and_label_can_both_be_bad_and_all_problems_are_counted(folder):
-    write_csv(folder, [row(0), *(row(number) for number in range(10, 16))])
-    with pytest.raises(DataError, match=r"12 problems in 7 rows") as caught:
-        load_volumes(folder)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 12
-    assert "line 3 (images/10.nii.gz): " in lines[1]
-    assert lines[-1] == "  ... and 2 more"
-
-
 def test_a_bad_scan_is_reported_for_each_of_its_rows(folder):
     (folder / "images/1.nii.gz").unlink()
     write_csv(folder, [row(1), row(1), row(0)])
@@ -177,10 +167,6 @@ def values(label_value, intensity=""):
 
 
 BAD_ROWS = {
-    "empty lesion": (HEADER, [row(0), row(1, lesion=" ")], r"line 3 \(images/1\.nii\.gz\): column 'lesion' is empty"),
-    "empty label": (HEADER, [["images/0.nii.gz", "", *row(0)[2:]]], r"line 2 .*column 'label' is empty; fill the cell"),
-    "comma": (HEADER, [row(0), [*row(1), "left"]], r"line 3 \(images/1\.nii\.gz\): 8 cells, expected 7; quote cells"),
-    "short": (HEADER, [row(0), ["images/1.nii.gz"]], r"line 3 \(images/1\.nii\.gz\): 1 cells, expected 7"),
     "no rows": (HEADER, [], r"manifest\.csv: no rows under the header; expected one line per scan"),
     "no label column": (
         ["image", "lesion"],
@@ -196,13 +182,13 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_manifest(folder, case, validate):
+def test_bad_manifest(folder, case):
+    """What only scans have; the other rules are those of images, see test_data_images_folder.py."""
     header, rows, message = BAD_ROWS[case]
     write_csv(folder, rows, header)
     with pytest.raises(DataError, match=message):
-        load_volumes(folder, validate=validate)
+        load_volumes(folder, validate=False)
 
 
 def test_an_absent_value_says_which_are_there(folder):
@@ -214,25 +200,10 @@ def test_an_absent_value_says_which_are_there(folder):
         load_volumes(folder)
 
 
-def test_unknown_split_and_limit(folder):
-    with pytest.raises(UnknownNameError, match=r"'tset'.*did you mean 'test'.*train"):
-        load_volumes(folder, "tset")
-    with pytest.raises(DataError, match=r"limit=0: expected 1 or more rows, or None for all"):
-        load_volumes(folder, limit=0)
-    (folder / "manifest.csv").unlink()
-    with pytest.raises(DataError, match=r"no such file; expected a CSV file with at least the columns image and label"):
-        load_volumes(folder)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: d.remove_columns("label"), r"dataset lacks the columns \['label'\]: expected scan, label, query"),
-        (lambda d: d.select([]), r"dataset has no rows: expected at least one; check the split"),
-        (
-            lambda d: d.remove_columns("query").add_column("query", ["where?", " ", "where?"]),
-            r"1 problems in 3 rows, expected none:\n  row 1 \(images/1\.nii\.gz\): the query is empty; write",
-        ),
         (
             lambda d: d.remove_columns("label").add_column("label", ["", None, ""]),
             r"3 problems in 3 rows, .*\n  row 0 \(images/0\.nii\.gz\): the label is missing; give a file or delete",
