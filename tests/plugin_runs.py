@@ -13,6 +13,7 @@ from segrl.evaluation import evaluate
 from segrl.heads import DenseLoss, MaskHead, attach_mask_head, find_mask_head
 from segrl.inference import ReasoningSegmenter
 from segrl.models import seg_token_id
+from segrl.predictions import ImagePromptSettings
 from segrl.trainers import SegGRPOTrainer, SegSFTTrainer
 
 ANSWER = "<think>One.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
@@ -58,7 +59,7 @@ def train(folder: Path) -> dict[str, Any]:
         dense_losses=[DenseLoss("rim")],
     )
     trainer.train()
-    segmenter = ReasoningSegmenter(model.eval(), processor, {"instruction": "Answer."})
+    segmenter = ReasoningSegmenter(model.eval(), processor, ImagePromptSettings(instruction="Answer."))
     segmenter.save_pretrained(folder / "model")
     return {"rim": logged, "still": still, "predictions": predictions(segmenter)}
 
@@ -68,7 +69,7 @@ def predict(folder: Path) -> dict[str, Any]:
     segmenter = ReasoningSegmenter.from_pretrained(folder / "model", device="cpu")
     head = find_mask_head(segmenter.model)
     assert head is not None
-    records, _, _ = evaluate(segmenter, make_synthetic(3, size=64), progress=False)
+    records = evaluate(segmenter, make_synthetic(3, size=64), progress=False)
     return {
         "parts": [f"{type(part).__module__}:{type(part).__name__}" for part in (head.adapter, head.segmenter)],
         "config": head.to_config(),

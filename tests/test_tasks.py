@@ -72,7 +72,7 @@ def test_one_definition_of_a_failure(which):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reasoning_changes_the_instruction_the_format_and_the_target(kind, tmp_path):
     rows = make_synthetic(1) if kind is ImagePromptSettings else make_synthetic_volumes(1, tmp_path, depth=4, size=32)
-    make = prepare if kind is ImagePromptSettings else prepare_volumes
+    make: Any = prepare if kind is ImagePromptSettings else prepare_volumes
     for reasoning in (True, False):
         settings = kind(reasoning=reasoning, frame_kind="original_px")
         assert ("<think>" in settings.full_instruction) is reasoning
@@ -121,7 +121,8 @@ def test_a_damaged_file_of_settings_is_one_line_that_names_file_and_key(text, me
 
 def test_what_must_agree_between_stages():
     VolumePromptSettings(reasoning=False, instruction="a").check_continues(VolumePromptSettings(), "run")
-    for change in ({"slices": 8}, {"size": 32}, {"frame_kind": "original_px"}):
+    changes: list[dict[str, Any]] = [{"slices": 8}, {"size": 32}, {"frame_kind": "original_px"}]
+    for change in changes:
         with pytest.raises(SegRLError, match=f"run was trained with {next(iter(change))}="):
             VolumePromptSettings(**change).check_continues(VolumePromptSettings(), "run")
     with pytest.raises(SegRLError, match="run was trained on images, expected a run on volumes"):

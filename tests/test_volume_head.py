@@ -53,7 +53,7 @@ def test_both_stages_train_the_head_on_the_named_slice(volumes, tmp_path):
     named = '<think>a</think><answer>{"slice": 2, "bbox_2d_list": [[4, 4, 20, 20]]}<seg></answer>'
     silent = "<think>a</think><answer>{}<seg></answer>"
     seen = Collect()
-    stage2 = SegGRPOTrainer(
+    stage2: Any = SegGRPOTrainer(
         stage1.model,
         ["slice_visibility", make_reward("propagated_dice", delta=2), seen],
         grpo_args(tmp_path / "grpo", max_steps=1),
@@ -78,6 +78,6 @@ def test_both_stages_train_the_head_on_the_named_slice(volumes, tmp_path):
             assert prediction.slice_index == 2
             assert all(abs(index - 2) <= 2 for index in touched)
     stage2.save_model()
-    again = VolumeSegmenter.from_pretrained(tmp_path / "grpo", device="cpu", segmenter=tiny_segmenter())
+    again: Any = VolumeSegmenter.from_pretrained(tmp_path / "grpo", device="cpu", segmenter=tiny_segmenter())
     assert again.settings == SETTINGS.for_rows(questions)
     assert again.predict(volumes[0]["scan"], volumes[0]["query"]).mask.shape == (8, 32, 32)
