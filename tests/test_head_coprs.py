@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from builders import grpo_args, seg_bias, sft_args, tiny_model, tiny_rows, tiny_segmenter
 from torch import nn
+from trainer_checks import logged
 
 from segrl.heads import DenseLoss, MaskHead, attach_mask_head
 from segrl.losses import dice_ce
@@ -44,10 +45,6 @@ def headed_model() -> Any:
     return attach_mask_head(model, head), processor, head
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 @pytest.mark.slow
 def test_sft_trains_heatmap_and_mask(tmp_path):
     model, processor, head = headed_model()
@@ -75,6 +72,6 @@ def test_grpo_trains_it_with_shared_prompts(tmp_path):
         )
         trainer.train()
         assert not torch.equal(head.adapter.keys.weight, keys)
-        values[share] = logged(trainer, "dense/heatmap") + logged(trainer, "dense/dice_ce")
+        values[share] = logged(trainer, "dense/heatmap", "dense/dice_ce")
     assert all(value > 0 for value in values[True])
     assert values[True] == pytest.approx(values[False], rel=1e-3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import grpo_args, seg_bias, sft_args, tiny_model, tiny_rows, tiny_segmenter
 from torch import nn
+from trainer_checks import logged
 
 from segrl.heads import DenseLoss, MaskHead, QueryProbe, attach_mask_head
 from segrl.inference import ReasoningSegmenter
@@ -30,6 +31,9 @@ class Connector(nn.Module):
         return dict(self.settings)
 
 
+TERMS = [DenseLoss("dice_ce")]
+
+
 def headed_model() -> Any:
     torch.manual_seed(0)
     model, processor = tiny_model()
@@ -39,10 +43,6 @@ def headed_model() -> Any:
     return attach_mask_head(model, head), processor, head
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 @pytest.mark.slow
 def test_sft_trains_the_queries_and_inference_uses_them(tmp_path):
     model, processor, head = headed_model()
@@ -50,14 +50,8 @@ def test_sft_trains_the_queries_and_inference_uses_them(tmp_path):
     settings = ImagePromptSettings(instruction="Answer.", max_new_tokens=120)
     args = sft_args(tmp_path, max_steps=80, learning_rate=5e-3, max_length=None, per_device_train_batch_size=8)
     rows = tiny_rows(8, processor)
-    trainer = SegSFTTrainer(
-        model,
-        args,
-        train_dataset=rows,
-        processing_class=processor,
-        dense_losses=[DenseLoss("dice_ce")],
-        prompt_settings=settings,
-    )
+    common = {"processing_class": processor, "dense_losses": TERMS, "prompt_settings": settings}
+    trainer = SegSFTTrainer(model, args, train_dataset=rows, **common)
     trainer.train()
     values = logged(trainer, "dense/dice_ce")
     assert sum(values[-5:]) < 0.9 * sum(values[:5])
@@ -78,16 +72,10 @@ def test_grpo_trains_them_with_shared_prompts(tmp_path):
         queries = head.probe.queries.detach().clone()
         args = grpo_args(tmp_path, share_prompt=share, generation_kwargs=seg_bias(processor))
         rows = tiny_rows(4, processor, completions=False)
-        trainer = SegGRPOTrainer(
-            model,
-            ["format", "mask_dice"],
-            args,
-            train_dataset=rows,
-            processing_class=processor,
-            dense_losses=[DenseLoss("dice_ce")],
-        )
+        common = {"processing_class": processor, "dense_losses": TERMS}
+        trainer = SegGRPOTrainer(model, ["format", "mask_dice"], args, train_dataset=rows, **common)
         trainer.train()
         assert not torch.equal(head.probe.queries, queries)
-        values[share] = logged(trainer, "dense/dice_ce") + logged(trainer, "loss") + logged(trainer, "rollout/dice")
+        values[share] = logged(trainer, "dense/dice_ce", "loss", "rollout/dice")
     assert all(value > 0 for value in values[True][:2])
     assert values[True] == pytest.approx(values[False], rel=1e-3, abs=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import add_head, grpo_args, sft_args, tiny_model, tiny_segmenter
-from trainer_checks import Collect, written_rollout
+from trainer_checks import Collect, logged, same, weights, written_rollout
 
 from segrl.data import make_synthetic_volumes, prepare_volumes
 from segrl.heads import DenseLoss
@@ -19,6 +19,7 @@ from segrl.trainers import SegGRPOTrainer, SegSFTTrainer
 SETTINGS = VolumePromptSettings(
     slices=4, size=32, frame_kind="original_px", instruction="", seg_token="<seg>", max_new_tokens=90
 )
+TERMS = [DenseLoss("dice_ce")]
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
 
@@ -39,14 +40,10 @@ def test_both_stages_train_the_head_on_the_named_slice(volumes, tmp_path):
     rows = prepare_volumes(volumes, processor, SETTINGS, completions=True, brief=True)
     assert rows[0]["completion"][0]["content"].endswith("<seg></answer>")
     args = sft_args(tmp_path / "sft", max_steps=40, max_length=None, learning_rate=3e-3)
-    common: dict[str, Any] = {
-        "processing_class": processor,
-        "prompt_settings": SETTINGS,
-        "dense_losses": [DenseLoss("dice_ce")],
-    }
+    common: dict[str, Any] = {"processing_class": processor, "prompt_settings": SETTINGS, "dense_losses": TERMS}
     stage1 = SegSFTTrainer(model, args, train_dataset=rows, **common)
     stage1.train()
-    dense = [entry["dense/dice_ce"] for entry in stage1.state.log_history if "dense/dice_ce" in entry]
+    dense = logged(stage1, "dense/dice_ce")
     assert sum(dense[-5:]) < 0.9 * sum(dense[:5])
 
     questions = prepare_volumes(volumes, processor, SETTINGS, completions=False)
@@ -62,14 +59,12 @@ def test_both_stages_train_the_head_on_the_named_slice(volumes, tmp_path):
         rollout_func=written_rollout([named, silent, named, "nothing"]),
         **common,
     )
-    before = {name: value.detach().clone() for name, value in stage2.model.mask_head.adapter.named_parameters()}
+    before = weights(stage2.model.mask_head.adapter)
     stage2.train()
-    assert any(
-        not torch.equal(value, before[name]) for name, value in stage2.model.mask_head.adapter.named_parameters()
-    )
-    logged = stage2.state.log_history[0]
-    assert {"rollout/dice", "rollout/valid", "rollout/fail", "rollout/encoded_slices"} <= set(logged)
-    assert logged["dense/dice_ce"] > 0
+    assert not same(weights(stage2.model.mask_head.adapter), before)
+    first = stage2.state.log_history[0]
+    assert {"rollout/dice", "rollout/valid", "rollout/fail", "rollout/encoded_slices"} <= set(first)
+    assert first["dense/dice_ce"] > 0
     for prediction in seen.joined("prediction"):
         touched = np.flatnonzero(prediction.mask.any(axis=(1, 2))) if prediction.mask is not None else []
         if prediction.slice_index is None:

@@ -29,6 +29,11 @@ def history(trainer) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in trainer.state.log_history]
 
 
+def logged(trainer, *names) -> list[float]:
+    """The values of some names in a trainer's log, name by name."""
+    return [entry[name] for name in names for entry in trainer.state.log_history if name in entry]
+
+
 def text_rows(n=8) -> Any:
     questions = [f"Find every lesion, number {number}." for number in range(n)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]})

@@ -1,7 +1,7 @@
 """Evaluation on volumes: the 3D mask in voxels and millimetres, and the key slice that the answer names.
 
-Beside the model stands what the frozen segmenter makes of the true boxes on the best slice: no answer of the same form
-can be expected to do better.
+The ceiling beside the model is the mask that the frozen segmenter makes of the true boxes on the best slice: no answer
+of the same form can be expected to do better.
 """
 
 # D slices, H/W pixels of a slice
@@ -9,7 +9,7 @@ can be expected to do better.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ def volume_record(
 def summarise_volumes(
     records: Sequence[Mapping[str, Any]], *, groupings: Sequence[str] = VOLUME_GROUPINGS
 ) -> dict[str, Any]:
-    """Means, 95 % bootstrap intervals and a breakdown by structure of `volume_record`s.
+    """Compute means, 95 % bootstrap intervals and a breakdown by structure of `volume_record`s.
 
     A mean of "hd95_mm" leaves out the volumes in which exactly one mask was empty, so a model that often finds nothing
     may look good by it: read it beside "n_scored", the number of volumes that it is over, and beside "fail".
@@ -147,7 +147,7 @@ def evaluate_volumes(
         nsd_tolerance_mm: See `volume_record`.
         metrics: See `volume_record`.
         progress: Show a progress bar.
-        on_answer: Called for every row with its number, the grey values (D, H, W), the prediction and the truth; to
+        on_answer: Called for every row with its number, the grey values (D, H, W), the prediction and the target; to
             draw or keep what the records do not hold.
 
     Returns:
@@ -170,16 +170,8 @@ def evaluate_volumes(
     def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
         return segmenter.predict_batch([grey for grey, _ in batch], [target.query for _, target in batch])
 
-    return score_rows(
-        dataset,
-        partial(_read, CaseReader(0)),
-        answer,
-        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics),
-        title="evaluate",
-        batch_size=batch_size,
-        progress=progress,
-        on_answer=on_answer,
-    )
+    record = partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics)
+    return _scored("evaluate", dataset, answer, record, batch_size, progress, on_answer)
 
 
 def evaluate_oracle_boxes(
@@ -196,7 +188,7 @@ def evaluate_oracle_boxes(
 
     Args:
         propagator: As the model's is used: with `reach=None`.
-        dataset: As in `evaluate_volumes`, as the rest.
+        dataset: Rows of `segrl.data.load_volumes`.
         batch_size: Rows that are propagated together; so many volumes are in memory at once.
         nsd_tolerance_mm: See `volume_record`.
         metrics: See `volume_record`.
@@ -223,16 +215,8 @@ def evaluate_oracle_boxes(
         written = [_true_answer(target) for _, target in batch]
         return add_volume_masks(propagator, written, [grey for grey, _ in batch], [""] * len(batch))
 
-    return score_rows(
-        dataset,
-        partial(_read, CaseReader(0)),
-        answer,
-        partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics),
-        title="oracle",
-        batch_size=batch_size,
-        progress=progress,
-        on_answer=on_answer,
-    )
+    record = partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics)
+    return _scored("oracle", dataset, answer, record, batch_size, progress, on_answer)
 
 
 def _true_answer(target: VolumeTarget) -> Prediction:
@@ -245,7 +229,21 @@ def _true_answer(target: VolumeTarget) -> Prediction:
     return parse_completion(format_completion("The truth.", answer), frame, require_seg=False, answer_format="json")
 
 
-def _read(read_case: CaseReader, row: Mapping[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
-    """Grey values and ground truth of a row."""
-    case = read_case(row, allow_empty=True)
-    return case.grey, case.target(row)
+def _scored(
+    title: str,
+    dataset: Dataset,
+    answer: Callable[[list[Any]], list[Prediction]],
+    record: Callable[[Prediction, Any], dict[str, Any]],
+    batch_size: int,
+    progress: bool,
+    on_answer: OnAnswer | None,
+) -> list[dict[str, Any]]:
+    """Records of all rows, of which one scan is kept in memory beside those of a batch."""
+    read_case = CaseReader(0)
+
+    def read(row: dict[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
+        case = read_case(row, allow_empty=True)
+        return case.grey, case.target(row)
+
+    settings: dict[str, Any] = {"title": title, "batch_size": batch_size, "progress": progress}
+    return score_rows(dataset, read, answer, record, **settings, on_answer=on_answer)
