@@ -7,13 +7,17 @@ processes or machines. No coordinate is written (CORE-Seg strips them from its r
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from segrl.errors import DataError
 from segrl.geometry.masks import boxes_from_mask
 
-__all__ = ["build_query", "build_reasoning", "pick_template"]
+__all__ = ["build_query", "build_reasoning", "pick_by_hash"]
+
+Option = TypeVar("Option")
 
 _QUERIES = (
     "Segment the {lesion} in {place}.",
@@ -60,7 +64,7 @@ def build_query(lesion: str, anatomy: str, modality: str, key: str, *, noun: str
     place = f"this {_lower(modality)} {noun}" if modality.strip() else f"this {noun}"
     if anatomy.strip():
         place += f" of the {_lower(anatomy)}"
-    return pick_template(_QUERIES, key).format(lesion=lesion.strip(), place=place)
+    return pick_by_hash(_QUERIES, key).format(lesion=lesion.strip(), place=place)
 
 
 def build_reasoning(
@@ -91,7 +95,7 @@ def build_reasoning(
     """
     lesion, organ = lesion.strip() or "lesion", _lower(anatomy) or "tissue"
     boxes = boxes_from_mask(mask)
-    normal = pick_template(_NORMAL, key).format(organ=organ)
+    normal = pick_by_hash(_NORMAL, key).format(organ=organ)
     if not len(boxes):
         return f"The {organ} looks normal. No {lesion} is visible."
     height, width = mask.shape
@@ -106,13 +110,13 @@ def build_reasoning(
         return f"The {organ} looks normal around {findings}."
     image = f"{_lower(modality)} image".strip()
     aim = "" if not query or lesion.lower() in query.lower() else f"The question is about the {lesion}. "
-    return f"{normal} The {image} shows {findings}. {aim}{pick_template(_DIFFERENCES, key)}"
+    return f"{normal} The {image} shows {findings}. {aim}{pick_by_hash(_DIFFERENCES, key)}"
 
 
-def pick_template(templates: tuple[str, ...], key: str) -> str:
-    """Return the template that a stable hash of `key` picks."""
+def pick_by_hash(options: Sequence[Option], key: str) -> Option:
+    """Return the option that a stable hash of `key` picks, the same in every process and run."""
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"segrl").digest()
-    return templates[int.from_bytes(digest, "big") % len(templates)]
+    return options[int.from_bytes(digest, "big") % len(options)]
 
 
 def _lower(name: str) -> str:

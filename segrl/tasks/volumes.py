@@ -99,7 +99,7 @@ class VolumeTask:
         self.prompt_boxes: PromptBoxes = prompt_boxes
         self._read_case = CaseReader(memory_bytes)
         self._rows: OrderedDict[tuple[Any, ...], VolumeRow] = OrderedDict()
-        self._logged_slices = 0
+        self._logged_slices = 0 if propagator is None else propagator.encoded_slices
 
     @property
     def makes_masks(self) -> bool:

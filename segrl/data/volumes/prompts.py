@@ -10,7 +10,6 @@ answer names one of the K largest; its boxes are those of the connected componen
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 from typing import Any
@@ -20,7 +19,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 from segrl.data.completions import check_preparation, target_completion
-from segrl.data.reasoning import build_reasoning
+from segrl.data.reasoning import build_reasoning, pick_by_hash
 from segrl.data.volumes.case import read_case
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.errors import DataError
@@ -185,8 +184,7 @@ def _key_position(shown: np.ndarray, top_k: int, key: str, row: dict[str, Any]) 
             f"{row['label']}: none of the {len(shown)} slices shown holds foreground (label_value="
             f"{row['label_value']}); show more slices, or remove the row"
         )
-    digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"segrl").digest()
-    return int(visible[int.from_bytes(digest, "big") % len(visible)])
+    return pick_by_hash(visible.tolist(), key)
 
 
 def _reasoning(row: dict[str, Any], mask: np.ndarray, height: float, brief: bool) -> str:
