@@ -49,7 +49,6 @@ NOT_PUBLIC = {
     ("docs/how-to/write-a-training-script.md:0", "segrl.models.loading"),
     ("docs/how-to/write-a-training-script.md:0", "segrl.models.tiny"),
     ("docs/how-to/write-a-training-script.md:0", "segrl.scripts.run_folder"),
-    ("docs/quickstart.md:1", "segrl.predictions.parsing"),
     ("docs/tutorials/reward-plugin.md:3", "segrl.geometry.matching"),
     ("examples/core_seg/recipes.py", "segrl.segmenters.sam2"),
     ("examples/medvol_r1/recipes.py", "segrl.segmenters.sam2"),
