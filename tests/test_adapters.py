@@ -130,9 +130,9 @@ def test_swift():
     assert swift(swift_orm(SUM), list(EXPECTED), **columns) == [7.0, 0.0]
     assert swift(swift_orm(applies_sometimes), list(EXPECTED), **columns) == [1.0, None]
     assert swift(swift_orm(applies_sometimes, none=0.0), list(EXPECTED), **columns) == [1.0, 0.0]
-    assert swift(swift_orm(BOXES, truth="solution"), [GOOD], solution=[json.dumps(TRUTH)]) == [1.0]
+    assert swift(swift_orm(BOXES, ground_truth="solution"), [GOOD], solution=[json.dumps(TRUTH)]) == [1.0]
     assert swift(swift_orm("format"), [GOOD]) == [1.0]
-    assert swift(swift_orm("format", truth="solution"), [GOOD]) == [1.0]
+    assert swift(swift_orm("format", ground_truth="solution"), [GOOD]) == [1.0]
 
 
 def test_swift_names_groups_and_schedules():
@@ -147,8 +147,8 @@ def test_swift_names_groups_and_schedules():
 
 def test_swift_misses_columns():
     with pytest.raises(RewardError, match="reward 'box_f1': no column 'solution'; found messages, trainer_state"):
-        swift(swift_orm(BOXES, truth="solution"), [GOOD])
-    with pytest.raises(RewardError, match=r"reward 'box_f1', row 0: the truth is {}; expected"):
+        swift(swift_orm(BOXES, ground_truth="solution"), [GOOD])
+    with pytest.raises(RewardError, match=r"reward 'box_f1', row 0: the ground truth is {}; expected"):
         swift(swift_orm(BOXES), [GOOD])
 
 
@@ -207,8 +207,8 @@ def test_images_of_equal_size_are_told_apart():
 @pytest.mark.parametrize(
     ("truth", "message"),
     [
-        (None, "row 0: the truth is None; expected 'mask', 'boxes' with 'size', or 'volume'"),
-        ("", "row 0: the truth is ''"),
+        (None, "row 0: the ground truth is None; expected 'mask', 'boxes' with 'size', or 'volume'"),
+        ("", "row 0: the ground truth is ''"),
         ("lost.png", r"row 0: column 'mask': lost\.png: no such file"),
         ("{", "row 0: the truth: '{' is not valid JSON"),
         ({"boxes": TRUE_BOXES}, "row 0: column 'boxes': without a mask the column 'size' is needed"),
@@ -219,7 +219,7 @@ def test_a_bad_truth_is_an_error_and_never_a_score(truth, message):
     for call in (
         lambda: verl_single(verl_compute_score(BOXES), GOOD, truth),
         lambda: easyr1_compute_score(BOXES)([{"response": GOOD, "ground_truth": truth}]),
-        lambda: swift(swift_orm(BOXES, truth="solution"), [GOOD], solution=[truth]),
+        lambda: swift(swift_orm(BOXES, ground_truth="solution"), [GOOD], solution=[truth]),
     ):
         with pytest.raises(RewardError, match=f"reward 'box_f1', {message}"):
             call()
@@ -265,10 +265,10 @@ def test_a_part_with_the_name_of_the_whole_is_refused():
 def test_they_pickle():
     for made in (verl_compute_score(SUM), verl_compute_score(SUM, batch=True), easyr1_compute_score(SUM, none=2.0)):
         assert pickle.loads(pickle.dumps(made)) == made
-    orm = swift_orm(BOXES, truth="solution")(args="args")
+    orm = swift_orm(BOXES, ground_truth="solution")(args="args")
     copy = pickle.loads(pickle.dumps(orm))
     assert type(copy).__name__ == "box_f1"
-    assert (copy.reward, copy.truth, copy.args) == (BOXES, "solution", "args")
+    assert (copy.reward, copy.ground_truth, copy.args) == (BOXES, "solution", "args")
 
 
 def load(path: Path, name: str) -> Any:

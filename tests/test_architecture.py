@@ -19,7 +19,6 @@ for page, blocks in CODE.items():
 CIRCLE: set[str] = set()
 WITHOUT_ALL = {
     "segrl.__main__",
-    "segrl.cli",
     "segrl.data.images",
     "segrl.data.images.prompts",
     "segrl.data.volumes",
@@ -28,7 +27,6 @@ WITHOUT_ALL = {
     "segrl.inference.images",
     "segrl.scripts.command_line",
     "segrl.tasks",
-    "segrl.testing",
     "segrl.trainers.config",
     "segrl.trainers.grpo",
     "segrl.trainers.mask_head_mixin",

@@ -142,7 +142,7 @@ def larger_is_better(prediction, target):
 def test_gamed(reward, by):
     found = verdict(reward)
     won = {row.policy for row in found.rows if row.wins}
-    assert found.gamed
+    assert found.hackable
     assert by <= won, won
     assert any(reason.startswith(f"{min(by)}: ") for reason in found.reasons)
 
@@ -158,8 +158,8 @@ def test_recall_of_masks_is_gamed_by_the_whole_image():
 def test_built_in(name):
     """Whoever does not look at the truth, or at places, is gamed alone; nothing else is."""
     found = verdict(name)
-    expected = not make_reward(name).needs_truth or name == "box_count"
-    assert found.gamed == expected, str(found)
+    expected = not make_reward(name).needs_target or name == "box_count"
+    assert found.hackable == expected, str(found)
     assert found.answer_format == ("json" if make_reward(name).volume else found.answer_format)
 
 
@@ -167,7 +167,7 @@ def test_built_in(name):
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", ["box_f1", "dual_granularity_mask", "core_seg", "seg_zero"])
 def test_the_verdict_does_not_hang_on_the_seed(name, seed):
-    assert not verdict(name, seed=seed).gamed
+    assert not verdict(name, seed=seed).hackable
 
 
 # --- compositions
@@ -175,25 +175,25 @@ def test_the_verdict_does_not_hang_on_the_seed(name, seed):
 
 def test_what_closes_a_blind_reward():
     boxes = make_reward("box_iou")
-    assert verdict("format").gamed
-    assert not verdict(weighted_sum({"format": 1.0, boxes: 1.0})).gamed
-    assert not verdict(make_reward("format").gate(boxes, above=0.3)).gamed
-    assert not verdict(make_reward("box_count").gate(boxes, above=0.5)).gamed
-    assert not verdict(boxes.gate("format").clip(0, 1).schedule({0: 0, 1: 2})).gamed
+    assert verdict("format").hackable
+    assert not verdict(weighted_sum({"format": 1.0, boxes: 1.0})).hackable
+    assert not verdict(make_reward("format").gate(boxes, above=0.3)).hackable
+    assert not verdict(make_reward("box_count").gate(boxes, above=0.5)).hackable
+    assert not verdict(boxes.gate("format").clip(0, 1).schedule({0: 0, 1: 2})).hackable
 
 
 def test_a_step_can_open_what_was_closed():
-    assert verdict(make_reward("box_iou").scale(-1.0)).gamed
-    assert verdict(make_reward("box_iou").schedule({0: 0, 1: 1}), progress=0.0).gamed
-    assert verdict(make_reward("box_iou").gate("format", otherwise=2.0)).gamed
+    assert verdict(make_reward("box_iou").scale(-1.0)).hackable
+    assert verdict(make_reward("box_iou").schedule({0: 0, 1: 1}), progress=0.0).hackable
+    assert verdict(make_reward("box_iou").gate("format", otherwise=2.0)).hackable
 
 
 @pytest.mark.parametrize("step", [{"mode": "rank"}, {"mode": "center"}, {"mode": "zscore", "group_size": 4}])
 def test_group_relative_rewards_compare_the_policies(step):
-    assert not verdict(make_reward("box_iou").group_relative(**step)).gamed
+    assert not verdict(make_reward("box_iou").group_relative(**step)).hackable
     relative = verdict(make_reward(recall).group_relative(**step))
     assert "poor, and boxes around" in {row.policy for row in relative.rows if row.wins}
-    assert verdict(make_reward("format").group_relative(**step)).gamed
+    assert verdict(make_reward("format").group_relative(**step)).hackable
 
 
 # --- the page
@@ -220,7 +220,7 @@ COMPOSITIONS = {
 
 def verdict_table(rewards) -> str:
     """What the audit finds over scenes with lesions, as a table of the documentation."""
-    lines = ["| reward | verdict | perfect | poor | best degenerate policy | gamed by |", "| --- " * 6 + "|"]
+    lines = ["| reward | verdict | perfect | poor | best degenerate policy | hacked by |", "| --- " * 6 + "|"]
     for label, reward in rewards.items():
         found = verdict(reward)
         paid = {row.policy: row.lesions for row in found.rows}
@@ -230,7 +230,7 @@ def verdict_table(rewards) -> str:
         more = f" and {len(won) - 2} more" if len(won) > 2 else ""
         cells = [
             label,
-            "**GAMED**" if found.gamed else "clean",
+            "**HACKABLE**" if found.hackable else "clean",
             f"{paid['perfect']:.2f}",
             f"{paid['poor']:.2f}",
             f"{best.lesions:.2f} ({best.policy})",
@@ -277,11 +277,11 @@ def test_report():
     report = audit(["format", weighted_sum({"format": 1.0, "box_f1": 2.0}, "both")], scenes=12)
     assert isinstance(report, AuditReport)
     alone, both = report.verdicts
-    assert (report.gamed, alone.gamed, both.gamed, report.scenes) == (True, True, False, 12)
+    assert (report.hackable, alone.hackable, both.hackable, report.scenes) == (True, True, False, 12)
     assert len(report.rows) == len(alone.rows) + len(both.rows)
     assert "it does not look at the truth" in alone.advice
     assert str(both) == "both: clean"
-    assert str(alone).startswith("format: GAMED\n  - always 'no lesion': 1 over scenes of kind 'one', as all honest")
+    assert str(alone).startswith("format: HACKABLE\n  - always 'no lesion': 1 over scenes of kind 'one', as all honest")
 
     perfect = next(row for row in both.rows if row.policy == "perfect")
     whole = next(row for row in both.rows if row.policy == "whole image")
@@ -290,7 +290,7 @@ def test_report():
     assert whole.kinds == dict.fromkeys(KINDS, 1.0)
 
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert (plain["gamed"], plain["scenes"]) == (True, 12)
+    assert (plain["hackable"], plain["scenes"]) == (True, 12)
     assert [entry["reward"] for entry in plain["verdicts"]] == ["format", "both"]
     assert {"policy", "kind", "wins", "parts", *COLUMNS} <= plain["verdicts"][1]["rows"][0].keys()
 
@@ -307,7 +307,7 @@ def test_the_printed_report_holds_every_pay_and_no_markup():
 
 def test_a_reward_that_applies_nowhere_is_not_judged():
     found = verdict(lambda prediction, target: None)
-    assert (found.gamed, found.reasons) == (False, ())
+    assert (found.hackable, found.reasons) == (False, ())
     assert found.advice == "it applies to none of the scenes; give truths of your own"
 
 
@@ -318,7 +318,7 @@ def test_a_reward_that_applies_to_some_scenes():
         return make_reward("box_iou").score(prediction, target)
 
     found = verdict(small)
-    assert not found.gamed
+    assert not found.hackable
     assert {row.empty for row in found.rows} == {None}
 
 
@@ -350,14 +350,14 @@ def test_policies_answer_in_the_grammar_that_the_reward_reads():
     assert verdict("box_confidence").answer_format == "json"
     assert verdict("medvol_r1").answer_format == "json"
     pixels = make_reward("box_f1", frame="original_px", seg_token="", require_seg=False, require_reasoning=False)
-    assert not verdict(pixels).gamed
+    assert not verdict(pixels).hackable
     seen = []
 
     def frame(shown, original):
         seen.append(shown)
         return Frame("original_px", original)
 
-    assert not verdict(make_reward("mask_iou", frame=frame)).gamed
+    assert not verdict(make_reward("mask_iou", frame=frame)).hackable
     assert set(seen) == {(256, 256)}
 
 
@@ -477,8 +477,8 @@ def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
     }
     register_reward("window_dice", **settings)(window_dice)
     assert winners("window_dice") >= {"only a slice"}
-    assert not verdict(make_reward("propagated_dice", delta=0)).gamed
-    assert not verdict(make_reward("medvol_r1", delta=0)).gamed
+    assert not verdict(make_reward("propagated_dice", delta=0)).hackable
+    assert not verdict(make_reward("medvol_r1", delta=0)).hackable
 
 
 def test_boxes_around_pay_where_only_matched_ones_prompt():

@@ -63,7 +63,7 @@ def test_built_in(name):
     assert {claimed[claim] for claim in info.invariant} <= set(report.passed)
     assert not callable(info.monotone)
     assert {f"monotone in {'the mask' if claim == 'mask' else claim}" for claim in info.monotone} <= set(report.passed)
-    assert info.needs_truth == ("honest about nothing" in report.passed)
+    assert info.needs_target == ("honest about nothing" in report.passed)
 
 
 def test_a_plain_function():
@@ -397,19 +397,19 @@ def nests(prediction, target):
 @pytest.mark.slow
 def test_hostile_text_takes_time_in_proportion():
     for function, kind in ((lazy_pattern, "open square brackets"), (any_two_boxes_alike, "many boxes")):
-        register_reward(function.__name__, needs_truth=False)(function)
+        register_reward(function.__name__, needs_target=False)(function)
         assert f"characters of {kind}" in failure(function, "hostile text", max_examples=2).found
 
 
 def test_hostile_text_raises_nothing():
     error = failure(counts_past_a_thousand, "hostile text", max_examples=2)
     assert "OverflowError: too many boxes, for 65536 characters of many boxes" in error.found
-    register_reward("nests", needs_truth=False)(nests)
+    register_reward("nests", needs_target=False)(nests)
     assert "RecursionError" in failure(nests, "hostile text", max_examples=2).found
 
 
 def test_hostile_text_stays_in_the_range():
-    register_reward("per_10_000", range=(0, 1), needs_truth=False)(
+    register_reward("per_10_000", range=(0, 1), needs_target=False)(
         lambda prediction, target: len(prediction.text) / 10_000
     )
     assert "for 16384 characters of" in failure("per_10_000", "hostile text", max_examples=2).found
@@ -485,7 +485,7 @@ def test_claims_about_volumes():
     def right_slice(prediction, target):
         return float(target.slice_areas.any() and prediction.slice_index == int(np.argmax(target.slice_areas)))
 
-    register_reward("lowest_edge", volume=True, needs_truth=False, invariant=["flip"])(lowest_edge)
+    register_reward("lowest_edge", volume=True, needs_target=False, invariant=["flip"])(lowest_edge)
     failure("lowest_edge", "mirroring")
     register_reward("right_slice", volume=True, invariant=["flip", "rescale"], empty={"both": 0.0})(right_slice)
     assert {"mirroring", "enlarging", "empty: both"} <= set(check_reward("right_slice", max_examples=20).passed)
@@ -534,9 +534,9 @@ def test_claims_about_masks_of_volumes(reward, claims, name):
 @pytest.mark.parametrize(
     ("declared", "side", "found"),
     [
-        ({"both": 0.5, "prediction": 0.0, "truth": 0.0}, "both", "1.0"),
-        ({"both": 1.0, "prediction": -1.0, "truth": 0.0}, "prediction", "0.0"),
-        ({"both": 1.0, "prediction": 0.0, "truth": None}, "truth", "0.0"),
+        ({"both": 0.5, "prediction": 0.0, "target": 0.0}, "both", "1.0"),
+        ({"both": 1.0, "prediction": -1.0, "target": 0.0}, "prediction", "0.0"),
+        ({"both": 1.0, "prediction": 0.0, "target": None}, "truth", "0.0"),
     ],
 )
 def test_empty_sides(declared, side, found):
@@ -550,7 +550,7 @@ def test_an_empty_side_may_not_apply():
     def only_lesions(prediction, target):
         return None if target.empty else quality(prediction, target)
 
-    name = claim(only_lesions, empty={"both": None, "truth": None}, range=(0, 1))
+    name = claim(only_lesions, empty={"both": None, "target": None}, range=(0, 1))
     report = check_reward(name)
     assert {"empty: both", "empty: truth", "honest about nothing"} <= set(report.passed)
     assert report.outcomes["empty: prediction"] == "not declared"
@@ -565,8 +565,8 @@ def any_box_is_a_start(prediction, target):
 def test_honest_about_nothing():
     error = failure(any_box_is_a_start, "honest about nothing")
     assert error.found == "0 for the right answer, 0.5 for the hallucination"
-    assert "needs_truth=False" in error.expected
-    register_reward("any_box", needs_truth=False)(any_box_is_a_start)
+    assert "needs_target=False" in error.expected
+    register_reward("any_box", needs_target=False)(any_box_is_a_start)
     assert check_reward("any_box").outcomes["honest about nothing"].startswith("not applicable")
 
 

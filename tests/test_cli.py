@@ -132,7 +132,7 @@ def test_list_has_every_reward(run):
     rewards = {reward["name"]: reward for reward in json.loads(out)}
     assert sorted(rewards) == list_rewards()
     assert rewards["dual_granularity_mask"]["range"] == [-1.0, 3.0]
-    assert rewards["dual_granularity_mask"]["needs"] == ["mask", "truth"]
+    assert rewards["dual_granularity_mask"]["needs"] == ["mask", "target"]
     assert rewards["core_seg"]["range"] == [-1.0, 5.0]
     assert {name for name, reward in rewards.items() if reward["origin"].startswith("segrl ")} == set(built_in())
 
@@ -164,7 +164,7 @@ MINE = '''
 """My rewards."""
 from segrl import register_reward
 
-@register_reward("short", needs_truth=False, range=lambda most, **_: (0, float(most)))
+@register_reward("short", needs_target=False, range=lambda most, **_: (0, float(most)))
 def short(prediction, target, *, most: float, unit: str = "%s"):
     """Pays for \x1b[31m short [red]texts[/red].
 
@@ -302,7 +302,7 @@ def test_score_takes_a_file_of_rewards_and_truth_from_elsewhere(run):
     )
     path = predictions(GOOD, mask=None)
     Path("t.jsonl").write_text(json.dumps({"name": "scan_7.png", "mask": mask_to_rle(TARGET.mask)}))
-    status, out, _ = run("rewards", "score", "--rewards", "rewards.yaml", path, "--truth", "t.jsonl", "--json",
+    status, out, _ = run("rewards", "score", "--rewards", "rewards.yaml", path, "--ground-truth", "t.jsonl", "--json",
                          "--progress", 0.25)  # fmt: skip
     assert status == 0
     means = {name: column["mean"] for name, column in json.loads(out)["columns"].items()}
@@ -381,8 +381,11 @@ def test_audit_judges_each_name_or_the_sum(run):
     status, out, err = run("rewards", "audit", "box_f1", "format", "--json")
     report = json.loads(out)
     assert (status, err) == (1, "")  # a format alone pays for empty talk
-    assert {verdict["reward"]: verdict["gamed"] for verdict in report["verdicts"]} == {"box_f1": False, "format": True}
-    assert report["gamed"]
+    assert {verdict["reward"]: verdict["hackable"] for verdict in report["verdicts"]} == {
+        "box_f1": False,
+        "format": True,
+    }
+    assert report["hackable"]
     status, out, _ = run("rewards", "audit", "box_f1")
     assert status == 0
     assert "box_f1: clean" in out
@@ -390,7 +393,7 @@ def test_audit_judges_each_name_or_the_sum(run):
     (total,) = json.loads(out)["verdicts"]
     assert total["reward"] == "total"
     assert set(total["rows"][0]["parts"]) == {"box_f1", "format"}
-    assert status == total["gamed"]
+    assert status == total["hackable"]
 
 
 def test_audit_judges_a_file(run):
@@ -398,7 +401,7 @@ def test_audit_judges_a_file(run):
     status, out, _ = run("rewards", "audit", "--rewards", "mine.yaml", "--json")
     (mine,) = json.loads(out)["verdicts"]
     assert mine["reward"] == "mine"
-    assert status == mine["gamed"]
+    assert status == mine["hackable"]
     status, out, _ = run("rewards", "audit", "--rewards", "mine.yaml")
     assert "mine: " in out
 

@@ -74,7 +74,7 @@ def test_audit_finds_no_way_to_game_it(run: Run):
     done = run("segrl", "rewards", "audit", "small_lesion_bonus", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     (verdict,) = json.loads(done.stdout)["verdicts"]
-    assert (verdict["reward"], verdict["gamed"]) == ("small_lesion_bonus", False)
+    assert (verdict["reward"], verdict["hackable"]) == ("small_lesion_bonus", False)
     assert run("segrl", "rewards", "audit", "--sum", "format", "box_f1", "small_lesion_bonus").returncode == 0
 
 

@@ -193,10 +193,10 @@ def test_a_sum_declares_what_follows_from_its_parts():
     total = weighted_sum({"format": 1.0, "box_f1": 2.0, "dual_granularity_mask": -1.0}, name="mine")
     assert total.range == (-3.0, 4.0)
     assert total.needs_mask
-    assert total.needs_truth
+    assert total.needs_target
     assert set(total.info.invariant) == {"box_order", "flip", "rescale"}
     assert total.info.equation == "1 · format + 2 · box_f1 + -1 · dual_granularity_mask"
-    assert not weighted_sum({"format": 1.0}).needs_truth
+    assert not weighted_sum({"format": 1.0}).needs_target
 
 
 def test_a_sum_logs_the_mean_of_every_part():
@@ -353,7 +353,7 @@ def test_every_tree_round_trips_and_scores_alike(reward):
     ("text", "message"),
     [
         ("rewards: [", r"r\.yaml: not valid YAML"),
-        ("reward: format\nreward: box_f1\n", "the key 'reward' stands twice"),
+        ("reward: format\nreward: box_f1\n", "the key 'reward' is there twice"),
         ("[]", r"r\.yaml: expected a mapping with 'reward' or 'rewards', got \[\]"),
         ("name: x", r"r\.yaml: expected one of 'reward' \(a name\) and 'rewards'"),
         ("rewards: []", r"r\.yaml: reward 'total': a sum of no parts"),

@@ -276,9 +276,13 @@ def test_a_volume_reward_and_an_image_reward_tell_what_they_need():
 
     volume = VolumeTarget.from_mask(np.zeros((3, 4, 5), np.uint8), name="ct_1")
     assert make_reward("test_volume").score(says(), volume) == 3.0
-    with pytest.raises(RewardError, match=r"'test_volume' \(scan_7\.png\): the truth is a Target, expected a VolumeT"):
+    with pytest.raises(
+        RewardError, match=r"'test_volume' \(scan_7\.png\): the ground truth is a Target, expected a VolumeT"
+    ):
         make_reward("test_volume").score(says(), TARGET)
-    with pytest.raises(RewardError, match=r"'box_f1' \(ct_1\): the truth is a VolumeTarget, expected a Target; give"):
+    with pytest.raises(
+        RewardError, match=r"'box_f1' \(ct_1\): the ground truth is a VolumeTarget, expected a Target; give"
+    ):
         make_reward("box_f1").score(says(), volume)
     call = {"completions": [GOOD], "volume": [volume.mask], "spacing_mm": [(5.0, 1.0, 1.0)]}
     assert make_reward("test_volume")(**call) == [3.0]
@@ -289,7 +293,7 @@ def test_a_volume_reward_and_an_image_reward_tell_what_they_need():
 def test_a_reward_of_the_text_alone_needs_no_truth():
     assert make_reward("format").score(read(GOOD), None) == 1.0
     assert make_reward("format")(completions=[GOOD, ""]) == [1.0, 0.0]
-    with pytest.raises(RewardError, match=r"'box_f1': the truth is a NoneType, expected a Target"):
+    with pytest.raises(RewardError, match=r"'box_f1': the ground truth is a NoneType, expected a Target"):
         make_reward("box_f1").score(read(GOOD), None)
     with pytest.raises(RewardError, match=r"'format', row 0: cannot build the target from column 'mask'"):
         make_reward("format")(completions=[GOOD], mask=[np.arange(9).reshape(3, 3)])
@@ -311,12 +315,14 @@ def test_a_reward_of_a_module_has_a_path():
 
 def test_what_a_reward_declares():
     info = reward_info("box_f1")
-    assert info.summary == "Mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox)."
+    assert (
+        info.summary == "Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox)."
+    )
     assert (info.form, info.range, info.origin) == ("function", (0.0, 1.0), "segrl 0.1.0")
     assert dict(info.settings) == {"min_iou": 0.5, "require_valid": True}
     mask = make_reward("dual_granularity_mask", dice_weight=4.0)
     assert mask.range == (-1.0, 5.0)
-    assert mask.info.empty == {"both": 5.0, "prediction": -1.0, "truth": -1.0}
+    assert mask.info.empty == {"both": 5.0, "prediction": -1.0, "target": -1.0}
 
 
 def write_plugin(folder, name, entries, code):

@@ -220,7 +220,7 @@ def test_an_invalid_text_earns_nothing_unless_asked_for(reward):
 @pytest.mark.parametrize("reward", TEXT_REWARDS)
 def test_no_truth_is_needed(reward):
     made = make_reward(reward)
-    assert not made.needs_truth
+    assert not made.needs_target
     assert made.score(says([1, 2, 9, 8]), None) == 1.0
     assert made(completions=[GOOD]) is not None
 

@@ -237,14 +237,14 @@ def test_truth_is_joined_by_name(kind, tmp_path):
     truth = truths(tmp_path, kind)
     elsewhere = tmp_path / "runs"
     elsewhere.mkdir()
-    scores = score_file(SUM, write(elsewhere / "p.jsonl", bare()), truth=truth)
+    scores = score_file(SUM, write(elsewhere / "p.jsonl", bare()), ground_truth=truth)
     assert scores.columns["total"] == slow_scores(SUM)
 
 
 def test_truth_is_joined_by_any_column_and_wins_over_the_predictions_own(tmp_path):
     truth = write(tmp_path / "t.jsonl", [{"id": "a.png", "mask": mask_to_rle(TARGET.mask)}])
     rows = [{"completion": GOOD, "id": "a.png", "mask": mask_to_rle(EMPTY.mask)}]
-    assert score_file(BOXES, write(tmp_path / "p.jsonl", rows), truth=truth, on="id").columns["box_f1"] == [1.0]
+    assert score_file(BOXES, write(tmp_path / "p.jsonl", rows), ground_truth=truth, on="id").columns["box_f1"] == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -252,21 +252,23 @@ def test_truth_is_joined_by_any_column_and_wins_over_the_predictions_own(tmp_pat
     [
         (['{"name": "a"}', '{"name": "a"}'], {"name": "a"}, r"t\.jsonl, line 2: name 'a' was there before, at .* 1"),
         (['{"mask": "m.png"}'], {"name": "a"}, r"t\.jsonl, line 1: no column 'name' to join by; expected one of mask"),
-        (['{"name": "scan_12"}'], {"name": "scan_1"}, r"line 1: no truth with name 'scan_1' among 1; .* 'scan_12'"),
+        (['{"name": "scan_12"}'], {"name": "scan_1"}, r"line 1: no ground truth with name 'scan_1' .* 'scan_12'"),
         (['{"name": "a"}'], {"id": "a"}, r"p\.jsonl, line 1: no column 'name' to join by; .*completion, id"),
-        (['{"name": "a"}'], {"name": "a"}, r"p\.jsonl, line 1, no truth, which reward 'box_f1' needs"),
+        (['{"name": "a"}'], {"name": "a"}, r"p\.jsonl, line 1, no ground truth, which reward 'box_f1' needs"),
     ],
 )  # fmt: skip
 def test_truth_that_cannot_be_joined(truth, row, message, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"completion": GOOD, **row}])
     with pytest.raises(DataError, match=message):
-        score_file(BOXES, path, truth=write(tmp_path / "t.jsonl", truth))
+        score_file(BOXES, path, ground_truth=write(tmp_path / "t.jsonl", truth))
 
 
 def test_a_manifest_with_a_missing_cell(tmp_path):
     (tmp_path / "m.csv").write_text("name,mask\na\n")
     with pytest.raises(DataError, match=r"m\.csv, line 2: expected 2 cells"):
-        score_file(BOXES, write(tmp_path / "p.jsonl", [{"completion": GOOD, "name": "a"}]), truth=tmp_path / "m.csv")
+        score_file(
+            BOXES, write(tmp_path / "p.jsonl", [{"completion": GOOD, "name": "a"}]), ground_truth=tmp_path / "m.csv"
+        )
 
 
 # --- parquet
@@ -316,11 +318,13 @@ def test_a_parquet_file_that_trl_wrote(tmp_path):
     rows = Dataset.from_list([{"prompt": "Where?", "name": "a.png"}, {"prompt": "There?", "name": "b.png"}])
     GRPOTrainer(model, log_names, args, train_dataset=rows, processing_class=tokenizer).train()
 
-    scores = score_file(BOXES, tmp_path / "completions", truth=truths(tmp_path, "folder"))
+    scores = score_file(BOXES, tmp_path / "completions", ground_truth=truths(tmp_path, "folder"))
     assert len(scores.rows) == 4
     assert {row["name"] for row in scores.rows} == {"a.png", "b.png"}
     assert set(scores.columns["box_f1"]) == {0.0}
-    with pytest.raises(DataError, match=r"completions_00001\.parquet, row 0, no truth, which reward 'box_f1' needs"):
+    with pytest.raises(
+        DataError, match=r"completions_00001\.parquet, row 0, no ground truth, which reward 'box_f1' needs"
+    ):
         score_file(BOXES, tmp_path / "completions")
 
 
@@ -414,9 +418,9 @@ ROW = {"completion": GOOD, "mask": mask_to_rle(TARGET.mask)}
         ([ROW, json.dumps(ROW)[:-20]], r"p\.jsonl, line 2: not JSON: .*; is the line cut off\?"),
         ([ROW, "[1, 2]"], r"p\.jsonl, line 2: b'\[1, 2\]\\n'; expected an object"),
         (["[" * 100_000], r"p\.jsonl, line 1: not JSON"),
-        ([{"text": GOOD}], r"p\.jsonl, line 1, .*no truth"),
+        ([{"text": GOOD}], r"p\.jsonl, line 1, .*no ground truth"),
         ([{"text": GOOD, "mask": ROW["mask"]}], r"p\.jsonl, line 1, no column 'completion' \(here: mask, text\)"),
-        ([ROW, {"completion": GOOD}], r"p\.jsonl, line 2, no truth, .* 'box_f1' needs: expected a column 'mask'"),
+        ([ROW, {"completion": GOOD}], r"p\.jsonl, line 2, no ground truth, .* 'box_f1' needs: .* 'mask'"),
         ([ROW, {**ROW, "completion": None}], r"p\.jsonl, line 2, column 'completion': None; expected a text"),
         ([{**ROW, "mask": "lost.png"}], r"p\.jsonl, line 1, column 'mask': .*lost\.png: no such file"),
         ([{**ROW, "mask": {"size": [2, 2], "counts": [9]}}], r"line 1, column 'mask': the counts cover 9 pixels"),

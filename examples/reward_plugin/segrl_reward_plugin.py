@@ -9,7 +9,7 @@ from segrl.geometry import match_boxes
 @register_reward(
     "small_lesion_bonus",
     range=(0.0, 1.0),
-    empty={"both": None, "truth": None},
+    empty={"both": None, "target": None},
     invariant=("box_order", "flip", "rescale"),
     monotone=("boxes",),
     equation="Σ IoU of matched boxes / max(N, M) where the lesions cover at most max_area",

@@ -1,15 +1,15 @@
-"""Does gaming a reward pay? Degenerate policies compete with honest ones, and tricks with the answers they start from.
+"""Find reward hacking: degenerate policies compete with honest ones, and tricks with the answers they start from.
 
-The rule of the verdict. A policy's pay is its mean score. Gaming pays if
+A policy's score is its mean over scenes. A reward can be hacked if
 
-1. a degenerate policy is paid more than the honest `poor` one, over all scenes or over those with lesions,
-2. a policy is paid more than saying nothing, over the scenes where there is nothing to find,
-3. a trick is paid more than the honest answer it is played on, over any of these,
-4. a worse honest policy is paid more than a better one, over the scenes with lesions,
-5. `perfect` is paid no more than `poor` over the scenes with lesions, and a degenerate policy is paid as much, if only
+1. a degenerate policy scores more than the honest `poor` one, over all scenes or over those with lesions,
+2. a policy scores more than an empty answer, over the scenes where there is nothing to find,
+3. a trick scores more than the honest answer it is played on, over any of these,
+4. a worse honest policy scores more than a better one, over the scenes with lesions,
+5. `perfect` scores no more than `poor` over the scenes with lesions, and a degenerate policy scores as much, if only
    over scenes of one kind, such as those with one lesion.
 
-"More" means by 3 % of the difference between the best and the worst paid policy of that reward.
+"More" means by 3 % of the difference between the highest and the lowest policy score of that reward.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from segrl.rewards.transforms import Gate, GroupRelative
 __all__ = ["AuditReport", "AuditRow", "Verdict", "audit"]
 
 SCENES = 24  # four of each kind
-TOLERANCE = 0.03  # of the difference between the best and the worst paid policy
+TOLERANCE = 0.03  # of the difference between the highest and the lowest policy score
 COLUMNS = {"all": "all scenes", "lesions": "scenes with lesions", "empty": "scenes with nothing to find"}
 HONEST = ("poor", "fair", "good", "perfect")
 FORM = (
-    "it does not look at the truth, so alone it pays for form; add it to a reward that does, or make it a gate, and "
-    "audit that"
+    "it does not read the ground truth, so alone it scores form only; add it to a reward that does, or make it a gate, "
+    "and audit that"
 )
-COARSE = "it does not tell a perfect answer from a poor one; add it to a reward that does"
-NOWHERE = "it applies to none of the scenes; give truths of your own"
+COARSE = "it does not distinguish a perfect answer from a poor one; add it to a reward that does"
+NOWHERE = "it applies to none of the scenes; give ground truths of your own"
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """What a reward pays a policy: means over the scenes where it applies, None where it never does.
+    """The scores of one policy: means over the scenes where the reward applies, None if it never does.
 
     Attributes:
         policy: Name of the policy.
@@ -61,7 +61,7 @@ class AuditRow:
         empty: Mean over the scenes where there is nothing to find.
         kinds: Mean over the scenes of each kind.
         parts: Mean over all scenes of every part of a sum, before its weight.
-        wins: Whether gaming pays by this policy.
+        wins: Whether this policy hacks the reward.
     """
 
     policy: str
@@ -80,32 +80,32 @@ class Verdict:
 
     Attributes:
         reward: Name of the reward.
-        gamed: Whether gaming pays.
-        reasons: What is paid too much, one sentence each.
-        advice: What to do about it, or what the verdict does not cover; often "".
-        rows: What each policy is paid.
+        hackable: Whether a policy hacks the reward.
+        reasons: Which policies score too much, one sentence each.
+        advice: The fix, or what the verdict does not cover; often "".
+        rows: The scores of each policy.
         answer_format: Grammar in which the policies answered, "text" or "json".
     """
 
     reward: str
-    gamed: bool
+    hackable: bool
     reasons: tuple[str, ...]
     advice: str
     rows: tuple[AuditRow, ...]
     answer_format: str
 
     def __str__(self) -> str:
-        lines = [f"{self.reward}: {'GAMED' if self.gamed else 'clean'}", *self.reasons, self.advice]
+        lines = [f"{self.reward}: {'HACKABLE' if self.hackable else 'clean'}", *self.reasons, self.advice]
         return "\n  - ".join(line for line in lines if line)
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The outcome of an audit; a rich console prints a table and a verdict for each reward.
+    """The outcome of an audit; a rich console prints it as a table and a verdict for each reward.
 
     Attributes:
         verdicts: One per reward.
-        scenes: Number of scenes that each reward was tried on.
+        scenes: Number of scenes on which each reward was evaluated.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -117,22 +117,22 @@ class AuditReport:
         return tuple(row for verdict in self.verdicts for row in verdict.rows)
 
     @property
-    def gamed(self) -> bool:
-        """Whether gaming pays for any of the rewards."""
-        return any(verdict.gamed for verdict in self.verdicts)
+    def hackable(self) -> bool:
+        """Whether any of the rewards can be hacked."""
+        return any(verdict.hackable for verdict in self.verdicts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: `gamed`, `scenes` and `verdicts`, each with its `rows`."""
+        """Return plain values: `hackable`, `scenes` and `verdicts`, each with its `rows`."""
         verdicts = [{**asdict(verdict), "reasons": list(verdict.reasons)} for verdict in self.verdicts]
         for verdict in verdicts:
             verdict["rows"] = list(verdict["rows"])
-        return {"gamed": self.gamed, "scenes": self.scenes, "verdicts": verdicts}
+        return {"hackable": self.hackable, "scenes": self.scenes, "verdicts": verdicts}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         for verdict in self.verdicts:
             yield _table(verdict)
             for line in str(verdict).split("\n"):
-                yield Text(printable(line), style="red" if verdict.gamed else "green")
+                yield Text(printable(line), style="red" if verdict.hackable else "green")
             yield Text("")
 
 
@@ -143,28 +143,29 @@ def audit(
     seed: int = 0,
     progress: float = 1.0,
 ) -> AuditReport:
-    """Pay policies that game a reward and honest ones, and judge whether gaming pays.
+    """Judge whether degenerate policies and tricks score more than honest answers.
 
-    Each policy answers every scene in the grammar of the reward: as its `answer_format` says, or in JSON where a
-    perfect answer earns more there (an answer in words holds neither points nor confidences nor a slice). Rewards that
-    read masks get the mask that goes with the answer. All answers to a scene form one group, for rewards that compare
-    answers. The module docstring of `segrl.audit.judging` has the rule of the verdict.
+    Each policy answers every scene in the grammar of the reward: in its `answer_format`, or in JSON if a perfect answer
+    scores more there (an answer in words holds neither points nor confidences nor a slice). Rewards that read masks get
+    the mask that belongs to the answer. All answers to a scene form one group, for rewards that compare answers. The
+    module docstring of `segrl.audit.judging` has the rule of the verdict.
 
     Args:
-        rewards: A reward or several, each anything that `make_reward` takes; each is judged on its own.
-        scenes: Number of synthetic scenes, or your own truths: `Target`s, and `VolumeTarget`s for rewards of volumes.
-        seed: Of the scenes and of the noise.
+        rewards: One or several rewards, each anything that `make_reward` takes; each is judged on its own.
+        scenes: Number of synthetic scenes, or your own ground truths: `Target`s, and `VolumeTarget`s for rewards of
+            volumes.
+        seed: Seed of the scenes and of the noise.
         progress: Training progress in [0, 1], for schedules.
 
     Returns:
-        The report; print it with rich, or read `gamed`, `verdicts` and `rows`.
+        The report; print it with rich, or read `hackable`, `verdicts` and `rows`.
 
     Raises:
-        RewardError: If a reward cannot be made, fails, or there is no scene for it.
+        RewardError: A reward cannot be made or fails, or there is no scene for it.
 
     Example:
         >>> report = audit(["format", "box_f1"], scenes=12)
-        >>> {verdict.reward: verdict.gamed for verdict in report.verdicts}
+        >>> {verdict.reward: verdict.hackable for verdict in report.verdicts}
         {'format': True, 'box_f1': False}
     """
     given = [rewards] if isinstance(rewards, str | Reward) or callable(rewards) else list(rewards)
@@ -173,13 +174,13 @@ def audit(
         shown = _scenes(made, scenes, seed)
         count = max(count, len(shown))
         completion_format = _grammar(made, shown, progress)
-        rows = _pay(made, shown, completion_format, [policy.name for policy in POLICIES], progress)
+        rows = _evaluate(made, shown, completion_format, [policy.name for policy in POLICIES], progress)
         verdicts.append(_judge(made, rows, completion_format.answer_format))
     return AuditReport(tuple(verdicts), count)
 
 
 def _with_whole_groups(reward: Reward) -> Reward:
-    """The reward with all answers to a scene as one group, whatever group size it asks for."""
+    """Return the reward with all answers to a scene as one group, whatever its group size."""
     source = reward.source
     if isinstance(source, Sum):
         source = Sum(tuple((_with_whole_groups(part), weight) for part, weight in source.parts))
@@ -198,8 +199,8 @@ def _scenes(reward: Reward, scenes: int | Sequence[Target | VolumeTarget], seed:
         found = make_scenes(scenes, volume=reward.volume, seed=seed)
     else:
         wanted = VolumeTarget if reward.volume else Target
-        truths = [truth for truth in scenes if isinstance(truth, wanted)]
-        found = [Scene(truth, n, "none" if truth.empty else "given", seed) for n, truth in enumerate(truths)]
+        targets = [target for target in scenes if isinstance(target, wanted)]
+        found = [Scene(target, n, "none" if target.empty else "given", seed) for n, target in enumerate(targets)]
     if not found:
         kind = "VolumeTarget" if reward.volume else "Target"
         raise RewardError(f"reward {reward.name!r}: no scenes; expected a positive number, or {kind}s")
@@ -207,21 +208,21 @@ def _scenes(reward: Reward, scenes: int | Sequence[Target | VolumeTarget], seed:
 
 
 def _grammar(reward: Reward, scenes: Sequence[Scene], progress: float) -> CompletionFormat:
-    """How the policies write: as the reward reads, or in JSON where a perfect answer earns more there."""
+    """Return the completion format of the policies: the reward's, or JSON if a perfect answer scores more there."""
     in_json = replace(reward.completion_format, answer_format="json")
     if reward.volume or reward.completion_format == in_json:
         return in_json
-    earned = []
+    perfect = []
     for completion_format in (reward.completion_format, in_json):
-        (row,) = _pay(reward, scenes, completion_format, ["perfect"], progress)
-        earned.append(-np.inf if row.all is None else row.all)
-    return in_json if earned[1] > earned[0] else reward.completion_format
+        (row,) = _evaluate(reward, scenes, completion_format, ["perfect"], progress)
+        perfect.append(-np.inf if row.all is None else row.all)
+    return in_json if perfect[1] > perfect[0] else reward.completion_format
 
 
-def _pay(
+def _evaluate(
     reward: Reward, scenes: Sequence[Scene], completion_format: CompletionFormat, names: Sequence[str], progress: float
 ) -> list[AuditRow]:
-    """One row per policy that can answer in this grammar."""
+    """Return one row per policy that can answer in this grammar."""
     policies = [policy for policy in POLICIES if policy.name in names]
     predictions, chosen, who = [], [], []
     for scene in scenes:
@@ -264,10 +265,10 @@ def _mean(scores: np.ndarray) -> float | None:
 def _judge(reward: Reward, rows: Sequence[AuditRow], answer_format: str) -> Verdict:
     """Apply the rule of the module docstring."""
     by_name = {row.policy: row for row in rows}
-    paid = [row.all for row in rows if row.all is not None]
-    if not paid:
+    means = [row.all for row in rows if row.all is not None]
+    if not means:
         return Verdict(reward.name, False, (), NOWHERE, tuple(rows), answer_format)
-    margin = TOLERANCE * (max(paid) - min(paid))
+    margin = TOLERANCE * (max(means) - min(means))
     reasons, winners = [], set()
 
     def compare(row: AuditRow, with_row: AuditRow, columns: Sequence[str], other: str) -> None:
@@ -289,11 +290,11 @@ def _judge(reward: Reward, rows: Sequence[AuditRow], answer_format: str) -> Verd
             compare(row, by_name[said], tuple(COLUMNS), f"{said!r} without the trick")
         elif row.kind == "degenerate":
             compare(row, poor, ("all", "lesions"), "the honest 'poor'")
-            compare(row, best, ("empty",), "saying nothing")
+            compare(row, best, ("empty",), "an empty answer")
             if coarse and row.policy not in winners:
                 _as_perfect(row, best, margin, reasons, winners)
     judged = tuple(replace(row, wins=row.policy in winners) for row in rows)
-    advice = "" if not coarse else COARSE if reward.needs_truth else FORM
+    advice = "" if not coarse else COARSE if reward.needs_target else FORM
     return Verdict(reward.name, bool(reasons), tuple(reasons), advice, judged, answer_format)
 
 

@@ -1,7 +1,7 @@
 """Policies that answer scenes: honest ones of four grades, degenerate ones, and tricks played on honest answers.
 
-A policy writes a text in the grammar of a reward and, for rewards that read masks, shows the mask that goes with it.
-The mask of a volume is what a frozen segmenter makes of boxes on a slice: an answer without either has an empty one.
+A policy writes a text in the grammar of a reward and, for rewards that read masks, the mask that belongs to it. The
+mask of a volume is what a frozen segmenter propagates from boxes on a slice, and empty without either.
 """
 
 # D slices, H/W pixels, N boxes, P points
@@ -24,7 +24,7 @@ from segrl.testing.answers import PROMPT, REASONING, write_answer
 
 __all__ = ["POLICIES", "Policy", "answer"]
 
-GRADES = {  # IoU of an answer's boxes and mask with the truth; real answers of a grade vary
+GRADES = {  # IoU of an answer's boxes and mask with the ground truth; real answers of a grade vary
     "perfect": (1.0, 1.0, 1.0),
     "good": (0.7, 0.9, 0.8),
     "fair": (0.45, 0.75, 0.6),
@@ -44,7 +44,7 @@ MANY = 10  # copies of a box
 FLOOD = 16  # points along each edge
 
 
-# --- what is said, before it is written
+# --- content of an answer, before it is written
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ class Said:
 
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """Writes what is said in the grammar of a reward, for one scene."""
+    """Writes answers in the grammar of a reward, for one scene."""
 
     frame: Frame
     completion_format: CompletionFormat
 
     def answer(self, said: Said) -> str:
-        """The content of the answer block, with the token."""
+        """Return the content of the answer block, with the token."""
         return write_answer(
             said.boxes,
             self.frame,
@@ -85,7 +85,7 @@ class Writer:
         )
 
     def text(self, said: Said, reasoning: str = REASONING) -> str:
-        """The completion."""
+        """Return the completion."""
         return format_completion(reasoning, self.answer(said))
 
 
@@ -97,10 +97,10 @@ class Policy:
     """A way to answer.
 
     Attributes:
-        name: In the table.
-        kind: "honest" ones look at the image; "degenerate" ones do not; a "trick" does something to an honest answer.
-        shows: Text and mask for a scene; None where the grammar has no words for it.
-        instead_of: For a trick: the policy that it must not be paid more than.
+        name: Name in the table.
+        kind: "honest" ones look at the image; "degenerate" ones do not; a "trick" changes an honest answer.
+        shows: Returns text and mask for a scene, or None if the grammar cannot express them.
+        instead_of: For a trick: the policy whose score it must not exceed.
     """
 
     name: str
@@ -110,14 +110,14 @@ class Policy:
 
 
 def answer(policy: Policy, scene: Scene, completion_format: CompletionFormat, with_mask: bool) -> Prediction | None:
-    """What a policy says about a scene, as a trainer would parse it; None where it cannot say it in this grammar.
+    """Return the answer of a policy to a scene, as a trainer would parse it; None if the grammar cannot express it.
 
     Args:
         policy: The policy.
         scene: The scene.
         completion_format: The grammar and the frame.
-        with_mask: Whether masks are decoded. An answer about an image has none without the segmentation token; one
-            about a volume has an empty one if it names no slice of it or no box.
+        with_mask: Whether masks are decoded. For an image there is none without the segmentation token; for a volume it
+            is empty if the answer names no slice of it or no box.
     """
     size = (scene.target.width, scene.target.height)
     frame = completion_format.frame_of(size, size)
@@ -149,7 +149,7 @@ def _honest(grade: str) -> Callable[[Scene, Writer], Shown]:
 
 
 def _graded(scene: Scene, grade: str) -> Said:
-    """An answer of a grade; where there is nothing to find every honest policy says so."""
+    """Return an answer of a grade; empty for every grade if there is nothing to find."""
     target, level = scene.target, GRADES[grade][(scene.number + scene.number // len(KINDS)) % 3]
     if target.empty:
         return Said(mask=_nothing(scene))
@@ -169,7 +169,7 @@ def _graded(scene: Scene, grade: str) -> Said:
 
 
 def _moved(mask: np.ndarray, level: float, axis: int) -> np.ndarray:
-    """The mask moved along x (axis 0) or y until its IoU with itself is as close as possible to a level."""
+    """Return the mask moved along x (axis 0) or y until its IoU with itself is closest to a level."""
     along = -1 - axis  # of the array, which may be that of a volume
     length = mask.shape[along]
     centre = np.nonzero(mask)[along].mean()
@@ -196,7 +196,7 @@ def _nothing(scene: Scene) -> np.ndarray:
 
 
 def _inside(scene: Scene, boxes: np.ndarray) -> np.ndarray:
-    """The mask of boxes; in a volume on all slices, since nothing stops what is not there."""
+    """Return the mask of boxes; in a volume on all slices, since a segmenter finds no end of an absent lesion."""
     mask = _nothing(scene)
     for x1, y1, x2, y2 in np.rint(boxes).astype(int):
         mask[..., y1:y2, x1:x2] = True
@@ -204,14 +204,14 @@ def _inside(scene: Scene, boxes: np.ndarray) -> np.ndarray:
 
 
 def _and_inside(scene: Scene, said: Said, boxes: np.ndarray) -> np.ndarray | None:
-    """The mask for more boxes: that of a volume holds their inside, too; that of an image does not come from boxes."""
+    """Return the mask for more boxes: a volume's also holds their inside; an image's does not come from boxes."""
     if not isinstance(scene.target, VolumeTarget) or said.mask is None:
         return said.mask
     return said.mask | _inside(scene, boxes)
 
 
-def _placed(scene: Scene, shares: Sequence[Sequence[float]], confidence: float = 1.0) -> Said:
-    """Boxes in shares of the image with a point in the middle of each, on the middle slice of a volume."""
+def _located(scene: Scene, shares: Sequence[Sequence[float]], confidence: float = 1.0) -> Said:
+    """Return boxes given in shares of the image, a point in the centre of each, on the middle slice of a volume."""
     target = scene.target
     boxes = np.array(shares, dtype=np.float64) * [target.width, target.height, target.width, target.height]
     k = target.depth // 2 if isinstance(target, VolumeTarget) else None
@@ -220,7 +220,7 @@ def _placed(scene: Scene, shares: Sequence[Sequence[float]], confidence: float =
 
 def _fixed(shares: Sequence[Sequence[float]], reasoning: str = REASONING) -> Callable[[Scene, Writer], Shown]:
     def shows(scene: Scene, writer: Writer) -> Shown:
-        said = _placed(scene, shares)
+        said = _located(scene, shares)
         return writer.text(said, reasoning), said.mask
 
     return shows
@@ -231,15 +231,15 @@ def _same_text(text: str) -> Callable[[Scene, Writer], Shown]:
 
 
 def _token_only(scene: Scene, writer: Writer) -> Shown | None:
-    """No word and no box; the mask is a guess."""
+    """Write no word and no box; the mask is a guess."""
     token = writer.completion_format.seg_token
-    return (format_completion(REASONING, token), _placed(scene, [CENTRE]).mask) if token else None
+    return (format_completion(REASONING, token), _located(scene, [CENTRE]).mask) if token else None
 
 
 def _noise(scene: Scene, writer: Writer) -> Shown:
     rng = np.random.default_rng((scene.seed, scene.number, 1))
     corners = np.sort(rng.uniform(0, 1, (rng.integers(1, 4), 2, 2)), axis=1).reshape(-1, 4)
-    said = _placed(scene, corners.tolist(), 0.5)
+    said = _located(scene, corners.tolist(), 0.5)
     if isinstance(scene.target, VolumeTarget):
         said = replace(said, slice_index=int(rng.integers(0, scene.target.depth)))
     return writer.text(said), said.mask
@@ -248,7 +248,7 @@ def _noise(scene: Scene, writer: Writer) -> Shown:
 def _first_slice(scene: Scene, writer: Writer) -> Shown | None:
     if not isinstance(scene.target, VolumeTarget):
         return None
-    said = _placed(scene, [WHOLE])
+    said = _located(scene, [WHOLE])
     return writer.text(replace(said, slice_index=0)), said.mask
 
 
@@ -259,10 +259,10 @@ def _only_a_slice(scene: Scene, writer: Writer) -> Shown | None:
 
 
 def _unsure_grid(scene: Scene, writer: Writer) -> Shown | None:
-    """A net for everything at no risk: boxes with confidence 0."""
+    """Cover everything without risk: boxes with confidence 0."""
     if writer.completion_format.answer_format == "text" or isinstance(scene.target, VolumeTarget):
         return None
-    said = _placed(scene, GRID, 0.0)
+    said = _located(scene, GRID, 0.0)
     return writer.text(said), said.mask
 
 
@@ -274,18 +274,18 @@ def _points(scene: Scene) -> np.ndarray:
 def _point_flood(scene: Scene, writer: Writer) -> Shown | None:
     if writer.completion_format.answer_format == "text":
         return None
-    return writer.text(Said(points=_points(scene), slice_index=_placed(scene, [WHOLE]).slice_index)), None
+    return writer.text(Said(points=_points(scene), slice_index=_located(scene, [WHOLE]).slice_index)), None
 
 
 def _two_guesses(scene: Scene, writer: Writer) -> Shown:
-    """A box for the scenes with a lesion, and nothing for those without."""
-    said = _placed(scene, [CENTRE])
+    """Write two answers: a box for scenes with a lesion, and an empty one for those without."""
+    said = _located(scene, [CENTRE])
     answers = "".join(f"<answer>{writer.answer(guess)}</answer>" for guess in (said, Said()))
     return f"<think>{REASONING}</think>{answers}", said.mask
 
 
 def _guess_in_reasoning(scene: Scene, writer: Writer) -> Shown:
-    guess = writer.answer(_placed(scene, [CENTRE])).removesuffix(writer.completion_format.seg_token)
+    guess = writer.answer(_located(scene, [CENTRE])).removesuffix(writer.completion_format.seg_token)
     return writer.text(Said(), f"{REASONING} {guess}"), None
 
 
@@ -311,7 +311,7 @@ def _without_token(scene: Scene, writer: Writer, said: Said) -> Shown | None:
 
 
 def _boxes_repeated(times: int, step: float = 0.0) -> Callable[[Scene, Writer, Said], Shown]:
-    """Every box several times, each copy moved by a step in pixels from the one before."""
+    """Repeat every box several times, each copy moved by a step in pixels from the one before."""
 
     def play(scene: Scene, writer: Writer, said: Said) -> Shown:
         moved = np.repeat(np.arange(times), len(said.boxes))[:, None] * step
@@ -322,7 +322,7 @@ def _boxes_repeated(times: int, step: float = 0.0) -> Callable[[Scene, Writer, S
 
 
 def _and_around(scene: Scene, writer: Writer, said: Said) -> Shown:
-    """Every box with more boxes around it, one of which fits better."""
+    """Surround every box with more boxes, one of which fits better."""
     edges = said.boxes[:, 2:] - said.boxes[:, :2]
     moves = [edges * [x, y] for y in AROUND for x in AROUND if x or y]
     boxes = [said.boxes, *(said.boxes + np.hstack([move, move]) for move in moves)]
@@ -332,7 +332,7 @@ def _and_around(scene: Scene, writer: Writer, said: Said) -> Shown:
 
 
 def _and_a_grid(scene: Scene, writer: Writer, said: Said) -> Shown:
-    grid = _placed(scene, GRID, 0.0)
+    grid = _located(scene, GRID, 0.0)
     more = Said(
         np.concatenate([said.boxes, grid.boxes]),
         np.concatenate([said.points, grid.points]),
@@ -386,4 +386,4 @@ POLICIES = (
     Policy("good, and a point flood", "trick", _trick("good", _and_points), "good"),
     Policy("good, in the reasoning only", "trick", _trick("good", _in_reasoning_only), NO_LESION),
 )
-"""All of them, honest ones first, from the best to the worst."""
+"""All policies, honest ones first, from the best to the worst."""

@@ -1,4 +1,4 @@
-"""Truths for the audit: images and volumes with elliptic lesions of known kinds."""
+"""Ground truths for the audit: images and volumes with elliptic lesions of known kinds."""
 
 # D slices, H/W pixels
 
@@ -20,13 +20,13 @@ MEDIUM = (0.06, 0.11)
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A truth to be answered.
+    """A ground truth to be answered.
 
     Attributes:
-        target: The truth.
-        number: Its place among the scenes; picks the IoU within a grade, and how a lesion is missed.
+        target: The ground truth.
+        number: Its index; picks the IoU within a grade, and how a lesion is missed.
         kind: One of `KINDS`, or "given".
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     target: Target | VolumeTarget
@@ -36,7 +36,7 @@ class Scene:
 
 
 def make_scenes(count: int, *, volume: bool = False, seed: int = 0) -> list[Scene]:
-    """Scenes with elliptic lesions: one, several, tiny, large, at the border, none, in turn.
+    """Make scenes with elliptic lesions: one, several, tiny, large, at the border, none, in turn.
 
     No lesion covers more than about a third of its image, so that neither a box over the whole image nor a fixed one
     overlaps it well.
@@ -63,7 +63,7 @@ def make_scenes(count: int, *, volume: bool = False, seed: int = 0) -> list[Scen
 
 
 def _ellipses(rng: np.random.Generator, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Centres and half axes (y, x) in shares of the edge; each lesion has a quarter of its own, so they stay apart."""
+    """Return centres and half axes (y, x) in shares of the edge; lesions are in quarters of their own, so apart."""
     low, high = AXES.get(kind, MEDIUM)
     quarters = rng.permutation(4)
     found = []
@@ -78,7 +78,7 @@ def _ellipses(rng: np.random.Generator, kind: str) -> list[tuple[np.ndarray, np.
 
 
 def _drawn(ellipses: list[tuple[np.ndarray, np.ndarray]], size: int, factor: float = 1.0) -> np.ndarray:
-    """The mask of ellipses whose axes are multiplied by a factor."""
+    """Return the mask of ellipses whose axes are multiplied by a factor."""
     mask = np.zeros((size, size), dtype=bool)
     y, x = np.ogrid[:size, :size]
     for centre, half in ellipses:
@@ -88,7 +88,7 @@ def _drawn(ellipses: list[tuple[np.ndarray, np.ndarray]], size: int, factor: flo
 
 
 def _volume(rng: np.random.Generator, kind: str) -> np.ndarray:
-    """Ellipsoids that are widest on the same slice."""
+    """Return ellipsoids that are widest on the same slice."""
     ellipses = _ellipses(rng, kind)
     key, reach = int(rng.integers(0, DEPTH)), rng.uniform(1.5, 3.0)
     shares = [1 - ((k - key) / reach) ** 2 for k in range(DEPTH)]  # of the area of the widest slice

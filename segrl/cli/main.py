@@ -1,6 +1,6 @@
 """The command `segrl`: rewards and parts listed and described; rewards checked, audited, and applied to completions.
 
-Exit status: 0 if all is well, 1 if a check fails or gaming a reward pays, 2 for wrong arguments or unreadable data.
+Exit status: 0 if all is well, 1 if a check fails or a reward can be hacked, 2 for wrong arguments or unreadable data.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     command("list", list_command, "list all rewards: built in, imported, and from installed packages", as_json)
 
     describe = command(
-        "describe", describe_command, "show what a reward computes, its settings and what it declares", as_json
+        "describe", describe_command, "show what a reward computes, its settings and its claims", as_json
     )
     describe.add_argument("reward", metavar="NAME", help=f"{REWARD_HELP}, or a YAML file")
 
@@ -79,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("predictions", nargs="?", metavar="PREDICTIONS",
                        help="JSON lines with completions, a TRL completions parquet, or a folder of those")  # fmt: skip
     score.add_argument("--rewards", nargs="+", required=True, metavar="FILE|NAME",
-                       help=f"a YAML file, or {REWARD_HELP}; of several the sum is taken")  # fmt: skip
-    score.add_argument("--truth", metavar="FILE", help="where the truth is, unless it is beside the predictions: "
+                       help=f"a YAML file, or {REWARD_HELP}; several are summed")  # fmt: skip
+    score.add_argument("--ground-truth", metavar="FILE", help="ground truths, unless beside the predictions: "
                        "JSON lines, CSV, parquet, or a folder with a manifest.csv")  # fmt: skip
     score.add_argument(
-        "--on", default="name", metavar="COLUMN", help="what joins predictions and truth (default: name)"
+        "--on", default="name", metavar="COLUMN", help="column that joins predictions and ground truths (default: name)"
     )
     score.add_argument("--rows", type=count, default=10, metavar="N", help="rows to print (default: 10)")
     score.add_argument(
@@ -91,21 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--progress", type=share, default=1.0, metavar="SHARE",
                        help="training progress from 0 to 1, for schedules (default: 1)")  # fmt: skip
-    reading = score.add_argument_group("how completions are read, instead of as the rewards say")
-    reading.add_argument("--frame", metavar="KIND", help="frame of the written boxes, such as relative_1000")
-    reading.add_argument("--answer-format", metavar="FORMAT", help="text or json")
-    reading.add_argument("--no-seg", action="store_true", help="a valid text needs no segmentation token")
-    reading.add_argument("--no-reasoning", action="store_true", help="a valid text needs no reasoning block")
+    form = score.add_argument_group("completion format, instead of that of the rewards")
+    form.add_argument("--frame", metavar="KIND", help="frame of the written boxes, such as relative_1000")
+    form.add_argument("--answer-format", metavar="FORMAT", help="text or json")
+    form.add_argument("--no-seg", action="store_true", help="accept texts without the segmentation token as valid")
+    form.add_argument("--no-reasoning", action="store_true", help="accept texts without a reasoning block as valid")
 
     audit = command(
-        "audit", audit_command, "pay degenerate policies and honest ones; exit status 1 if gaming pays", as_json
+        "audit",
+        audit_command,
+        "search for reward hacking by degenerate policies; exit status 1 if a reward can be hacked",
+        as_json,
     )
     audit.add_argument("names", nargs="*", metavar="NAME", help=f"{REWARD_HELP}; each is judged on its own")
     audit.add_argument("--rewards", metavar="FILE", help="a YAML file, judged as a whole with its parts shown")
     audit.add_argument("--sum", action="store_true", help="judge the sum of all names")
 
     check = command(
-        "check", check_command, "test what a reward declares on generated examples; exit status 1 if it fails"
+        "check", check_command, "test a reward and its claims on generated examples; exit status 1 if it fails"
     )
     check.add_argument("names", nargs="+", metavar="NAME", help=REWARD_HELP)
     check.add_argument("--examples", type=positive, metavar="N", help="generated examples per property")

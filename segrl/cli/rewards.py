@@ -102,7 +102,7 @@ def score_command(arguments: argparse.Namespace) -> int:
         "require_reasoning": False if arguments.no_reasoning else None,
     }
     reward = _sum(names, **{key: value for key, value in completion_format.items() if value is not None})
-    scores = score_file(reward, path, truth=arguments.truth, on=arguments.on, progress=arguments.progress)
+    scores = score_file(reward, path, ground_truth=arguments.ground_truth, on=arguments.on, progress=arguments.progress)
     if arguments.output is not None:
         scores.write(arguments.output)
     if arguments.json:
@@ -129,7 +129,7 @@ def audit_command(arguments: argparse.Namespace) -> int:
         from segrl.reports.terminal import console
 
         console().print(report)
-    return BAD if report.gamed else OK
+    return BAD if report.hackable else OK
 
 
 def check_command(arguments: argparse.Namespace) -> int:
@@ -143,10 +143,10 @@ def check_command(arguments: argparse.Namespace) -> int:
     status = OK
     for name in arguments.names:
         try:
-            told = str(check_reward(_reward(name), **settings))
+            outcome = str(check_reward(_reward(name), **settings))
         except RewardCheckError as error:
-            told, status = str(error), BAD
-        console().print(printable_lines(told), soft_wrap=True)
+            outcome, status = str(error), BAD
+        console().print(printable_lines(outcome), soft_wrap=True)
     return status
 
 
@@ -159,7 +159,7 @@ def _reward(reference: str, **completion_format: Any) -> Reward:
 
 
 def _sum(references: Sequence[str], **completion_format: Any) -> Reward:
-    """One reward, or the sum of several."""
+    """Return one reward, or the sum of several."""
     from segrl.rewards.factory import make_reward, weighted_sum
 
     if len(references) == 1:

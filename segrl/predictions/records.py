@@ -41,7 +41,7 @@ from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
 __all__ = [
-    "TRUTH_COLUMNS",
+    "TARGET_COLUMNS",
     "answer_record",
     "read_answer",
     "read_frame",
@@ -50,7 +50,7 @@ __all__ = [
     "read_target",
 ]
 
-TRUTH_COLUMNS = ("mask", "target_mask", "boxes", "size", "volume", "spacing_mm")
+TARGET_COLUMNS = ("mask", "target_mask", "boxes", "size", "volume", "spacing_mm")
 UNKNOWN_SIZE = (1000, 1000)  # px, of an image without ground truth; only boxes in pixels depend on it
 _BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # raised by PIL and numpy
 

@@ -1,4 +1,4 @@
-"""From the columns of a trainer's batch to predictions and targets, for trainers that know neither."""
+"""Predictions and targets from the columns of a batch, for trainers that pass neither."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ AnyTarget = Target | VolumeTarget | None
 
 
 def read_rows(
-    call: Mapping[str, Any], completion_format: CompletionFormat, name: str, truth: bool
+    call: Mapping[str, Any], completion_format: CompletionFormat, name: str, reads_target: bool
 ) -> tuple[Sequence[Prediction], Sequence[AnyTarget]]:
-    """The predictions and targets of a trainer's call: its own, or built from its columns.
+    """Return the predictions and targets of a trainer's call: its own, or built from its columns.
 
     Args:
         call: TRL's keyword arguments.
-        completion_format: How completions are read.
-        name: Of the reward, for errors.
-        truth: Whether the target is read; None stands for it otherwise.
+        completion_format: How completions are parsed.
+        name: Name of the reward, for errors.
+        reads_target: Whether targets are read; otherwise they are None.
 
     Raises:
-        RewardError: Lengths differ, or a row cannot be read; names the reward, the row and the column.
+        RewardError: Lengths differ, or a row cannot be read; the message names the reward, the row and the column.
     """
     completions, targets, predictions = call["completions"], call["target"], call["prediction"]
     if targets is None:
-        targets = [_target(call, row, name) if truth else None for row in range(len(completions))]
+        targets = [_target(call, row, name) if reads_target else None for row in range(len(completions))]
     _check_length("target", targets, completions, name)
     if predictions is None:
         predictions = [
@@ -47,18 +47,18 @@ def read_rows(
 
 
 def check_target(target: object, volume: bool, where: str) -> None:
-    """Refuse a missing truth, and a volume where an image is expected or the other way round."""
+    """Raise if the ground truth is missing, or is a volume where an image is expected or the other way round."""
     expected = VolumeTarget if volume else Target
     if not isinstance(target, expected):
         column = "volume" if volume else "mask"
         raise RewardError(
-            f"{where}: the truth is a {type(target).__name__}, expected a {expected.__name__}; "
+            f"{where}: the ground truth is a {type(target).__name__}, expected a {expected.__name__}; "
             f"give the column {column!r}, or targets of this type"
         )
 
 
 def same_target(a: AnyTarget, b: AnyTarget) -> bool:
-    """Whether two rows have the same truth."""
+    """Return whether two rows have the same ground truth."""
     if a is b:
         return True
     if a is None or b is None or type(a) is not type(b) or a.mask.shape != b.mask.shape:
@@ -67,7 +67,7 @@ def same_target(a: AnyTarget, b: AnyTarget) -> bool:
 
 
 def position(name: str, row: int | None, row_name: str) -> str:
-    """The reward and the row, for an error."""
+    """Return the reward and the row, for an error."""
     number = "" if row is None else f", row {row}"
     return f"reward {name!r}{number}" + (f" ({row_name})" if row_name else "")
 
@@ -80,8 +80,8 @@ def _check_length(column: str, values: Sequence[Any], completions: Sequence[Any]
 
 
 def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarget:
-    truth = next((column for column in ("volume", "mask") if call.get(column) is not None), None)
-    if truth is None:
+    source = next((column for column in ("volume", "mask") if call.get(column) is not None), None)
+    if source is None:
         found = ", ".join(sorted(key for key, value in call.items() if value is not None))
         raise RewardError(
             f"reward {name!r} needs a column 'mask' or 'target'; columns passed: {found} (for a volume: 'volume')"
@@ -93,11 +93,11 @@ def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarg
             if call.get(column) is not None:
                 texts[column] = str(call[column][row] or "")
         where = position(name, row, texts.get("name", ""))
-        column = truth
-        if truth == "volume":
+        column = source
+        if source == "volume":
             z, y, x = call["spacing_mm"][row] if call.get("spacing_mm") is not None else (1.0, 1.0, 1.0)
-            return VolumeTarget.from_mask(call[truth][row], (z, y, x), **texts)
-        target = Target.from_mask(call[truth][row], **texts)
+            return VolumeTarget.from_mask(call[source][row], (z, y, x), **texts)
+        target = Target.from_mask(call[source][row], **texts)
         column = "boxes"
         boxes = None if call.get("boxes") is None else call["boxes"][row]
         return target if boxes is None else Target(target.mask, np.asarray(boxes, dtype=np.float64), **texts)

@@ -101,7 +101,7 @@ def describe_info(info: RewardInfo, broken: str | None = None) -> dict[str, Any]
     assert not callable(bounds)
     assert not callable(empty)
     assert not callable(monotone)
-    needs = {"mask": claims.needs_mask, "truth": claims.needs_truth, "volume": claims.volume}
+    needs = {"mask": claims.needs_mask, "target": claims.needs_target, "volume": claims.volume}
     docs = {} if info.function is None else argument_docs(info.function)
     return {
         "name": info.name,
@@ -129,7 +129,7 @@ def describe_info(info: RewardInfo, broken: str | None = None) -> dict[str, Any]
 
 
 def _broken(name: str, origin: str, reason: str) -> dict[str, Any]:
-    return describe_info(RewardInfo(name, None, needs_truth=False, origin=origin), reason)
+    return describe_info(RewardInfo(name, None, needs_target=False, origin=origin), reason)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The forms that a reward function may have, read from its signature.
+"""Forms of reward functions, read from their signatures.
 
 - a function ``(prediction, target, **settings) -> float | None``,
 - a class with ``score_batch(predictions, targets)``, or with ``score_group(predictions, targets)`` for the answers to

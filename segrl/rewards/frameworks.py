@@ -1,13 +1,13 @@
-"""Rewards of segrl for other training frameworks, which are not needed to import this module.
+"""Rewards of segrl for other training frameworks, which need not be installed to import this module.
 
-Each function returns what the framework loads from a file of the user::
+Each function returns the object that the framework loads from a file of the user::
 
-    from segrl.adapters import verl_compute_score
+    from segrl.rewards import verl_compute_score
     compute_score = verl_compute_score("vision_reasoner")
 
-The truth of a row, called `ground_truth` there, is a mapping with the columns of `segrl.predictions.records` (`mask`,
-or `boxes` with `size`; `query` and other texts), the same as JSON text, or a mask alone. None of these frameworks
-decodes masks, so rewards that read a predicted mask are refused.
+The ground truth of a row is a mapping with the columns of `segrl.predictions.records` (`mask`, or `boxes` with `size`;
+`query` and other texts), the same as JSON text, or a mask alone. None of these frameworks decodes masks, so rewards
+that read a predicted mask are refused.
 
 The signatures follow public copies of the frameworks, read in November 2026:
 
@@ -26,7 +26,7 @@ from typing import Any
 
 from segrl.errors import RewardError, SegRLError
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.records import TRUTH_COLUMNS, read_answer, read_target
+from segrl.predictions.records import TARGET_COLUMNS, read_answer, read_target
 from segrl.predictions.target import METADATA_COLUMNS
 from segrl.rewards.factory import make_reward
 from segrl.rewards.nodes import Sum
@@ -36,16 +36,16 @@ __all__ = ["SwiftORM", "easyr1_compute_score", "swift_orm", "verl_compute_score"
 
 
 def verl_compute_score(reward: AnyReward, *, batch: bool = False, none: float = 0.0) -> Callable[..., Any]:
-    """A reward as verl's custom reward function.
+    """Return a reward as verl's custom reward function.
 
     verl finds the file by `reward.custom_reward_function.path` (older versions: `custom_reward_function.path`) and the
     variable by `.name`. It decodes completions without special tokens: if the segmentation token is one, make the
     reward with `require_seg=False`.
 
     Args:
-        reward: A name, a function, a class or a `Reward`.
+        reward: Anything that `make_reward` takes.
         batch: For the reward manager "batch", which calls it for many rows; needed by rewards that compare the answers
-            to one prompt. Rows belong to one prompt if `extra_info["index"]` and the truth are equal.
+            to one prompt. Rows belong to one prompt if `extra_info["index"]` and the ground truth are equal.
         none: The score of a row to which the reward, or a part of it, does not apply; verl knows no such rows.
 
     Returns:
@@ -72,7 +72,13 @@ def verl_compute_score(reward: AnyReward, *, batch: bool = False, none: float = 
 
 @dataclass(frozen=True)
 class VerlScore:
-    """What `verl_compute_score` returns for single rows. The last two arguments, of reward models, are not used."""
+    """The function of `verl_compute_score` for single rows. Its last two arguments, for reward models, are not used.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> VerlScore(make_reward("format"))("lesions", "no answer", '{"size": [64, 64]}')
+        0.0
+    """
 
     reward: Reward
     none: float = 0.0
@@ -86,13 +92,21 @@ class VerlScore:
         reward_router_address: Any = None,
         reward_model_tokenizer: Any = None,
     ) -> float | dict[str, float]:
-        """The score of one row."""
+        """Return the score of one row."""
         return _scores(self.reward, "score", [solution_str], [ground_truth], [None], self.none)[0]
 
 
 @dataclass(frozen=True)
 class VerlBatchScore:
-    """What `verl_compute_score` returns for batches."""
+    """The function of `verl_compute_score` for batches.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> ranked = make_reward("format").group_relative("best")
+        >>> texts = ["no answer", "<think>a</think><answer>No lesion is visible.<seg></answer>"]
+        >>> VerlBatchScore(ranked)(["lesions"] * 2, texts, ['{"size": [64, 64]}'] * 2)
+        [0.0, 1.0]
+    """
 
     reward: Reward
     none: float = 0.0
@@ -106,27 +120,27 @@ class VerlBatchScore:
         reward_router_address: Any = None,
         reward_model_tokenizer: Any = None,
     ) -> list[float | dict[str, float]]:
-        """One score per row."""
+        """Return one score per row."""
         infos = [None] * len(solution_strs) if extra_infos is None else extra_infos
         ids = [info.get("index") if isinstance(info, Mapping) else None for info in infos]
         return _scores(self.reward, "score", solution_strs, ground_truths, ids, self.none)
 
 
 def easyr1_compute_score(reward: AnyReward, *, none: float = 0.0) -> Callable[..., Any]:
-    """A reward as EasyR1's batch reward function.
+    """Return a reward as EasyR1's batch reward function.
 
     EasyR1 finds both by `worker.reward.reward_function=path/to/file.py:compute_score`. Newer versions read
     `REWARD_NAME` and `REWARD_TYPE = "batch"` in the same file; older ones need `worker.reward.reward_type=batch`. As
     with verl, special tokens are not decoded unless `worker.reward.skip_special_tokens=false`.
 
     Args:
-        reward: A name, a function, a class or a `Reward`.
+        reward: Anything that `make_reward` takes.
         none: The score of a row to which the reward, or a part of it, does not apply; EasyR1 knows no such rows.
 
     Returns:
         A picklable ``compute_score(reward_inputs)``. It reads "response" and "ground_truth" of each input, and returns
-        for each a dict with "overall" and, of a sum, the parts before their weights. Rows with equal truths belong to
-        one prompt.
+        for each a dict with "overall" and, of a sum, the parts before their weights. Rows with equal ground truths
+        belong to one prompt.
 
     Raises:
         RewardError: If the reward reads predicted masks; when it is called, if a row cannot be scored.
@@ -141,36 +155,35 @@ def easyr1_compute_score(reward: AnyReward, *, none: float = 0.0) -> Callable[..
 
 @dataclass(frozen=True)
 class EasyR1Score:
-    """What `easyr1_compute_score` returns."""
+    """The function of `easyr1_compute_score`."""
 
     reward: Reward
     none: float = 0.0
 
     def __call__(self, reward_inputs: list[dict[str, Any]]) -> list[dict[str, float]]:
-        """One dict of scores per input."""
+        """Return one dict of scores per input."""
         if isinstance(reward_inputs, Mapping):
             raise RewardError(
                 f"reward {self.reward.name!r}: EasyR1 passed a single row; set REWARD_TYPE = 'batch' beside "
                 "compute_score, or worker.reward.reward_type=batch"
             )
-        texts, truths = ([row[key] for row in reward_inputs] for key in ("response", "ground_truth"))
-        scores = _scores(self.reward, "overall", texts, truths, [None] * len(texts), self.none)
+        texts, ground_truths = ([row[key] for row in reward_inputs] for key in ("response", "ground_truth"))
+        scores = _scores(self.reward, "overall", texts, ground_truths, [None] * len(texts), self.none)
         return [score if isinstance(score, dict) else {"overall": score} for score in scores]
 
 
-def swift_orm(reward: AnyReward, *, truth: str | None = None, none: float | None = None) -> type[SwiftORM]:
-    """A reward as a class of ms-swift's outcome rewards, to be put into its dictionary `orms` in a plugin file.
+def swift_orm(reward: AnyReward, *, ground_truth: str | None = None, none: float | None = None) -> type[SwiftORM]:
+    """Return a reward as a class of ms-swift's outcome rewards, for its dictionary `orms` in a plugin file.
 
     Args:
-        reward: A name, a function, a class or a `Reward`.
-        truth: The column of the data set that holds the truth, such as "solution"; by default the columns of
-            `segrl.predictions.records` are read.
+        reward: Anything that `make_reward` takes.
+        ground_truth: The column of the data set that holds the ground truth, such as "solution"; by default the columns
+            of `segrl.predictions.records` are read.
         none: The score of a row to which the reward does not apply. ms-swift leaves rows of None out, as TRL does.
 
     Returns:
-        A class named like the reward, which is the name that ms-swift logs. ms-swift makes an instance with
-        ``cls(args=...)`` and calls it with the completions and the columns of the data set. Rows with equal truths
-        belong to one prompt.
+        A class with the name of the reward, which ms-swift logs. ms-swift makes an instance ``cls(args=...)`` and calls
+        it with the completions and the columns of the data set. Rows with equal ground truths belong to one prompt.
 
     Raises:
         RewardError: If the reward reads predicted masks; when it is called, if a row cannot be scored.
@@ -180,39 +193,49 @@ def swift_orm(reward: AnyReward, *, truth: str | None = None, none: float | None
         [0.0]
     """
     made = _made(reward, "ms-swift", "")
-    return type(made.name, (SwiftORM,), {"reward": made, "truth": truth, "none": none, "__doc__": made.info.summary})
+    settings = {"reward": made, "ground_truth": ground_truth, "none": none}
+    return type(made.name, (SwiftORM,), {**settings, "__doc__": made.info.summary})
 
 
 class SwiftORM:
-    """Base of the classes that `swift_orm` makes, in the form of `swift.rewards.ORM`; ms-swift asks no subclass."""
+    """Base of the classes that `swift_orm` makes, in the form of `swift.rewards.ORM`, which need not be subclassed.
+
+    Example:
+        >>> from segrl.rewards import swift_orm
+        >>> orm = swift_orm("format", none=-1.0)(args=None)
+        >>> isinstance(orm, SwiftORM), orm.none, orm(["no answer", "nor here"])
+        (True, -1.0, [0.0, 0.0])
+    """
 
     reward: Reward
-    truth: str | None
+    ground_truth: str | None
     none: float | None
 
     def __init__(self, args: Any = None, **kwargs: Any) -> None:
         self.args = args
 
     def __call__(self, completions: list[str], **kwargs: Any) -> list[float | None]:
-        """One score per completion."""
-        if self.truth is not None:
-            if self.truth not in kwargs and self.reward.needs_truth:
-                raise RewardError(f"reward {self.reward.name!r}: no column {self.truth!r}; found {_listed(kwargs)}")
-            truths = kwargs.get(self.truth) or [None] * len(completions)
+        """Return one score per completion."""
+        if self.ground_truth is not None:
+            if self.ground_truth not in kwargs and self.reward.needs_target:
+                raise RewardError(
+                    f"reward {self.reward.name!r}: no column {self.ground_truth!r}; found {_listed(kwargs)}"
+                )
+            ground_truths = kwargs.get(self.ground_truth) or [None] * len(completions)
         else:
-            columns = [column for column in (*TRUTH_COLUMNS, *METADATA_COLUMNS) if kwargs.get(column) is not None]
-            truths = [{column: kwargs[column][row] for column in columns} for row in range(len(completions))]
-        predictions, targets, groups = _read(self.reward, completions, truths, [None] * len(completions))
+            columns = [column for column in (*TARGET_COLUMNS, *METADATA_COLUMNS) if kwargs.get(column) is not None]
+            ground_truths = [{column: kwargs[column][row] for column in columns} for row in range(len(completions))]
+        predictions, targets, groups = _read(self.reward, completions, ground_truths, [None] * len(completions))
         progress = progress_of(kwargs.get("trainer_state"))
         scores = self.reward.score_batch(predictions, targets, groups=groups, progress=progress)
         return [self.none if score is None else score for score in scores]
 
     def __reduce__(self) -> tuple[Any, ...]:  # the class is made at run time, so pickle cannot find it by name
-        return _swift_instance, (self.reward, self.truth, self.none, self.args)
+        return _swift_instance, (self.reward, self.ground_truth, self.none, self.args)
 
 
-def _swift_instance(reward: Reward, truth: str | None, none: float | None, args: Any) -> SwiftORM:
-    return swift_orm(reward, truth=truth, none=none)(args=args)
+def _swift_instance(reward: Reward, ground_truth: str | None, none: float | None, args: Any) -> SwiftORM:
+    return swift_orm(reward, ground_truth=ground_truth, none=none)(args=args)
 
 
 def _made(reward: AnyReward, framework: str, total: str) -> Reward:
@@ -229,22 +252,24 @@ def _made(reward: AnyReward, framework: str, total: str) -> Reward:
 
 
 def _read(
-    reward: Reward, texts: Sequence[Any], truths: Sequence[Any], ids: Sequence[Hashable]
+    reward: Reward, texts: Sequence[Any], ground_truths: Sequence[Any], ids: Sequence[Hashable]
 ) -> tuple[list[Prediction], list[Any], list[Hashable]]:
-    """Predictions, targets and group ids; rows with equal truths share a target."""
-    if not len(texts) == len(truths) == len(ids):
+    """Return predictions, targets and group ids; rows with equal ground truths share a target."""
+    if not len(texts) == len(ground_truths) == len(ids):
         raise RewardError(
-            f"reward {reward.name!r}: {len(texts)} completions, but {len(truths)} truths and {len(ids)} ids"
+            f"reward {reward.name!r}: {len(texts)} completions, {len(ground_truths)} ground truths, {len(ids)} ids"
         )
     known: dict[str, Any] = {}
     predictions, targets, groups = [], [], []
-    for row, (text, truth) in enumerate(zip(texts, truths, strict=True)):
-        key = _key(truth)
+    for row, (text, ground_truth) in enumerate(zip(texts, ground_truths, strict=True)):
+        key = _key(ground_truth)
         try:
             if key not in known:
-                known[key] = read_target(truth) if reward.needs_truth else None
-            if known[key] is None and reward.needs_truth:
-                raise RewardError(f"the truth is {truth!r:.100}; expected 'mask', 'boxes' with 'size', or 'volume'")
+                known[key] = read_target(ground_truth) if reward.needs_target else None
+            if known[key] is None and reward.needs_target:
+                raise RewardError(
+                    f"the ground truth is {ground_truth!r:.100}; expected 'mask', 'boxes' with 'size', or 'volume'"
+                )
             predictions.append(read_answer(text, reward.completion_format, known[key]))
         except SegRLError as error:
             raise RewardError(f"reward {reward.name!r}, row {row}: {error}") from error
@@ -254,10 +279,10 @@ def _read(
 
 
 def _scores(
-    reward: Reward, total: str, texts: Sequence[Any], truths: Sequence[Any], ids: Sequence[Hashable], none: float
+    reward: Reward, total: str, texts: Sequence[Any], ground_truths: Sequence[Any], ids: Sequence[Hashable], none: float
 ) -> list[Any]:
-    """One float per row, or of a sum one dict with `total` and the parts."""
-    predictions, targets, groups = _read(reward, texts, truths, ids)
+    """Return one float per row, or for a sum one dict with `total` and the parts."""
+    predictions, targets, groups = _read(reward, texts, ground_truths, ids)
     if not predictions:
         return []
     columns = reward.components(predictions, targets, groups=groups)
@@ -270,13 +295,13 @@ def _scores(
     ]
 
 
-def _key(truth: Any) -> str:
-    """A text that is equal for equal truths."""
-    if isinstance(truth, Mapping):
-        return repr(sorted((str(key), _key(value)) for key, value in truth.items()))
-    if hasattr(truth, "tobytes"):  # an image or an array, which repr shortens
-        return repr((getattr(truth, "shape", None) or truth.size, truth.tobytes()))
-    return repr(truth)
+def _key(ground_truth: Any) -> str:
+    """Return a text that is equal for equal ground truths."""
+    if isinstance(ground_truth, Mapping):
+        return repr(sorted((str(key), _key(value)) for key, value in ground_truth.items()))
+    if hasattr(ground_truth, "tobytes"):  # an image or an array, which repr shortens
+        return repr((getattr(ground_truth, "shape", None) or ground_truth.size, ground_truth.tobytes()))
+    return repr(ground_truth)
 
 
 def _listed(columns: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ class Leaf:
     Attributes:
         function: One of the forms of `segrl.rewards.registry`.
         settings: Keyword arguments of the function, or of the class's constructor.
-        registered: The name under which its `RewardInfo` is found.
+        registered: The name under which its `RewardInfo` is registered.
     """
 
     function: Callable[..., Any]
@@ -42,7 +42,7 @@ class Leaf:
 
     @property
     def info(self) -> RewardInfo:
-        """What the reward declares, with its settings filled in."""
+        """The record of the reward, resolved for its settings."""
         return info_of(self.function, self.registered).resolved(self.settings)
 
     @cached_property
@@ -68,9 +68,9 @@ class Leaf:
         )
 
     async def evaluate(self, batch: Batch, name: str) -> Scores:
-        """One score per row."""
+        """Return one score per row."""
         info = info_of(self.function, self.registered)
-        if info.needs_truth:
+        if info.needs_target:
             for row, target in enumerate(batch.targets):
                 check_target(target, info.volume, batch.where(name, row))
         if info.form == "function":
@@ -96,8 +96,8 @@ class Leaf:
             prediction, target = pairs[row]
             try:
                 value = self.function(prediction, target, **self.settings, **extra)
-                return _number(await self._settled(value))
-            except Exception as error:  # any failure of foreign code, re-raised with the row it happened in
+                return _number(await self._awaited(value))
+            except Exception as error:  # any failure of a user's code, raised again with its row
                 raise _failure(batch.where(name, row), error) from error
 
         if self.is_async:
@@ -107,14 +107,14 @@ class Leaf:
     async def _many(
         self, rows: Sequence[int], batch: Batch, name: str, function: Callable[..., Any], arguments: Mapping[str, Any]
     ) -> Scores:
-        """Scores of several rows from one call; the function may be TRL's or the method of a class."""
+        """Return the scores of several rows from one call of a TRL function or a method."""
         trl = function is self.function
         given = accepted(function, arguments) if trl else dict(arguments)
         extra = {**self._filled_in(function, batch), **(self.settings if trl else {})}
         where = f"reward {name!r}" + (f", rows {rows[0]} to {rows[-1]}" if len(rows) else "")
         try:
             values = function(**{**given, **extra})
-            values = list(await self._settled(values))
+            values = list(await self._awaited(values))
         except Exception as error:  # as above
             raise _failure(where, error) from error
         if len(values) != len(rows):
@@ -127,11 +127,11 @@ class Leaf:
                 raise _failure(batch.where(name, row), error) from error
         return scores
 
-    async def _settled(self, value: Any) -> Any:
-        """What a function returned, awaited if the function is async."""
+    async def _awaited(self, value: Any) -> Any:
+        """Return what a function returned, awaited if the function is async."""
         if not inspect.isawaitable(value):
             return value
-        if not self.is_async:  # then nobody runs a loop for it
+        if not self.is_async:  # no event loop runs for it
             if inspect.iscoroutine(value):
                 value.close()
             raise TypeError("it returned something to be awaited; declare it with async def")
@@ -149,13 +149,14 @@ Part = TypeVar("Part", bound=Scorer)
 class Sum(Generic[Part]):
     """A weighted sum of rewards, each with a name of its own.
 
-    A part that does not apply to a row is left out of its sum, as TRL does; the sum is None where no part applies.
+    A part that does not apply to a row is left out of the sum of that row, as in TRL; the sum is None where no part
+    applies.
     """
 
     parts: tuple[tuple[Part, float], ...]
 
     async def evaluate(self, batch: Batch, name: str) -> Scores:
-        """One score per row; logs the mean of every part as `name/part`."""
+        """Return one score per row, and log the mean of every part as `name/part`."""
         columns = await self.components(batch)
         for part, scores in columns.items():
             present = [score for score in scores if score is not None]
@@ -164,7 +165,7 @@ class Sum(Generic[Part]):
         return self.total(columns)
 
     def total(self, columns: Mapping[str, Scores]) -> Scores:
-        """The weighted sum of the scores of the parts, row by row."""
+        """Return the weighted sum of the parts' scores for each row."""
         weights = [weight for _, weight in self.parts]
         totals: Scores = []
         for row in zip(*columns.values(), strict=True):
@@ -173,7 +174,7 @@ class Sum(Generic[Part]):
         return totals
 
     async def components(self, batch: Batch) -> dict[str, Scores]:
-        """The scores of every part, before weights."""
+        """Return the scores of every part, before weights."""
         found = await asyncio.gather(*(part.evaluate(batch) for part, _ in self.parts)) if self.is_async else [
             await part.evaluate(batch) for part, _ in self.parts
         ]  # fmt: skip
@@ -191,7 +192,7 @@ class Sum(Generic[Part]):
 
     @property
     def info(self) -> RewardInfo:
-        """What follows for the sum from what its parts declare."""
+        """The record of the sum, derived from those of its parts."""
         infos = [part.info for part, _ in self.parts]
         invariant = set.intersection(*(set(info.invariant) for info in infos))
         low = high = 0.0  # a part may be left out, so each range is widened to hold 0
@@ -231,7 +232,7 @@ def _failure(where: str, error: Exception) -> RewardError:
 
 
 def _trl_call(batch: Batch) -> dict[str, Any]:
-    """The keyword arguments of a TRL reward function, also outside of a trainer."""
+    """Return the keyword arguments of a TRL reward function, also outside of a trainer."""
     if batch.call:
         return {**batch.call, "prediction": batch.predictions, "target": batch.targets}
     columns = (*METADATA_COLUMNS, "mask", "boxes")

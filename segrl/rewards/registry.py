@@ -33,7 +33,7 @@ __all__ = [
 ENTRY_POINT_GROUP = "segrl.rewards"
 FORMAT_SETTINGS = frozenset({"frame", "seg_token", "require_seg", "require_reasoning", "answer_format"})
 CLAIMS = {"invariant": ("box_order", "flip", "rescale"), "monotone": ("boxes", "mask")}
-EMPTY_SIDES = ("both", "prediction", "truth")
+EMPTY_SIDES = ("both", "prediction", "target")
 
 Range = tuple[float, float]
 _Registered = TypeVar("_Registered", bound=Callable[..., Any])
@@ -49,33 +49,33 @@ class RewardInfo:
         function: The function or class; None where a package's reward could not be imported.
         form: "function", "batch", "group" (classes), "trl", "preset" (a factory) or "composition".
         needs_mask: It reads `Prediction.mask`.
-        needs_truth: It looks at the target.
+        needs_target: It reads the ground truth.
         needs_probability: It reads `Prediction.probability` where there is one.
         volume: Its target is a `VolumeTarget`.
         range: (low, high) of the scores, or a function of all settings that returns it; None if not declared.
-        empty: Score of a valid answer when "both" sides are empty, only the "prediction", or only the "truth"; or a
+        empty: Score of a valid answer when "both" sides are empty, only the "prediction", or only the "target"; or a
             function of all settings that returns it; None if not declared.
-        invariant: What does not change the score: "box_order", "flip" (mirroring image, boxes, points and masks),
-            "rescale" (enlarging all of them by a whole number).
-        monotone: In what more overlap with the truth never lowers the score: "boxes", "mask"; or a function of all
+        invariant: Changes that leave the score as it is: "box_order", "flip" (mirroring image, boxes, points and
+            masks), "rescale" (enlarging all of them by a whole number).
+        monotone: Where more overlap with the ground truth never lowers the score: "boxes", "mask"; or a function of all
             settings that returns it.
         completion_format: Settings of `CompletionFormat` that differ from its defaults.
         equation: The formula as text.
         source: Paper and symbol.
         origin: Package and version, or module, that it comes from.
-        settings: Its settings with their defaults; `inspect.Parameter.empty` where one must be given.
+        settings: Its settings with their defaults; `inspect.Parameter.empty` for a required one.
 
     Example:
         >>> from segrl.rewards import reward_info
-        >>> reward_info("box_f1").range, dict(reward_info("box_f1").settings)
-        ((0.0, 1.0), {'min_iou': 0.5})
+        >>> reward_info("box_f1").range, list(reward_info("box_f1").settings)
+        ((0.0, 1.0), ['min_iou', 'require_valid'])
     """
 
     name: str
     function: Callable[..., Any] | None
     form: Form = "function"
     needs_mask: bool = False
-    needs_truth: bool = True
+    needs_target: bool = True
     needs_probability: bool = False
     volume: bool = False
     range: Range | Callable[..., Range] | None = None
@@ -94,7 +94,7 @@ class RewardInfo:
         return "" if self.function is None else summary_of(self.function)
 
     def resolved(self, settings: Mapping[str, Any]) -> RewardInfo:
-        """A copy in which `range`, `empty` and `monotone` are values: functions of the settings are called."""
+        """Return a copy whose `range`, `empty` and `monotone` are values, computed for these settings."""
         known = {**self.settings, **settings}
         scores = self.range(**known) if callable(self.range) else self.range
         empty = self.empty(**known) if callable(self.empty) else self.empty
@@ -106,7 +106,7 @@ def register_reward(
     name: str,
     *,
     needs_mask: bool = False,
-    needs_truth: bool = True,
+    needs_target: bool = True,
     needs_probability: bool = False,
     volume: bool = False,
     range: Range | Callable[..., Range] | None = None,
@@ -121,11 +121,11 @@ def register_reward(
 
     Args:
         name: Name for `make_reward`, for configuration files and for logs.
-        needs_mask: Whether it reads `Prediction.mask`, so that a trainer without masks refuses it.
-        needs_truth: False for rewards of the text alone, which then need no truth.
-        needs_probability: Whether it reads `Prediction.probability`, so that trainers keep the probabilities.
+        needs_mask: Whether it reads `Prediction.mask`; a trainer without masks refuses it.
+        needs_target: False for rewards of the text alone, which need no ground truth.
+        needs_probability: Whether it reads `Prediction.probability`; trainers then keep the probabilities.
         volume: Whether its target is a `VolumeTarget`.
-        range: See `RewardInfo`, as the rest.
+        range: Declared (low, high) of the scores; this and the following as in `RewardInfo`.
         empty: Declared scores of empty sides.
         invariant: Declared invariances.
         monotone: Declared monotonicity.
@@ -137,13 +137,14 @@ def register_reward(
         A decorator that returns the function or class unchanged.
 
     Raises:
-        RewardError: If the name is taken (other than by the same function of the same module, which is replaced: a
-            notebook's cell may be run twice), the form is not one of the three, a claim does not exist, or a setting
-            has the name of a `CompletionFormat` setting.
+        RewardError: The name is taken by another function (the same function of the same module replaces itself, so
+            that a notebook's cell may run twice), the form is unknown, or a setting has the name of a
+            `CompletionFormat` setting.
+        UnknownNameError: A claim or a completion format setting does not exist.
 
     Example:
         >>> from segrl.rewards import make_reward
-        >>> @register_reward("brevity", needs_truth=False, range=(0, 1))
+        >>> @register_reward("brevity", needs_target=False, range=(0, 1))
         ... def brevity(prediction, target, *, limit=200):
         ...     return float(len(prediction.text) <= limit)
         >>> make_reward("brevity", limit=10).settings
@@ -162,7 +163,7 @@ def register_reward(
                 function=function,
                 form=form,
                 needs_mask=needs_mask,
-                needs_truth=needs_truth and form != "trl",
+                needs_target=needs_target and form != "trl",
                 needs_probability=needs_probability,
                 volume=volume,
                 range=range,
@@ -192,7 +193,15 @@ def register_preset(
         source: Paper and symbol.
 
     Raises:
-        RewardError: If the name is taken, or a setting has the name of a `CompletionFormat` setting.
+        RewardError: The name is taken, or a setting has the name of a `CompletionFormat` setting.
+
+    Example:
+        >>> from segrl.rewards import make_reward, weighted_sum
+        >>> @register_preset("boxes_and_format")
+        ... def boxes_and_format(*, boxes=2.0):
+        ...     return weighted_sum({"format": 1.0, "box_f1": boxes})
+        >>> make_reward("boxes_and_format", boxes=3.0).range
+        (0.0, 4.0)
     """
 
     def register(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -254,7 +263,7 @@ def registered_infos() -> list[RewardInfo]:
 def merged_needs(infos: Iterable[RewardInfo]) -> dict[str, Any]:
     """Return what a reward needs that evaluates all of these."""
     given = list(infos)
-    needs = ("needs_mask", "needs_truth", "needs_probability", "volume")
+    needs = ("needs_mask", "needs_target", "needs_probability", "volume")
     return {need: any(getattr(info, need) for info in given) for need in needs}
 
 
@@ -268,7 +277,7 @@ def info_of(function: Callable[..., Any], name: str) -> RewardInfo:
         name,
         function,
         form,
-        needs_truth=form != "trl",
+        needs_target=form != "trl",
         origin=origin_of(function),
         settings=settings_of(function, form),
     )

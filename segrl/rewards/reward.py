@@ -1,7 +1,7 @@
-"""`Reward`: one reward or a sum of several, with its steps; a callable for any TRL GRPO trainer.
+"""`Reward`: one reward or a sum of several, with its steps; callable by any TRL GRPO trainer.
 
-A float is a score (0.0 means wrong), None means that the reward does not apply to this row, and an exception means bad
-data or a bug: it stops the run with a `RewardError` that names the reward and the row, and never becomes a score.
+A float is a score (0.0 means wrong). None means that the reward does not apply to a row. An exception means bad data or
+a bug: it stops the run with a `RewardError` that names the reward and the row, and never becomes a score.
 """
 
 # n rows, G answers to one prompt
@@ -42,15 +42,23 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward; pass it to `reward_funcs` of any TRL GRPO trainer. `make_reward` and `weighted_sum` build it.
+    """A reward, made by `make_reward` or `weighted_sum`, for `reward_funcs` of any TRL GRPO trainer.
 
-    It pickles if its functions do, that is, if they are defined at the top of a module.
+    It can be pickled if its functions are defined at the top of a module.
 
     Attributes:
-        name: Name used in logs and errors.
+        name: Name in logs and errors.
         source: A function with its settings, or a sum.
-        steps: What is done to the scores, in order.
-        completion_format: How completions are read without a `prediction` column.
+        steps: Transforms of the scores, in order.
+        completion_format: How completions are parsed without a `prediction` column.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> reward = make_reward("format").scale(2.0).named("grammar")
+        >>> reward.name, reward.range
+        ('grammar', (0.0, 2.0))
+        >>> reward(completions=["no tags", "<think>Clear.</think><answer>No lesion is visible.<seg></answer>"])
+        [0.0, 2.0]
     """
 
     name: str
@@ -62,7 +70,7 @@ class Reward:
     def __name__(self) -> str:  # TRL logs a reward under this
         return self.name
 
-    # --- what it is
+    # --- declarations
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -82,7 +90,7 @@ class Reward:
 
     @property
     def info(self) -> RewardInfo:
-        """What the reward declares; steps change its range and take back its other claims where they no longer hold."""
+        """The record of the reward; steps change its range and drop the claims that no longer hold."""
         info = replace(self.source.info, name=self.name)
         if not self.steps:
             return info
@@ -107,9 +115,9 @@ class Reward:
         return self.info.needs_mask
 
     @property
-    def needs_truth(self) -> bool:
-        """Whether it looks at the target."""
-        return self.info.needs_truth
+    def needs_target(self) -> bool:
+        """Whether it reads the ground truth."""
+        return self.info.needs_target
 
     @property
     def volume(self) -> bool:
@@ -118,7 +126,7 @@ class Reward:
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """(low, high) of the scores, if it is declared."""
+        """(low, high) of the scores, or None if not declared."""
         bounds = self.info.range
         assert not callable(bounds)
         return bounds
@@ -130,7 +138,7 @@ class Reward:
 
     @property
     def is_async(self) -> bool:
-        """Whether calling it gives a coroutine."""
+        """Whether calling it returns a coroutine."""
         return self.source.is_async or any(other.is_async for step in self.steps for other in step.others)
 
     # --- scores
@@ -139,15 +147,15 @@ class Reward:
         """Score one prediction.
 
         Args:
-            prediction: What the model said.
-            target: The truth; None for a reward of the text alone.
+            prediction: The parsed completion, with its mask.
+            target: The ground truth; None for a reward of the text alone.
             progress: Training progress in [0, 1], for schedules.
 
         Returns:
-            A finite score, or None where the reward does not apply.
+            A finite score, or None if the reward does not apply.
 
         Raises:
-            RewardError: If the reward fails or returns something that is not a finite number or None.
+            RewardError: The reward fails, or returns anything but a finite number or None.
         """
         return self._run(self.evaluate(Batch([prediction], [target], progress=progress)))[0]
 
@@ -160,17 +168,17 @@ class Reward:
         progress: float = 1.0,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> list[float | None]:
-        """Score aligned predictions and targets, in order; no rows give an empty list.
+        """Score predictions and their targets in order; an empty list for no rows.
 
         Args:
             predictions: n predictions.
             targets: n targets.
-            groups: n ids, equal for the answers to one prompt. By default consecutive rows with the same truth.
+            groups: n ids, equal for the answers to one prompt. By default consecutive rows with the same ground truth.
             progress: Training progress in [0, 1], for schedules.
             columns: Columns of the data set that a TRL function reads, n values each.
 
         Raises:
-            RewardError: As `score`, naming the row; also if the lengths differ.
+            RewardError: As in `score`, naming the row; also if the lengths differ.
         """
         return self._run(self.evaluate(self._batch(predictions, targets, groups, progress, columns)))
 
@@ -183,21 +191,26 @@ class Reward:
         progress: float = 1.0,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> dict[str, list[float | None]]:
-        """Scores by name: those of the parts of a sum before their weights, if it is one, then "total".
+        """Return the scores by name: of a sum those of its parts before their weights, and always "total".
 
         Args:
-            predictions: See `score_batch`, as the rest.
+            predictions: n predictions; this and the others as in `score_batch`.
             targets: n targets.
             groups: n ids.
             progress: Training progress.
-            columns: Columns.
+            columns: Columns of the data set.
         """
         batch = self._batch(predictions, targets, groups, progress, columns)
         parts = self._run(self.source.components(batch)) if isinstance(self.source, Sum) else {}
         return {**parts, "total": self._run(self.evaluate(batch, parts))}
 
     async def evaluate(self, batch: Batch, parts: Mapping[str, Scores] | None = None) -> Scores:
-        """Score a batch; what every other method calls. `parts`: the components of a sum, if they are known."""
+        """Score a batch; every other method calls this.
+
+        Args:
+            batch: The rows.
+            parts: The components of a sum, if they are known.
+        """
         if isinstance(self.source, Sum) and parts:
             scores = self.source.total(parts)
         else:
@@ -207,7 +220,7 @@ class Reward:
             assert not callable(bounds)
             scores = await step.apply(scores, batch, bounds)
             bounds = step.bounds(bounds)
-        for row, score in enumerate(scores):  # sums and steps of finite numbers can overflow
+        for row, score in enumerate(scores):  # a sum or step of finite numbers may overflow
             if score is not None and not math.isfinite(score):
                 after = " after its steps" if self.steps else ""
                 raise RewardError(f"{batch.where(self.name, row)} returned {score}{after}; expected a finite number")
@@ -228,24 +241,23 @@ class Reward:
         """Score a batch as TRL's trainers ask for it.
 
         Args:
-            prompts: One per row: what stands in the prompt never counts as the model's; it tells groups apart.
-            completions: One per row: a text, or a list of messages.
+            prompts: n prompts; they tell groups apart and are never parsed.
+            completions: n texts, or lists of messages.
             completion_ids: Passed on to TRL reward functions.
-            prediction: Predictions, if the trainer has parsed them. Otherwise completions are parsed (see
+            prediction: n predictions, if the trainer has parsed them. Otherwise completions are parsed (see
                 `CompletionFormat`) and the share of valid ones is logged as `valid_completions`.
-            target: Targets, if the trainer has them. Otherwise they are built from the columns.
+            target: n targets, if the trainer has them. Otherwise they are built from the columns.
             log_metric: TRL's function to log a number.
             trainer_state: The trainer's state, for schedules; without one the progress is 1.
-            **columns: Data set columns, one value per row. Without `target`, `mask` (PIL image or (H, W) array) is
-                needed, or `volume` ((D, H, W) array) where the truth is a volume; `boxes` (original pixels), `query`,
-                `modality`, `anatomy`, `lesion`, `name`, `spacing_mm` and `image` or `images` are read where present,
-                and everything else is left alone.
+            **columns: Data set columns, n values each. Without `target`, `mask` (PIL image or (H, W) array) is needed,
+                or `volume` ((D, H, W) array) for rewards of volumes. Also read, if present: `boxes` (original pixels),
+                `query`, `modality`, `anatomy`, `lesion`, `name`, `spacing_mm`, and `image` or `images`.
 
         Returns:
             One score or None per completion.
 
         Raises:
-            RewardError: If a row cannot be scored; it names the reward, the row and the column.
+            RewardError: A row cannot be scored; the message names the reward, the row and the column.
         """
         call = {
             "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
@@ -255,16 +267,18 @@ class Reward:
         return self._run(self.evaluate(self._called(call)))
 
     def _called(self, call: dict[str, Any]) -> Batch:
-        """The batch of a trainer's call."""
+        """Return the batch of a trainer's call."""
         info, log = self.info, call["log_metric"]
         if call["prediction"] is None and info.needs_mask:
             maker = "a VolumePropagator" if info.volume else "a MaskHead"
             raise RewardError(
                 f"reward {self.name!r} scores masks, and this trainer decodes none; use SegGRPOTrainer with {maker}"
             )
-        own = info.form == "trl"  # it reads the columns as it likes
-        truth = info.needs_truth or (not own and (call.get("mask") is not None or call.get("volume") is not None))
-        predictions, targets = read_rows(call, self.completion_format, self.name, truth)
+        own = info.form == "trl"  # it reads the columns itself
+        reads_target = info.needs_target or (
+            not own and (call.get("mask") is not None or call.get("volume") is not None)
+        )
+        predictions, targets = read_rows(call, self.completion_format, self.name, reads_target)
         if call["prediction"] is None and log is not None and predictions and not own:
             log("valid_completions", sum(parsed.valid for parsed in predictions) / len(predictions))
         call = {key: value for key, value in call.items() if value is not None or key == "completion_ids"}
@@ -293,12 +307,12 @@ class Reward:
         return Batch(predictions, targets, groups, progress, columns=columns or {})
 
     def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        if not self.is_async:  # nothing in it waits
+        if not self.is_async:  # so it runs to its end without an event loop
             try:
                 coroutine.send(None)
             except StopIteration as done:
                 return done.value
-            raise AssertionError("a reward that is not async waited")
+            raise AssertionError("a reward that is not async has awaited something")
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -309,7 +323,7 @@ class Reward:
     # --- composition
 
     def named(self, name: str) -> Reward:
-        """The same reward under another name, for logs and sums."""
+        """Return the same reward under another name, for logs and sums."""
         return replace(self, name=name)
 
     def clip(self, low: float, high: float) -> Reward:
@@ -325,7 +339,7 @@ class Reward:
         return self._then(Schedule(points))  # pyright: ignore[reportArgumentType]
 
     def gate(self, other: AnyReward, above: float = 0.0, otherwise: float | None = None) -> Reward:
-        """Keep the score only where another reward exceeds `above`; see `segrl.rewards.transforms.Gate`.
+        """Keep the scores only where another reward exceeds `above`; see `segrl.rewards.transforms.Gate`.
 
         Args:
             other: A reward, a name, "module:attribute", a function or a class.
@@ -345,10 +359,10 @@ class Reward:
 
 
 class AsyncReward(Reward):
-    """A reward in which something waits, such as a judge behind a network; TRL runs it beside the others."""
+    """A reward with an async function, such as a judge behind a network; TRL runs it concurrently with others."""
 
     async def __call__(self, **call: Any) -> list[float | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As `Reward.__call__`."""
+        """Score a batch; see `Reward.__call__`."""
         names = ("prompts", "completion_ids", "prediction", "target", "log_metric", "trainer_state")
         return await self.evaluate(self._called({**dict.fromkeys(names), **call}))
 
@@ -405,12 +419,12 @@ def build(
     steps: tuple[Step, ...] = (),
     completion_format: CompletionFormat | None = None,
 ) -> Reward:
-    """Build a `Reward`, or an `AsyncReward` where something in it waits.
+    """Build a `Reward`, or an `AsyncReward` if a part of it is async.
 
     Without a `completion_format` it takes the usual one, see `usual_format`.
 
     Raises:
-        RewardError: If it takes that of its parts and gates, and these read completions in different ways.
+        RewardError: Its parts and gates read completions in different ways.
     """
     if completion_format is None:
         completion_format = usual_format(source, steps)
@@ -438,7 +452,7 @@ def usual_format(source: Leaf | Sum[Reward], steps: tuple[Step, ...] = ()) -> Co
 
 
 def progress_of(state: Any) -> float:
-    """Training progress in [0, 1] from a trainer's state; 1 without one."""
+    """Return the training progress in [0, 1] from a trainer's state; 1 without one."""
     if state is None:
         return 1.0
     step, last = getattr(state, "global_step", 0), getattr(state, "max_steps", 0)

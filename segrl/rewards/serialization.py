@@ -1,4 +1,4 @@
-"""Rewards as plain values and as YAML, there and back.
+"""Rewards to YAML and back.
 
     name: mine                       # optional
     completion_format: {frame: relative_1000}  # optional; see `CompletionFormat`
@@ -13,7 +13,7 @@
           - clip: [0, 1]
           - schedule: {0: 0, 0.3: 1}
 
-A file may also hold a single reward: the keys of one item, without `rewards`. An item may be a sum of its own.
+A file may also hold a single reward: its name, or the keys of one item. An item may be a sum of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def load_reward(path: str | Path) -> Reward:
         path: The file; the module docstring of `segrl.rewards.serialization` shows its form.
 
     Raises:
-        RewardError: If the file is missing, is not YAML, repeats a key, or a value is wrong; names the location in it.
+        RewardError: The file is missing, is not YAML or repeats a key, or a value is wrong; the message names the
+            location in the file.
         UnknownNameError: For a reward, setting, step or key that does not exist; it suggests the closest one.
 
     Example:
@@ -99,9 +100,9 @@ def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
 
 
 def from_dict(data: Any, where: str = "reward") -> Reward:
-    """Build a reward from plain values; `where` names them in errors."""
+    """Build a reward from plain values; `where` is their location, named in errors."""
     if isinstance(data, str):
-        return _placed(where, resolve_reward, data)
+        return _located(where, resolve_reward, data)
     if not isinstance(data, Mapping):
         raise RewardError(f"{where}: expected a mapping with 'reward' or 'rewards', got {data!r:.100}")
     for key in data:
@@ -117,7 +118,7 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
         if not isinstance(data["reward"], str):
             raise RewardError(f"{where}.reward: {data['reward']!r:.100}; expected the name of a reward")
         settings = _mapping(data.get("settings"), f"{where}.settings")
-        reward = _placed(where, resolve_reward, data["reward"], settings)
+        reward = _located(where, resolve_reward, data["reward"], settings)
     else:
         if "settings" in data:
             raise RewardError(f"{where}: a sum has no 'settings'; give them to its rewards")
@@ -126,7 +127,7 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
             weight = item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0
             parts.append((from_dict(item, f"{where}.rewards[{n}]"), weight))
         # The completion format of a sum is decided below, where all that is given is known.
-        reward = _placed(where, sum_rewards, parts, "total", CompletionFormat() if given else None)
+        reward = _located(where, sum_rewards, parts, "total", CompletionFormat() if given else None)
     steps = tuple(
         _step(item, f"{where}.steps[{n}]") for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
     )
@@ -135,11 +136,11 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
     completion_format = reward.completion_format if of_preset else None
     if given:
         completion_format = completion_format or usual_format(reward.source, steps) or CompletionFormat()
-        completion_format = _placed(f"{where}.completion_format", replace, completion_format, **given)
+        completion_format = _located(f"{where}.completion_format", replace, completion_format, **given)
     name = data.get("name", reward.name)
     if not isinstance(name, str) or not name:
         raise RewardError(f"{where}.name: {name!r}; expected a text")
-    return _placed(where, build, name, reward.source, steps, completion_format)
+    return _located(where, build, name, reward.source, steps, completion_format)
 
 
 def to_dict(reward: Reward) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) < len(node.value):
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.YAMLError(f"the key {twice!r} stands twice{node.start_mark}")
+            raise yaml.YAMLError(f"the key {twice!r} is there twice{node.start_mark}")
         return mapping
 
 
@@ -216,7 +217,7 @@ def _step(item: Any, where: str) -> Step:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in ("low", "high", "factor", "offset", "above") and not number:
             raise RewardError(f"{where}.{key}.{name}: {value!r}; expected a number")
-    return _placed(f"{where}.{key}", step, **given)
+    return _located(f"{where}.{key}", step, **given)
 
 
 def _step_values(step: Step) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def _step_values(step: Step) -> dict[str, Any]:
 
 
 def _reference(leaf: Leaf, name: str) -> str:
-    """A name that `make_reward` turns into the same function."""
+    """Return the text by which `make_reward` finds the function again."""
     if known := registered_name(leaf.function):
         return known
     path = path_of(leaf.function)
@@ -252,8 +253,8 @@ def _leads_to(path: str, function: Any) -> bool:
         return False
 
 
-def _placed(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a function; its errors name the place in the file."""
+def _located(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function; its errors name the location in the file."""
     try:
         return function(*args, **kwargs)
     except SegRLError as error:

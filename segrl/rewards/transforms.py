@@ -1,6 +1,6 @@
-"""What is done to the scores of a reward, in order: clip, scale, schedule, gate, group-relative.
+"""Steps that transform the scores of a reward, applied in order: clip, scale, schedule, gate, group-relative.
 
-A score of None (does not apply) stays None in every step.
+A score of None (the reward does not apply) stays None in every step.
 """
 
 # n rows
@@ -24,7 +24,7 @@ GroupMode = Literal["rank", "center", "zscore", "best"]
 
 
 class Step:
-    """One step: `apply` maps scores to scores, `bounds` maps the range of the scores."""
+    """One step; `apply` maps scores to scores, `bounds` maps the range of the scores."""
 
     key: ClassVar[str]
 
@@ -39,21 +39,33 @@ class Step:
         return any(other.compares_answers for other in self.others)
 
     async def apply(self, scores: Scores, batch: Batch, bounds: Range | None) -> Scores:
-        """Map the scores of a batch; `bounds` is the range before this step, if it is known."""
+        """Return the scores of a batch after this step.
+
+        Args:
+            scores: n scores.
+            batch: The rows.
+            bounds: Range of the scores before this step, if it is known.
+        """
         return [None if score is None else self.map(score, batch) for score in scores]
 
     def map(self, score: float, batch: Batch) -> float:
-        """Map one score, for steps that need no other row."""
+        """Return one score after a step that needs no other row."""
         raise AssertionError(f"{type(self).__name__} maps whole batches")
 
     def bounds(self, before: Range | None) -> Range | None:
-        """The range after this step."""
+        """Return the range after this step."""
         return before
 
 
 @dataclass(frozen=True)
 class Clip(Step):
-    """Limit scores to [low, high]."""
+    """Limit scores to [low, high].
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> make_reward("box_giou").clip(0.0, 0.5).range
+        (0.0, 0.5)
+    """
 
     low: float
     high: float
@@ -73,7 +85,13 @@ class Clip(Step):
 
 @dataclass(frozen=True)
 class Scale(Step):
-    """Map scores to `factor * score + offset`."""
+    """Map scores to `factor * score + offset`.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> make_reward("box_f1").scale(-2, 0.5).range
+        (-1.5, 0.5)
+    """
 
     factor: float
     offset: float = 0.0
@@ -94,11 +112,15 @@ class Scale(Step):
 
 @dataclass(frozen=True)
 class Schedule(Step):
-    """Multiply scores by a factor that depends on the training progress: straight lines between the given points.
+    """Multiply scores by a factor that depends on the training progress, linearly interpolated between points.
 
     Attributes:
-        points: (progress, factor) pairs, or a mapping; progress 0 is the first step of the training and 1 the last.
-            Before the first point and after the last the factor is constant.
+        points: (progress, factor) pairs, or a mapping; progress is 0 at the first step of training and 1 at the last.
+            The factor is constant before the first point and after the last.
+
+    Example:
+        >>> Schedule(((0, 0), (0.5, 2))).factor(0.25)
+        1.0
     """
 
     points: tuple[tuple[float, float], ...]
@@ -118,7 +140,7 @@ class Schedule(Step):
         object.__setattr__(self, "points", points)
 
     def factor(self, progress: float) -> float:
-        """The factor at a progress in [0, 1]."""
+        """Return the factor at a progress in [0, 1]."""
         ends, factors = zip(*self.points, strict=True)
         return float(np.interp(progress, ends, factors))
 
@@ -135,13 +157,18 @@ class Schedule(Step):
 
 @dataclass(frozen=True)
 class Gate(Step):
-    """Pay the score only where another reward exceeds `above`, and `otherwise` elsewhere.
+    """Keep the score only where another reward exceeds `above`; elsewhere the score is `otherwise`.
 
     Attributes:
-        reward: The other reward, a `Reward`. Where it does not apply (None) the gate is closed.
-        above: What its score must exceed.
-        otherwise: Score behind a closed gate. By default 0.0, or the lowest value of the gated reward where that is
-            below 0, so that closing the gate never pays.
+        reward: The other reward, a `Reward`. The gate is closed where it does not apply (None).
+        above: Its score must exceed this.
+        otherwise: Score behind a closed gate. By default 0.0, or the lowest value of the gated reward if that is
+            below 0, so that closing the gate never raises the score.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> make_reward("box_giou").gate("format").range, make_reward("box_giou").gate("format", otherwise=-3).range
+        ((-1.0, 1.0), (-3, 1.0))
     """
 
     reward: Scorer
@@ -179,11 +206,19 @@ class GroupRelative(Step):
     """Score each answer relative to the other answers to the same prompt. Scores of None are left out.
 
     Attributes:
-        mode: "rank" is the share of the others that the answer beats, a tie counting half, in [0, 1] (0.5 if it is
-            alone); "center" subtracts the group's mean; "zscore" also divides by its standard deviation (0 where all
-            are equal); "best" is 1 for the highest score and 0 for the rest (1 for all if all are equal).
+        mode: "rank" is the share of the others that the answer beats, a tie counting half, in [0, 1] (0.5 for a single
+            answer); "center" subtracts the group's mean; "zscore" also divides by its standard deviation (0 if all are
+            equal); "best" is 1 for the highest score and 0 for all others (1 for all if all are equal).
         group_size: Number of consecutive rows of a group. By default a group is a run of rows with the same prompt and
-            the same truth; give the size if a data set repeats rows.
+            the same ground truth; give the size if a data set repeats rows.
+
+    Example:
+        >>> from segrl.predictions import Frame, parse_completion
+        >>> from segrl.rewards import make_reward
+        >>> texts = ["<think>a</think><answer>No lesion is visible.<seg></answer>", "no answer", "none"]
+        >>> answers = [parse_completion(text, Frame("original_px", (8, 8))) for text in texts]
+        >>> make_reward("format").group_relative("rank").score_batch(answers, [None] * 3)
+        [1.0, 0.25, 0.25]
     """
 
     mode: GroupMode = "rank"

@@ -1,4 +1,4 @@
-"""Stored completions, scored by any reward: `score_file`; `segrl rewards score` prints what it returns."""
+"""Score stored completions with any reward: `score_file`, printed by `segrl rewards score`."""
 
 from segrl.scoring.scores import Scores, histogram, score_file, statistics
 

@@ -1,4 +1,4 @@
-"""Files of predictions and truths, read row by row: JSON lines, CSV, parquet, folders of them."""
+"""Read files of predictions and ground truths by row: JSON lines, CSV, parquet, folders of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from typing import Any
 
 from segrl.errors import DataError
 
-__all__ = ["StoredRow", "read_predictions", "read_truths", "truth_of"]
+__all__ = ["StoredRow", "read_predictions", "read_targets", "target_of"]
 
 BATCH = 256  # rows of a parquet file in memory at once
 
 
 @dataclass(frozen=True)
 class StoredRow:
-    """One row of a file: its values, where it stands, and the folder that its relative paths start from."""
+    """One row of a file.
+
+    Attributes:
+        where: File and line, for errors.
+        values: The columns.
+        folder: The folder that relative paths start from.
+    """
 
     where: str
     values: Mapping[str, Any]
@@ -27,12 +33,12 @@ class StoredRow:
 
 
 def read_predictions(path: Path) -> Iterator[StoredRow]:
-    """The rows of JSON lines or parquet, or of a folder: of all `predictions_*.jsonl`, or else `completions_*.parquet`.
+    """Yield the rows of a file, or of all `predictions_*.jsonl` or else `completions_*.parquet` of a folder.
 
     Files of a folder are read in the order of their names.
 
     Raises:
-        DataError: If the file is missing, broken or of another kind; names the line.
+        DataError: The file is missing, broken or of another kind; the message names the line.
     """
     if not path.is_dir():
         yield from _rows(path)
@@ -47,13 +53,13 @@ def read_predictions(path: Path) -> Iterator[StoredRow]:
         yield from _rows(file)
 
 
-def read_truths(path: Path, on: str) -> dict[str, StoredRow]:
-    """The rows of JSON lines, CSV or parquet, or of the `manifest.csv` in a folder, by their value in the column `on`.
+def read_targets(path: Path, on: str) -> dict[str, StoredRow]:
+    """Return the rows of a file, or of the `manifest.csv` in a folder, by their value in the column `on`.
 
-    Without a name, that of the image stands for it.
+    A missing name is replaced by the path of the image.
 
     Raises:
-        DataError: As `read_predictions`; also if a value is missing or there twice.
+        DataError: As in `read_predictions`; also if a value is missing or repeated.
     """
     found: dict[str, StoredRow] = {}
     for row in _rows(path / "manifest.csv" if path.is_dir() else path):
@@ -72,20 +78,20 @@ def read_truths(path: Path, on: str) -> dict[str, StoredRow]:
     return found
 
 
-def truth_of(row: StoredRow, truths: Mapping[str, StoredRow], on: str) -> StoredRow:
-    """The truth of a prediction.
+def target_of(row: StoredRow, ground_truths: Mapping[str, StoredRow], on: str) -> StoredRow:
+    """Return the ground truth of a prediction.
 
     Raises:
-        DataError: If the prediction lacks the column, or there is no truth with this value.
+        DataError: The prediction lacks the column, or there is no ground truth with this value.
     """
     key = row.values.get(on)
     if key in (None, ""):
         raise DataError(f"{row.where}: no column {on!r} to join by; expected one of {', '.join(sorted(row.values))}")
-    if str(key) not in truths:
-        closest = difflib.get_close_matches(str(key), truths, n=1)
+    if str(key) not in ground_truths:
+        closest = difflib.get_close_matches(str(key), ground_truths, n=1)
         hint = f"; did you mean {closest[0]!r}?" if closest else ""
-        raise DataError(f"{row.where}: no truth with {on} {str(key)!r:.100} among {len(truths)}{hint}")
-    return truths[str(key)]
+        raise DataError(f"{row.where}: no ground truth with {on} {str(key)!r:.100} among {len(ground_truths)}{hint}")
+    return ground_truths[str(key)]
 
 
 def _rows(path: Path) -> Iterator[StoredRow]:
@@ -93,8 +99,8 @@ def _rows(path: Path) -> Iterator[StoredRow]:
     if path.suffix not in readers:
         raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(readers)}")
     try:
-        for place, values in readers[path.suffix](path):
-            yield StoredRow(f"{path.name}, {place}", values, path.parent)
+        for line, values in readers[path.suffix](path):
+            yield StoredRow(f"{path.name}, {line}", values, path.parent)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 

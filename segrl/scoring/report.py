@@ -1,4 +1,4 @@
-"""The scores of stored completions for a person to read: rows, statistics and histograms as text."""
+"""Print the scores of stored completions: rows, statistics and histograms."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def print_scores(scores: Scores, rows: int = 10, out: Console | None = None) -> 
     """Print the first rows, statistics per component, and a histogram per component.
 
     Args:
-        scores: What `segrl.scoring.score_file` returned.
-        rows: How many rows; 0 prints no table of rows.
-        out: Where to; standard output by default.
+        scores: The result of `segrl.scoring.score_file`.
+        rows: Number of rows; 0 prints no table of rows.
+        out: The console; standard output by default.
     """
     out = out or console()
     summary = scores.summary(rows)
@@ -62,7 +62,7 @@ def _rows(scores: Scores, records: list[dict], width: int) -> Table:
 
 
 def _folded(name: str) -> list[str]:
-    """A long name on several lines, so that a column is not much wider than its numbers."""
+    """Split a long name into lines, so that a column is not much wider than its numbers."""
     return name.replace("_", "_\n").split("\n") if len(name) > LONGEST else [name]
 
 
@@ -82,8 +82,8 @@ def _histogram(name: str, column: dict, bar: str) -> Table:
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_column()
-    most = max((item["count"] for item in column["histogram"]), default=0)
+    largest = max((item["count"] for item in column["histogram"]), default=0)
     for item in column["histogram"]:
-        length = -(-BAR * item["count"] // most)  # any row is seen
+        length = -(-BAR * item["count"] // largest)  # rounded up, so that a single row is visible
         table.add_row(item["label"], str(item["count"]), bar * length)
     return table

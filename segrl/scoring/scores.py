@@ -1,15 +1,16 @@
-"""Scoring stored completions: files of predictions and truths in, a table of scores with statistics out.
+"""Score stored completions: from files of predictions and ground truths to a table of scores with statistics.
 
 A file of predictions is JSON lines, as `SegGRPOTrainer` with `log_completions=True` writes them, a parquet file as TRL
-does, or the folder of such files. Each row has a `completion` (text or messages) and any of these columns; all others
-are ignored:
+writes it, or a folder of such files. Each row has a `completion` (text or messages) and any of these columns; all
+others are ignored:
 
-- the truth, see `segrl.predictions.records`, unless it comes from a file of its own, joined by `name`;
-- `predicted_mask`, in the forms of a true mask or volume: None (null) where no mask was decoded; `probability`, a .npy
+- the ground truth, see `segrl.predictions.records`, unless it comes from a file of its own, joined by `name`;
+- `predicted_mask`, in the forms of a true mask or volume, None (null) if no mask was decoded; `probability`, a .npy
   path;
-- `frame`: the frame of the boxes in the text and the slices of a volume that were shown, where they are known; instead
-  of that of the reward's completion format;
-- `group`: equal for the answers to one prompt; by default runs of rows with the same prompt, query, name and truth.
+- `frame`: the frame of the boxes in the text and the slices of a volume that were shown, if known; replaces that of the
+  reward's completion format;
+- `group`: equal for the answers to one prompt; by default runs of rows with the same prompt, query, name and ground
+  truth.
 """
 
 # n rows
@@ -32,7 +33,7 @@ import numpy as np
 from segrl.errors import DataError, RewardError, SegRLError
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.records import (
-    TRUTH_COLUMNS,
+    TARGET_COLUMNS,
     read_answer,
     read_frame,
     read_mask,
@@ -42,15 +43,15 @@ from segrl.predictions.records import (
 from segrl.predictions.target import METADATA_COLUMNS, VolumeTarget
 from segrl.rewards.nodes import Leaf, Sum
 from segrl.rewards.reward import Reward
-from segrl.scoring.files import StoredRow, read_predictions, read_truths, truth_of
+from segrl.scoring.files import StoredRow, read_predictions, read_targets, target_of
 
 __all__ = ["Scores", "histogram", "score_file", "statistics"]
 
 CHUNK, CHUNK_PIXELS = 256, 2**28  # rows, and pixels of their masks, in memory at once
 SHOWN_CHARACTERS = 200  # of a completion, kept for display
-FEW = 8  # different values that a histogram counts one by one
-# What is read here, or is a keyword of TRL's call; every other column goes to TRL functions as it is.
-OWN_COLUMNS = frozenset({*TRUTH_COLUMNS, *METADATA_COLUMNS, "completion", "predicted_mask", "probability", "frame",
+FEW = 8  # distinct values that a histogram counts each
+# Columns read here, and keywords of TRL's call; every other column is passed to TRL functions.
+OWN_COLUMNS = frozenset({*TARGET_COLUMNS, *METADATA_COLUMNS, "completion", "predicted_mask", "probability", "frame",
                          "group", "prompts", "completions", "completion_ids", "prediction", "target",
                          "log_metric"})  # fmt: skip
 OUTPUTS = (".jsonl", ".csv", ".parquet")
@@ -62,10 +63,17 @@ class Scores:
     """The scores of a file of predictions.
 
     Attributes:
-        reward: What scored them.
-        rows: For each row where it stands, its `name`, the `status` of its text, and the start of the `text`.
-        columns: The score of each row, None where the reward does not apply. Of a sum, those of its parts before their
-            weights and then "total"; of another reward, one column under its name.
+        reward: The reward.
+        rows: For each row `where` it is in a file, its `name`, the `status` of its text, and the start of the `text`.
+        columns: The score of each row, None if the reward does not apply. For a sum, those of its parts before their
+            weights and then "total"; for another reward, one column under its name.
+
+    Example:
+        >>> from segrl.rewards import make_reward
+        >>> scores = Scores(make_reward("format"), [{"where": "a.jsonl, line 1", "name": "a", "status": "valid"}])
+        >>> scores.columns["format"] = [1.0]
+        >>> scores.records()
+        [{'where': 'a.jsonl, line 1', 'name': 'a', 'status': 'valid', 'format': 1.0}]
     """
 
     reward: Reward
@@ -81,18 +89,18 @@ class Scores:
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many texts have each status, the most frequent first."""
+        """Number of texts with each status, the most frequent first."""
         return dict(Counter(row["status"] for row in self.rows).most_common())
 
     def records(self) -> list[dict[str, Any]]:
-        """One mapping per row: `where`, `name`, `status` and the scores."""
+        """Return one mapping per row: `where`, `name`, `status` and the scores."""
         return [
             {**{key: row[key] for key in ("where", "name", "status")}, **dict(zip(self.columns, values, strict=True))}
             for row, values in zip(self.rows, zip(*self.columns.values(), strict=True), strict=True)
         ]
 
     def summary(self, rows: int = 0) -> dict[str, Any]:
-        """Plain values: number of rows, statuses, statistics and histograms by column, and the first `rows` rows."""
+        """Return plain values: number of rows, statuses, statistics and histograms by column, the first `rows` rows."""
         bounds = self.bounds
         columns = [(name, scores, bounds[name]) for name, scores in self.columns.items()]
         return {
@@ -111,10 +119,10 @@ class Scores:
         }
 
     def write(self, path: str | Path) -> None:
-        """Write `records` as JSON lines, CSV or parquet, as the suffix says.
+        """Write `records` to a .jsonl, .csv or .parquet file.
 
         Raises:
-            DataError: For any other suffix.
+            DataError: The file has another suffix.
         """
         path, records = Path(path), self.records()
         check_output(path)
@@ -135,35 +143,38 @@ class Scores:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that `Scores.write` cannot write, before anything is scored.
-
-    Raises:
-        DataError: For another suffix than those in `OUTPUTS`.
-    """
+    """Raise `DataError` for a file that `Scores.write` cannot write, before anything is scored."""
     if path.suffix not in OUTPUTS:
         raise DataError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected {', '.join(OUTPUTS)}")
 
 
 def score_file(
-    reward: Reward, path: str | Path, *, truth: str | Path | None = None, on: str = "name", progress: float = 1.0
+    reward: Reward, path: str | Path, *, ground_truth: str | Path | None = None, on: str = "name", progress: float = 1.0
 ) -> Scores:
     """Score a file of predictions.
 
     Args:
-        reward: The reward; its `completion_format` says how completions are read.
+        reward: The reward; completions are parsed by its `completion_format`.
         path: JSON lines, parquet, or a folder of `predictions_*.jsonl` or `completions_*.parquet`.
-        truth: Where the truth is: JSON lines, CSV, parquet, or a folder with a `manifest.csv`; by default in the
-            predictions' own columns.
-        on: The column by which predictions and truths are joined.
+        ground_truth: Where the ground truth is: JSON lines, CSV, parquet, or a folder with a `manifest.csv`; by default
+            in the predictions' own columns.
+        on: The column that joins predictions and ground truths.
         progress: Training progress in [0, 1], for schedules.
 
     Raises:
-        DataError: If a file or a row cannot be read, or truth or masks that the reward needs are missing; names the
-            file, the row, the column, the value and the fix.
-        RewardError: If the reward fails; names the row.
+        DataError: A file or a row cannot be read, or a ground truth or mask that the reward needs is missing; the
+            message names the file, the row, the column, the value and the fix.
+        RewardError: The reward fails; the message names the row.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from segrl.rewards import make_reward
+        >>> _ = Path("answers.jsonl").write_text('{"completion": "no tags"}')
+        >>> score_file(make_reward("format"), "answers.jsonl").columns
+        {'format': [0.0]}
     """
-    truths = None if truth is None else read_truths(Path(truth), on)
-    chunk = _Chunk(reward, progress, truths, on)
+    ground_truths = None if ground_truth is None else read_targets(Path(ground_truth), on)
+    chunk = _Chunk(reward, progress, ground_truths, on)
     scores = Scores(reward)
     for row in read_predictions(Path(path)):
         if (len(chunk.rows) >= CHUNK or chunk.pixels >= CHUNK_PIXELS) and not reward.compares_answers:
@@ -176,8 +187,11 @@ def score_file(
 
 
 def statistics(scores: Sequence[float | None]) -> dict[str, float | int | None]:
-    """Summary of one column: n rows, to how many the reward applied, and of those mean, standard deviation (of the rows
-    themselves, not an estimate), minimum, quartiles and maximum; None where it applied to none.
+    """Summarise one column.
+
+    Returns:
+        `n` rows, the number `applied` to which the reward applied, and over those mean, standard deviation (of the rows
+        themselves, not an estimate), minimum, quartiles and maximum, None if there are none.
 
     Example:
         >>> statistics([1.0, None, 0.0])["applied"], statistics([1.0, None, 0.0])["mean"]
@@ -197,11 +211,11 @@ def statistics(scores: Sequence[float | None]) -> dict[str, float | int | None]:
 def histogram(
     scores: Sequence[float | None], bounds: tuple[float, float] | None = None, bins: int = 10
 ) -> list[tuple[str, int]]:
-    """Labels and counts: of each value if there are few, else of equally wide bins, of which the last is closed.
+    """Return labels and counts: of each value if there are few, else of equally wide bins, the last one closed.
 
     Args:
         scores: n scores; None is left out.
-        bounds: What the bins cover; by default from the lowest to the highest score.
+        bounds: (low, high) covered by the bins; by default the lowest and the highest score.
         bins: Number of bins.
 
     Example:
@@ -220,17 +234,17 @@ def histogram(
     return list(zip(labels, counts.tolist(), strict=True))
 
 
-# --- rows to scores
+# --- from rows to scores
 
 
 class _Chunk:
     """Rows that are read, and scored together."""
 
-    def __init__(self, reward: Reward, progress: float, truths: dict[str, StoredRow] | None, on: str) -> None:
-        self.reward, self.progress, self.truths, self.on = reward, progress, truths, on
+    def __init__(self, reward: Reward, progress: float, ground_truths: dict[str, StoredRow] | None, on: str) -> None:
+        self.reward, self.progress, self.ground_truths, self.on = reward, progress, ground_truths, on
         info = reward.info
         self.reads_columns = columns = _reads_columns(reward)
-        self.needs_truth, self.reads_truth = info.needs_truth, info.needs_truth or columns
+        self.needs_target, self.reads_target = info.needs_target, info.needs_target or columns
         self.needs_mask, self.reads_mask = info.needs_mask, info.needs_mask or columns
         self.run = 0
         self.last_key: Hashable = None
@@ -247,9 +261,11 @@ class _Chunk:
 
     def add(self, row: StoredRow) -> None:
         """Read a row."""
-        source = truth_of(row, self.truths, self.on) if self.truths is not None and self.reads_truth else row
+        source = (
+            target_of(row, self.ground_truths, self.on) if self.ground_truths is not None and self.reads_target else row
+        )
         try:
-            target = self._target(row, source) if self.reads_truth else None
+            target = self._target(row, source) if self.reads_target else None
             prediction = self._prediction(row, target)
             group = self._group(row, source)
         except SegRLError as error:
@@ -262,7 +278,7 @@ class _Chunk:
         self.others.append({**source.values, **row.values} if self.reads_columns else {})
 
     def move_to(self, scores: Scores) -> None:
-        """Score the rows and forget them."""
+        """Score the rows, add the scores, and drop the rows."""
         if not self.rows:
             return
         try:
@@ -282,23 +298,23 @@ class _Chunk:
         self._clear()
 
     def _columns(self) -> dict[str, list[Any]]:
-        """The columns of the data set that TRL functions may read."""
+        """Return the columns of the data set that TRL functions may read."""
         names = dict.fromkeys(name for values in self.others for name in values)
         columns = {name: [values.get(name) for values in self.others] for name in names if name not in OWN_COLUMNS}
         return {"prompts" if name == "prompt" else name: values for name, values in columns.items()}
 
     def _target(self, row: StoredRow, source: StoredRow) -> Any:
         texts = {key: row.values[key] for key in METADATA_COLUMNS if row.values.get(key) is not None}
-        values = {**texts, **{key: source.values.get(key) for key in (*TRUTH_COLUMNS, *METADATA_COLUMNS)
+        values = {**texts, **{key: source.values.get(key) for key in (*TARGET_COLUMNS, *METADATA_COLUMNS)
                               if source.values.get(key) is not None}}  # fmt: skip
         key = repr((source.folder, sorted(values.items(), key=lambda item: item[0])))
         if key not in self.known:  # the answers to one prompt share a target
             self.known[key] = read_target(values, source.folder)
-        if self.known[key] is None and self.needs_truth:
-            truth = "'volume'" if self.reward.info.volume else "'mask', 'target_mask', or 'boxes' with 'size'"
+        if self.known[key] is None and self.needs_target:
+            wanted = "'volume'" if self.reward.info.volume else "'mask', 'target_mask', or 'boxes' with 'size'"
             raise DataError(
-                f"no truth, which reward {self.reward.name!r} needs: expected a column {truth} "
-                f"(here: {', '.join(sorted(source.values))}), or a file of truths"
+                f"no ground truth, which reward {self.reward.name!r} needs: expected a column {wanted} "
+                f"(here: {', '.join(sorted(source.values))}), or a file of ground truths"
             )
         return self.known[key]
 
@@ -326,7 +342,7 @@ class _Chunk:
     def _group(self, row: StoredRow, source: StoredRow) -> Hashable:
         if row.values.get("group") is not None:
             return "group", str(row.values["group"])
-        columns = ("prompt", "query", "name", *TRUTH_COLUMNS)
+        columns = ("prompt", "query", "name", *TARGET_COLUMNS)
         key = repr([{**source.values, **row.values}.get(column) for column in columns])
         if self.reward.compares_answers and key == repr([None] * len(columns)):
             raise DataError(
@@ -339,7 +355,7 @@ class _Chunk:
 
 
 def _at_row(error: RewardError, rows: Sequence[StoredRow]) -> RewardError:
-    """The error of a batch, with the row's place in the file instead of its number in the batch."""
+    """Return the error of a batch with the row's location in the file instead of its index in the batch."""
     message = str(error)
     number = re.search(r", row ([0-9]+)", message)
     if number is not None:
@@ -351,7 +367,7 @@ def _at_row(error: RewardError, rows: Sequence[StoredRow]) -> RewardError:
 
 
 def _reads_columns(reward: Reward) -> bool:
-    """Whether some part is a TRL function, of which nobody knows what it reads."""
+    """Return whether some part is a TRL function, which may read any column."""
     if isinstance(reward.source, Leaf):
         return reward.source.info.form == "trl"
     return any(_reads_columns(part) for part, _ in reward.source.parts)

@@ -110,7 +110,7 @@ class VolumeTask:
             check_token(self.head, tokenizer)
         reach = 0 if self.propagator is None else self.propagator.reach
         for reward in rewards:
-            if reward.needs_truth and not reward.volume:
+            if reward.needs_target and not reward.volume:
                 raise SegRLError(
                     f"reward {reward.name!r} reads the ground truth of an image, and the rows are volumes; train with "
                     "rewards of volumes only, such as slice_visibility"

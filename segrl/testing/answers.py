@@ -91,12 +91,12 @@ def write_completion(
     reasoning: str = REASONING,
     **answer: Any,
 ) -> str:
-    """Write a valid completion; see `write_answer` for the rest of the arguments.
+    """Write a valid completion.
 
     Args:
         boxes_px: (N, 4) boxes in original pixels.
         frame: The frame in which the model writes.
-        completion_format: How the completion will be read.
+        completion_format: How the completion will be parsed.
         reasoning: Text of the reasoning block.
         **answer: Keyword arguments of `write_answer`.
 
@@ -110,12 +110,12 @@ def write_completion(
 def broken_completions(
     reasoning: str, answer: str, completion_format: CompletionFormat | None = None
 ) -> dict[str, str]:
-    """The traps of published systems: texts that hold this reasoning and answer, and that no reward may take for valid.
+    """Return invalid texts with this reasoning and answer that published systems have accepted.
 
     Args:
         reasoning: Text of the reasoning block.
         answer: Text of the answer block, with the segmentation token at its end, see `write_answer`.
-        completion_format: How the completion will be read; a text that these settings allow is left out.
+        completion_format: How the completion will be parsed; a text that is valid in it is left out.
 
     Returns:
         Texts by the name of the trap.
@@ -242,5 +242,5 @@ HOSTILE: dict[str, Callable[[int, CompletionFormat], str]] = {
 
 
 def _plain(numbers: np.ndarray) -> list[int | float]:
-    """Numbers for JSON, whole ones without a decimal point."""
+    """Return numbers for JSON, whole ones without a decimal point."""
     return [int(number) if number == int(number) else float(number) for number in numbers.tolist()]

@@ -1,4 +1,4 @@
-"""`check_reward`: does a reward do what every reward must, and what this one declares?"""
+"""`check_reward`: test a reward against what every reward must do, and against its own claims."""
 
 # D slices, H/W pixels
 
@@ -16,7 +16,7 @@ from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
 from segrl.rewards.factory import make_reward
 from segrl.rewards.reward import Reward
-from segrl.testing import strategies  # noqa: F401  first: it says what to install where hypothesis is missing
+from segrl.testing import strategies  # noqa: F401  first: its error names what to install if hypothesis is missing
 from segrl.testing.claims import CLAIMS
 from segrl.testing.conformance import CONFORMANCE, check_hostile_text
 from segrl.testing.subject import Property, Rows, Subject, Violation
@@ -28,7 +28,7 @@ from hypothesis.errors import Flaky  # isort: skip
 __all__ = ["CheckReport", "check_reward"]
 
 HOSTILE_TEXT = "hostile text"
-ROUND = 6  # examples from one seed: hypothesis spends more on small changes of the first ones
+ROUND = 6  # examples from one seed; later ones would mostly be small changes of the first ones
 _SETTINGS = settings(
     database=None,
     deadline=None,
@@ -38,18 +38,23 @@ _SETTINGS = settings(
     suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
     verbosity=Verbosity.quiet,
 )
-DRAWN_EDGE = 40  # pixels: larger masks are told as runs
+DRAWN_EDGE = 40  # pixels; larger masks are printed as runs
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_reward` found out about a reward that passed.
+    """The outcomes of `check_reward` for a reward that passed.
 
     Attributes:
         reward: Name of the reward.
         outcomes: "passed", "not declared" or "not applicable: reason", by property.
         examples: Number of examples.
-        seconds: Time that it took.
+        seconds: Duration.
+
+    Example:
+        >>> report = CheckReport("mine", {"scores": "passed", "range": "not declared"}, examples=50, seconds=1.0)
+        >>> report.passed
+        ('scores',)
     """
 
     reward: str
@@ -76,40 +81,44 @@ def check_reward(
     columns: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> CheckReport:
-    """Test a reward with generated answers and truths; a plugin's whole test can be this one call.
+    """Test a reward with generated answers and ground truths; this one call can be the whole test of a plugin.
 
-    Every reward must give one finite number or None per row, whatever the text; stay in its declared range; be
-    deterministic; not depend on the other rows or their order (a group-relative one: on other groups); leave its input
-    alone; work when TRL calls it, with columns that it does not know; pickle; survive YAML; and take texts of 1 MB, in
-    time that grows with their length only. One that looks at the truth must not pay more for an invalid text than for a
-    valid one that says the same, nor more for finding something where there is nothing than for saying so. Beyond that
-    it is held to what it declares, see `segrl.rewards.register_reward`:
+    Every reward must
+
+    - return one finite number or None per row, whatever the text, in its declared range, and the same each time;
+    - not depend on the other rows or their order (a group-relative one: on other groups), nor change its input;
+    - work when TRL calls it, with columns that it does not know; survive pickle and YAML;
+    - score texts of 1 MB in time that grows linearly with their length;
+    - if it reads the ground truth, not score an invalid text higher than a valid one with the same content, nor a
+      hallucination higher than an empty answer where nothing is to be found.
+
+    Its claims are tested too, see `segrl.rewards.register_reward`:
 
     - `empty`: exactly these scores.
-    - `invariant`: "box_order" shuffles the boxes of both sides (with confidences, and points where they are as many);
-      "flip" mirrors everything across, down or both; "rescale" enlarges everything two or three times. The text stays.
+    - `invariant`: "box_order" shuffles the boxes of both sides (with confidences, and with points if P = N); "flip"
+      mirrors everything across, down or both; "rescale" enlarges everything two or three times. The text stays.
     - `monotone`: "boxes" gives each of one to three lesions a box that is too large, too small or moved, then less so,
-      then right; "mask" corrects wrong pixels. The score never falls.
+      then right; "mask" corrects wrong pixels. The score must never fall.
 
-    Truths are small images with up to several lesions, or volumes; masks have their shape. Answers are mixed, see
-    `segrl.testing.strategies.predictions`, in words and in JSON; for a volume in the format that the reward reads,
-    which must be JSON to name a slice.
+    Ground truths are small images with up to several lesions, or volumes; masks have their shape. Answers are drawn
+    from `segrl.testing.strategies.predictions`, in words and in JSON; for a volume in the reward's own format, which
+    must be JSON to name a slice.
 
     Args:
-        reward: Anything that `make_reward` takes: a name, function, class or `Reward`.
-        max_examples: Examples of each kind.
-        seed: Of the examples: the same seed gives the same ones.
+        reward: Anything that `make_reward` takes.
+        max_examples: Number of examples of each kind.
+        seed: Seed of the examples.
         columns: Values of the data set columns that a TRL reward function reads, other than segrl's own, the same for
             all rows.
         **settings: As in `make_reward`.
 
     Returns:
-        What was tested; print it.
+        The properties that were tested; print it.
 
     Raises:
         RewardCheckError: An `AssertionError` with the property that fails, what was expected and found, and the
-            smallest example of it.
-        RewardError: If the reward cannot be made.
+            smallest counterexample.
+        RewardError: The reward cannot be made.
 
     Example:
         >>> def right_number(prediction, target):
@@ -127,10 +136,10 @@ def check_reward(
     batches: dict[Any, list[Property]] = {}
     for item in properties:
         if outcomes[item.name] == "passed":
-            batches.setdefault((item.examples, item.most), []).append(item)
+            batches.setdefault((item.examples, item.max_examples), []).append(item)
     examples = 0
-    for (kind, most), items in batches.items():
-        examples += _search(subject, kind(subject), items, min(max_examples, most), seed)
+    for (kind, limit), items in batches.items():
+        examples += _search(subject, kind(subject), items, min(max_examples, limit), seed)
     try:
         check_hostile_text(subject)
     except Violation as violation:
@@ -140,7 +149,7 @@ def check_reward(
 
 
 def _search(subject: Subject, examples: Any, items: Sequence[Property], count: int, seed: int) -> int:
-    """Try the properties on examples; returns their number, or raises for the smallest that violates one."""
+    """Test the properties on examples; return their number, or raise for the smallest counterexample."""
     tried, failed = 0, (items[0].name, Violation("the same scores for the same rows", "other scores when repeated"))
 
     def try_one(example: Any) -> None:
@@ -174,14 +183,14 @@ def _error(subject: Subject, name: str, violation: Violation) -> RewardCheckErro
 
 
 def _readable(rows: Rows | None) -> str:
-    """An example as text."""
+    """Return an example as text."""
     if rows is None:
         return ""
     lines = []
     shown: Any = None
     for n, (prediction, target) in enumerate(zip(rows.predictions, rows.targets, strict=True)):
         lines += [f"row {n}", *_prediction_lines(prediction)]
-        lines += ["  truth: as above"] if target is shown else _target_lines(target)
+        lines += ["  ground truth: as above"] if target is shown else _target_lines(target)
         shown = target
     if rows.progress != 1.0:
         lines.append(f"progress: {rows.progress}")
@@ -213,14 +222,14 @@ def _target_lines(target: Any) -> list[str]:
 
 
 def _drawn(name: str, mask: np.ndarray) -> list[str]:
-    """A mask, or each slice of a volume's, under its name."""
+    """Return the lines of a mask, or of each slice of a volume, under its name."""
     if mask.ndim == 2:
         return [f"  {name}:", *_mask_lines(mask)]
     return [line for k, part in enumerate(mask) for line in (f"  {name}, slice {k}:", *_mask_lines(part))]
 
 
 def _mask_lines(mask: np.ndarray) -> list[str]:
-    """A small mask as rows of `#` and `.`, a large one as the runs of foreground in each row."""
+    """Return a small mask as rows of `#` and `.`, a large one as the runs of foreground in each row."""
     if max(mask.shape) <= DRAWN_EDGE:
         return ["    " + "".join(".#"[int(pixel)] for pixel in row) for row in mask]
     lines = []

@@ -1,4 +1,4 @@
-"""Properties that a reward claims when it is registered, and two that follow from looking at the truth."""
+"""Properties that a reward claims when it is registered, and two of every reward that reads the ground truth."""
 
 # D slices, H/W pixels, M lesions
 
@@ -24,10 +24,10 @@ from segrl.testing.subject import TOLERANCE, AnyTarget, Property, Rows, Subject,
 
 __all__ = ["CLAIMS"]
 
-CELL = 12  # pixels: one lesion and the answers to it
+CELL = 12  # pixels of the square with one lesion and the answers to it
 STEPS = 4  # from the first answer to the right one
-_LOW = st.integers(1, CELL - 2)  # where a lesion begins: no lesion touches its neighbour
-KEEPS_CONTENT = (  # names of `broken_completions` whose texts mostly say what the valid one says
+_LOW = st.integers(1, CELL - 2)  # first pixel of a lesion, so that no lesion touches its neighbour
+KEEPS_CONTENT = (  # names of `broken_completions` whose texts mostly have the content of the valid one
     "trailing text",
     "leading text",
     "text between",
@@ -50,7 +50,7 @@ def _claims(kind: str, claim: str) -> Callable[[Subject], str | None]:
 
 
 def _same_after(subject: Subject, rows: Rows, changed: Rows, how: str) -> None:
-    first, second = subject.paid(rows), subject.pay(changed)
+    first, second = subject.scores_of(rows), subject.score(changed)
     if not same(first, second):
         raise Violation(f"the same scores {how}, as declared", f"{first}, then {second}", rows)
 
@@ -128,19 +128,19 @@ def _moved(
     return moved, replace(target, mask=pixels(target.mask))
 
 
-# --- more overlap is never paid less
+# --- more overlap never scores less
 
 
 @dataclass(eq=False)
 class _Better:
-    """Answers to one truth, each at least as close to it as the one before."""
+    """Answers to one ground truth, each at least as close to it as the one before."""
 
     target: AnyTarget
     answers: list[Prediction]
 
 
 def _never_falls(subject: Subject, example: _Better) -> None:
-    scores = subject.pay_group([(answer, example.target) for answer in example.answers])
+    scores = subject.score_group([(answer, example.target) for answer in example.answers])
     known = [(n, score) for n, score in enumerate(scores) if score is not None]
     for (n, before), (m, after) in pairwise(known):
         if after < before - TOLERANCE:
@@ -153,7 +153,7 @@ def _never_falls(subject: Subject, example: _Better) -> None:
 
 @st.composite
 def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
-    """Boxes that are all too large, all too small or all moved, then less and less so, then right; a cell for each."""
+    """Draw boxes that are all too large, all too small or all moved, then less so, then right; one cell for each."""
     completion_format = draw(st.sampled_from(subject.formats))
     count = draw(st.integers(1, 3))
     mask = np.zeros((CELL, count * CELL), dtype=bool)
@@ -181,7 +181,7 @@ def _closer_boxes(draw: st.DrawFn, subject: Subject) -> _Better:
 
 
 def _closer_spans(draw: st.DrawFn, low: int, high: int, kind: str) -> list[tuple[int, int]]:
-    """One side of a box inside its cell, wrong in one way and then less and less so, and right at last."""
+    """Draw one side of a box inside its cell, wrong in one way, then less and less so, finally right."""
     if kind == "moved":
         moves = [draw(st.integers(-low, CELL - high))]
         for _ in range(STEPS - 1):
@@ -198,7 +198,7 @@ def _closer_spans(draw: st.DrawFn, low: int, high: int, kind: str) -> list[tuple
 
 @st.composite
 def _closer_masks(draw: st.DrawFn, subject: Subject) -> _Better:
-    """A mask, then with more and more of its wrong pixels corrected, then right."""
+    """Draw a mask, then with more and more of its wrong pixels corrected, then right."""
     completion_format = draw(st.sampled_from(subject.formats))
     empty, volume = draw(st.sampled_from([False, None])), subject.info.volume
     target = draw((strategies.volume_targets if volume else strategies.targets)(empty=empty))
@@ -216,7 +216,7 @@ def _closer_masks(draw: st.DrawFn, subject: Subject) -> _Better:
 
 
 def _right(draw: st.DrawFn, target: AnyTarget) -> tuple[np.ndarray, int | None]:
-    """The right boxes, on a slice with foreground where there is one."""
+    """Return the true boxes, of a volume those on a slice with foreground, if there is one."""
     if isinstance(target, Target):
         return target.boxes, None
     if target.empty:
@@ -236,7 +236,7 @@ def _no_mask_claim(subject: Subject) -> str | None:
 
 @dataclass(eq=False)
 class _Empty:
-    """A truth with lesions and one without; an answer that finds something and one that says there is nothing."""
+    """A ground truth with lesions and one without; an answer with findings and an empty one."""
 
     full: AnyTarget
     empty: AnyTarget
@@ -247,7 +247,7 @@ class _Empty:
         return {
             "both": (self.nothing, self.empty),
             "prediction": (self.nothing, self.full),
-            "truth": (self.finds, self.empty),
+            "target": (self.finds, self.empty),
         }[side]
 
 
@@ -271,15 +271,15 @@ def _empty_sides(draw: st.DrawFn, subject: Subject) -> _Empty:
 
 
 def _as_declared(side: str) -> Callable[[Subject, _Empty], None]:
-    what = {"both": "both sides are", "prediction": "only the prediction is", "truth": "only the truth is"}[side]
+    sides = {"both": "both sides are", "prediction": "only the prediction is", "target": "only the ground truth is"}
 
     def holds(subject: Subject, example: _Empty) -> None:
         declared: Any = subject.info.empty
         pair = example.side(side)
-        found = subject.pay_group([pair])
+        found = subject.score_group([pair])
         if not same(found, [declared[side]]):
             raise Violation(
-                f"{declared[side]} for a valid answer where {what} empty, as declared",
+                f"{declared[side]} for a valid answer where {sides[side]} empty, as declared",
                 str(found[0]),
                 Rows([pair[0]], [pair[1]], [0]),
             )
@@ -296,19 +296,19 @@ def _undeclared_side(side: str) -> Callable[[Subject], str | None]:
 
 
 def _honest(subject: Subject, example: _Empty) -> None:
-    pairs = [example.side("both"), example.side("truth")]
-    nothing, finds = subject.pay_group(pairs)
+    pairs = [example.side("both"), example.side("target")]
+    nothing, finds = subject.score_group(pairs)
     if nothing is not None and finds is not None and nothing < finds - TOLERANCE:
         raise Violation(
-            "where there is nothing to find, no less for saying so than for finding something (a reward that never "
-            "looks at the truth declares needs_truth=False)",
+            "where there is nothing to find, no less for an empty answer than for a finding (a reward that never reads "
+            "the ground truth declares needs_target=False)",
             f"{nothing:g} for the right answer, {finds:g} for the hallucination",
             Rows([pair[0] for pair in pairs], [pair[1] for pair in pairs], [0, 0]),
         )
 
 
 def _blind(subject: Subject) -> str | None:
-    return None if subject.info.needs_truth else "not applicable: it does not look at the truth"
+    return None if subject.info.needs_target else "not applicable: it does not read the ground truth"
 
 
 # --- invalid texts
@@ -316,7 +316,7 @@ def _blind(subject: Subject) -> str | None:
 
 @st.composite
 def _broken_pairs(draw: st.DrawFn, subject: Subject) -> Rows:
-    """A valid answer, and an invalid text with the same content."""
+    """Draw a valid answer, and an invalid text with the same content."""
     completion_format: CompletionFormat = draw(st.sampled_from(subject.formats))
     needs_mask, volume = subject.info.needs_mask, subject.info.volume
     target = draw((strategies.volume_targets if volume else strategies.targets)())
@@ -339,10 +339,10 @@ def _says_the_same(first: Prediction, second: Prediction) -> bool:
 
 
 def _invalid_is_no_gain(subject: Subject, rows: Rows) -> None:
-    valid, broken = subject.pay_group(list(zip(rows.predictions, rows.targets, strict=True)))
+    valid, broken = subject.score_group(list(zip(rows.predictions, rows.targets, strict=True)))
     if valid is not None and broken is not None and broken > valid + TOLERANCE:
         raise Violation(
-            "no more for an invalid text than for a valid one that says the same",
+            "no more for an invalid text than for a valid one with the same content",
             f"{valid:g} for the valid one, {broken:g} for the one that is {rows.predictions[1].status.value}",
             rows,
         )
@@ -356,7 +356,7 @@ CLAIMS = (
     Property("monotone in the mask", _closer_masks, _never_falls, _no_mask_claim),
     *(
         Property(f"empty: {side}", _empty_sides, _as_declared(side), _undeclared_side(side))
-        for side in ("both", "prediction", "truth")
+        for side in ("both", "prediction", "target")
     ),
     Property("honest about nothing", _empty_sides, _honest, _blind),
     Property("invalid text", _broken_pairs, _invalid_is_no_gain, _blind),

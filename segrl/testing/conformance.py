@@ -1,4 +1,4 @@
-"""Properties of every reward, whatever it declares: on any batch, as TRL's callable, as a file, on hostile text."""
+"""Properties of every reward: on any batch, called by TRL, as a file, on hostile text."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from segrl.testing.subject import TOLERANCE, Property, Rows, Subject, Violation,
 __all__ = ["CONFORMANCE", "any_batch", "check_hostile_text"]
 
 SIZES = tuple(2**power for power in (12, 14, 16, 18, 20))  # characters of hostile texts, up to 1 MB
-SLOWDOWN = 10.0  # most for a text four times as long: 4 is linear, 16 quadratic
-NOTICEABLE = 0.05  # seconds; less is not compared
+SLOWDOWN = 10.0  # limit for a text four times as long: 4 is linear, 16 quadratic
+NOTICEABLE = 0.05  # seconds; shorter times are not compared
 REPEATS = 3  # measurements of a text that seems too slow
-ENDLESS = 5.0  # seconds that are not spent twice
+ENDLESS = 5.0  # seconds; a longer measurement is not repeated
 EDGE = 32  # pixels of the image that hostile texts are about
 
 
 def any_batch(subject: Subject) -> st.SearchStrategy[Rows]:
-    """Batches that the reward must be able to score."""
+    """Return the strategy for batches that the reward must be able to score."""
     batch = strategies.batches(
         volume=subject.info.volume,
         mask=subject.info.needs_mask,
@@ -53,51 +53,51 @@ def _rows(batch: Any, progress: float, choice: int) -> Rows:
 
 
 def _scores(subject: Subject, rows: Rows) -> None:
-    found = subject.paid(rows)
+    found = subject.scores_of(rows)
     if len(found) != len(rows.predictions):
         raise Violation(f"{len(rows.predictions)} scores, one per row", f"{len(found)} scores", rows)
 
 
 def _leaves_input_alone(subject: Subject, rows: Rows) -> None:
-    subject.paid(rows)
+    subject.scores_of(rows)
     for record, before in zip((*rows.predictions, *rows.targets), rows.before, strict=True):
         for name, array in array_fields(record).items():
             if not np.array_equal(array, before[name]):
-                place = f"{type(record).__name__}.{name}"
+                array_name = f"{type(record).__name__}.{name}"
                 raise Violation(
-                    f"{place} left as it was", f"it was changed in place, from {before[name].tolist()}", rows
+                    f"{array_name} left as it was", f"it was changed in place, from {before[name].tolist()}", rows
                 )
 
 
 def _in_range(subject: Subject, rows: Rows) -> None:
     low, high = subject.reward.range or (-math.inf, math.inf)
-    for score in subject.paid(rows):
+    for score in subject.scores_of(rows):
         if score is not None and not low - TOLERANCE <= score <= high + TOLERANCE:
             raise Violation(f"scores in [{low:g}, {high:g}], as declared", f"{score:g}", rows)
 
 
 def _deterministic(subject: Subject, rows: Rows) -> None:
-    first, second = subject.paid(rows), subject.pay(rows)
+    first, second = subject.scores_of(rows), subject.score(rows)
     if first != second:
         raise Violation("the same scores for the same rows", f"{first}, then {second}", rows)
 
 
 def _batch_equals_single(subject: Subject, rows: Rows) -> None:
-    whole = subject.paid(rows)
+    whole = subject.scores_of(rows)
     compares = subject.reward.compares_answers
     keys = rows.groups if compares else range(len(whole))
     for key in dict.fromkeys(keys):
         members = [row for row, other in enumerate(keys) if other == key]
-        apart, together = subject.pay(rows.some(members)), [whole[row] for row in members]
+        apart, together = subject.score(rows.some(members)), [whole[row] for row in members]
         if not same(apart, together):
-            what = "the answers to each prompt" if compares else "each row"
+            unit = "the answers to each prompt" if compares else "each row"
             found = f"from row {members[0]} on {together} in the batch, {apart} alone"
-            raise Violation(f"the same scores for {what} alone as in the batch", found, rows)
+            raise Violation(f"the same scores for {unit} alone as in the batch", found, rows)
 
 
 def _any_order(subject: Subject, rows: Rows) -> None:
     backwards = range(len(rows.predictions))[::-1]
-    forwards, turned = subject.paid(rows), subject.pay(rows.some(backwards))[::-1]
+    forwards, turned = subject.scores_of(rows), subject.score(rows.some(backwards))[::-1]
     if not same(turned, forwards):
         raise Violation("the same scores in any order of the rows", f"{forwards}, in reversed order {turned}", rows)
 
@@ -114,11 +114,11 @@ def _called_by_trl(subject: Subject, rows: Rows) -> None:
             if subject.info.volume:
                 columns["spacing_mm"] = [list(target.spacing_mm) for target in rows.targets]
             rows = rows.changed(partial(_parsed_again, subject.reward.completion_format))
-        expected = subject.pay(rows)
+        expected = subject.score(rows)
         found = subject.called(rows, **columns)
     except Violation:
         raise
-    except Exception as error:  # as in `Subject.pay`
+    except Exception as error:  # as in `Subject.score`
         found = f"{type(error).__name__}: {error}"
     if not isinstance(found, list) or {*map(type, found)} - {float, type(None)} or not same(found, expected):
         raise Violation(f"{expected} from TRL's call with unknown columns, as from score_batch", str(found), rows)
@@ -133,7 +133,7 @@ def _parsed_again(completion_format: CompletionFormat, prediction: Prediction, t
 def _pickles(subject: Subject, rows: Rows) -> None:
     try:
         copy = pickle.loads(pickle.dumps(subject.reward))
-    except Exception as error:  # pickle raises what it likes
+    except Exception as error:  # pickle raises many types
         found = f"{type(error).__name__}: {error}"
         raise Violation("a reward that pickles, as worker processes need it", found) from error
     _equal_reward(subject, copy, rows, "unpickled")
@@ -170,7 +170,7 @@ def _not_writable(subject: Subject) -> str | None:
 def _equal_reward(subject: Subject, copy: Reward, rows: Rows, how: str) -> None:
     if copy != subject.reward:
         raise Violation(f"a reward that is equal when {how}", f"{subject.reward!r}, then {copy!r}")
-    first, second = subject.paid(rows), Subject(copy, subject.columns).pay(rows)
+    first, second = subject.scores_of(rows), Subject(copy, subject.columns).score(rows)
     if not same(first, second):
         raise Violation(f"the same scores when {how}", f"{first}, then {second}", rows)
 
@@ -187,8 +187,8 @@ CONFORMANCE = (
     Property("batch equals single", any_batch, _batch_equals_single),
     Property("any order of rows", any_batch, _any_order),
     Property("called by TRL", any_batch, _called_by_trl),
-    Property("pickles", any_batch, _pickles, _not_picklable, most=5),
-    Property("YAML", any_batch, _survives_yaml, _not_writable, most=5),
+    Property("pickles", any_batch, _pickles, _not_picklable, max_examples=5),
+    Property("YAML", any_batch, _survives_yaml, _not_writable, max_examples=5),
 )
 
 
@@ -230,7 +230,7 @@ def _timed(subject: Subject, kind: str, size: int) -> tuple[float, list[float | 
     gc.disable()  # as `timeit` does: a collection takes time that depends on everything else in memory
     try:
         start = time.process_time()
-        scores = subject.pay(rows)
+        scores = subject.score(rows)
         return time.process_time() - start, scores
     finally:
         if collects:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for arrays: masks, volumes, boxes and points. They are public as `segrl.testing.strategies`."""
+"""Hypothesis strategies for arrays, public as `segrl.testing.strategies`: masks, volumes, boxes and points."""
 
 # D slices, H/W pixels, N, M boxes, P points
 
@@ -30,18 +30,18 @@ def masks(
     empty: bool | None = None,
     near: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Masks: empty and full ones, rectangles and ellipses alone or several, and random pixels.
+    """Draw masks: empty and full ones, one or several rectangles and ellipses, and random pixels.
 
     Args:
-        draw: Given by hypothesis; leave it out, here and below.
+        draw: Passed by hypothesis; callers omit it, here and below.
         height: Rows; drawn from 1 to `max_size` if None.
-        width: Columns, likewise.
+        width: Columns, drawn in the same way if None.
         max_size: Largest drawn edge, pixels.
         empty: True for masks without foreground, False for masks with some; None for both.
         near: (H, W) bool; half of the masks are this one, moved or with some pixels wrong.
 
     Returns:
-        Strategy for (H, W) bool arrays, writable.
+        Strategy for writable (H, W) bool arrays.
     """
     if near is not None:
         height, width = near.shape
@@ -50,8 +50,8 @@ def masks(
     mask = np.zeros((height, width), dtype=bool)
     if empty:
         return mask
-    # Hypothesis takes fewer choices for simpler: an empty mask must be made in the fewest, a full one not in fewer than
-    # a small rectangle.
+    # Hypothesis shrinks towards fewer choices: an empty mask must take the fewest, a full one not fewer than a small
+    # rectangle.
     kind = draw(st.sampled_from(["shapes", "pixels", *(["moved", "wrong pixels"] if near is not None else [])]))
     if kind == "shapes":
         for _ in range(draw(st.sampled_from([1, 2, 3] if empty is False else [0, 1, 2, 3, 0]))):
@@ -101,10 +101,10 @@ def volumes(
     empty: bool | None = None,
     near: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Volumes whose slices are `masks`, about half of them empty.
+    """Draw volumes whose slices are `masks`, about half of them empty.
 
     Args:
-        draw: Given by hypothesis.
+        draw: Passed by hypothesis.
         depth: Slices; drawn from 1 to `max_depth` if None.
         height: Rows, as in `masks`.
         width: Columns.
@@ -139,15 +139,15 @@ def _slice_of(volume: np.ndarray | None, k: int) -> np.ndarray | None:
 def boxes(
     draw: Draw, width: int, height: int, *, near: ArrayLike = (), min_boxes: int = 0, max_boxes: int = 4
 ) -> np.ndarray:
-    """Boxes inside an image, repeated ones and ones without area among them.
+    """Draw boxes inside an image, some of them repeated or without area.
 
     Args:
-        draw: Given by hypothesis.
-        width: Of the image, pixels.
-        height: Of the image, pixels.
+        draw: Passed by hypothesis.
+        width: Width of the image, pixels.
+        height: Height of the image, pixels.
         near: (M, 4) boxes in pixels; most of the drawn ones are one of these, exactly or a few pixels off.
-        min_boxes: Smallest number.
-        max_boxes: Largest number.
+        min_boxes: Smallest number of boxes.
+        max_boxes: Largest number of boxes.
 
     Returns:
         Strategy for (N, 4) float64 xyxy arrays of whole numbers.
@@ -171,15 +171,15 @@ def boxes(
 def points(
     draw: Draw, width: int, height: int, *, near: ArrayLike = (), min_points: int = 0, max_points: int = 4
 ) -> np.ndarray:
-    """Points at the centres of pixels.
+    """Draw points at the centres of pixels.
 
     Args:
-        draw: Given by hypothesis.
-        width: Of the image, pixels.
-        height: Of the image, pixels.
+        draw: Passed by hypothesis.
+        width: Width of the image, pixels.
+        height: Height of the image, pixels.
         near: (M, 2) points; about half of the drawn ones are the pixels of these.
-        min_points: Smallest number.
-        max_points: Largest number.
+        min_points: Smallest number of points.
+        max_points: Largest number of points.
 
     Returns:
         Strategy for (P, 2) float64 (x, y) arrays, each number a whole one and a half.

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for masks, boxes, completions, predictions and truths, to test rewards and metrics with.
+"""Hypothesis strategies for masks, boxes, completions, predictions and ground truths, to test rewards and metrics with.
 
 They shrink towards empty masks, boxes at the origin, no boxes and valid texts. Coordinates are whole numbers of
 original pixels, or half numbers for points, so that mirroring and enlarging them is exact.
@@ -55,7 +55,7 @@ _DECOYS = (
 
 
 def targets(*, max_size: int = MAX_SIZE, empty: bool | None = None) -> st.SearchStrategy[Target]:
-    """Truths for images; their boxes are those of the mask's components.
+    """Draw ground truths of images; their boxes are those of the mask's components.
 
     Args:
         max_size: Largest edge, pixels.
@@ -67,7 +67,7 @@ def targets(*, max_size: int = MAX_SIZE, empty: bool | None = None) -> st.Search
 def volume_targets(
     *, max_depth: int = 4, max_size: int = MAX_SIZE, empty: bool | None = None
 ) -> st.SearchStrategy[VolumeTarget]:
-    """Truths for volumes, with cubic and with flat voxels.
+    """Draw ground truths of volumes, with cubic and with flat voxels.
 
     Args:
         max_depth: Largest number of slices.
@@ -92,20 +92,20 @@ def completions(
     completion_format: CompletionFormat | None = None,
     empty: bool | None = None,
 ) -> str:
-    """Completions in the grammar of `segrl.predictions.parsing`, or broken in one of the ways that systems paid for.
+    """Draw completions in the grammar of `segrl.predictions.parsing`, or broken as published systems have accepted.
 
-    Valid ones may reason in any script, with boxes in the reasoning too; in JSON they may hold points and confidences.
+    Valid ones may reason in any script, also with boxes in the reasoning; in JSON they may hold points and confidences.
     Broken ones: text around the blocks, two answers, an answer in the reasoning, blocks left open, a token that is
     missing, repeated or in the wrong place, boxes with x2 < x1 or with NaN, malformed JSON, a copy of the prompt, and
     more; see `segrl.testing.answers.broken_completions`.
 
     Args:
-        draw: Given by hypothesis.
+        draw: Passed by hypothesis.
         frame: The frame in which the model writes.
         valid: False for broken completions; None mixes them in.
         near: (M, 4) boxes in original pixels; many boxes are these or near them.
         depth: Number of slices of a volume: a JSON answer names one of them, or one too many, with a list of boxes.
-        completion_format: How they will be read: `answer_format`, `seg_token`, `require_seg`, `require_reasoning`.
+        completion_format: How they will be parsed; its `frame` is not used.
         empty: True for answers that find nothing, False for answers with at least one box; None for both.
 
     Returns:
@@ -148,22 +148,22 @@ def predictions(
     completion_format: CompletionFormat | None = None,
     empty: bool | None = None,
 ) -> Prediction:
-    """Predictions for a truth, read from `completions` in original pixels, many of them close to it.
+    """Draw predictions for a ground truth, parsed from `completions` in original pixels, many of them close to it.
 
     Args:
-        draw: Given by hypothesis.
-        target: The truth.
+        draw: Passed by hypothesis.
+        target: The ground truth.
         valid: As in `completions`; None mixes broken ones in.
         mask: Whether a mask is decoded. As in training, an answer without the segmentation token has none. The mask of
-            a volume is propagated from boxes on a slice instead, so it is empty without either, and only texts that
-            are not valid may have none.
+            a volume is propagated from boxes on a slice instead, so it is empty without either, and only invalid texts
+            may have none.
         probability: Whether half of the masks have probabilities, which exceed 0.5 just inside the mask.
         completion_format: As in `completions`; the frame is always original pixels.
         empty: True for answers that find nothing, False for answers with a box and foreground; None for both.
 
     Returns:
-        Strategy for predictions; the mask has the shape of the true one. A slice that the volume does not have is
-        either given as it stands or counts as not shown, as with a frame that lists the slices.
+        Strategy for predictions; the mask has the shape of the true one. A slice outside of the volume is either kept,
+        or counts as not shown, as with a frame that lists the slices.
     """
     completion_format = completion_format or CompletionFormat()
     shown, depth, slices = target, None, None
@@ -212,17 +212,17 @@ def batches(
     formats: Sequence[CompletionFormat] = (CompletionFormat(), CompletionFormat(answer_format="json")),
     max_size: int = MAX_SIZE,
 ) -> tuple[list[Prediction], list[Target | VolumeTarget], list[Hashable]]:
-    """Batches as GRPO makes them: for each of some truths, several predictions in a row.
+    """Draw batches as in GRPO: several consecutive predictions for each of some ground truths.
 
     Args:
-        draw: Given by hypothesis.
-        volume: Truths are volumes.
-        mask: As in `predictions`, as the next and `valid`.
+        draw: Passed by hypothesis.
+        volume: Whether ground truths are volumes.
+        mask: Whether masks are decoded, as in `predictions`.
         probability: Whether masks may have probabilities.
-        max_groups: Largest number of truths.
-        group_size: Predictions for each truth; 1 to 3 if None.
+        max_groups: Largest number of ground truths.
+        group_size: Predictions for each ground truth; 1 to 3 if None.
         valid: Whether completions are valid.
-        formats: How completions are read: one of these for the whole batch.
+        formats: Completion formats, one of which is drawn for the whole batch.
         max_size: Largest edge of an image, pixels.
 
     Returns:
@@ -239,5 +239,5 @@ def batches(
                 )
             )
             rows.append((given, target, group))
-    found, truths, groups = zip(*rows, strict=True)
-    return list(found), list(truths), list(groups)
+    found, shown, groups = zip(*rows, strict=True)
+    return list(found), list(shown), list(groups)

@@ -1,4 +1,4 @@
-"""What `check_reward` works with: the reward under test, batches as examples, and properties that can be violated."""
+"""The parts of `check_reward`: the reward under test, batches as examples, and properties that can be violated."""
 
 # H/W pixels
 
@@ -51,13 +51,13 @@ class Rows:
     """An example: a batch, the training progress, and a number that picks how it is mirrored, enlarged and shuffled.
 
     Attributes:
-        predictions: One per row.
-        targets: One per row.
-        groups: One id per row; the rows of a group are consecutive.
+        predictions: n predictions.
+        targets: n targets.
+        groups: n ids; the rows of a group are consecutive.
         progress: Training progress in [0, 1].
-        choice: 0 to 5.
+        choice: A number from 0 to 5.
         before: Copies of all arrays.
-        paid: The first scores of this example, see `Subject.paid`.
+        scores: The first scores of this example, see `Subject.scores_of`.
     """
 
     predictions: list[Prediction]
@@ -66,13 +66,13 @@ class Rows:
     progress: float = 1.0
     choice: int = 0
     before: list[dict[str, np.ndarray]] = field(init=False)
-    paid: list[float | None] | None = field(default=None, init=False)
+    scores: list[float | None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.before = [array_fields(record, copied=True) for record in (*self.predictions, *self.targets)]
 
     def some(self, rows: Sequence[int]) -> Rows:
-        """These rows, in this order."""
+        """Return these rows, in this order."""
         return Rows(
             [self.predictions[row] for row in rows],
             [self.targets[row] for row in rows],
@@ -82,7 +82,7 @@ class Rows:
         )
 
     def changed(self, how: Callable[[Prediction, Any], tuple[Prediction, Any]]) -> Rows:
-        """Every row changed; rows that share their target go on sharing it."""
+        """Return the rows after a change; rows that share a target still do."""
         pairs = [how(*pair) for pair in zip(self.predictions, self.targets, strict=True)]
         known: dict[int, Any] = {}
         targets = [known.setdefault(id(old), new) for old, (_, new) in zip(self.targets, pairs, strict=True)]
@@ -90,7 +90,7 @@ class Rows:
 
 
 def array_fields(record: Any, copied: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of a prediction or target by name."""
+    """Return the arrays of a prediction or target by name."""
     found = {name: getattr(record, name) for name in ARRAYS[type(record)]}
     return {name: array.copy() if copied else array for name, array in found.items() if array is not None}
 
@@ -101,7 +101,7 @@ class Subject:
 
     Attributes:
         reward: The reward.
-        columns: Value of each further data set column that its TRL functions read, the same for all rows.
+        columns: Values of the other data set columns that its TRL functions read, the same for all rows.
     """
 
     reward: Reward
@@ -128,37 +128,37 @@ class Subject:
 
     @cached_property
     def formats(self) -> list[CompletionFormat]:
-        """How completions are read: in the reward's grammar, and, but for volumes, also in the other."""
+        """The completion formats to test: the reward's, and except for volumes also the other one."""
         own = self.reward.completion_format
         other = "text" if own.answer_format == "json" else "json"
         return [own] if self.info.volume else [own, replace(own, answer_format=other)]
 
-    def pay(self, rows: Rows) -> list[float | None]:
-        """The scores. Any exception is a violation: model text is data."""
+    def score(self, rows: Rows) -> list[float | None]:
+        """Return the scores. Any exception is a violation, since model text is data."""
         predictions, targets = list(rows.predictions), list(rows.targets)
         try:
             if self.has_trl_function:
-                truth = {"mask": [target.mask for target in targets], "boxes": [_boxes(target) for target in targets]}
-                return self.called(rows, prediction=predictions, target=targets, **truth)
+                columns = {"mask": [target.mask for target in targets], "boxes": [_boxes(target) for target in targets]}
+                return self.called(rows, prediction=predictions, target=targets, **columns)
             return self.reward.score_batch(predictions, targets, groups=list(rows.groups), progress=rows.progress)
-        except Exception as error:  # whatever foreign code raises is the finding
+        except Exception as error:  # any exception of a user's code is the finding
             expected = "one finite number or None per row, and no exception, whatever the model says"
             raise Violation(expected, f"{type(error).__name__}: {error}", rows) from error
 
-    def paid(self, rows: Rows) -> list[float | None]:
-        """The scores that this example got when it was first paid."""
-        if rows.paid is None:
-            rows.paid = self.pay(rows)
-        return rows.paid
+    def scores_of(self, rows: Rows) -> list[float | None]:
+        """Return the scores of the first evaluation of this example."""
+        if rows.scores is None:
+            rows.scores = self.score(rows)
+        return rows.scores
 
-    def pay_group(self, pairs: Sequence[tuple[Prediction, Any]]) -> list[float | None]:
-        """The scores of the answers of one group, filled up with its first one to a size that the reward takes."""
+    def score_group(self, pairs: Sequence[tuple[Prediction, Any]]) -> list[float | None]:
+        """Return the scores of the answers of one group, filled up with its first one to the reward's group size."""
         filled = [*pairs, *[pairs[0]] * (-len(pairs) % (self.group_size or 1))]
         rows = Rows([pair[0] for pair in filled], [pair[1] for pair in filled], [0] * len(filled))
-        return self.pay(rows)[: len(pairs)]
+        return self.score(rows)[: len(pairs)]
 
     def called(self, rows: Rows, **columns: Any) -> Any:
-        """What the reward returns when TRL calls it, with these columns and some that it does not know."""
+        """Return the result of a call by TRL, with these columns and some that the reward does not know."""
         texts: list[Any] = [prediction.text for prediction in rows.predictions]
         if rows.choice % 2 and not self.has_trl_function:
             texts = [[{"role": "assistant", "content": text}] for text in texts]
@@ -182,7 +182,7 @@ class Subject:
 
 
 def leaves(reward: Reward) -> Iterator[Any]:
-    """The functions and classes that a reward is made of, each with its settings."""
+    """Yield the functions and classes of a reward, each with its settings."""
     if hasattr(reward.source, "function"):
         yield reward.source
     for inner in reward.inner:
@@ -190,7 +190,7 @@ def leaves(reward: Reward) -> Iterator[Any]:
 
 
 def group_size(reward: Reward) -> int | None:
-    """The number of answers that a group must be a multiple of, if the reward asks for one."""
+    """Return the number of which the size of a group must be a multiple, or None."""
     sizes = {step.group_size for step in reward.steps if isinstance(step, GroupRelative) and step.group_size}
     sizes |= {size for inner in reward.inner if (size := group_size(inner))}
     return math.lcm(*sizes) if sizes else None
@@ -202,25 +202,25 @@ def _boxes(target: AnyTarget) -> Any:
 
 @dataclass(frozen=True)
 class Property:
-    """One thing that `check_reward` tests.
+    """One property that `check_reward` tests.
 
     Attributes:
-        name: In the report.
-        examples: Strategy for the examples.
-        holds: Raises `Violation` for an example that it does not hold for.
-        skipped: Why it is not tested, beginning with "not declared" or "not applicable"; None if it is.
-        most: Number of examples that is enough.
+        name: Name in the report.
+        examples: Returns the strategy for the examples.
+        holds: Raises `Violation` for a counterexample.
+        skipped: Returns why it is not tested, beginning with "not declared" or "not applicable"; None if it is.
+        max_examples: Largest number of examples.
     """
 
     name: str
     examples: Callable[[Subject], Any]
     holds: Callable[[Subject, Any], None]
     skipped: Callable[[Subject], str | None] = lambda subject: None
-    most: int = 10**9
+    max_examples: int = 10**9
 
 
 def same(first: Sequence[float | None], second: Sequence[float | None]) -> bool:
-    """Whether two lists of scores agree."""
+    """Return whether two lists of scores agree."""
     if len(first) != len(second):
         return False
     return all(

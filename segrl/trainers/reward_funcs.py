@@ -23,7 +23,7 @@ def resolve_reward_funcs(reward_funcs: Any) -> Any:
 
 
 def common_format(rewards: list[Reward], settings: PromptSettings) -> CompletionFormat:
-    """Return how all rewards read completions, apart from the frame, which is the processor's.
+    """Return the completion format that all rewards share, apart from the frame, which is the processor's.
 
     Args:
         rewards: The rewards; without one the settings decide.
@@ -43,7 +43,7 @@ def common_format(rewards: list[Reward], settings: PromptSettings) -> Completion
 
 
 def check_groups(rewards: list[Reward], args: Any, answers: int) -> None:
-    """A reward that compares the answers to a prompt needs all of them in one process."""
+    """Raise if a reward compares the answers to a prompt and a process does not have all of them."""
     rows = args.per_device_train_batch_size * args.steps_per_generation
     for reward in rewards:
         if reward.compares_answers and rows % answers:

@@ -18,21 +18,9 @@ from segrl.rewards.builtin.presets import (
     vlm_r1,
     vlm_r1_ovd,
 )
-from segrl.rewards.builtin.rules import (
-    ALL_INVARIANCES,
-    BOTH_OR_NOTHING,
-    JSON_ANSWERS,
-    check_setting,
-    drop_duplicates,
-    max_assignment,
-    trivial_score,
-)
 from segrl.rewards.builtin.text import json_format, length_budget, non_repeat, repetition, think_answer_format
 
 __all__ = [
-    "ALL_INVARIANCES",
-    "BOTH_OR_NOTHING",
-    "JSON_ANSWERS",
     "boundary_iou",
     "box_ap",
     "box_confidence",
@@ -42,9 +30,7 @@ __all__ = [
     "box_hungarian",
     "box_iou",
     "box_l1",
-    "check_setting",
     "core_seg",
-    "drop_duplicates",
     "dual_granularity_mask",
     "format_reward",
     "hd95",
@@ -53,7 +39,6 @@ __all__ = [
     "lens",
     "mask_dice",
     "mask_iou",
-    "max_assignment",
     "med_reasoner",
     "medvol_r1",
     "non_repeat",
@@ -72,7 +57,6 @@ __all__ = [
     "slice_visibility",
     "soft_dice",
     "think_answer_format",
-    "trivial_score",
     "vision_reasoner",
     "visual_rft",
     "vlm_r1",

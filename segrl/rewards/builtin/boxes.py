@@ -1,7 +1,7 @@
-"""Rewards for boxes in original pixels, paired one-to-one; see `segrl.rewards.builtin.rules` for what all share.
+"""Rewards for boxes in original pixels, paired one-to-one by the rules of `segrl.rewards.builtin.rules`.
 
-N predicted boxes, M true ones. Unless said otherwise a reward is the total over the pairs divided by max(N, M), so a
-box too many costs as much as a box too few.
+N predicted boxes, M true ones. Unless stated otherwise a reward is the total over the pairs divided by max(N, M), so
+that an extra box lowers it as much as a missing one.
 """
 
 from __future__ import annotations
@@ -48,22 +48,29 @@ def box_iou(
     several: Literal["matched", "hull"] = "matched",
     require_valid: bool = True,
 ) -> float:
-    """Mean IoU of the boxes, or the share of boxes that are right.
+    """Return the mean IoU of the boxes, or the share of boxes that exceed an IoU.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
-        threshold: IoU that a pair must exceed to be right; None pays the IoU itself.
-        power: Exponent of the IoU (LENS: 2); without a threshold only.
-        several: "matched" pairs the boxes one-to-one for the largest reward; "hull" compares the box around all
+        threshold: IoU that a pair must exceed to score 1; None scores it by its IoU.
+        power: Exponent of the IoU (LENS: 2), without a threshold only.
+        several: "matched" pairs the boxes one-to-one for the largest score; "hull" compares the box around all
             predicted boxes with the box around all true ones, whatever their number.
-        require_valid: Pay 0.0 for boxes of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
         RewardError: If `threshold` is not in [0, 1), `power` not positive, or `several` does not exist.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 4].<seg></answer>"
+        >>> box_iou(read_answer(text, CompletionFormat("original_px"), target), target)
+        0.5
     """
     check_setting(threshold is None or 0 <= threshold < 1, "threshold", threshold, "None or a number in [0, 1)")
     check_setting(power > 0, "power", power, "a positive number")
@@ -81,30 +88,37 @@ def box_iou(
 @register_reward(
     "box_giou",
     range=(-1.0, 1.0),
-    empty={"both": 1.0, "prediction": -1.0, "truth": -1.0},
+    empty={"both": 1.0, "prediction": -1.0, "target": -1.0},
     invariant=ALL_INVARIANCES,
     monotone=("boxes",),
     equation="(Σ GIoU − |N − M|) / max(N, M)",
     source="Rezatofighi et al. 2019",
 )
 def box_giou(prediction: Prediction, target: Target, *, require_valid: bool = True) -> float:
-    """Mean generalised IoU of the boxes, which also says how far off a box is that misses.
+    """Return the mean generalised IoU of the boxes, which also measures how far off a missing box is.
 
-    Boxes are paired for the largest total GIoU. A box without a partner counts -1, the limit of far boxes.
+    Boxes are paired for the largest total GIoU. A box without a partner counts -1, the limit for distant boxes.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
-        require_valid: Pay -1.0 for boxes of a text that is not valid.
+        require_valid: Return -1.0 for an invalid text.
 
     Returns:
         A score in [-1, 1]; no predicted and no true box 1.0, boxes on exactly one side -1.0.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [12, 0, 16, 8].<seg></answer>"
+        >>> box_giou(read_answer(text, CompletionFormat("original_px"), target), target)
+        -0.5
     """
     score = trivial_score(prediction, len(target.boxes), require_valid=require_valid, lowest=-1.0)
     if score is not None:
         return score
     pred, true = prediction.boxes, target.boxes
-    gain = pairwise_giou(pred[drop_duplicates(pred, true)], true) + 1  # above that of no partner
+    gain = pairwise_giou(pred[drop_duplicates(pred, true)], true) + 1  # relative to the -1 of a box without a partner
     return max_assignment(gain) / max(len(pred), len(true)) - 1
 
 
@@ -126,22 +140,29 @@ def box_l1(
     resized_to: int | None = None,
     require_valid: bool = True,
 ) -> float:
-    """Share of boxes whose coordinates are off by less than some pixels, on average over the four.
+    """Return the share of boxes whose four coordinates are off by less than some pixels on average.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
-        within_px: Mean distance that a pair must stay below.
-        graded: Pay a pair linearly less with its distance, instead of 1 or 0.
+        within_px: Mean distance below which a pair counts.
+        graded: Score a pair linearly by its distance, instead of 1 or 0.
         resized_to: Measure as if the image had been resized to a square with this edge, as Seg-Zero's and
             VisionReasoner's data are (840); None measures in original pixels.
-        require_valid: Pay 0.0 for boxes of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
         RewardError: If `within_px` or `resized_to` is not positive.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 4].<seg></answer>"
+        >>> box_l1(read_answer(text, CompletionFormat("original_px"), target), target, within_px=4.0, graded=True)
+        0.75
     """
     check_setting(within_px > 0, "within_px", within_px, "a positive number of pixels")
     check_setting(resized_to is None or resized_to > 0, "resized_to", resized_to, "None or a positive edge in pixels")
@@ -164,25 +185,32 @@ def box_l1(
     source="",
 )
 def box_count(prediction: Prediction, target: Target, *, graded: bool = False, require_valid: bool = True) -> float:
-    """Pay for the right number of boxes, wherever they are.
+    """Score the number of boxes, wherever they are.
 
-    A repeated box is a mistake of its own: it cannot make up for a missing one.
+    A repeated box is a mistake of its own: it does not replace a missing one.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
-        graded: Pay less the more boxes are missing or too many, instead of 1 or 0.
-        require_valid: Pay 0.0 for boxes of a text that is not valid.
+        graded: Decrease with the number of missing or extra boxes, instead of 1 or 0.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8], [10, 0, 12, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 4].<seg></answer>"
+        >>> box_count(read_answer(text, CompletionFormat("original_px"), target), target, graded=True)
+        0.5
     """
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
-    said, wanted = len(prediction.boxes), len(target.boxes)
-    different = len(drop_duplicates(prediction.boxes, target.boxes))
-    mistakes = abs(different - wanted) + said - different
-    return max(0.0, 1 - mistakes / max(said, wanted)) if graded else float(mistakes == 0)
+    n_pred, n_true = len(prediction.boxes), len(target.boxes)
+    distinct = len(drop_duplicates(prediction.boxes, target.boxes))
+    mistakes = abs(distinct - n_true) + n_pred - distinct
+    return max(0.0, 1 - mistakes / max(n_pred, n_true)) if graded else float(mistakes == 0)
 
 
 @register_reward(
@@ -203,7 +231,7 @@ def box_hungarian(
     min_iou: float = 0.0,
     require_valid: bool = True,
 ) -> float:
-    """Total IoU of the paired boxes, divided by their number.
+    """Return the total IoU of the paired boxes divided by the number of boxes.
 
     Args:
         prediction: Boxes in original pixels.
@@ -212,23 +240,30 @@ def box_hungarian(
             with `beta=1` it divides by the mean of N and M, and with `min_iou=0.5` it is the panoptic quality.
         beta: Below 1 weights precision, above 1 recall.
         min_iou: IoU that a pair must exceed to count.
-        require_valid: Pay 0.0 for boxes of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
         RewardError: If `mode` does not exist, `beta` is not positive or `min_iou` not in [0, 1).
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8], [10, 0, 12, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 4].<seg></answer>"
+        >>> box_hungarian(read_answer(text, CompletionFormat("original_px"), target), target)
+        0.25
     """
     check_setting(mode in ("max", "f_beta"), "mode", mode, "'max' or 'f_beta'")
     check_setting(beta > 0, "beta", beta, "a positive number")
     check_setting(0 <= min_iou < 1, "min_iou", min_iou, "a number in [0, 1)")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
-    said, wanted = len(prediction.boxes), len(target.boxes)
+    n_pred, n_true = len(prediction.boxes), len(target.boxes)
     iou = _iou(prediction.boxes, target.boxes)
     total = max_assignment(np.where(iou > min_iou, iou, 0.0))
-    return total / max(said, wanted) if mode == "max" else (1 + beta**2) * total / (said + beta**2 * wanted)
+    return total / max(n_pred, n_true) if mode == "max" else (1 + beta**2) * total / (n_pred + beta**2 * n_true)
 
 
 @register_reward(
@@ -247,38 +282,45 @@ def box_ap(
     count_penalty: bool = True,
     require_valid: bool = True,
 ) -> float:
-    """Average precision of the boxes of one image, without classes.
+    """Return the average precision of the boxes of one image, without classes.
 
-    Boxes are ranked by confidence, or by their order in the text without confidences or where those are equal. In this
-    order each takes the free true box with the largest IoU, if that reaches the threshold. The area under the
-    precision envelope is exact; COCO samples it at 101 points, which differs by at most 0.01.
+    Boxes are ranked by confidence, ties and boxes without confidence by their order in the text. In this order each
+    takes the unmatched true box with the largest IoU, if that reaches the threshold. The area under the precision
+    envelope is exact; COCO samples it at 101 points, which differs by at most 0.01.
 
     Args:
         prediction: Boxes in original pixels, and their confidences.
         target: True boxes in original pixels.
         thresholds: IoU that a pair must reach; the result is the mean over them.
-        count_penalty: Multiply by M / N if there are more boxes than true ones. Average precision alone lets boxes
-            below the last hit pass for free, so that a grid of boxes pays.
-        require_valid: Pay 0.0 for boxes of a text that is not valid.
+        count_penalty: Multiply by M / N if N > M. Average precision alone ignores boxes ranked below the last hit, so
+            that a grid of boxes scores well.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
         RewardError: If `thresholds` is empty or not in (0, 1].
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 8], [12, 0, 16, 8].<seg></answer>"
+        >>> box_ap(read_answer(text, CompletionFormat("original_px"), target), target)
+        0.5
     """
     given = [] if isinstance(thresholds, int | float) else list(thresholds)
     check_setting(bool(given) and all(0 < t <= 1 for t in given), "thresholds", thresholds, "numbers in (0, 1]")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
-    said, wanted = len(prediction.boxes), len(target.boxes)
-    if said == 0:
+    n_pred, n_true = len(prediction.boxes), len(target.boxes)
+    if n_pred == 0:
         return 0.0
-    confidence = np.zeros(said) if prediction.scores is None else prediction.scores
+    confidence = np.zeros(n_pred) if prediction.scores is None else prediction.scores
     ranked = prediction.boxes[np.argsort(-confidence, kind="stable")]
     iou = _iou(ranked, target.boxes)
     mean = sum(_average_precision(iou, threshold) for threshold in given) / len(given)
-    return mean * min(1.0, wanted / said) if count_penalty else mean
+    return mean * min(1.0, n_true / n_pred) if count_penalty else mean
 
 
 @register_reward(
@@ -294,22 +336,30 @@ def box_ap(
 def box_confidence(
     prediction: Prediction, target: Target, *, threshold: float = 0.5, require_valid: bool = True
 ) -> float:
-    """Pay for being confident of the boxes that hit, and only of those.
+    """Score confidence in the boxes that hit, and only in those.
 
-    A box that hits a true one earns its confidence c, any other loses its own. Visual-RFT pays 1 − c for a miss, so
-    that a wrong box with confidence 0 earns as much as a right one; here it earns nothing.
+    A box that hits a true one adds its confidence c, any other subtracts its own. Visual-RFT adds 1 − c for a miss, so
+    that a wrong box with confidence 0 scores as much as a right one; here it scores 0.
 
     Args:
         prediction: Boxes in original pixels, and their confidences.
         target: True boxes in original pixels.
         threshold: IoU that a hit must exceed. Boxes are paired for the largest total confidence.
-        require_valid: Pay 0.0 for boxes of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side or without confidences 0.0.
 
     Raises:
         RewardError: If `threshold` is not in [0, 1).
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = '<think>Dark.</think><answer>[{"bbox_2d": [0, 0, 8, 8], "score": 0.75}]</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> box_confidence(read_answer(text, json, target), target)
+        0.75
     """
     check_setting(0 <= threshold < 1, "threshold", threshold, "a number in [0, 1)")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
@@ -324,12 +374,12 @@ def box_confidence(
 
 
 def closeness(distance: np.ndarray, within_px: float, graded: bool) -> np.ndarray:
-    """What pairs at these distances are worth: 1 below `within_px` and 0 else, or linearly less up to it."""
+    """Return the scores of pairs at these distances: 1 below `within_px` and 0 else, or linear up to it."""
     return np.maximum(0.0, 1 - distance / within_px) if graded else (distance < within_px).astype(np.float64)
 
 
 def _iou(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """(N, M) IoU; 0 in the rows of repeated boxes, which have no partner."""
+    """Return the (N, M) IoU; 0 in the rows of repeated boxes, which have no partner."""
     iou = np.zeros((len(pred), len(true)))
     kept = drop_duplicates(pred, true)
     iou[kept] = pairwise_iou(pred[kept], true)
@@ -341,7 +391,7 @@ def _hull(boxes: np.ndarray) -> np.ndarray:
 
 
 def _average_precision(iou: np.ndarray, threshold: float) -> float:
-    """Average precision of boxes ranked by row, with (N, M) IoU."""
+    """Return the average precision of boxes ranked by row, with (N, M) IoU."""
     left = np.where(iou >= threshold, iou, 0.0)
     hits: list[int] = []  # ranks of the boxes that hit, counted from 0
     while len(hits) < left.shape[1]:

@@ -1,7 +1,7 @@
 """The three rewards of CORE-Seg, `R = format + box_f1 + dual_granularity_mask` with a weight of 1.0 each.
 
-The paper is silent on invalid texts, empty sides and empty masks. The choice here is one rule: what is invalid or
-missing earns the lowest value of the reward, so that no text can gain by not answering.
+The paper is silent on invalid texts, empty sides and empty masks. One rule is chosen here: whatever is invalid or
+missing returns the lowest value of the reward, so that no text gains by not answering.
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ __all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
 LOWEST_GIOU = -1.0
 
 
-@register_reward("format", needs_truth=False, range=(0.0, 1.0), invariant=("box_order", "flip", "rescale"),
+@register_reward("format", needs_target=False, range=(0.0, 1.0), invariant=("box_order", "flip", "rescale"),
                  equation="1 if the text follows the grammar, else 0", source="CORE-Seg, r_fmt")  # fmt: skip
 def format_reward(prediction: Prediction, target: Target) -> float:
     """Return 1.0 if the whole text follows the grammar and its answer holds the segmentation token, else 0.0.
 
-    The truth does not matter; see `segrl.predictions.parse_completion` for the grammar.
+    The ground truth is not read; see `segrl.predictions.parse_completion` for the grammar.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<answer>No lesion is visible.<seg></answer>'
+        >>> format_reward(read_answer(text, CompletionFormat()), None)
+        0.0
     """
     return float(prediction.valid)
 
@@ -35,14 +41,14 @@ def format_reward(prediction: Prediction, target: Target) -> float:
 @register_reward(
     "box_f1",
     range=(0.0, 1.0),
-    empty={"both": 1.0, "prediction": 0.0, "truth": 0.0},
+    empty={"both": 1.0, "prediction": 0.0, "target": 0.0},
     invariant=("box_order", "flip", "rescale"),
     monotone=("boxes",),
     equation="mean IoU of matched pairs · F1, F1 = 2 · TP / (N + M), TP: matched pairs with IoU > min_iou",
     source="CORE-Seg, r_bbox",
 )
 def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, require_valid: bool = True) -> float:
-    """Mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
+    """Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
 
     Boxes are matched one-to-one for the largest total IoU. A pair whose IoU exceeds `min_iou` is a true positive; the
     mean runs over those pairs. A repeated box is never matched and lowers the precision.
@@ -52,13 +58,20 @@ def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, requ
         target: True boxes in original pixels.
         min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent. Below 0.5 a box may be a true
             positive of a lesion that it hardly touches.
-        require_valid: Pay 0.0 for boxes of a text that is not valid. The paper is silent.
+        require_valid: Return 0.0 for an invalid text. The paper is silent.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
         RewardError: If `min_iou` is not in [0, 1).
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 6], [12, 0, 16, 8].<seg></answer>"
+        >>> box_f1(read_answer(text, CompletionFormat("original_px"), target), target)
+        0.5
     """
     if not 0 <= min_iou < 1:
         raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
@@ -77,7 +90,7 @@ def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, requ
     "dual_granularity_mask",
     needs_mask=True,
     range=lambda dice_weight, **_: (LOWEST_GIOU, 1.0 + dice_weight),
-    empty=lambda dice_weight, **_: {"both": 1.0 + dice_weight, "prediction": LOWEST_GIOU, "truth": LOWEST_GIOU},
+    empty=lambda dice_weight, **_: {"both": 1.0 + dice_weight, "prediction": LOWEST_GIOU, "target": LOWEST_GIOU},
     invariant=("box_order", "flip", "rescale"),
     equation="GIoU(box of predicted mask, box of true mask) if Dice < dice_threshold, else 1 + dice_weight · Dice",
     source="CORE-Seg, r_mask",
@@ -90,9 +103,9 @@ def dual_granularity_mask(
     dice_weight: float = 2.0,
     require_valid: bool = True,
 ) -> float:
-    """Reward a mask coarsely while it misses and finely once it overlaps (CORE-Seg, r_mask).
+    """Score a mask coarsely while it misses and finely once it overlaps (CORE-Seg, r_mask).
 
-    Below `dice_threshold` the reward is the GIoU of the two masks' bounding boxes, which still says how far off the
+    Below `dice_threshold` the reward is the GIoU of the two masks' bounding boxes, which still measures how far off the
     mask is; from there on it is ``1 + dice_weight * Dice``.
 
     Args:
@@ -100,7 +113,7 @@ def dual_granularity_mask(
         target: True mask, of the same shape.
         dice_threshold: Dice from which the fine reward applies.
         dice_weight: Slope of the fine reward.
-        require_valid: Pay the lowest value for a text that is not valid. The paper is silent.
+        require_valid: Return the lowest value for an invalid text. The paper is silent.
 
     Returns:
         A score in [-1, 1 + dice_weight]. No mask, or an empty mask on exactly one side, gives -1.0, which is the
@@ -108,13 +121,23 @@ def dual_granularity_mask(
 
     Raises:
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 2, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> dual_granularity_mask(read_answer(text, CompletionFormat(), target, mask=mask), target)
+        1.8
     """
-    mask, truth = prediction.mask, target.mask
+    mask, ground_truth = prediction.mask, target.mask
     if mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
         return LOWEST_GIOU
-    if mask.shape != truth.shape:
-        raise DataError(f"the mask has shape {mask.shape}, but the truth {truth.shape}; resize the prediction")
-    both = int(np.count_nonzero(mask & truth))
+    if mask.shape != ground_truth.shape:
+        raise DataError(
+            f"the mask has shape {mask.shape}, but the ground truth {ground_truth.shape}; resize the prediction"
+        )
+    both = int(np.count_nonzero(mask & ground_truth))
     dice = 2 * both / (int(np.count_nonzero(mask)) + target.area) if both else 0.0
     if 0 < dice >= dice_threshold:
         return 1.0 + dice_weight * dice

@@ -1,8 +1,8 @@
-"""Rewards for masks in original pixels: how much of them agrees, and how well their outlines do.
+"""Rewards for masks in original pixels, by overlap and by agreement of the outlines.
 
-All of them are in [0, 1] and follow two rules. An answer without a mask or without the segmentation token earns 0.0,
-and so does an invalid text (unless `require_valid=False`). Empty masks follow `segrl.geometry.empty_score`: an empty
-mask of an empty truth earns 1.0, an empty mask on exactly one side 0.0. Masks of different sizes are an error.
+All of them are in [0, 1]. An answer without a mask or without the segmentation token scores 0.0, and so does an invalid
+text (unless `require_valid=False`). Empty masks follow `segrl.geometry.empty_score`: 1.0 if both are empty, 0.0 if
+exactly one is. Masks of different sizes are an error.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["boundary_iou", "hd95", "mask_dice", "mask_iou", "nsd", "s_measure", 
     source="Jaccard index; squared in LENS",
 )
 def mask_iou(prediction: Prediction, target: Target, *, power: float = 1.0, require_valid: bool = True) -> float:
-    """IoU of the masks, or a power of it.
+    """Return the IoU of the masks, or a power of it.
 
     Args:
         prediction: Mask in original pixels.
         target: True mask of the same shape.
-        power: Positive exponent; 2 pays little for a rough mask and more for the last improvements.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        power: Positive exponent; 2 scores a rough mask low and rewards the last improvements more.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0, no mask 0.0.
@@ -47,6 +47,14 @@ def mask_iou(prediction: Prediction, target: Target, *, power: float = 1.0, requ
     Raises:
         RewardError: If `power` is not positive.
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> mask_iou(read_answer(text, CompletionFormat(), target, mask=mask), target, power=2)
+        0.25
     """
     check_setting(0 < power < math.inf, "power", power, "a positive number, such as 1 or 2")
     mask = _scored_mask(prediction, require_valid)
@@ -64,18 +72,26 @@ def mask_iou(prediction: Prediction, target: Target, *, power: float = 1.0, requ
     source="Dice coefficient",
 )
 def mask_dice(prediction: Prediction, target: Target, *, require_valid: bool = True) -> float:
-    """Dice coefficient of the masks.
+    """Return the Dice coefficient of the masks.
 
     Args:
         prediction: Mask in original pixels.
         target: True mask of the same shape.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0, no mask 0.0.
 
     Raises:
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 2, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> mask_dice(read_answer(text, CompletionFormat(), target, mask=mask), target)
+        0.4
     """
     mask = _scored_mask(prediction, require_valid)
     return 0.0 if mask is None else metrics.dice(mask, target.mask)
@@ -93,19 +109,29 @@ def mask_dice(prediction: Prediction, target: Target, *, require_valid: bool = T
     source="Milletari et al. 2016, without squares",
 )
 def soft_dice(prediction: Prediction, target: Target, *, require_valid: bool = True) -> float:
-    """Dice of the foreground probabilities, which also pays for being sure; of the mask where there are none.
+    """Return the Dice of the foreground probabilities, or of the mask if there are none.
 
     Args:
         prediction: Mask in original pixels, and its probabilities if the trainer keeps them. A mask without foreground
             is empty whatever its probabilities.
         target: True mask of the same shape.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0, no mask 0.0.
 
     Raises:
         DataError: If the masks differ in shape, or a probability is not in [0, 1].
+
+    Example:
+        >>> import numpy as np
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> answer = read_answer(text, CompletionFormat(), target, mask=mask, probability=np.where(mask, 0.75, 0.0))
+        >>> round(soft_dice(answer, target), 4)
+        0.5455
     """
     mask = _scored_mask(prediction, require_valid)
     if mask is None:
@@ -129,13 +155,13 @@ def soft_dice(prediction: Prediction, target: Target, *, require_valid: bool = T
 def boundary_iou(
     prediction: Prediction, target: Target, *, dilation: float = 0.02, require_valid: bool = True
 ) -> float:
-    """IoU of the rims of the masks, which large lesions do not win by their inside.
+    """Return the IoU of the boundaries of the masks, to which the inside of a large lesion contributes nothing.
 
     Args:
         prediction: Mask in original pixels.
         target: True mask of the same shape.
         dilation: Width of the rim as a positive share of the image's diagonal; see `segrl.metrics.boundary_iou`.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0, no mask 0.0.
@@ -143,6 +169,14 @@ def boundary_iou(
     Raises:
         RewardError: If `dilation` is not positive.
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> round(boundary_iou(read_answer(text, CompletionFormat(), target, mask=mask), target), 4)
+        0.4118
     """
     check_setting(0 < dilation < math.inf, "dilation", dilation, "a positive share of the diagonal, such as 0.02")
     mask = _scored_mask(prediction, require_valid)
@@ -159,13 +193,13 @@ def boundary_iou(
     source="Fan et al. 2017, Structure-measure; Seg-R1",
 )
 def s_measure(prediction: Prediction, target: Target, *, alpha: float = 0.5, require_valid: bool = True) -> float:
-    """Structure-measure of the mask: does it have the shape of the truth, as a whole and in parts?
+    """Return the structure-measure of the mask, its similarity in shape as a whole and by regions.
 
     Args:
         prediction: Mask in original pixels.
         target: True mask of the same shape.
         alpha: Weight of the object part, in [0, 1]; see `segrl.metrics.s_measure`.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0, no mask 0.0.
@@ -173,6 +207,14 @@ def s_measure(prediction: Prediction, target: Target, *, alpha: float = 0.5, req
     Raises:
         RewardError: If `alpha` is not in [0, 1].
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> round(s_measure(read_answer(text, CompletionFormat(), target, mask=mask), target), 4)
+        0.3925
     """
     check_setting(0 <= alpha <= 1, "alpha", alpha, "a number in [0, 1]")
     mask = _scored_mask(prediction, require_valid)
@@ -189,15 +231,15 @@ def s_measure(prediction: Prediction, target: Target, *, alpha: float = 0.5, req
     source="95th percentile of the Hausdorff distance; the map to [0, 1] is segrl's",
 )
 def hd95(prediction: Prediction, target: Target, *, limit: float = 0.1, require_valid: bool = True) -> float:
-    """Closeness of the outlines: 1.0 if they are the same, 0.0 from a distance on.
+    """Return the closeness of the outlines: 1.0 if they coincide, 0.0 from a distance on.
 
     The distance is the larger of the two directed 95th percentiles; see `segrl.metrics.hausdorff`.
 
     Args:
         prediction: Mask in original pixels.
         target: True mask of the same shape.
-        limit: Distance from which nothing is paid, as a positive share of the image's diagonal.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        limit: Distance from which the score is 0, as a positive share of the image's diagonal.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0 (the distance is infinite), no mask 0.0.
@@ -205,6 +247,14 @@ def hd95(prediction: Prediction, target: Target, *, limit: float = 0.1, require_
     Raises:
         RewardError: If `limit` is not positive.
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> round(hd95(read_answer(text, CompletionFormat(), target, mask=mask), target, limit=0.5), 4)
+        0.5528
     """
     check_setting(0 < limit < math.inf, "limit", limit, "a positive share of the image's diagonal, such as 0.1")
     mask = _scored_mask(prediction, require_valid)
@@ -224,13 +274,13 @@ def hd95(prediction: Prediction, target: Target, *, limit: float = 0.1, require_
     source="Nikolov et al. 2018, surface Dice; pixels count as in MONAI",
 )
 def nsd(prediction: Prediction, target: Target, *, tolerance_px: float = 2.0, require_valid: bool = True) -> float:
-    """Share of the outlines that agree up to a tolerance (normalised surface distance, surface Dice).
+    """Return the share of the outlines that agree within a tolerance (normalised surface distance, surface Dice).
 
     Args:
         prediction: Mask in original pixels.
         target: True mask of the same shape.
         tolerance_px: Largest distance that counts as agreement, in original pixels; see `segrl.metrics.surface_dice`.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; both masks empty 1.0, exactly one empty 0.0, no mask 0.0.
@@ -238,6 +288,14 @@ def nsd(prediction: Prediction, target: Target, *, tolerance_px: float = 2.0, re
     Raises:
         RewardError: If `tolerance_px` is negative.
         DataError: If the masks differ in shape.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> mask = read_target({"boxes": [[0, 0, 4, 8]], "size": [16, 8]}).mask
+        >>> text = "<think>Dark.</think><answer>It is here.<seg></answer>"
+        >>> nsd(read_answer(text, CompletionFormat(), target, mask=mask), target)
+        0.75
     """
     check_setting(0 <= tolerance_px < math.inf, "tolerance_px", tolerance_px, "a number of pixels, such as 2")
     mask = _scored_mask(prediction, require_valid)
@@ -245,7 +303,7 @@ def nsd(prediction: Prediction, target: Target, *, tolerance_px: float = 2.0, re
 
 
 def _scored_mask(prediction: Prediction, require_valid: bool) -> np.ndarray | None:
-    """The mask, or None where the lowest value is due whatever the mask is."""
+    """Return the mask, or None if the score is 0.0 whatever the mask is."""
     if not prediction.has_seg or (require_valid and not prediction.valid):
         return None
     return prediction.mask

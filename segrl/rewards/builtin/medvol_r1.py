@@ -2,7 +2,7 @@
 
 R = slice_format + slice_visibility + slice_boxes + propagated_dice, weight 1.0 each. The paper is silent on volumes
 without foreground: there the right answer names no slice and no box (`{}`). A slice that does not exist, or that was
-not shown (`segrl.predictions.NOT_SHOWN`), is paid like none.
+not shown (`segrl.predictions.NOT_SHOWN`), scores like none.
 """
 
 # D slices, H/W pixels, N predicted and M true boxes on the slice
@@ -25,7 +25,7 @@ __all__ = ["propagated_dice", "slice_boxes", "slice_format", "slice_visibility"]
 @register_reward(
     "slice_format",
     completion_format=JSON_ANSWERS,
-    needs_truth=False,
+    needs_target=False,
     volume=True,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
@@ -33,10 +33,10 @@ __all__ = ["propagated_dice", "slice_boxes", "slice_format", "slice_visibility"]
     source="MedVol-R1, R_f",
 )
 def slice_format(prediction: Prediction, target: Any) -> float:
-    """Pay for a valid text whose answer names a key slice.
+    """Return 1.0 for a valid text whose answer names a key slice, else 0.0.
 
     The answer is JSON, see `segrl.predictions.json_answers`. Whether the slice exists is not checked here: the other
-    rewards pay nothing for one that does not, or that was not shown.
+    rewards score 0.0 for one that does not exist or was not shown.
 
     Args:
         prediction: Its status and slice are read.
@@ -44,6 +44,12 @@ def slice_format(prediction: Prediction, target: Any) -> float:
 
     Returns:
         1.0 for a valid text that names a slice, or neither a slice nor boxes; else 0.0, also for boxes without a slice.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<think>Dark.</think><answer>[]</answer>'
+        >>> slice_format(read_answer(text, CompletionFormat(require_seg=False, answer_format="json")), None)
+        1.0
     """
     return float(prediction.valid and (prediction.slice_index is not None or _says_nothing(prediction)))
 
@@ -59,19 +65,31 @@ def slice_format(prediction: Prediction, target: Any) -> float:
     source="MedVol-R1, R_a",
 )
 def slice_visibility(prediction: Prediction, target: VolumeTarget, *, require_valid: bool = True) -> float:
-    """Foreground area on the named slice, relative to the slice with most of it.
+    """Return the foreground area on the named slice, relative to the slice with the largest area.
 
-    The largest slice is that of the whole volume: where only some slices are shown and it is not among them, the best
-    score is below 1, a little if the shown ones lie close together.
+    That slice is taken from the whole volume: if only some slices are shown and it is not among them, the best score is
+    below 1, only slightly if the shown ones lie close together.
 
     Args:
         prediction: Its slice, counted from 0 in the whole volume, is read.
         target: True volume.
-        require_valid: Pay 0.0 for a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no slice, one that was not shown or one outside the volume 0.0. In a volume without
         foreground 1.0 for an answer that names neither slice nor boxes, else 0.0.
+
+    Example:
+        >>> import numpy as np
+        >>> from segrl.predictions import CompletionFormat, VolumeTarget, read_answer
+        >>> mask = np.zeros((4, 8, 8), dtype=bool)
+        >>> mask[1, 2:6, 2:6] = mask[2, 2:6, 2:4] = True
+        >>> target = VolumeTarget.from_mask(mask)
+        >>> text = '<think>Dark.</think><answer>{"slice": 3, "bbox_2d_list": [[2, 2, 4, 4]]}</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> answer = read_answer(text, json, target)
+        >>> slice_visibility(answer, target)
+        0.5
     """
     k = _slice(prediction, target, require_valid)
     return k if isinstance(k, float) else float(target.slice_areas[k] / target.slice_areas.max())
@@ -89,22 +107,34 @@ def slice_visibility(prediction: Prediction, target: VolumeTarget, *, require_va
     source="MedVol-R1, R_s",
 )
 def slice_boxes(prediction: Prediction, target: VolumeTarget, *, require_valid: bool = True) -> float:
-    """Total IoU of the paired boxes on the named slice, divided by max(N, M).
+    """Return the total IoU of the paired boxes on the named slice, divided by max(N, M).
 
     Args:
         prediction: Its slice, counted from 0 in the whole volume, and its boxes are read.
         target: True volume; the true boxes are those of the 8-connected components on the slice.
-        require_valid: Pay 0.0 for a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no slice, one that was not shown, one outside the volume, or one without foreground 0.0, so
-        that naming an empty slice with no boxes does not pay. A volume without foreground as in `slice_visibility`.
+        that naming an empty slice without boxes scores nothing. A volume without foreground as in `slice_visibility`.
+
+    Example:
+        >>> import numpy as np
+        >>> from segrl.predictions import CompletionFormat, VolumeTarget, read_answer
+        >>> mask = np.zeros((4, 8, 8), dtype=bool)
+        >>> mask[1, 2:6, 2:6] = mask[2, 2:6, 2:4] = True
+        >>> target = VolumeTarget.from_mask(mask)
+        >>> text = '<think>Dark.</think><answer>{"slice": 3, "bbox_2d_list": [[2, 2, 4, 4]]}</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> answer = read_answer(text, json, target)
+        >>> slice_boxes(answer, target)
+        0.5
     """
     k = _slice(prediction, target, require_valid)
     if isinstance(k, float):
         return k
-    truth = target.at(k)
-    return 0.0 if truth.empty else box_hungarian(prediction, truth, require_valid=require_valid)
+    on_slice = target.at(k)
+    return 0.0 if on_slice.empty else box_hungarian(prediction, on_slice, require_valid=require_valid)
 
 
 @register_reward(
@@ -122,24 +152,36 @@ def slice_boxes(prediction: Prediction, target: VolumeTarget, *, require_valid: 
 def propagated_dice(
     prediction: Prediction, target: VolumeTarget, *, delta: int = 5, require_valid: bool = True
 ) -> float:
-    """Dice of the mask that a frozen segmenter propagates from the boxes, on the slices around the named one.
+    """Return the Dice of the mask that a frozen segmenter propagates from the boxes, on slices near the named one.
 
     Args:
         prediction: Its slice, counted from 0 in the whole volume, and its mask (D, H, W) in original pixels are read.
         target: True volume of the same shape.
         delta: Slices on either side of the named one that count; at the ends of the volume there are fewer. The paper
-            tries 2, 5, 10 and 15. Let the segmenter reach as far, or what it could not reach is missing.
-        require_valid: Pay 0.0 for the mask of a text that is not valid.
+            tries 2, 5, 10 and 15. The segmenter must propagate as far; slices beyond its reach count as empty.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; no slice, one that was not shown, one outside the volume, or no mask 0.0. Slices without
-        foreground around the named one 0.0 whatever the mask, so that naming a slice far from everything with no boxes
-        does not pay. In a volume without foreground 1.0 for an answer that names neither slice nor boxes and whose mask
-        is missing or empty, else 0.0.
+        foreground around the named one 0.0 whatever the mask, so that naming a distant slice without boxes scores
+        nothing. In a volume without foreground 1.0 for an answer that names neither slice nor boxes and whose mask is
+        missing or empty, else 0.0.
 
     Raises:
         RewardError: If `delta` is not a whole number of 0 or more.
-        DataError: If the mask has another shape than the truth.
+        DataError: If the mask has another shape than the ground truth.
+
+    Example:
+        >>> import numpy as np
+        >>> from segrl.predictions import CompletionFormat, VolumeTarget, read_answer
+        >>> mask = np.zeros((4, 8, 8), dtype=bool)
+        >>> mask[1, 2:6, 2:6] = mask[2, 2:6, 2:4] = True
+        >>> target = VolumeTarget.from_mask(mask)
+        >>> text = '<think>Dark.</think><answer>{"slice": 3, "bbox_2d_list": [[2, 2, 4, 4]]}</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> answer = read_answer(text, json, target, mask=mask & (np.arange(8) < 4))
+        >>> propagated_dice(answer, target)
+        0.8
     """
     whole = isinstance(delta, int) and not isinstance(delta, bool) and delta >= 0
     check_setting(whole, "delta", delta, "a whole number of slices, 0 or more, such as 5")
@@ -162,7 +204,7 @@ def _says_nothing(prediction: Prediction) -> bool:
 
 
 def _slice(prediction: Prediction, target: VolumeTarget, require_valid: bool) -> int | float:
-    """The named slice, or the score (a float) where there is none to look at."""
+    """Return the index of the named slice, or the score (a float) if there is none."""
     if require_valid and not prediction.valid:
         return 0.0
     if target.empty:

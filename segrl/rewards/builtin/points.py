@@ -1,7 +1,7 @@
 """Rewards for points, in original pixels. Points are paired with lesions one-to-one; see `segrl.rewards.builtin.rules`.
 
 P predicted points, M lesions, which are the true boxes. The score is the total over the pairs divided by max(P, M). An
-answer with boxes but no points says something, so it earns 0.0 where nothing is to be found.
+answer with boxes but no points is not empty, so it scores 0.0 where nothing is to be found.
 """
 
 from __future__ import annotations
@@ -36,15 +36,23 @@ __all__ = ["point_distance", "point_in_box", "point_in_mask"]
     source="",
 )
 def point_in_box(prediction: Prediction, target: Target, *, require_valid: bool = True) -> float:
-    """Share of lesions with a point in their box.
+    """Return the share of lesions with a point in their box.
 
     Args:
         prediction: Points in original pixels. A point on the right or lower edge of a box is outside of it.
         target: True boxes in original pixels.
-        require_valid: Pay 0.0 for points of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; nothing predicted and nothing to find 1.0, exactly one of them 0.0.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = '<think>Dark.</think><answer>[{"point_2d": [3, 4]}, {"point_2d": [12, 4]}]</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> point_in_box(read_answer(text, json, target), target)
+        0.5
     """
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
@@ -61,15 +69,23 @@ def point_in_box(prediction: Prediction, target: Target, *, require_valid: bool 
     source="",
 )
 def point_in_mask(prediction: Prediction, target: Target, *, require_valid: bool = True) -> float:
-    """Share of lesions with a point on their foreground.
+    """Return the share of lesions with a point on their foreground.
 
     Args:
         prediction: Points in original pixels; a point belongs to the pixel that it falls into.
         target: True mask and boxes. A lesion is the foreground inside one of its boxes.
-        require_valid: Pay 0.0 for points of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; nothing predicted and nothing to find 1.0, exactly one of them 0.0.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = '<think>Dark.</think><answer>[{"point_2d": [3, 4]}, {"point_2d": [12, 4]}]</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> point_in_mask(read_answer(text, json, target), target)
+        0.5
     """
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
@@ -103,23 +119,31 @@ def point_distance(
     resized_to: int | None = None,
     require_valid: bool = True,
 ) -> float:
-    """Share of lesions with a point near `Target.points`, by Euclidean distance.
+    """Return the share of lesions with a point near `Target.points`, by Euclidean distance.
 
     Args:
         prediction: Points in original pixels.
         target: Its points lie deep inside each lesion.
-        within_px: Distance that a pair must stay below.
-        graded: Pay a pair linearly less with its distance, instead of 1 or 0.
+        within_px: Distance below which a pair counts.
+        graded: Score a pair linearly by its distance, instead of 1 or 0.
         inside_box: A point counts only inside (or on the edge of) its own predicted box, or, if there are not as many
             points as boxes, inside any of them (Seg-Zero, VisionReasoner).
         resized_to: As in `box_l1`.
-        require_valid: Pay 0.0 for points of a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]; nothing predicted and nothing to find 1.0, exactly one of them 0.0.
 
     Raises:
         RewardError: If `within_px` or `resized_to` is not positive.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer, read_target
+        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
+        >>> text = '<think>Dark.</think><answer>[{"point_2d": [4.5, 3.5]}]</answer>'
+        >>> json = CompletionFormat("original_px", require_seg=False, answer_format="json")
+        >>> point_distance(read_answer(text, json, target), target, within_px=2.0, graded=True)
+        0.5
     """
     check_setting(within_px > 0, "within_px", within_px, "a positive number of pixels")
     check_setting(resized_to is None or resized_to > 0, "resized_to", resized_to, "None or a positive edge in pixels")
@@ -134,19 +158,19 @@ def point_distance(
 
 
 def _share(prediction: Prediction, target: Target, gain_of: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Total of the paired (P, M) gains over max(P, M); repeated points have no partner."""
+    """Return the total of the paired (P, M) gains over max(P, M); repeated points have no partner."""
     points = prediction.points[drop_duplicates(prediction.points, np.zeros((0, 2)))]
     return max_assignment(gain_of(points)) / max(len(prediction.points), len(target.boxes))
 
 
 def _inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(P, M): whether a point lies in a half-open box."""
+    """Return (P, M) bool: whether a point lies in a half-open box."""
     at = points[:, None]
     return np.all((at >= boxes[None, :, :2]) & (at < boxes[None, :, 2:]), axis=2)
 
 
 def _inside_own_box(prediction: Prediction) -> np.ndarray:
-    """(P,): 1 for a point in its own predicted box, or in any if there are not as many; else 0."""
+    """Return (P,): 1 for a point in its own predicted box, or in any if P != N; else 0."""
     points, boxes = prediction.points[:, None], prediction.boxes[None]
     inside = np.all((points >= boxes[..., :2]) & (points <= boxes[..., 2:]), axis=2)  # (P, N)
     own = np.diagonal(inside) if inside.shape[0] == inside.shape[1] else np.any(inside, axis=1)

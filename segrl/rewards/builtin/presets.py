@@ -1,7 +1,7 @@
 """The rewards of published systems, as sums of segrl's parts with the published weights and thresholds.
 
-The page "Presets" of the reference says for each how it differs from the original: what the originals pay for by
-mistake is not paid here. Weights are given in the order of the parts; a part with weight 0 is left out.
+The page "Presets" of the reference lists how each differs from the original: ways of reward hacking that the originals
+allow are closed here. Weights are given in the order of the parts; a part with weight 0 is left out.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def core_seg(
         dice_threshold: See `dual_granularity_mask`.
         dice_weight: See `dual_granularity_mask`.
         weights: Of format, boxes, mask; (1, 1, 0) and (1, 0, 1) are the ablations of the paper.
+
+    Example:
+        >>> [(part.name, weight) for part, weight in core_seg(weights=(1, 2, 0)).parts]
+        [('format', 1.0), ('box_f1', 2.0)]
     """
     mask = make_reward(dual_granularity_mask, dice_threshold=dice_threshold, dice_weight=dice_weight)
     return _sum("core_seg", [make_reward(format_reward), make_reward(box_f1, min_iou=min_iou), mask], weights)
@@ -69,6 +73,10 @@ def medvol_r1(*, delta: int = 5, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
         delta: See `propagated_dice`; 2, 5, 10 and 15 are the ablation of the paper.
         weights: Of format, visibility, boxes, propagated mask; one of them 0 is an ablation of the paper. Without the
             propagated mask no masks are needed.
+
+    Example:
+        >>> [part.name for part, _ in medvol_r1(delta=2).parts]
+        ['slice_format', 'slice_visibility', 'slice_boxes', 'propagated_dice']
     """
     parts = [make_reward(part) for part in (slice_format, slice_visibility, slice_boxes)]
     return _sum("medvol_r1", [*parts, make_reward(propagated_dice, delta=delta)], weights, JSON)
@@ -87,12 +95,16 @@ def seg_zero(
     """Seg-Zero: two formats, and box and point within thresholds.
 
     Args:
-        strict: Pay the JSON format for objects with all keys only; False pays for the share of the keys.
+        strict: Score the JSON format 1 only for objects with all keys; False scores the share of the keys.
         min_iou: IoU that a box must exceed.
         box_px: See `box_l1`.
         point_px: See `point_distance`.
         resized_to: Edge of the square in whose pixels both are measured; None for original pixels.
         weights: Of reasoning format, JSON format, IoU, box L1, point distance.
+
+    Example:
+        >>> seg_zero(point_px=50.0).range, seg_zero().parts[-1][0].settings["within_px"]
+        ((0.0, 5.0), 100.0)
     """
     parts = _seg_zero_parts(strict, min_iou, box_px, point_px, resized_to)
     return _sum("seg_zero", parts, weights, JSON)
@@ -119,6 +131,10 @@ def vision_reasoner(
         point_px: See `point_distance`.
         resized_to: As in `seg_zero`.
         weights: Of reasoning format, JSON format, IoU, box L1, point distance, non-repeat.
+
+    Example:
+        >>> {part.name: weight for part, weight in vision_reasoner().parts}["json_format"], vision_reasoner().range
+        (2.0, (0.0, 7.0))
     """
     parts = [*_seg_zero_parts(False, min_iou, box_px, point_px, resized_to), make_reward(non_repeat)]
     return _sum("vision_reasoner", parts, weights, JSON)
@@ -130,6 +146,10 @@ def vlm_r1(*, weights: Sequence[float] = (1.0, 1.0)) -> Reward:
 
     Args:
         weights: Of format, IoU.
+
+    Example:
+        >>> [part.name for part, _ in vlm_r1().parts]
+        ['format', 'box_iou']
     """
     return _sum("vlm_r1", [make_reward(format_reward), make_reward(box_iou)], weights, JSON)
 
@@ -140,6 +160,10 @@ def vlm_r1_ovd(*, weights: Sequence[float] = (1.0, 1.0)) -> Reward:
 
     Args:
         weights: Of format, average precision.
+
+    Example:
+        >>> [part.name for part, _ in vlm_r1_ovd().parts]
+        ['think_answer_format', 'box_ap']
     """
     return _sum("vlm_r1_ovd", [make_reward(think_answer_format), make_reward(box_ap)], weights, JSON)
 
@@ -151,6 +175,10 @@ def lens(*, power: float = 2.0, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> R
     Args:
         power: Exponent of both IoUs.
         weights: Of format, box, mask.
+
+    Example:
+        >>> [(part.name, dict(part.settings)) for part, _ in lens(power=3.0).parts[1:]]
+        [('box_iou', {'power': 3.0}), ('mask_iou', {'power': 3.0})]
     """
     iou = [make_reward(box_iou, power=power), make_reward(mask_iou, power=power)]
     return _sum("lens", [make_reward(think_answer_format), *iou], weights, JSON_AND_MASK)
@@ -167,11 +195,15 @@ def med_reasoner(
     """MedReasoner: graded formats, and box and point without thresholds.
 
     Args:
-        mode: "soft" pays overlap, "hard" also distances.
-        box_px: Mean distance at which `box_l1` pays nothing, in "hard".
-        point_px: Distance at which `point_distance` pays nothing, in "hard".
+        mode: "soft" scores overlap, "hard" also distances.
+        box_px: Mean distance at which `box_l1` is 0, in "hard".
+        point_px: Distance at which `point_distance` is 0, in "hard".
         weights: Of reasoning format, JSON format, box IoU, point in mask; in "hard" also box L1, point distance. All 1
             by default.
+
+    Example:
+        >>> med_reasoner().range, med_reasoner(mode="hard").range
+        ((0.0, 4.0), (0.0, 6.0))
     """
     parts = [
         make_reward(think_answer_format, graded=True),
@@ -192,6 +224,10 @@ def visual_rft(*, min_iou: float = 0.5, weights: Sequence[float] = (1.0, 1.0, 1.
     Args:
         min_iou: IoU that a hit must exceed.
         weights: Of format, IoU, confidence.
+
+    Example:
+        >>> [part.name for part, _ in visual_rft().parts]
+        ['think_answer_format', 'box_hungarian', 'box_confidence']
     """
     boxes = [make_reward(box_hungarian, min_iou=min_iou), make_reward(box_confidence, threshold=min_iou)]
     return _sum("visual_rft", [make_reward(think_answer_format), *boxes], weights, JSON)
@@ -203,6 +239,10 @@ def seg_r1(*, weights: Sequence[float] = (1.0, 0.7, 0.3)) -> Reward:
 
     Args:
         weights: Of format, mask IoU, S-measure.
+
+    Example:
+        >>> [(part.name, weight) for part, weight in seg_r1().parts]
+        [('format', 1.0), ('mask_iou', 0.7), ('s_measure', 0.3)]
     """
     return _sum("seg_r1", [make_reward(part) for part in (format_reward, mask_iou, s_measure)], weights, JSON_AND_MASK)
 
@@ -220,12 +260,16 @@ def pixel_think(
     """PixelThink: Seg-Zero's reward, less for words beyond a budget.
 
     Args:
-        limit: Words that cost nothing: 96 for easy images, 256 and more for hard ones.
-        margin: Words beyond the limit that cost everything.
-        min_iou: As in `seg_zero`, as the rest.
+        limit: Number of words without a penalty: 96 for easy images, 256 and more for hard ones.
+        margin: Number of words beyond the limit at which the penalty is full.
+        min_iou: IoU that a box must exceed; this and the following as in `seg_zero`.
         box_px: Box distance.
         point_px: Point distance.
         resized_to: Edge of the square.
+
+    Example:
+        >>> pixel_think().range
+        (0.0, 5.0)
     """
     parts = _seg_zero_parts(True, min_iou, box_px, point_px, resized_to)
     highest = float(len(parts))

@@ -1,12 +1,12 @@
-"""The rules that all built-in rewards share: what an empty or invalid answer earns, how things are paired, settings.
+"""The rules that all built-in rewards share: empty and invalid answers, pairing, checks of settings.
 
-1. An invalid text earns the lowest value (unless `require_valid=False`).
-2. Saying nothing where nothing is to be found earns the highest value; if exactly one side is empty, the lowest.
-3. Predicted and true things are paired one-to-one, for the largest total. A repeated thing is never paired, and counts
-   like any other that is not.
+1. An invalid text scores the lowest value (unless `require_valid=False`).
+2. An empty answer where nothing is to be found scores the highest value; if exactly one side is empty, the lowest.
+3. Predicted and true objects are paired one-to-one, for the largest total. A repeated object is never paired, and
+   counts like any other without a partner.
 """
 
-# N predicted things (boxes, points), M true ones
+# N predicted objects (boxes, points), M true ones
 
 from __future__ import annotations
 
@@ -32,17 +32,13 @@ __all__ = [
 ]
 
 ALL_INVARIANCES = ("box_order", "flip", "rescale")
-BOTH_OR_NOTHING = {"both": 1.0, "prediction": 0.0, "truth": 0.0}
-# Points, confidences and slices stand in JSON answers only: read otherwise, a reward for them would be blind.
+BOTH_OR_NOTHING = {"both": 1.0, "prediction": 0.0, "target": 0.0}
+# Only JSON answers hold points, confidences and slices.
 JSON_ANSWERS = {"answer_format": "json", "require_seg": False}
 
 
 def check_setting(ok: bool, name: str, value: Any, expected: str) -> None:
-    """Raise the error for a setting with a wrong value.
-
-    Raises:
-        RewardError: Unless `ok`.
-    """
+    """Raise `RewardError` for a setting with a wrong value, unless `ok`."""
     if not ok:
         raise RewardError(f"{name}={value!r}; expected {expected}")
 
@@ -50,19 +46,20 @@ def check_setting(ok: bool, name: str, value: Any, expected: str) -> None:
 def trivial_score(
     prediction: Prediction, true_count: int, *, require_valid: bool, lowest: float = 0.0, highest: float = 1.0
 ) -> float | None:
-    """What an answer earns before its boxes and points are looked at (rules 1 and 2).
+    """Return the score fixed by validity and emptiness alone (rules 1 and 2), or None.
 
-    An answer is empty if it holds neither a box nor a point, so that no reward for boxes pays for hallucinated points.
+    An answer is empty if it holds neither a box nor a point, so that a reward for boxes does not score hallucinated
+    points as an empty answer.
 
     Args:
         prediction: The answer.
-        true_count: Number of true things, M.
-        require_valid: Whether an invalid text earns the lowest value.
+        true_count: Number of true objects, M.
+        require_valid: Whether an invalid text scores the lowest value.
         lowest: Lowest value of the reward.
         highest: Highest value of the reward.
 
     Returns:
-        The score, or None where both sides hold something and the formula applies.
+        The score, or None if both sides hold an object, so that the formula applies.
     """
     if require_valid and not prediction.valid:
         return lowest
@@ -71,13 +68,13 @@ def trivial_score(
 
 
 def drop_duplicates(pred: np.ndarray, true: np.ndarray, worth: np.ndarray | None = None) -> np.ndarray:
-    """Indices of the predicted things that may be paired: all but repetitions (rule 3).
+    """Return the indices of the predicted objects that may be paired: all but repetitions (rule 3).
 
     Args:
         pred: (N, K) boxes or points.
-        true: (M, K) boxes or points. Where several true things are the same, as many predicted ones may be that.
-        worth: (N,) in which copies may differ, such as confidence: those worth most are kept, so that the order does
-            not matter. All are worth the same by default.
+        true: (M, K) boxes or points. If several are equal, as many equal predicted ones are kept.
+        worth: (N,) values in which copies may differ, such as confidences; the copies with the highest are kept, so
+            that their order does not matter. Equal by default.
 
     Returns:
         (at most N,) int64, increasing.
@@ -91,16 +88,16 @@ def drop_duplicates(pred: np.ndarray, true: np.ndarray, worth: np.ndarray | None
     allowed = Counter(map(tuple, true.tolist()))
     seen: Counter[tuple[float, ...]] = Counter()
     kept = []
-    things = list(map(tuple, pred.tolist()))
-    for index in range(len(things)) if worth is None else np.argsort(-worth, kind="stable").tolist():
-        seen[things[index]] += 1
-        if seen[things[index]] <= max(1, allowed[things[index]]):
+    objects = list(map(tuple, pred.tolist()))
+    for index in range(len(objects)) if worth is None else np.argsort(-worth, kind="stable").tolist():
+        seen[objects[index]] += 1
+        if seen[objects[index]] <= max(1, allowed[objects[index]]):
             kept.append(index)
     return np.array(sorted(kept), dtype=np.int64)
 
 
 def max_assignment(gain: ArrayLike) -> float:
-    """Largest total gain of pairs that share no row and no column.
+    """Return the largest total gain of pairs that share no row and no column.
 
     Args:
         gain: (N, M), finite.

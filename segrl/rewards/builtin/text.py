@@ -1,6 +1,6 @@
-"""Rewards for the text alone: its format, its length and its repetitions. None of them looks at the truth.
+"""Rewards for the text alone: format, length and repetitions. None of them reads the ground truth.
 
-Each is linear in the text. A format reward pays for form only, so it belongs beside a reward for what is said.
+Each runs in time linear in the text. A format reward scores form only and belongs beside a reward for the content.
 """
 
 from __future__ import annotations
@@ -27,27 +27,33 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？\n]")  # one character each
 
 @register_reward(
     "think_answer_format",
-    needs_truth=False,
+    needs_target=False,
     range=(0.0, 1.0),
-    empty={"both": 1.0, "prediction": 1.0, "truth": 1.0},
+    empty={"both": 1.0, "prediction": 1.0, "target": 1.0},
     invariant=ALL_INVARIANCES,
     equation="[text = <think>…</think><answer>…</answer>]; graded: rules kept / 4",
     source="DeepSeek-R1 and its followers",
 )
 def think_answer_format(prediction: Prediction, target: Any, *, graded: bool = False) -> float:
-    """Pay for a text that is one reasoning block and one answer block, whatever they hold.
+    """Return 1.0 for a text of one reasoning block and one answer block, whatever they hold, else 0.0.
 
-    The rules: exactly one reasoning block, and one answer block, neither blank nor holding a tag of the grammar; the
-    reasoning comes first; nothing but white space stands outside. The last two count only if the first two are kept,
-    and a repeated tag breaks the rule of its block, so that more tags never earn more.
+    The four rules: exactly one reasoning block and exactly one answer block, neither blank nor holding a tag of the
+    grammar; the reasoning comes first; only white space is outside of them. The last two count only if the first two
+    are kept, and a repeated tag breaks the rule of its block, so that more tags never score higher.
 
     Args:
         prediction: Only its text is read.
         target: Not read.
-        graded: Pay the share of the four rules kept, instead of 1.0 for all of them and 0.0 otherwise.
+        graded: Return the share of the four rules that are kept.
 
     Returns:
-        0.0 or 1.0; with `graded` 0, 0.25, 0.5, 0.75 or 1. The empty text earns 0.0.
+        0.0 or 1.0; with `graded` 0, 0.25, 0.5, 0.75 or 1. The empty text scores 0.0.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<think>Dark.</think> So: <answer>here</answer>'
+        >>> think_answer_format(read_answer(text, CompletionFormat()), None, graded=True)
+        0.75
     """
     body = prediction.text.strip()
     tags = list(_TAG.finditer(body))
@@ -67,7 +73,7 @@ def think_answer_format(prediction: Prediction, target: Any, *, graded: bool = F
 @register_reward(
     "json_format",
     completion_format=JSON_ANSWERS,
-    needs_truth=False,
+    needs_target=False,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
     equation="[every object is well formed and has the keys]; graded: mean over objects of keys there / keys wanted",
@@ -76,23 +82,28 @@ def think_answer_format(prediction: Prediction, target: Any, *, graded: bool = F
 def json_format(
     prediction: Prediction, target: Any, *, graded: bool = False, keys: Sequence[str] = ("bbox_2d",)
 ) -> float:
-    """Pay for an answer that is JSON in the schema of `segrl.predictions.json_answers`, with every key in every object.
+    """Return 1.0 for an answer in the JSON schema of `segrl.predictions.json_answers` with all keys, else 0.0.
 
     The answer must be JSON as a whole, up to a token in angle brackets at its end; text around it, two answers or two
-    JSON values earn 0.0. An object that gives earlier values again counts as a bad one.
+    JSON values score 0.0. An object that repeats the values of an earlier one counts as malformed.
 
     Args:
-        prediction: Its one answer is read, whatever the rest of the text is: see `think_answer_format`.
+        prediction: Only its one answer is read; `think_answer_format` scores the rest of the text.
         target: Not read.
-        graded: Pay the mean over the objects of the share of keys they have (0 for a bad object), instead of 1.0 if
-            that is 1 and 0.0 otherwise.
+        graded: Return the mean over the objects of the share of keys they have (0 for a malformed object).
         keys: Keys that each object needs.
 
     Returns:
-        A score in [0, 1]. `[]` and `{}`, which say that nothing was found, earn 1.0; no answer earns 0.0.
+        A score in [0, 1]; 1.0 for `[]` and `{}`, the answers for nothing found; 0.0 without an answer.
 
     Raises:
         RewardError: If `keys` is empty or not a list of texts.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<think>Dark.</think><answer>[{"bbox_2d": [0, 0, 8, 8]}, {}]</answer>'
+        >>> json_format(read_answer(text, CompletionFormat()), None, graded=True)
+        0.5
     """
     wanted = [] if isinstance(keys, str) else list(keys)
     check_setting(bool(wanted) and all(isinstance(key, str) for key in wanted), "keys", keys, 'a list as ["bbox_2d"]')
@@ -120,7 +131,7 @@ def json_format(
 
 @register_reward(
     "length_budget",
-    needs_truth=False,
+    needs_target=False,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
     equation="min(1, length / minimum, 1 − (length − limit) / margin), not below 0",
@@ -137,23 +148,29 @@ def length_budget(
     part: Part = "text",
     require_valid: bool = True,
 ) -> float:
-    """Pay 1.0 for a text within its budget, and linearly less for one that is longer or shorter.
+    """Return 1.0 for a text within its budget, and linearly less for one that is longer or shorter.
 
     Args:
         prediction: Only its text is read.
         target: Not read.
-        limit: Longest text that earns 1.0.
-        margin: A text longer than the limit by this much earns 0.0; with 0 every longer one does.
-        minimum: Shortest text that earns 1.0; half as long earns 0.5.
+        limit: Longest text that scores 1.0.
+        margin: A text longer than the limit by this much scores 0.0; with 0 every longer one does.
+        minimum: Shortest text that scores 1.0; half as long scores 0.5.
         unit: "words" are separated by white space; "characters" do not count white space (for languages without it).
         part: "text", "reasoning" or "answer".
-        require_valid: Pay 0.0 for a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
-        A score in [0, 1]; a part that is missing or blank earns 0.0 if `minimum` is positive.
+        A score in [0, 1]; 0.0 for a missing or blank part if `minimum` is positive.
 
     Raises:
         RewardError: If a number is negative, `minimum` exceeds `limit`, or `unit` or `part` does not exist.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<think>Dark. Round. Dark.</think><answer>It is here.<seg></answer>'
+        >>> length_budget(read_answer(text, CompletionFormat()), None, limit=2, margin=4, part="reasoning")
+        0.75
     """
     check_setting(0 <= minimum <= limit, "minimum", minimum, f"a number from 0 to limit={limit}")
     check_setting(margin >= 0, "margin", margin, "0 or more")
@@ -168,7 +185,7 @@ def length_budget(
 
 @register_reward(
     "repetition",
-    needs_truth=False,
+    needs_target=False,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
     equation="different n-grams / n-grams",
@@ -183,7 +200,7 @@ def repetition(
     part: Part = "reasoning",
     require_valid: bool = True,
 ) -> float:
-    """Pay the share of runs of `n` words that are not repetitions of an earlier run.
+    """Return the share of runs of `n` words that do not repeat an earlier run.
 
     Args:
         prediction: Only its text is read.
@@ -191,7 +208,7 @@ def repetition(
         n: Words in a run, 1 to 16; case does not count.
         unit: As in `length_budget`.
         part: "text", "reasoning" or "answer".
-        require_valid: Pay 0.0 for a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
         A score in [0, 1]: 1.0 if nothing is repeated, or if the part is shorter than one run; 0.0 if it is missing or
@@ -199,6 +216,12 @@ def repetition(
 
     Raises:
         RewardError: If `n` is out of its range, or `unit` or `part` does not exist.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<think>Dark. Round. Dark.</think><answer>It is here.<seg></answer>'
+        >>> round(repetition(read_answer(text, CompletionFormat()), None, n=1), 4)
+        0.6667
     """
     check_setting(isinstance(n, int) and 1 <= n <= 16, "n", n, "a whole number from 1 to 16")
     text = _part(prediction, part).casefold()
@@ -211,7 +234,7 @@ def repetition(
 
 @register_reward(
     "non_repeat",
-    needs_truth=False,
+    needs_target=False,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
     equation="[sentences that were there before ≤ allowed]",
@@ -220,7 +243,7 @@ def repetition(
 def non_repeat(
     prediction: Prediction, target: Any, *, allowed: int = 1, part: Part = "reasoning", require_valid: bool = True
 ) -> float:
-    """Pay 1.0 unless sentences are said again.
+    """Return 1.0 unless sentences are repeated.
 
     A sentence ends at `.`, `!` or `?` before white space, at their full-width forms, or at a line break. Case and
     spaces do not count.
@@ -228,15 +251,21 @@ def non_repeat(
     Args:
         prediction: Only its text is read.
         target: Not read.
-        allowed: Repeated sentences that are let pass (VisionReasoner: 1).
+        allowed: Number of repeated sentences that is tolerated (VisionReasoner: 1).
         part: "text", "reasoning" or "answer".
-        require_valid: Pay 0.0 for a text that is not valid.
+        require_valid: Return 0.0 for an invalid text.
 
     Returns:
-        0.0 or 1.0; a part that is missing or blank earns 0.0.
+        0.0 or 1.0; 0.0 for a missing or blank part.
 
     Raises:
         RewardError: If `allowed` is negative or `part` does not exist.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> text = '<think>Dark. Round. Dark.</think><answer>It is here.<seg></answer>'
+        >>> non_repeat(read_answer(text, CompletionFormat()), None, allowed=0)
+        0.0
     """
     check_setting(allowed >= 0, "allowed", allowed, "0 or more")
     text = _part(prediction, part).casefold()
