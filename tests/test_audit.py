@@ -173,6 +173,7 @@ def test_the_verdict_does_not_hang_on_the_seed(name, seed):
 # --- compositions
 
 
+@pytest.mark.long
 def test_what_closes_a_blind_reward():
     boxes = make_reward("box_iou")
     assert verdict("format").hackable
@@ -188,6 +189,7 @@ def test_a_step_can_open_what_was_closed():
     assert verdict(make_reward("box_iou").gate("format", otherwise=2.0)).hackable
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [{"mode": "rank"}, {"mode": "center"}, {"mode": "zscore", "group_size": 4}])
 def test_group_relative_rewards_compare_the_policies(step):
     assert not verdict(make_reward("box_iou").group_relative(**step)).hackable
@@ -344,6 +346,7 @@ def test_own_truths():
 # --- the grammar
 
 
+@pytest.mark.slow
 def test_policies_answer_in_the_grammar_that_the_reward_reads():
     assert verdict("box_f1").answer_format == "text"
     assert verdict("point_in_mask").answer_format == "json"

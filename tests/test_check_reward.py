@@ -531,6 +531,7 @@ def test_claims_about_masks_of_volumes(reward, claims, name):
     assert "  true mask, slice 0:\n    " in error.example
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("declared", "side", "found"),
     [
@@ -562,6 +563,7 @@ def any_box_is_a_start(prediction, target):
     return 0.5 + quality(prediction, target) / 2 if prediction.valid else 0.0
 
 
+@pytest.mark.slow
 def test_honest_about_nothing():
     error = failure(any_box_is_a_start, "honest about nothing")
     assert error.found == "0 for the right answer, 0.5 for the hallucination"
@@ -603,6 +605,7 @@ def test_without_hypothesis(tmp_path):
     assert all("pip install 'segrl[testing]'" in line for line in lines)
 
 
+@pytest.mark.long
 def test_a_claim_may_depend_on_the_settings():
     """Of the hull of several boxes it is false: one box made exact can lower the IoU of the hulls."""
     assert make_reward("box_iou").info.monotone == ("boxes",)

@@ -415,6 +415,7 @@ def test_bad_flags(example, capsys, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [

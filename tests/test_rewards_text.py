@@ -275,4 +275,4 @@ def test_work_is_linear_in_hostile_text(name):
         return lambda: [reward.score(prediction, None) for reward in rewards]
 
     assert all(value is not None and 0 <= value <= 1 for value in scored(MEGABYTE)())
-    assert grows_linearly(scored, 10_000)
+    assert grows_linearly(scored, 4000)

@@ -222,6 +222,7 @@ class TestPictures:
         rows = [Answer(0, 3), Answer(1, 4), Answer(0, 2), Answer(1, 3)]
         same_step(trainer, batch_of(processor, [Prompt(3, (0, 4)), Prompt(3, (4, 0))], rows))
 
+    @pytest.mark.slow
     def test_64_slices(self, family, tmp_path):
         trainer, processor = self.trainer(family, tmp_path)
         same_step(trainer, batch_of(processor, [Prompt(3, tuple(range(64)))], [Answer(0, 3), Answer(0, 5)]))

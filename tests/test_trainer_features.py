@@ -287,6 +287,7 @@ def test_a_tools_seg_is_not_the_models(tmp_path):
     assert trainer.state.log_history[0]["dense/dice_ce"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["none", "more", "other-prompt"])
 def test_states_of_a_rollout_function_that_generates(change, tmp_path):
     """A rollout function may use the trainer's own generation; its states count only if nothing was changed since."""
@@ -325,6 +326,7 @@ def test_states_of_a_rollout_function_that_generates(change, tmp_path):
     assert same_masks(model, processor, rows, collect) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tmp_path):
     model, processor = tiny_headed_model(family)
@@ -400,6 +402,7 @@ def test_text_model_with_segrl_rewards(tmp_path):
     assert collect.joined("prediction")[0].boxes.tolist() == [[0, 0, 8, 16]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_masks_are_never_those_of_the_lora_reference(wrapped, tmp_path):
     """The reference pass runs the same model with adapters off, or with a copy: its states are not the policy's."""

@@ -80,6 +80,7 @@ def rewards_of(trainer, name):
 NAMES = ["test_in_trainer_function", "test_in_trainer_async", "test_in_trainer_class"]
 
 
+@pytest.mark.slow
 def test_every_form_is_scored_alike_by_both_trainers(tmp_path):
     forms = [boxes_found, boxes_found_later, BoxesFound]
     ours = train(SegGRPOTrainer, [*forms, MoreThanTheOthers], tmp_path / "ours")

@@ -322,6 +322,7 @@ class TestTraining:
             log = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
             assert log["eval_loss"] == pytest.approx(log["eval_text"] + log["eval_dense/dice_ce"], abs=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("layout", ["images", "messages", "stream"])
     def test_layouts_of_the_data(self, layout, tmp_path):
         model, processor = tiny_headed_model()

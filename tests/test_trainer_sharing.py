@@ -141,6 +141,7 @@ def test_the_same_words_about_other_pictures(kind, tmp_path):
     assert len(set(batch["prompt_keys"])) == 2
 
 
+@pytest.mark.slow
 def test_evaluation(tmp_path):
     results = []
     for share in (True, False):
@@ -358,6 +359,7 @@ def unsupported(name: str) -> tuple[Any, str]:
     return model, "states of Qwen2ForCausalLM differ"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(expert|router|aux).*:UserWarning")
 @pytest.mark.parametrize("name", ["window", "router", "prompt-learning", "wrong"])
 def test_unsupported_model_trains_as_in_trl_with_one_warning(name, tmp_path):

@@ -251,6 +251,7 @@ class TestSaved:
             assert (one.propagator.postprocessing, one.propagator.reach) == (False, None)
         assert VolumeSegmenter(model[0], model[1]).settings.max_new_tokens == 256
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("merge", [False, True])
     def test_an_adapter(self, merge, row, tmp_path):
         base, processor = tiny_model("qwen3_vl", min_pixels=32 * 32, max_pixels=32 * 32)

@@ -67,8 +67,7 @@ def volume_record(
     Returns:
         What `segrl.evaluation.overlap_record` says of the voxels, and
 
-        - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None:
-          where there is no distance, a volume counts in the other scores alone,
+        - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None,
         - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0,
         - "slice_visibility", "slice_boxes": the rewards of these names, 0.0 for an invalid text,
         - "slice_index" of the prediction.

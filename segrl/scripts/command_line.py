@@ -11,16 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
 from segrl.errors import SegRLError, UnknownNameError, unknown_name
 from segrl.rewards.factory import make_reward
 from segrl.scripts.arguments import check_numbers
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Parser", "check_rewards", "find_preset", "missing_processes", "parse", "run_script"]
 
