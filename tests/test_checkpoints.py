@@ -1,6 +1,5 @@
 """Save, resume and load: full models and PEFT adapters with a mask head, in this process and in a fresh one."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,22 +13,17 @@ from builders import as_data, questions, tiny_headed_model, tiny_model, tiny_row
 from marks import slow_to_build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from script_modules import script_modules
-from test_models_loading import hub_key, write_hub_folder
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from segrl import DenseLoss, SegGRPOConfig, SegGRPOTrainer, SegSFTConfig, SegSFTTrainer
-from segrl.data import make_synthetic
 from segrl.errors import CheckpointError
 from segrl.heads import find_mask_head
 from segrl.inference import ReasoningSegmenter
-from segrl.models import restore_weights, seg_token_id, tiny_qwen2_5_vl
+from segrl.models import restore_weights, seg_token_id
 from segrl.predictions import ImagePromptSettings
-from segrl.segmenters import Sam2Segmenter
-from segrl.segmenters.sam2 import sam2_config
 
 SETTINGS = ImagePromptSettings(instruction="Answer.", max_new_tokens=60)
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
@@ -422,133 +416,3 @@ class TestPeft:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=r"adapter_config\.json: names no base model; set base_model_name"):
             ReasoningSegmenter.from_pretrained(tmp_path)
-
-
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The example's modules, found as its scripts find them."""
-    with script_modules(Path(__file__).parents[1] / "examples" / "core_seg") as modules:
-        yield modules
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Small files in the real layouts: a hub-style Qwen2.5-VL (tied, as 3B is) and MedSAM2's `.pt` at full size."""
-    folder = tmp_path_factory.mktemp("published")
-    # 3B has spare rows and no <seg>
-    model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64, max_pixels=56 * 56)
-    write_hub_folder(folder / "Qwen2.5-VL-3B-Instruct", model, processor)
-    torch.manual_seed(1)
-    segmenter = Sam2Segmenter(sam2_config("sam2.1_hiera_tiny", image_size=512))
-    torch.save({"model": segmenter.sam.state_dict()}, folder / "MedSAM2_latest.pt")
-    return folder / "Qwen2.5-VL-3B-Instruct", folder / "MedSAM2_latest.pt"
-
-
-class TestPublishedPreset:
-    @pytest.mark.slow
-    def test_one_step_of_each_stage_on_files_of_the_real_layout(self, example, published, tmp_path):
-        recipes, stages = example["recipes"], example["stages"]
-        recipe = recipes.find_recipe("core_seg_3b")
-        hub, checkpoint = published
-        rows = make_synthetic(2, size=64)
-        arguments = example["arguments"].ExampleArguments(
-            preset="core_seg_3b", model=str(hub), segmenter=str(checkpoint), rewards=list(recipe.rewards)
-        )
-        model, processor = stages.build_model(arguments, recipe, rows)
-        assert model.dtype == torch.bfloat16
-        head: Any = find_mask_head(model)
-        expected = torch.load(checkpoint, weights_only=True)["model"]
-        assert head.segmenter.image_size == 512
-        assert all(torch.equal(value, expected[name]) for name, value in head.segmenter.sam.state_dict().items())
-        assert not any(p.requires_grad for p in head.segmenter.sam.image_encoder.parameters())
-
-        on_cpu = {
-            **{"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True},
-            **{"gradient_accumulation_steps": 1, "save_strategy": "no"},
-        }
-        stage1 = tmp_path / "sft"
-        settings = SegSFTConfig(str(stage1), **{**recipe.sft, **on_cpu, "per_device_train_batch_size": 2})
-        prompts = recipes.rows_for(rows, processor, recipe, completions=True)
-        stages.train_stage1(arguments, settings, recipe, model, processor, prompts)
-        config = json.loads((stage1 / "adapter_config.json").read_text())
-        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (64, 128, 0.05)
-        assert config["base_model_name_or_path"] == str(hub)
-        adapter = load_file(stage1 / "adapter_model.safetensors")
-        moved = {key.split(".")[-2] for key, value in adapter.items() if "lora_B" in key and value.any()}
-        assert moved == {"lora_B"}
-        assert not any("visual" in key for key in adapter)
-        assert any("trainable_tokens_delta" in key for key in adapter)
-        history = json.loads((stage1 / "log_history.json").read_text())
-        assert {"text", "text_weighted", "dense/dice_ce", "dense/dice_ce_weighted"} <= history[0].keys()
-        trained = load_file(stage1 / "mask_head.safetensors")
-        changed = {
-            key
-            for key in trained
-            if key.startswith("segmenter.sam.") and not torch.equal(trained[key], expected[key[14:]])
-        }
-        assert changed
-        assert all(key.startswith("segmenter.sam.sam_mask_decoder.") for key in changed)
-
-        stage2 = tmp_path / "grpo"
-        sizes = {"per_device_train_batch_size": 4, "max_completion_length": 8}
-        settings = SegGRPOConfig(str(stage2), **{**recipe.grpo, **on_cpu, **sizes})
-        arguments.segmenter = None  # it is in the run of stage 1
-        model, processor = stages.load_run(stage1, arguments)
-        prompts = recipes.rows_for(rows, processor, recipe, completions=False)
-        stages.train_stage2(arguments, settings, recipe, model, processor, prompts)
-        history = json.loads((stage2 / "log_history.json").read_text())
-        assert {"kl", "policy", "dense/dice_ce", "rewards/box_f1/mean"} <= history[0].keys()
-        assert [entry["rewards/format/mean"] for entry in history if "rewards/format/mean" in entry] == [0.0]
-        segmenter = ReasoningSegmenter.from_pretrained(stage2, device="cpu")
-        assert segmenter.settings == {
-            "instruction": None,
-            "max_edge": 512,
-            "reasoning": True,
-            "max_new_tokens": recipe.max_new_tokens,
-        }
-        assert segmenter.predict(rows[0]["image"], rows[0]["query"], max_new_tokens=4).text is not None
-
-    def test_a_missing_weight_of_the_language_model_stops_it(self, example, published, tmp_path):
-        recipes = example["recipes"]
-        model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64)
-        state = {hub_key(name): value.contiguous() for name, value in model.state_dict().items()}
-        del state["model.layers.1.self_attn.q_proj.weight"]
-        write_hub_folder(tmp_path / "hub", model, processor, state=state)
-        with pytest.raises(
-            CheckpointError, match=r"1 missing: model\.language_model\.layers\.1\.self_attn\.q_proj\.weight"
-        ):
-            recipes.RECIPES["core_seg_3b"].build(make_synthetic(1), str(tmp_path / "hub"), str(published[1]))
-
-    @pytest.mark.long
-    def test_a_missing_weight_of_the_segmenter_stops_it(self, example, published, tmp_path):
-        recipes = example["recipes"]
-        state = torch.load(published[1], weights_only=True)["model"]
-        del state["memory_encoder.out_proj.bias"]
-        torch.save({"model": state}, tmp_path / "MedSAM2_latest.pt")
-        with pytest.raises(CheckpointError, match=r"\(1 parameters\): missing memory_encoder\.out_proj\.bias"):
-            recipes.RECIPES["core_seg_3b"].build(
-                make_synthetic(1), str(published[0]), str(tmp_path / "MedSAM2_latest.pt")
-            )
-
-    def test_its_numbers_are_the_published_ones(self, example):
-        recipes = example["recipes"]
-        recipe = recipes.find_recipe("core_seg_3b")
-        assert dataclasses.asdict(recipe)["lora"] == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
-        processes = 2
-        sft_batch = recipe.sft["per_device_train_batch_size"] * recipe.sft["gradient_accumulation_steps"] * processes
-        assert (sft_batch, recipe.sft["learning_rate"], recipe.sft["num_train_epochs"]) == (32, 1e-4, 1)
-        completions = (
-            recipe.grpo["per_device_train_batch_size"] * recipe.grpo["gradient_accumulation_steps"] * processes
-        )
-        assert completions / recipe.grpo["num_generations"] == 16  # prompts of one update
-        assert (recipe.grpo["num_generations"], recipe.grpo["learning_rate"], recipe.grpo["num_train_epochs"]) == (
-            4,
-            5e-6,
-            2,
-        )
-        assert list(recipe.rewards) == ["format", "box_f1", "dual_granularity_mask"]
-        assert recipe.prompt["max_edge"] == 512
-        assert recipe.freeze_encoder == (True, True)

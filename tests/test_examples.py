@@ -1,12 +1,16 @@
-"""The CORE-Seg example as a user runs it: scripts, files, flags, and every bad input of the command line."""
+"""The examples as a user runs them: scripts, files, flags, and every bad input of the command line.
+
+What all examples share is tested on each; the skeleton itself in `test_scripts_two_stages.py`, the own parts of
+MedVol-R1 in `test_examples_medvol.py`.
+"""
 
 import csv
 import json
-import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,359 +19,282 @@ import pytest
 import torch
 from datasets import DatasetDict
 from marks import slow_to_build
+from medvol_data import volumes
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from script_modules import script_modules
+from script_modules import ROOT, Example, read_json
+from test_models_loading import hub_key, write_hub_folder
 
-from segrl import ReasoningSegmenter, SegGRPOConfig, SegSFTConfig
-from segrl.data import make_synthetic, write_folder
-from segrl.scripts import Parser, run_script
-
-ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "core_seg"
-QUICK = ("--max_steps", "1", "--train_limit", "16", "--eval_limit", "4", "--dataloader_pin_memory", "false")
-PLAIN = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-SCORES = {"mdice", "miou", "fail"}
+from segrl import SegGRPOConfig, SegSFTConfig
+from segrl.data import load_volumes, make_synthetic, write_folder
+from segrl.evaluation import evaluate, evaluate_volumes
+from segrl.inference import ReasoningSegmenter, load
+from segrl.models import tiny_qwen2_5_vl
+from segrl.scripts import Parser, TwoStageRun, find_preset, parse
+from segrl.segmenters import Sam2Segmenter, sam2_config
 
 
-def launch(script: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
-    """`accelerate launch --cpu examples/core_seg/<script> <flags>` from the root; several processes by torchrun."""
-    accelerate = Path(sys.executable).with_name("accelerate")
-    command = [accelerate, "launch", "--cpu", "--num_processes", 1, *PLAIN]
-    if processes > 1:  # accelerate would start one
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        flags = (*flags, "--use_cpu", "true")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [str(part) for part in (*command, EXAMPLE / script, *flags)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+@dataclass(frozen=True)
+class Kind:
+    """An example, and what differs between them."""
+
+    example: Example
+    run_class: str
+    rewards: Sequence[str]
+    baseline: str
+    pictures: str
+    scores: set[str]
+    short: Sequence[object]  # flags of a short main job
+    quick: Sequence[object]  # flags of one step of stage 1 on `data`
+
+    @property
+    def runs(self) -> type[TwoStageRun]:
+        return getattr(self.example.modules["recipe"], self.run_class)
+
+
+PIN = ("--dataloader_pin_memory", "false")
+KINDS = [
+    Kind(
+        Example("core_seg"),
+        "CoreSegRun",
+        ("format", "box_f1", "dual_granularity_mask"),
+        "baseline",
+        "predictions.png",
+        {"mdice", "miou", "fail"},
+        ("--train_limit", 32, "--eval_limit", 8),
+        ("--max_steps", 1, "--train_limit", 16, "--eval_limit", 4, *PIN),
+    ),
+    Kind(
+        Example("medvol_r1"),
+        "MedVolRun",
+        ("slice_format", "slice_visibility", "slice_boxes", "propagated_dice"),
+        "oracle",
+        "pictures",
+        {"mdice", "miou", "fail", "nsd", "slice_visibility", "slice_boxes"},
+        (
+            *("--train_limit", 9, "--eval_limit", 2),
+            *("--per_device_train_batch_size", 8, "--max_completion_length", 40),
+        ),
+        ("--max_steps", 1, "--eval_limit", 2, "--per_device_train_batch_size", 2, *PIN),
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.example.name)
+def kind(request) -> Kind:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """The scripts' modules by name."""
-    with script_modules(EXAMPLE) as modules:
-        yield modules
+def data(kind, tmp_path_factory) -> Path:
+    """A folder with rows to train and to test on."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    return lesions(folder) if kind.example.name == "core_seg" else volumes(folder, ["train", "test"], 2)
 
 
-@pytest.fixture(scope="module")
-def example(modules):
-    """`example(script, *flags)` runs a script inside this process, as its `__main__` does; returns the exit code."""
-
-    def run(script: str, *flags: object) -> int:
-        flags = (*flags, "--use_cpu", "true") if script.startswith("train") else flags
-        try:
-            run_script(modules[script].check, [str(flag) for flag in flags])
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A folder with 24 rows to train on and 8 to test on."""
-    folder = tmp_path_factory.mktemp("data") / "lesions"
+def lesions(folder: Path) -> Path:
     return write_folder(make_synthetic(32, size=64), folder, split=["train"] * 24 + ["test"] * 8)
 
 
 @pytest.fixture(scope="module")
 @slow_to_build
-def main_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The main job, shortened, with a checkpoint at each step."""
+def main_run(kind, tmp_path_factory) -> tuple[Path, str, str]:
+    """The main job, shortened, with a checkpoint at each step; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("main") / "run"
-    flags = ("--max_steps", 2, "--eval_limit", 8, "--train_limit", 32, "--output_dir", folder)
-    done = launch("train_grpo.py", *flags, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done
+    code, out, err = kind.example.run("train_grpo", *two_steps(kind, folder))
+    assert code == 0, err[-3000:]
+    return folder, out, err
 
 
-@pytest.fixture(scope="module")
-@slow_to_build
-def sft_run(tmp_path_factory, data) -> tuple[Path, subprocess.CompletedProcess]:
-    """Stage 1 on a folder data set."""
-    folder = tmp_path_factory.mktemp("sft") / "run"
-    done = launch("train_sft.py", "--data", data, "--max_steps", 1, "--output_dir", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done
+def two_steps(kind: Kind, folder: Path) -> tuple[object, ...]:
+    saved = ("--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 1)
+    return ("--max_steps", 2, *kind.short, *saved, *PIN, "--output_dir", folder)
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """What each step of stage 2 logged."""
+    return [entry for entry in read_json(run / "log_history.json") if "reward" in entry]
 
 
-def check_summary(summary: dict[str, Any], n: int) -> None:
+def check_summary(kind: Kind, summary: dict[str, Any], n: int) -> None:
     """What `results.json` documents for one model."""
 
     def check_scores(scores: dict[str, Any]) -> None:
-        for name in SCORES:
+        for name in kind.scores:
             low, high = scores["ci95"][name]
             assert 0 <= low <= scores[name] <= high <= 1
 
-    assert set(summary) == {*SCORES, "n", "ci95", "groups"}
+    volumes = {"hd95_mm", "n_scored"} if kind.baseline == "oracle" else set()
+    assert set(summary) == {*kind.scores, *volumes, "n", "ci95", "groups"}
     assert summary["n"] == n
     check_scores(summary)
-    assert set(summary["groups"]) == {"modality", "anatomy"}
+    assert set(summary["groups"]) == ({"lesion"} if volumes else {"modality", "anatomy"})
     for groups in summary["groups"].values():
         assert sum(group["n"] for group in groups.values()) == n
         for group in groups.values():
-            assert set(group) == {*SCORES, "n", "ci95"}
             check_scores(group)
+    if volumes:
+        assert (summary["hd95_mm"] is None) == (not summary["n_scored"]["hd95_mm"])
 
 
 # ---- the main job ----------------------------------------------------------------------------------------------------
 
 
-def test_results_have_the_documented_layout(main_run):
-    results = read(main_run[0] / "results.json")
-    assert set(results) == {"baseline", "stage1", "stage2", "config", "versions"}
-    for stage in ("baseline", "stage1", "stage2"):
-        check_summary(results[stage], n=8)
-    assert results["baseline"]["mdice"] > 0
-    assert {"torch", "transformers", "trl", "segrl", "python"} <= set(results["versions"])
+def test_results_have_the_documented_layout(kind, main_run):
+    run, results = main_run[0], read_json(main_run[0] / "results.json")
+    more = {"gain", "encoded_slices"} if kind.baseline == "oracle" else set()
+    assert set(results) == {kind.baseline, "stage1", "stage2", "config", "versions", *more}
+    rows = results["stage2"]["n"]
+    for stage in (kind.baseline, "stage1", "stage2"):
+        check_summary(kind, results[stage], n=rows)
+    assert results[kind.baseline]["mdice"] > 0
+    assert {"torch", "transformers", "trl", "segrl", "python", "sam2"} <= set(results["versions"])
     config = results["config"]
-    assert config["preset"] == "tiny"
-    assert config["rewards"] == ["format", "box_f1", "dual_granularity_mask"]
+    assert (config["preset"], config["rewards"]) == ("tiny", list(kind.rewards))
     assert config["grpo"]["max_steps"] == config["sft"]["max_steps"] == 2
-    assert config["sft"]["output_dir"] == str(main_run[0] / "stage1")
+    assert config["sft"]["output_dir"] == str(run / "stage1")
     assert config["sft"]["logging_steps"] == 1  # a flag of the machine holds for both stages
     assert config["sft"]["learning_rate"] > config["grpo"]["learning_rate"]  # one of the method does not
-
-
-def test_pictures_and_records_are_written(main_run):
-    with Image.open(main_run[0] / "predictions.png") as sheet:
-        sheet.load()
-        assert sheet.width > 4 * 192
-    records = read(main_run[0] / "predictions.json")
-    assert len(records) == 8
+    records = read_json(run / "predictions.json")
+    assert len(records) == rows
     assert {"dice", "iou", "fail", "text", "status", "boxes", "query", "modality", "name"} <= set(records[0])
-    assert np.mean([record["dice"] for record in records]) == pytest.approx(
-        read(main_run[0] / "results.json")["stage2"]["mdice"]
-    )
+    assert np.mean([record["dice"] for record in records]) == pytest.approx(results["stage2"]["mdice"])
+    assert (run / kind.pictures).exists()
 
 
-def test_logs_hold_every_term_of_the_objectives(main_run):
-    first, second = (read(main_run[0] / part / "log_history.json") for part in ("stage1", "."))
-    terms = {"dense/dice_ce", "dense/dice_ce_weighted"}
-    assert {"loss", "text", "text_weighted", "mask/dice", *terms} <= set().union(*first)
-    steps = [entry for entry in second if "reward" in entry]
+def test_logs_hold_every_term_of_the_objectives(kind, main_run):
+    steps = steps_of(main_run[0])
     assert [entry["step"] for entry in steps] == [1, 2]
     for entry in steps:
-        rewards = [entry[f"rewards/{name}/mean"] for name in ("format", "box_f1", "dual_granularity_mask")]
+        rewards = [entry[f"rewards/{name}/mean"] for name in kind.rewards]
         assert entry["reward"] == pytest.approx(sum(rewards), abs=1e-5)
-        assert {"policy", "policy_weighted", "rollout/dice", "rollout/fail", *terms} <= set(entry)
-        assert entry["loss"] == pytest.approx(entry["policy"] + entry["dense/dice_ce"], abs=1e-3)
+        assert {"rollout/dice", "rollout/fail", "rollout/valid"} <= set(entry)
+        if kind.baseline == "baseline":
+            assert entry["loss"] == pytest.approx(entry["policy"] + entry["dense/dice_ce"], abs=1e-3)
+        else:
+            assert {"kl", "rollout/encoded_slices"} <= set(entry)
+    if kind.baseline == "baseline":
+        terms = {"loss", "text", "text_weighted", "mask/dice", "dense/dice_ce", "dense/dice_ce_weighted"}
+        assert terms <= set().union(*read_json(main_run[0] / "stage1" / "log_history.json"))
 
 
-def test_bars_and_table_are_shown(main_run):
-    done = main_run[1]
-    assert "2/2 [" in done.stderr
-    assert done.stdout.count("evaluate ") == 2
-    rows = re.findall(r"^│ (baseline|stage1|stage2) +│ +\d+\.\d\d \[.*│ +8 │$", done.stdout, re.MULTILINE)
-    assert rows == ["baseline", "stage1", "stage2"]
-    assert "modality: MRI" in done.stdout
-    assert "anatomy: Head" in done.stdout
-    assert f"Written to {main_run[0]}: results.json" in done.stdout
+def test_bars_and_table_are_shown(kind, main_run):
+    folder, out, err = main_run
+    assert "2/2 [" in err
+    bars = ["oracle"] * (kind.baseline == "oracle") + ["evaluate"] * 2
+    assert re.findall(r"^(\w+) ━+ 100%", out, re.MULTILINE)[-len(bars) :] == bars
+    rows = re.findall(rf"^│ ({kind.baseline}|stage1|stage2) .*│$", out, re.MULTILINE)
+    assert rows == [kind.baseline, "stage1", "stage2"]
+    assert f"Written to {folder}: results.json, predictions.json, {kind.pictures}" in out
 
 
-def test_the_checkpoint_gives_the_same_predictions_in_another_process(main_run):
-    segmenter = ReasoningSegmenter.from_pretrained(main_run[0], device="cpu")
-    assert segmenter.settings["reasoning"] is True
-    test = make_synthetic(8, size=112, seed=43)
-    predictions = segmenter.predict_batch(test["image"], test["query"])
-    assert [prediction.text for prediction in predictions] == [
-        record["text"] for record in read(main_run[0] / "predictions.json")
-    ]
+def test_the_run_loads_again_and_predicts_the_same(kind, main_run, tmp_path):
+    run = main_run[0]
+    segmenter = load(run, device="cpu")
+    if isinstance(segmenter, ReasoningSegmenter):
+        records = evaluate(segmenter, make_synthetic(8, size=112, seed=43), batch_size=8, progress=False)
+    else:
+        records = evaluate_volumes(segmenter, load_volumes(run / "data" / "test"), batch_size=2, progress=False)
+    assert json.loads(json.dumps(records)) == read_json(run / "predictions.json")
 
 
-def test_an_interrupted_run_is_continued(main_run, tmp_path, example):
+@pytest.mark.long
+def test_an_interrupted_run_is_continued(kind, main_run, tmp_path):
     run = shutil.copytree(main_run[0], tmp_path / "run")
     for path in run.iterdir():  # what a run holds that was killed after its first checkpoint
-        if path.name not in ("checkpoint-1", "stage1", "segrl_run.json"):
+        if path.name not in ("checkpoint-1", "stage1", "segrl_run.json", "segmenter.json", "segmenter.safetensors"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    stage1 = (run / "stage1" / "model.safetensors").stat().st_mtime_ns
-    flags = ("--max_steps", 2, "--eval_limit", 8, "--train_limit", 32, "--output_dir", run, "--logging_steps", 1)
-    assert example("train_grpo", *flags, *QUICK[-2:], "--resume_from_checkpoint", "last") == 0
-    assert (run / "stage1" / "model.safetensors").stat().st_mtime_ns == stage1
-    whole, resumed = (read(folder / "log_history.json") for folder in (main_run[0], run))
+    kind.example.done("train_grpo", *two_steps(kind, run), "--resume_from_checkpoint", "last")
+    whole, resumed = (read_json(folder / "log_history.json") for folder in (main_run[0], run))
     assert [entry["step"] for entry in resumed] == [entry["step"] for entry in whole]
     assert resumed[0] == whole[0]
     assert resumed[1]["loss"] == pytest.approx(whole[1]["loss"], abs=1e-4)
-    for name in ("model.safetensors", "mask_head.safetensors"):
+    for name in ("model.safetensors", *(["mask_head.safetensors"] if kind.baseline == "baseline" else [])):
         expected, found = load_file(main_run[0] / name), load_file(run / name)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
-    check_summary(read(run / "results.json")["stage2"], n=8)
+
+
+def test_evaluation_of_a_run(kind, main_run, tmp_path):
+    out = tmp_path / "out"
+    rows = read_json(main_run[0] / "results.json")["stage2"]["n"]
+    flags = ("--model", main_run[0], "--eval_limit", rows, "--train_limit", 2, "--output_dir", out)
+    kind.example.done("evaluate", *flags)
+    results, trained = read_json(out / "results.json"), read_json(main_run[0] / "results.json")
+    assert set(results) == {kind.baseline, "model", "config", "versions"}
+    assert results["model"] == trained["stage2"]
+    assert (out / kind.pictures).exists()
+    if kind.baseline == "oracle":
+        assert results["oracle"] == trained["oracle"]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run(kind, data, tmp_path):
+    """Weights of model, head, segmenter and adapters, whatever was drawn before."""
+    runs = [tmp_path / name for name in ("one", "two", "other")]
+    for seed, run in zip((7, 7, 8), runs, strict=True):
+        torch.rand(seed)
+        flags = ("--data", data, *kind.quick, "--seed", seed, "--output_dir", run)
+        kind.example.done("train_sft", *flags)
+    files = [path.name for path in runs[0].glob("*.safetensors")]
+    assert len(files) == 2
+    one, two, other = ([(run / name).read_bytes() for name in files] for run in runs)
+    assert one == two
+    assert one != other
 
 
 @pytest.mark.long
-def test_two_processes_finish(data, tmp_path):
-    flags = ("--data", data, "--max_steps", 1, "--train_limit", 16, "--eval_limit", 4, "--output_dir", tmp_path / "run")
-    done = launch("train_grpo.py", *flags, "--per_device_train_batch_size", 8, processes=2)
+def test_two_processes_finish(kind, data, tmp_path):
+    flags = ("--data", data, *kind.quick, "--per_device_train_batch_size", 8, "--max_completion_length", 48)
+    done = kind.example.launch("train_grpo", *flags, "--output_dir", tmp_path / "run", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to") == 1
-    check_summary(read(tmp_path / "run" / "results.json")["stage2"], n=4)
-    done = launch("train_grpo.py", "--data", data, "--output_dir", tmp_path / "run", processes=2)
+    rows = 4 if kind.baseline == "baseline" else 2
+    check_summary(kind, read_json(tmp_path / "run" / "results.json")["stage2"], n=rows)
+    done = kind.example.launch("train_grpo", "--data", data, "--output_dir", tmp_path / "run", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: output_dir") == 1
 
 
-# ---- data and models of one's own ------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_stage1_on_a_folder(sft_run, data):
-    folder, done = sft_run
-    results = read(folder / "results.json")
-    assert set(results) == {"baseline", "stage1", "config", "versions"}
-    check_summary(results["stage1"], n=8)
-    assert results["config"]["data"] == str(data)
-    assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE)[:2] == ["baseline", "stage1"]
-    assert (folder / "predictions.png").is_file()
-
-
-@pytest.mark.long
-def test_stage2_from_a_stage1_run_on_a_data_set_on_disk(sft_run, data, tmp_path, example):
-    rows = make_synthetic(24, size=64).remove_columns(["modality", "name"])
-    DatasetDict({"train": rows.select(range(16)), "test": rows.select(range(16, 24))}).save_to_disk(
-        str(tmp_path / "data")
-    )
-    out = tmp_path / "run"
-    assert example("train_grpo", "--model", sft_run[0], "--data", tmp_path / "data", *QUICK, "--output_dir", out) == 0
-    assert not (out / "stage1").exists()
-    results = read(out / "results.json")
-    assert set(results) == {"baseline", "stage1", "stage2", "config", "versions"}
-    assert list(results["stage2"]["groups"]["modality"]) == ["unspecified"]
-    assert [record["name"] for record in read(out / "predictions.json")] == [f"row {n}" for n in range(4)]
-
-
-def test_evaluation_of_a_run(sft_run, data, tmp_path):
-    out = tmp_path / "evaluation"
-    done = subprocess.run(
-        [sys.executable, EXAMPLE / "evaluate.py", "--model", sft_run[0], "--data", data, "--output_dir", out],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE)[:2] == ["baseline", "model"]
-    results, trained = read(out / "results.json"), read(sft_run[0] / "results.json")
-    assert set(results) == {"baseline", "model", "config", "versions"}
-    check_summary(results["model"], n=8)
-    assert results["model"] == trained["stage1"]
-    assert results["baseline"] == trained["baseline"]
-    assert (out / "predictions.png").is_file()
-
-
-def test_evaluation_on_a_test_split_alone(sft_run, tmp_path, example, capsys):
-    folder = write_folder(make_synthetic(3, size=64, seed=5), tmp_path / "data", split="test")
-    flags = ("--model", sft_run[0], "--data", folder, "--output_dir", tmp_path / "out")
-    assert example("evaluate", *flags) == 0
-    assert set(read(tmp_path / "out" / "results.json")) == {"model", "config", "versions"}
-    assert example("evaluate", *flags) == 2
-    assert "is not empty" in capsys.readouterr().err
-    assert example("evaluate", *flags, "--overwrite", "--eval_limit", 2) == 0
-    assert read(tmp_path / "out" / "results.json")["model"]["n"] == 2
-
-
-# ---- ablations: one command each -------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_without_chain_of_thought(data, tmp_path, example):
-    assert example("train_grpo", "--no_reasoning", "--data", data, *QUICK, "--output_dir", tmp_path / "run") == 0
-    assert ReasoningSegmenter.from_pretrained(tmp_path / "run").settings["reasoning"] is False
-    assert read(tmp_path / "run" / "results.json")["config"]["grpo"]["require_reasoning"] is False
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("rewards", [["format", "box_f1"], ["format", "dual_granularity_mask"]], ids=" + ".join)
-def test_some_of_the_rewards(sft_run, data, tmp_path, example, rewards):
-    flags = ("--model", sft_run[0], "--data", data, *QUICK, "--output_dir", tmp_path / "run")
-    assert example("train_grpo", "--rewards", *rewards, *flags) == 0
-    (entry,) = [entry for entry in read(tmp_path / "run" / "log_history.json") if "reward" in entry]
-    assert {key for key in entry if re.fullmatch("rewards/.*/mean", key)} == {
-        f"rewards/{name}/mean" for name in rewards
-    }
-
-
-@pytest.mark.long
-def test_without_dense_losses(data, tmp_path, example):
-    assert example("train_grpo", "--dense_weight", 0, "--data", data, *QUICK, "--output_dir", tmp_path / "run") == 0
-    for part in ("stage1", "."):
-        history = read(tmp_path / "run" / part / "log_history.json")
-        assert not any(key.startswith("dense/") for entry in history for key in entry)
-    heads = [load_file(tmp_path / "run" / part / "mask_head.safetensors") for part in ("stage1", ".")]
-    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
-
-
-@pytest.mark.slow
-def test_stage2_alone(data, tmp_path, example):
-    flags = ("--adapter", "mlp", "--data", data, *QUICK, "--output_dir", tmp_path / "run")
-    assert example("train_grpo", "--skip_stage1", *flags) == 0
-    assert set(read(tmp_path / "run" / "results.json")) == {"baseline", "stage2", "config", "versions"}
-    assert not (tmp_path / "run" / "stage1").exists()
-    assert read(tmp_path / "run" / "mask_head.json")["adapter"]["type"] == "mlp"
-
-
-@pytest.mark.long
-def test_another_adapter_and_probe(data, tmp_path, example):
-    flags = ("--data", data, "--max-steps", 1, *QUICK[2:], "--output_dir", tmp_path / "run")
-    assert example("train_grpo", "--adapter", "linear", "--probe", "answer", *flags) == 0
-    for part in ("stage1", "."):
-        head = read(tmp_path / "run" / part / "mask_head.json")
-        assert (head["adapter"]["type"], head["probe"]["type"]) == ("linear", "answer")
-    assert read(tmp_path / "run" / "results.json")["config"]["sft"]["max_steps"] == 1
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "flags",
-    [["--adapter", "semantic_guided", "--probe", "answer"], ["--adapter", "mlp", "--probe", "seg_token"]],
-    ids=" ".join,
-)
-def test_stage1_with_parts_of_the_head(data, tmp_path, example, flags):
-    assert example("train_sft", *flags, "--data", data, *QUICK, "--output_dir", tmp_path / "run") == 0
-    head = read(tmp_path / "run" / "mask_head.json")
-    assert ["--adapter", head["adapter"]["type"], "--probe", head["probe"]["type"]] == flags
-
-
-def test_the_documented_commands_are_understood(modules):
-    text = (EXAMPLE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^(?:accelerate launch|python) examples/core_seg/(\w+)\.py ?(.*)$", text, re.MULTILINE)
-    assert len(commands) >= 12
+def test_the_documented_commands_are_understood(kind):
+    runs, text = kind.runs, (kind.example.folder / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    name = kind.example.name
+    commands = re.findall(rf"^(?:accelerate launch|python) examples/{name}/(\w+)\.py ?(.*)$", text, re.MULTILINE)
+    assert len(commands) >= 16
+    scripts = {path.stem for path in kind.example.folder.glob("*.py")} - {"recipe", "segmenter", "warmup"}
+    assert {script for script, _ in commands} == scripts
     for script, flags in commands:
-        argv = flags.split("#")[0].split()
+        argv = shlex.split(flags, comments=True)
         if script == "evaluate":
-            Parser(modules["arguments"].EvaluateArguments).read(argv)
+            Parser(runs.evaluation_flags).read(argv)
+        elif script == "predict":
+            assert kind.example.modules["predict"].parser().parse_args(argv).output == "mask.nii.gz"
+        elif script == "tables":
+            assert argv
+            assert not any(flag.startswith("-") for flag in argv)
         else:
+            if "--deepspeed" in argv:  # is not installed with segrl
+                at = argv.index("--deepspeed")
+                assert read_json(ROOT / argv[at + 1])["zero_optimization"]["stage"] == 2
+                del argv[at : at + 2]
             config, stage = {"train_sft": (SegSFTConfig, "sft"), "train_grpo": (SegGRPOConfig, "grpo")}[script]
-            modules["arguments"].read(config, stage, "runs/out", [*argv, "--bf16", "false"])
-
-
-# ---- bad input: one clear message, exit code 2, nothing written or lost ----------------------------------------------
-
-
-def refused(example, capsys, script: str, *flags: object) -> str:
-    """The message of a call that must be refused."""
-    capsys.readouterr()
-    assert example(script, *flags) == 2
-    lines = capsys.readouterr().err.splitlines()
-    (start,) = [n for n, line in enumerate(lines) if line.startswith("error: ")]
-    return "\n".join(lines[start:])
+            parse(
+                [*argv, "--bf16", "false"],
+                runs.training_flags,
+                config,
+                defaults=lambda known, stage=stage: getattr(find_preset(known.preset, runs.recipes), stage),
+            )
 
 
 @pytest.mark.parametrize("script", ["train_sft", "train_grpo", "evaluate"])
-def test_help_shows_the_flags_of_the_example_first(example, capsys, script):
-    assert example(script, "--help") == 0
-    flags = re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE)
+def test_help_shows_the_flags_of_the_example_first(kind, script):
+    code, out, _ = kind.example.run(script, "--help")
+    assert code == 0
+    flags = re.findall(r"^  (--\w+)", out, re.MULTILINE)
     assert flags[:2] == ["--preset", "--data"]
     assert flags.index("--model") < flags.index("--output_dir")
     assert ("--learning_rate" in flags) is script.startswith("train")
@@ -375,67 +302,178 @@ def test_help_shows_the_flags_of_the_example_first(example, capsys, script):
 
 @pytest.mark.slow
 def test_an_error_of_a_script_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLE / "train_grpo.py", "--preset", "tyny", "--output_dir", tmp_path / "run"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = KINDS[0].example.launch("train_grpo", "--preset", "tyny", "--output_dir", tmp_path / "run")
     assert done.returncode == 2
     assert done.stderr == "error: unknown preset 'tyny'; did you mean 'tiny'? Known: core_seg_3b, tiny\n"
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--preset", "tyny"], "unknown preset 'tyny'; did you mean 'tiny'?"),
-        (["--rewards", "format", "box_f2"], "unknown reward 'box_f2'; did you mean 'box_f1'?"),
-        (["--rewards", "format", "format"], "--rewards format format: a reward is named twice"),
-        (["--max_stps", "3"], "unknown flag '--max_stps'; did you mean '--max_steps'?"),
-        (["--max_step=3"], "unknown flag '--max_step'; did you mean '--max_steps'?"),
-        (["somewhere"], "unexpected argument 'somewhere'"),
-        (["--max_steps", "three"], "argument --max_steps/--max-steps: invalid int value: 'three'"),
-        (["--num_generations", "5"], "must be divisible by num_generations"),
-        (["--train_limit", "0"], "--train_limit 0: expected 1 or more"),
-        (["--eval_limit", "-1"], "--eval_limit -1: expected 1 or more"),
-        (["--eval_batch_size", "0"], "--eval_batch_size 0: expected 1 or more"),
-        (["--dense_weight", "-1"], "--dense_weight -1.0: expected 0 or more"),
-        (["--dense_weight", "nan"], "--dense_weight nan: expected 0 or more"),
-        (["--data", "no_such_folder"], "--data 'no_such_folder': no such folder"),
-        (["--data", "no_such_owner/name"], "--data 'no_such_owner/name' cannot be loaded"),
-        (["--resume_from_checkpoint", "last"], "--resume_from_checkpoint last: no checkpoint in"),
-        (["--resume_from_checkpoint", "no/checkpoint-1"], "--resume_from_checkpoint 'no/checkpoint-1': no checkpoint"),
+FEW = ("--train_limit", 3, "--eval_limit", 2)
+BAD_FLAGS = [
+    (["--max_stps", "3"], "unknown flag '--max_stps'; did you mean '--max_steps'?"),
+    (["--max_step=3"], "unknown flag '--max_step'; did you mean '--max_steps'?"),
+    (["somewhere"], "unexpected argument 'somewhere'"),
+    (["--max_steps", "three"], "argument --max_steps/--max-steps: invalid int value: 'three'"),
+    (["--num_generations", "5"], "must be divisible by num_generations"),
+    (["--train_limit", "0"], "--train_limit 0: expected 1 or more"),
+    (["--eval_batch_size", "0"], "--eval_batch_size 0: expected 1 or more"),
+    (["--frame_kind", "px"], "argument --frame_kind/--frame-kind: invalid choice: 'px'"),
+    (["--rewards", "format", "format"], "--rewards format format: a reward is named twice"),
+    (["--data", "no_such_folder"], "--data 'no_such_folder': no such folder"),
+    (["--data", "no_such_owner/name"], "--data 'no_such_owner/name' cannot be loaded"),
+    (["--resume_from_checkpoint", "no/checkpoint-1"], "--resume_from_checkpoint 'no/checkpoint-1': no checkpoint"),
+    (["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
+    (["--segmenter", "no_such.pt"], "SAM 2 checkpoint 'no_such.pt' does not exist"),
+    (["--per_device_train_batch_size", "5000"], "training rows, expected at least 1250"),
+]
+OWN_BAD_FLAGS = {
+    "core_seg": [
+        ("train_grpo", ["--dense_weight", "-1"], "--dense_weight -1.0: expected 0 or more"),
+        ("train_grpo", ["--dense_weight", "nan"], "--dense_weight nan: expected 0 or more"),
+        ("train_grpo", ["--model", "."], "--model '.' has no mask head (no mask_head.json)"),
+        ("train_sft", ["--adapter", "lineer"], "unknown adapter 'lineer'; did you mean 'linear'?"),
+        ("train_sft", ["--probe", "answr"], "unknown probe 'answr'; did you mean 'answer'?"),
+        ("train_sft", ["--rewards", "format"], "--rewards is for train_grpo.py"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_flags(example, capsys, tmp_path, flags, message):
-    assert message in refused(example, capsys, "train_grpo", *flags, "--output_dir", tmp_path / "run")
+    "medvol_r1": [
+        ("train_grpo", ["--drop_rewards", "slice_bxes"], "--drop_rewards 'slice_bxes'; did you mean 'slice_boxes'?"),
+        ("train_grpo", ["--reach", "-1"], "--reach -1: expected 0 or more"),
+        ("train_grpo", ["--key_slices", "0"], "--key_slices 0: expected 1 or more"),
+        ("train_grpo", ["--segmenter_steps", "0"], "--segmenter_steps 0: expected 1 or more"),
+        ("train_grpo", ["--prompt_boxes", "some"], "invalid choice: 'some'"),
+        ("train_grpo", ["--m3d_seg", "KiTS23"], "--m3d_seg KiTS23: pass --data with the folder of M3D-Seg too"),
+        ("train_grpo", ["--data", ".", "--m3d_seg", "KiTS24"], "data set of M3D-Seg 'KiTS24'; did you mean 'KiTS23'?"),
+        ("train_grpo", ["--data", ".", "--m3d_seg", "KiTS23"], ".: no data set 0004 of M3D-Seg; expected 0004/0004"),
+        ("train_grpo", ["--model", "."], "--model '.' holds no model"),
+        ("train_sft", ["--reach", "2"], "--reach is for train_grpo.py"),
+        (
+            "evaluate",
+            ["--model", "x", "--split", "tset"],
+            "synthetic volumes 'tset'; did you mean 'test'?",
+        ),
+        ("evaluate", ["--model", "x", "--m3d_seg", "KiTS23"], "pass --data with the folder of M3D-Seg too"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=lambda value: str(value)[:40])
+def test_bad_flags(kind, tmp_path, flags, message):
+    assert message in kind.example.refused("train_grpo", *FEW, *flags, "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_flags_of_its_own(kind, tmp_path):
+    for script, flags, message in OWN_BAD_FLAGS[kind.example.name]:
+        assert message in kind.example.refused(script, *FEW, *flags, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_sets_on_disk(kind, data, tmp_path):
+    rows = make_synthetic(4, size=64) if kind.baseline == "baseline" else load_volumes(data, "train")
+    rows.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": rows, "tset": rows}).save_to_disk(str(tmp_path / "split"))
+    DatasetDict({"train": rows.remove_columns("query"), "test": rows}).save_to_disk(str(tmp_path / "query"))
+    for name, message in [
+        ("one", "is one data set; expected the splits train and test"),
+        ("split", "'test'; did you mean 'tset'?"),
+        ("query", "lacks the columns ['query']"),
+    ]:
+        flags = ("--data", tmp_path / name, "--output_dir", tmp_path / "run")
+        assert message in kind.example.refused("train_grpo", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- CORE-Seg: ablations, one command each ---------------------------------------------------------------------------
+
+CORE_SEG, QUICK = KINDS[0].example, KINDS[0].quick
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return lesions(tmp_path_factory.mktemp("images") / "lesions")
+
+
+@pytest.fixture(scope="module")
+@slow_to_build
+def sft_run(tmp_path_factory, images) -> Path:
+    """One step of stage 1."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    CORE_SEG.done("train_sft", "--data", images, *QUICK, "--output_dir", folder)
+    return folder
+
+
+@pytest.mark.long
+def test_stage2_from_a_stage1_run_on_a_data_set_on_disk(sft_run, tmp_path):
+    """Without chain of thought, which stage 1 had, and with some of the rewards."""
+    rows = make_synthetic(24, size=64).remove_columns(["modality", "name"])
+    splits: Any = {"train": rows.select(range(16)), "test": rows.select(range(16, 24))}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
+    run = tmp_path / "run"
+    flags = ("--no_reasoning", "--rewards", "format", "box_f1", "--data", tmp_path / "data", *QUICK)
+    CORE_SEG.done("train_grpo", "--model", sft_run, *flags, "--output_dir", run)
+    assert not (run / "stage1").exists()
+    assert list(read_json(run / "results.json")["stage2"]["groups"]["modality"]) == ["unspecified"]
+    assert [record["name"] for record in read_json(run / "predictions.json")] == [f"row {n}" for n in range(4)]
+    assert [load(folder).settings.reasoning for folder in (sft_run, run)] == [True, False]
+    (entry,) = steps_of(run)
+    rewards = {f"rewards/{name}/mean" for name in ("format", "box_f1")}
+    assert {key for key in entry if re.fullmatch("rewards/.*/mean", key)} == rewards
+
+
+@pytest.mark.long
+def test_without_dense_losses(images, tmp_path):
+    run = tmp_path / "run"
+    CORE_SEG.done("train_grpo", "--dense_weight", 0, "--data", images, *QUICK, "--output_dir", run)
+    for part in ("stage1", "."):
+        history = read_json(run / part / "log_history.json")
+        assert not any(key.startswith("dense/") for entry in history for key in entry)
+    heads = [load_file(run / part / "mask_head.safetensors") for part in ("stage1", ".")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "flags", "message"),
+    ("script", "adapter", "probe", "more"),
     [
-        ("train_sft", ["--adapter", "lineer"], "unknown adapter 'lineer'; did you mean 'linear'?"),
-        ("train_sft", ["--probe", "answr"], "unknown probe 'answr'; did you mean 'answer'?"),
-        ("train_sft", ["--rewards", "format"], "--rewards is for train_grpo.py"),
-        ("train_sft", ["--model", "no_such_model"], "--model 'no_such_model': no such folder"),
-        ("train_sft", ["--segmenter", "no_such.pt"], "SAM 2 checkpoint 'no_such.pt' does not exist"),
-        ("train_grpo", ["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
-        ("train_grpo", ["--model", "."], "--model '.' has no mask head"),
-        ("train_grpo", ["--per_device_train_batch_size", "2000"], "training rows, expected at least 500"),
-        ("evaluate", ["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
-        ("evaluate", [], "--model is missing"),
+        ("train_grpo", "linear", "answer", []),
+        pytest.param("train_grpo", "mlp", "seg_token", ["--skip_stage1"], marks=pytest.mark.long),
+        pytest.param("train_sft", "semantic_guided", "answer", [], marks=pytest.mark.long),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_models_and_parts(example, capsys, tmp_path, data, script, flags, message):
-    flags = (*flags, "--data", data, "--output_dir", tmp_path / "run")
-    assert message in refused(example, capsys, script, *flags)
+def test_other_parts_of_the_head(images, tmp_path, script, adapter, probe, more):
+    run = tmp_path / "run"
+    flags = ("--adapter", adapter, "--probe", probe, "--data", images, *QUICK, "--output_dir", run)
+    CORE_SEG.done(script, *flags, *more)
+    folders = [run] if more or script == "train_sft" else [run / "stage1", run]
+    assert (run / "stage1").exists() is (len(folders) == 2)
+    for folder in folders:
+        head = read_json(folder / "mask_head.json")
+        assert (head["adapter"]["type"], head["probe"]["type"]) == (adapter, probe)
+
+
+def test_a_run_is_not_trained_further_with_other_parts(tmp_path, sft_run, images):
+    flags = ("--model", sft_run, "--data", images, "--output_dir", tmp_path / "run")
+    assert "--adapter belongs to stage 1" in CORE_SEG.refused("train_grpo", "--adapter", "mlp", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, images, sft_run):
+    for script, spoiled in [("train_grpo", "model.safetensors"), ("evaluate", "mask_head.safetensors")]:
+        model = shutil.copytree(sft_run, tmp_path / script)
+        weights = load_file(model / spoiled)
+        name = next(key for key in weights if "layers.0" in key or "adapter" in key)
+        del weights[name]
+        save_file(weights, model / spoiled, metadata={"format": "pt"})
+        said = CORE_SEG.refused(script, "--model", model, "--data", images, "--output_dir", tmp_path / "run")
+        assert name.split(".")[-1] in said
+    base = tmp_path / "train_grpo"
+    (base / "mask_head.json").unlink()
+    said = CORE_SEG.refused("train_sft", "--model", base, "--data", images, "--output_dir", tmp_path / "run")
+    assert "does not hold all weights" in said
+    assert not (tmp_path / "run").exists()
+
+
+# ---- CORE-Seg: bad data, the file is named, nothing is written -------------------------------------------------------
 
 
 def spoil_missing_image(folder: Path) -> None:
@@ -491,96 +529,95 @@ def spoil_split(folder: Path) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_bad_data(example, capsys, tmp_path, data, spoil, message):
-    folder = shutil.copytree(data, tmp_path / "data")
+def test_bad_data(tmp_path, images, spoil, message):
+    folder = shutil.copytree(images, tmp_path / "data")
     spoil(folder)
-    said = refused(example, capsys, "train_grpo", "--data", folder, "--output_dir", tmp_path / "run")
+    said = CORE_SEG.refused("train_grpo", "--data", folder, "--output_dir", tmp_path / "run")
     assert re.search(message, said), said
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_data_sets_on_disk(example, capsys, tmp_path):
-    rows = make_synthetic(4, size=64)
-    rows.save_to_disk(str(tmp_path / "one"))
-    DatasetDict({"train": rows, "tset": rows}).save_to_disk(str(tmp_path / "split"))
-    DatasetDict({"train": rows.remove_columns("query"), "test": rows}).save_to_disk(str(tmp_path / "query"))
-    for name, message in [
-        ("one", "is one data set; expected the splits train and test"),
-        ("split", "'test'; did you mean 'tset'?"),
-        ("query", "lacks the columns ['query']"),
+# ---- CORE-Seg: the published preset, on small files of the real layout -----------------------------------------------
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[Path, Path]:
+    """A hub-style Qwen2.5-VL (tied, as 3B is, with spare rows and no `<seg>`) and MedSAM2's `.pt` at full size."""
+    folder = tmp_path_factory.mktemp("published")
+    model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64, max_pixels=56 * 56)
+    write_hub_folder(folder / "Qwen2.5-VL-3B-Instruct", model, processor)
+    torch.manual_seed(1)
+    segmenter = Sam2Segmenter(sam2_config("sam2.1_hiera_tiny", image_size=512))
+    torch.save({"model": segmenter.sam.state_dict()}, folder / "MedSAM2_latest.pt")
+    return folder / "Qwen2.5-VL-3B-Instruct", folder / "MedSAM2_latest.pt"
+
+
+PUBLISHED = (
+    *("--preset", "core_seg_3b", "--max_steps", 1, "--bf16", "false", "--report_to", "none", "--logging_steps", 1),
+    *("--train_limit", 4, "--eval_limit", 1, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1),
+    *("--save_strategy", "no", *PIN),
+)
+
+
+@pytest.mark.slow
+def test_one_step_of_each_stage_of_the_published_preset(published, tmp_path):
+    sft, run = tmp_path / "sft", tmp_path / "run"
+    CORE_SEG.done("train_sft", *PUBLISHED, "--model", published[0], "--segmenter", published[1], "--output_dir", sft)
+    CORE_SEG.done("train_grpo", *PUBLISHED, "--model", sft, "--max_completion_length", 8, "--output_dir", run)
+    config = read_json(sft / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (64, 128, 0.05)
+    assert config["base_model_name_or_path"] == str(published[0])
+    adapter = load_file(sft / "adapter_model.safetensors")
+    assert {key.split(".")[-2] for key, value in adapter.items() if "lora_B" in key and value.any()} == {"lora_B"}
+    assert not any("visual" in key for key in adapter)
+    assert any("trainable_tokens_delta" in key for key in adapter)
+    checkpoint = torch.load(published[1], weights_only=True)["model"]
+    trained = {key[14:]: value for key, value in load_file(sft / "mask_head.safetensors").items() if ".sam." in key}
+    assert trained.keys() == checkpoint.keys()
+    changed = {key for key, value in trained.items() if not torch.equal(value, checkpoint[key])}
+    assert changed
+    assert all(key.startswith("sam_mask_decoder.") for key in changed)
+    history = read_json(sft / "log_history.json")
+    assert {"text", "text_weighted", "dense/dice_ce", "dense/dice_ce_weighted"} <= history[0].keys()
+    (entry,) = steps_of(run)
+    assert {"kl", "policy", "dense/dice_ce", "rewards/box_f1/mean"} <= entry.keys()
+    assert entry["rewards/format/mean"] == 0.0
+    settings = read_json(run / "segrl.json")
+    assert (settings["task"], settings["max_edge"], settings["max_new_tokens"]) == ("images", 512, 512)
+
+
+@pytest.mark.slow
+def test_missing_weights_stop_the_published_preset(published, tmp_path):
+    model, processor = tiny_qwen2_5_vl(tag_tokens=TAGS, tie_word_embeddings=True, hidden_size=64)
+    state = {hub_key(name): value.contiguous() for name, value in model.state_dict().items()}
+    del state["model.layers.1.self_attn.q_proj.weight"]
+    write_hub_folder(tmp_path / "hub", model, processor, state=state)
+    state = torch.load(published[1], weights_only=True)["model"]
+    del state["memory_encoder.out_proj.bias"]
+    torch.save({"model": state}, tmp_path / "MedSAM2_latest.pt")
+    for (model, segmenter), message in [
+        ((tmp_path / "hub", published[1]), r"1 missing: model\.language_model\.layers\.1\.self_attn\.q_proj\.weight"),
+        ((published[0], tmp_path / "MedSAM2_latest.pt"), r"\(1 parameters\): missing memory_encoder\.out_proj\.bias"),
     ]:
-        assert message in refused(
-            example, capsys, "train_grpo", "--data", tmp_path / name, "--output_dir", tmp_path / "run"
-        )
-    assert not (tmp_path / "run").exists()
+        flags = ("--model", model, "--segmenter", segmenter, "--output_dir", tmp_path / "run")
+        said = CORE_SEG.refused("train_sft", *PUBLISHED, *flags)
+        assert re.search(message, said), said
 
 
-def contents(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def test_an_output_directory_with_another_run_is_kept(example, capsys, tmp_path, data, sft_run):
-    run = shutil.copytree(sft_run[0], tmp_path / "run")
-    before = contents(run)
-    flags = ("--data", data, *QUICK, "--output_dir", run)
-    assert "is not empty" in refused(example, capsys, "train_sft", *flags)
-    for extra, message in [
-        (["--adapter", "lineer"], "unknown adapter"),
-        (["--data", "no_such_folder"], "no such folder"),
-        (["--model", run], f"--overwrite would remove --model {str(run)!r}"),
-    ]:  # refused for another reason, so that what stands there stays
-        assert message in refused(example, capsys, "train_sft", *flags, "--overwrite", *extra)
-    assert contents(run) == before
-
-
-def test_overwrite_replaces_a_run(example, tmp_path, data, sft_run):
-    run = shutil.copytree(sft_run[0], tmp_path / "run")
-    (run / "checkpoint-9").mkdir()
-    (run / "results.json").write_text("{}")
-    assert example("train_sft", "--data", data, *QUICK, "--output_dir", run, "--overwrite") == 0
-    assert not (run / "checkpoint-9").exists()
-    check_summary(read(run / "results.json")["stage1"], n=4)
-
-
-def test_overwrite_refuses_what_is_not_a_run(example, capsys, tmp_path, data):
-    precious = tmp_path / "thesis"
-    precious.mkdir()
-    (precious / "chapter1.tex").write_text("words")
-    flags = ("--data", data, "--overwrite", "--output_dir")
-    assert "was not written by a training script" in refused(example, capsys, "train_sft", *flags, precious)
-    assert "is a file" in refused(example, capsys, "train_sft", *flags, precious / "chapter1.tex")
-    assert (precious / "chapter1.tex").read_text() == "words"
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(example, capsys, tmp_path, data, sft_run):
-    for script, spoiled in [("train_grpo", "model.safetensors"), ("evaluate", "mask_head.safetensors")]:
-        model = shutil.copytree(sft_run[0], tmp_path / script)
-        weights = load_file(model / spoiled)
-        name = next(key for key in weights if "layers.0" in key or "adapter" in key)
-        del weights[name]
-        save_file(weights, model / spoiled, metadata={"format": "pt"})
-        said = refused(example, capsys, script, "--model", model, "--data", data, "--output_dir", tmp_path / "run")
-        assert name.split(".")[-1] in said
-    base = tmp_path / "train_grpo"
-    (base / "mask_head.json").unlink()
-    said = refused(example, capsys, "train_sft", "--model", base, "--data", data, "--output_dir", tmp_path / "run")
-    assert "does not hold all weights" in said
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_is_not_trained_further_in_another_way(example, capsys, tmp_path, data, sft_run):
-    flags = ("--model", sft_run[0], "--data", data, "--output_dir", tmp_path / "run")
-    assert "was trained with --reasoning True" in refused(example, capsys, "train_grpo", "--no_reasoning", *flags)
-    assert "--adapter belongs to stage 1" in refused(example, capsys, "train_grpo", "--adapter", "mlp", *flags)
-    assert not (tmp_path / "run").exists()
-
-
-def test_continuing_and_replacing_exclude_each_other(example, capsys, main_run, tmp_path, data):
-    run, before = main_run[0], contents(main_run[0])
-    flags = ("--output_dir", run, "--resume_from_checkpoint", "last")
-    assert "pass one of them" in refused(example, capsys, "train_grpo", *flags, "--overwrite")
-    assert contents(run) == before
-    lonely = shutil.copytree(run / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
-    flags = ("--data", data, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", lonely)
-    assert "holds no stage 1; pass --model" in refused(example, capsys, "train_grpo", *flags)
-    assert not (tmp_path / "other").exists()
+def test_the_numbers_of_the_published_preset():
+    recipe: Any = KINDS[0].runs.recipes["core_seg_3b"]
+    assert recipe.lora == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
+    processes = 2
+    batches = [
+        stage["per_device_train_batch_size"] * stage["gradient_accumulation_steps"] * processes
+        for stage in (recipe.sft, recipe.grpo)
+    ]
+    assert (batches[0], recipe.sft["learning_rate"], recipe.sft["num_train_epochs"]) == (32, 1e-4, 1)
+    assert batches[1] / recipe.grpo["num_generations"] == 16  # prompts of one update
+    grpo = [recipe.grpo[name] for name in ("num_generations", "learning_rate", "num_train_epochs")]
+    assert grpo == [4, 5e-6, 2]
+    assert list(recipe.rewards) == ["format", "box_f1", "dual_granularity_mask"]
+    assert recipe.prompt.max_edge == 512
+    assert recipe.freeze_encoder == (True, True)

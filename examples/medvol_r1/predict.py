@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from stages import load_run
+from recipe import EvaluationFlags, MedVolRun
 
 from segrl.data import read_grey, uniform_slices, write_mask
 from segrl.errors import SegRLError
+from segrl.inference import VolumeSegmenter
 from segrl.reports import printable, volume_picture
 from segrl.scripts import Parser, run_script
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """Return the command's options."""
     made = Parser(description="Segment one volume; the mask lies on the scan's own grid.")
     made.usage = "%(prog)s SCAN QUERY --model RUN [flags]"
     made.add_argument("scan", help="NIfTI file")
@@ -26,8 +27,8 @@ def parser() -> Parser:
     made.add_argument("--model", required=True, help="the run's output_dir")
     made.add_argument("-o", "--output", default="mask.nii.gz", help="where the mask goes (.nii or .nii.gz)")
     made.add_argument("--picture", help="also draw the answer into this PNG")
-    made.add_argument("--modality", default="", help='such as "CT": decides how voxels become grey values')
-    made.add_argument("--intensity", default="", help='the scaling itself, such as "window:-160:240"')
+    made.add_argument("--modality", default="", help='such as "CT", where training knew several')
+    made.add_argument("--intensity", default="", help='another scaling than in training, such as "window:-160:240"')
     made.add_argument("--segmenter", help="SAM 2 weights; default: the run's")
     made.add_argument("--json", action="store_true", help="print the answer as JSON")
     made.add_argument("--overwrite", action="store_true", help="replace files that are there")
@@ -35,7 +36,7 @@ def parser() -> Parser:
 
 
 def check(argv: Sequence[str]) -> Callable[[], None]:
-    """Everything that can be wrong is found here, before anything is written; returns the work."""
+    """Check options, scan and run before anything is written; return the work."""
     options = parser().parse_args(list(argv))
     written = [path for path in (options.output, options.picture) if path]
     if len({Path(path).resolve() for path in (options.scan, *written)}) <= len(written):
@@ -49,10 +50,12 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         raise SegRLError(f"--output {options.output}: expected a name that ends in .nii or .nii.gz")
     if options.picture and not options.picture.lower().endswith(".png"):
         raise SegRLError(f"--picture {options.picture}: expected a name that ends in .png")
-    volume, grey = read_grey(options.scan, modality=options.modality, intensity=options.intensity)
-    segmenter = load_run(options.model, device=str(PartialState().device), segmenter=options.segmenter)
-    if segmenter.segmenter is None:
-        raise SegRLError(f"--model {options.model!r} has no segmenter; pass --segmenter with SAM 2 weights")
+    run = MedVolRun(EvaluationFlags(segmenter=options.segmenter), seed=0, folder=Path(options.model))
+    segmenter = run.load_run(options.model, device=str(PartialState().device))
+    assert isinstance(segmenter, VolumeSegmenter)
+    settings = segmenter.settings
+    modality, intensity = settings.scaling_for(options.modality, options.intensity)
+    volume, grey = read_grey(options.scan, modality=modality, intensity=intensity)
 
     def work() -> None:
         answer = segmenter.predict(grey, options.query, progress=not options.json)
@@ -60,7 +63,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
         write_mask(options.output, answer.mask, volume)
         if options.picture:
             volume_picture(grey, answer, None, options.picture, spacing_mm=volume.spacing_mm, query=options.query)
-        shown = uniform_slices(len(grey), segmenter.settings.get("slices", 64)).tolist()
+        shown = uniform_slices(len(grey), settings.slices).tolist()
         found: dict[str, Any] = {
             "status": answer.status.value,
             "slice": answer.slice_index,

@@ -17,9 +17,8 @@ import torch
 from rich.progress import track
 from scipy import ndimage
 
-from segrl.data import read_grey, read_label
-from segrl.segmenters import Sam2Segmenter
-from segrl.segmenters.tracking import track_clip, tracking_loss
+from segrl.data import read_case
+from segrl.segmenters import Sam2Segmenter, track_clip, tracking_loss
 
 Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
 STAGES = ((0.67, 1, 18), (0.95, 3, 9), (1.0, 6, 6))  # until this share of the steps: frames of a clip, clips of a step
@@ -28,13 +27,12 @@ JITTER = 0.05  # of a box's corners, relative to its edges: a language model's b
 
 
 def lesions_of(rows: Iterable[Any]) -> list[Lesion]:
-    """Every connected lesion of some rows of `load_volumes`, of at least 20 voxels."""
+    """Return every connected lesion of rows of `load_volumes` that has at least 20 voxels."""
     found = []
     for row in rows:
-        volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
-        mask = read_label(row["label"], volume, row["label_value"], allow_empty=True)
-        parts, count = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
-        found += [(grey, parts == n) for n in range(1, count + 1) if np.count_nonzero(parts == n) >= 20]
+        case = read_case(row, allow_empty=True)
+        parts, count = ndimage.label(case.mask)  # pyright: ignore[reportGeneralTypeIssues]
+        found += [(case.grey, parts == n) for n in range(1, count + 1) if np.count_nonzero(parts == n) >= 20]
     return found
 
 
@@ -47,15 +45,18 @@ def train_segmenter(
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Train all of a SAM 2; returns the loss of every step.
+    """Train all of a SAM 2.
 
     Args:
         segmenter: Trained in place; frozen and in eval mode afterwards.
-        lesions: What is cut into clips.
-        steps: Of AdamW, 1 or more.
+        lesions: Clips are cut out of them.
+        steps: Steps of AdamW, 1 or more.
         learning_rate: Its peak; it warms up for 30 steps and falls to 0 along a cosine.
-        seed: Of the clips.
+        seed: Seed of the clips.
         progress: Show a progress bar.
+
+    Returns:
+        The loss of every step.
     """
     rng = np.random.default_rng(seed)
     segmenter.requires_grad_(True)
@@ -85,18 +86,18 @@ def _batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images (B, T, 3, S, S), boxes (B, 4) on the first frame as fractions, and masks (B, T, S, S)."""
     side = segmenter.image_size
-    clips, boxes, truths = [], [], []
+    clips, boxes, targets = [], [], []
     while len(clips) < count:
         grey, mask = lesions[int(rng.integers(len(lesions)))]
         areas = mask.sum(axis=(1, 2))
         start = int(rng.choice(np.flatnonzero(areas >= 0.3 * areas.max())))
-        way = int(rng.choice([-1, 1]))
-        places = [min(max(start + way * step, 0), len(grey) - 1) for step in range(length)]
-        clips.append(torch.stack([segmenter.preprocess(grey[place]) for place in places]))
+        direction = int(rng.choice([-1, 1]))
+        slices = [min(max(start + direction * step, 0), len(grey) - 1) for step in range(length)]
+        clips.append(torch.stack([segmenter.preprocess(grey[k]) for k in slices]))
         boxes.append(_box(mask[start], rng))
-        resized = torch.from_numpy(mask[places]).float()[:, None]
-        truths.append(torch.nn.functional.interpolate(resized, size=(side, side), mode="area")[:, 0] >= 0.5)
-    return torch.stack(clips), torch.tensor(np.stack(boxes), dtype=torch.float32), torch.stack(truths)
+        resized = torch.from_numpy(mask[slices]).float()[:, None]
+        targets.append(torch.nn.functional.interpolate(resized, size=(side, side), mode="area")[:, 0] >= 0.5)
+    return torch.stack(clips), torch.tensor(np.stack(boxes), dtype=torch.float32), torch.stack(targets)
 
 
 def _box(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

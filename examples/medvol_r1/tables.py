@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segrl.errors import DataError
-from segrl.reports import results_table
-from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES
+from segrl.reports import VOLUME_COLUMNS, VOLUME_STAGES, results_table
 from segrl.scripts import Parser, run_script
 
 # Dice of SFT + RL, by data set; the paper has none of our other columns for them.
@@ -23,7 +22,7 @@ ALL_REWARDS = "medvol_r1"  # the preset that is their sum
 
 
 def check(argv: Sequence[str]) -> Callable[[], None]:
-    """Read every run; returns the printing."""
+    """Read every run; return the printing."""
     parser = Parser(description="Print the published rows of MedVol-R1 beside those of runs.")
     parser.usage = "%(prog)s RUN [RUN ...]"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="The output_dir of a run, or its results.json.")
@@ -34,13 +33,13 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
 
 
 def published_rows() -> dict[str, dict[str, Any]]:
-    """Summaries of what the paper reports, by the label of the row; the other scores are those of no volume."""
+    """Return what the paper reports as summaries by the label of the row; its other scores are over no volume."""
     absent = {name: 0 for name in VOLUME_COLUMNS if name != "mdice"}
     return {f"published, {data}: SFT + RL": {"mdice": dice, "n_scored": absent} for data, dice in PUBLISHED.items()}
 
 
 def run_rows(run: str) -> dict[str, dict[str, Any]]:
-    """The summaries in a run's `results.json`, by the label of the row.
+    """Return the summaries in a run's `results.json`, by the label of the row.
 
     Raises:
         DataError: The file is missing or is not the result of a run of this example; what is wrong is named.
@@ -68,7 +67,7 @@ def run_rows(run: str) -> dict[str, dict[str, Any]]:
 
 
 def ablation(config: Mapping[str, Any], file: Path) -> str:
-    """What a run of stage 2 did otherwise than the paper's main one, from its arguments."""
+    """Name a run of stage 2 by how its arguments differ from the paper's main run."""
     rewards, delta = config.get("rewards"), config.get("reach")
     if rewards is None:  # stage 1 alone
         rewards = [ALL_REWARDS]

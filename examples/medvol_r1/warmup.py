@@ -1,4 +1,4 @@
-"""What stands in for pretraining in the tiny preset: its vision tower learns to see lesions before words come in.
+"""Stand-in for pretraining in the tiny preset: its vision tower learns to see lesions before words come in.
 
 A published vision-language model has seen millions of images. A random vision tower gives a language model nothing to
 look at, and with words as the only teacher it took ten times as long to begin to see (docs/log.md).
@@ -18,7 +18,7 @@ from datasets import Dataset
 from rich.progress import track
 from torch import Tensor, nn
 
-from segrl.data import read_grey, read_label, render_slices, uniform_slices
+from segrl.data import read_case, render_slices, uniform_slices
 from segrl.geometry import mask_to_box
 
 HELD_OUT = 0.1  # share of the slices that only measure
@@ -28,7 +28,7 @@ AREAS = (0.0, 0.035, 0.075)  # of the slice: above so much each next size begins
 
 
 def add_reasoning(rows: Dataset, slices: int) -> Dataset:
-    """Rows with a column `reasoning`: what each shown slice holds, in order, and where.
+    """Add a column `reasoning`: what each shown slice holds, in order, and where.
 
     "3 large 1245": slice 3 has more than the last of `AREAS` of its pixels in lesions, in a box with these left, top,
     right and bottom sides in bins of the edge. Short words in a fixed order are what a model of a few million
@@ -37,8 +37,8 @@ def add_reasoning(rows: Dataset, slices: int) -> Dataset:
     """
     texts = []
     for row in _dicts(rows):
-        volume, _ = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
-        mask = read_label(row["label"], volume, row["label_value"])
+        mask = read_case(row).mask
+        assert mask is not None
         shares = mask.mean(axis=(1, 2))
         parts = []
         for number, k in enumerate(uniform_slices(len(mask), slices), 1):
@@ -70,16 +70,16 @@ def pretrain_vision(
         processor: Its processor.
         rows: Rows of `load_volumes`.
         size: Edge of a slice as the model sees it, pixels.
-        steps: Of AdamW; the learning rate falls along a cosine.
+        steps: Steps of AdamW; the learning rate falls along a cosine.
         batch_size: Slices of a step.
         learning_rate: Its peak.
-        volumes: Use the slices of at most so many volumes.
-        seed: Of the batches.
+        volumes: Use the slices of at most this many volumes.
+        seed: Seed of the batches.
 
     Returns:
-        Share of held-out slices of which the presence of the lesion is told right.
+        Share of held-out slices of which the presence of the lesion is predicted right.
     """
-    pixels, grid, kinds, truth = _slices(processor, rows.select(range(min(volumes, len(rows)))), size)
+    pixels, grid, kinds, target = _slices(processor, rows.select(range(min(volumes, len(rows)))), size)
     tower = model.model.visual
     width = sum(len(part) for part in _features(model, pixels[:1], grid))
     layer = nn.Linear(width * model.config.text_config.hidden_size, (1 + max(kinds.tolist())) * (1 + 4 * BINS))
@@ -90,7 +90,7 @@ def pretrain_vision(
     test = order[: math.ceil(HELD_OUT * len(order))]
     train = order[len(test) :] if len(test) < len(order) else order  # a single slice is all there is
 
-    def said(index: Tensor) -> Tensor:
+    def predict(index: Tensor) -> Tensor:
         """Logit of presence, and those of the bins of each side, (N, 1 + 4 * BINS)."""
         tokens = torch.stack(_features(model, pixels[index], grid)).flatten(1)
         found = layer(tokens).unflatten(1, (-1, 1 + 4 * BINS))
@@ -100,7 +100,7 @@ def pretrain_vision(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
         index = train[torch.randint(len(train), (batch_size,), generator=rng)]
-        found, true = said(index), truth[index]
+        found, true = predict(index), target[index]
         loss = F.binary_cross_entropy_with_logits(found[:, 0], true[:, 0].float())
         seen = true[:, 0] > 0
         if seen.any():
@@ -110,28 +110,28 @@ def pretrain_vision(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     with torch.no_grad():
-        right = [((said(part)[:, 0] > 0) == (truth[part][:, 0] > 0)).float() for part in test.split(256)]
+        right = [((predict(part)[:, 0] > 0) == (target[part][:, 0] > 0)).float() for part in test.split(256)]
     return float(torch.cat(right).mean())
 
 
 def _slices(processor: Any, rows: Dataset, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All slices of the rows: patches (N, P, 3 * 2 * p * p), grid (3,), kinds (N,), presence and `_sides` (N, 5)."""
     names = sorted(set(rows["lesion"]))
-    patches, kinds, truth = [], [], []
+    patches, kinds, target = [], [], []
     grid = torch.zeros(3, dtype=torch.long)
     for row in _dicts(rows):
-        volume, grey = read_grey(row["scan"], modality=row["modality"], intensity=row["intensity"])
-        mask = read_label(row["label"], volume, row["label_value"])
-        images = render_slices(grey, np.arange(len(grey)), size)
+        case = read_case(row)
+        assert case.mask is not None
+        images = render_slices(case.grey, np.arange(len(case.grey)), size)
         images = [image.resize((size, size)) for image in images]  # volumes of any aspect, in one batch
         batch = processor.image_processor(images=images, return_tensors="pt")
         grid = batch["image_grid_thw"][0]
         patches.append(batch["pixel_values"].view(len(images), int(grid.prod()), -1))
         kinds += [names.index(row["lesion"])] * len(images)
-        for section in mask:
+        for section in case.mask:
             sides = _sides(section)
-            truth.append([1, *sides] if sides else [0] * 5)
-    return torch.cat(patches), grid, torch.tensor(kinds), torch.tensor(truth)
+            target.append([1, *sides] if sides else [0] * 5)
+    return torch.cat(patches), grid, torch.tensor(kinds), torch.tensor(target)
 
 
 def _features(model: Any, pixels: Tensor, grid: Tensor) -> list[Tensor]:

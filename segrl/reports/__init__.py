@@ -3,11 +3,13 @@
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.drawing import draw_overlay
 from segrl.reports.results_file import versions, write_results
-from segrl.reports.table import Column, results_table
+from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES, Column, results_table
 from segrl.reports.terminal import printable
 from segrl.reports.volume_pictures import volume_picture
 
 __all__ = [
+    "VOLUME_COLUMNS",
+    "VOLUME_STAGES",
     "Column",
     "contact_sheet",
     "draw_overlay",

@@ -1,4 +1,4 @@
-"""Training scripts: command lines, presets and output folders."""
+"""Training scripts: command lines, presets, output folders, and the skeleton of a run in two stages."""
 
 from segrl.scripts.arguments import (
     MACHINE_FLAGS,
@@ -9,14 +9,18 @@ from segrl.scripts.arguments import (
     first_stage_settings,
 )
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, missing_processes, parse, run_script
+from segrl.scripts.recipe import Recipe
 from segrl.scripts.run_folder import check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
+from segrl.scripts.two_stages import TwoStageRun
 
 __all__ = [
     "MACHINE_FLAGS",
     "EvaluationArguments",
     "Parser",
+    "Recipe",
     "RunArguments",
     "TwoStageArguments",
+    "TwoStageRun",
     "check_batches",
     "check_numbers",
     "check_output",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from segrl.errors import SegRLError
+from segrl.predictions.frames import FrameKind
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = [
     "MACHINE_FLAGS",
@@ -16,8 +20,6 @@ __all__ = [
     "check_numbers",
     "first_stage_settings",
 ]
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # flags of the machine rather than of the method: given to a script, they hold for each of its stages
 MACHINE_FLAGS = (
@@ -27,12 +29,12 @@ MACHINE_FLAGS = (
 )
 
 
-_LEAST = {"train_limit": 1, "eval_limit": 1, "eval_batch_size": 1, "sft_max_steps": 1}
+_LEAST = {"train_limit": 1, "eval_limit": 1, "eval_batch_size": 1, "sft_max_steps": 1, "pictures": 0}
 
 
 @dataclass
 class RunArguments:
-    """What every script asks. A subclass that gives a field another default or help leaves it in its place."""
+    """Flags of every script. A subclass that gives a field another default or help leaves it in its place."""
 
     preset: str = field(default="tiny", metadata={"help": "What is built, and with which settings it is trained."})
     data: str | None = field(
@@ -45,18 +47,28 @@ class RunArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir, all of the folder."})
 
     def limited(self, rows: Dataset, split: str) -> Dataset:
-        """The rows of a split that `--train_limit` (of "train") or `--eval_limit` (of any other) leaves."""
+        """Return the rows of a split that `--train_limit` (of "train") or `--eval_limit` (of any other) leaves."""
+        count = self.count(len(rows), split)
+        return rows.select(range(count)) if count < len(rows) else rows
+
+    def count(self, rows: int, split: str) -> int:
+        """Return how many of `rows` rows of a split its limit leaves.
+
+        Example:
+            >>> RunArguments(eval_limit=8).count(160, "test"), RunArguments().count(160, "test")
+            (8, 160)
+        """
         limit = self.train_limit if split == "train" else self.eval_limit
-        return rows if limit is None else rows.select(range(min(limit, len(rows))))
+        return rows if limit is None else min(limit, rows)
 
     def inputs(self) -> dict[str, str | None]:
-        """What the run reads, by the names of the flags, for `segrl.scripts.check_output`."""
+        """Return what the run reads, by the names of the flags, for `segrl.scripts.check_output`."""
         return {name: getattr(self, name, None) for name in ("model", "data", "segmenter")}
 
 
 @dataclass
 class TwoStageArguments(RunArguments):
-    """What training adds when SFT (stage 1) comes before GRPO (stage 2), in two scripts or in the one of stage 2."""
+    """Flags of training where SFT (stage 1) comes before GRPO (stage 2), in two scripts or in the one of stage 2."""
 
     model: str | None = field(
         default=None,
@@ -70,6 +82,18 @@ class TwoStageArguments(RunArguments):
     rewards: list[str] | None = field(
         default=None, metadata={"help": "Registered rewards, module:attribute, or YAML files; default: the preset's."}
     )
+    drop_rewards: list[str] | None = field(default=None, metadata={"help": "Rewards to leave out (ablation)."})
+    reasoning: bool = field(
+        default=True, metadata={"help": "Chain of thought on or off (ablation); may differ between the stages."}
+    )
+    frame_kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "Frame of the boxes that the model writes: original_px, resized_px or relative_1000; default: the "
+            "preset's, else read off the processor.",
+            "choices": list(get_args(FrameKind)),
+        },
+    )
     sft_max_steps: int | None = field(
         default=None,
         metadata={
@@ -81,11 +105,15 @@ class TwoStageArguments(RunArguments):
 
 @dataclass
 class EvaluationArguments(RunArguments):
-    """What the evaluation of a run adds."""
+    """Flags of the evaluation of a run."""
 
     model: str | None = field(default=None, metadata={"help": "The run to evaluate: its output_dir."})
     output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: MODEL/evaluation."})
     seed: int = field(default=42, metadata={"help": "Seed of the synthetic data; the trainers' default is 42."})
+    split: str = field(default="test", metadata={"help": "Split to evaluate."})
+    pictures: int | None = field(
+        default=None, metadata={"help": "Answers of which a picture is drawn; default: 16 images, 8 volumes."}
+    )
 
 
 def check_numbers(arguments: Any, least: Mapping[str, float] | None = None) -> None:
@@ -98,6 +126,12 @@ def check_numbers(arguments: Any, least: Mapping[str, float] | None = None) -> N
 
     Raises:
         SegRLError: A number that is smaller, or NaN.
+
+    Example:
+        >>> check_numbers(RunArguments(eval_limit=1))
+        >>> check_numbers(RunArguments(eval_limit=0))
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: --eval_limit 0: expected 1 or more; leave the flag out for the default
     """
     smallest = {**_LEAST, **(least or {})}
     for name in (item.name for item in fields(arguments)):
@@ -109,7 +143,7 @@ def check_numbers(arguments: Any, least: Mapping[str, float] | None = None) -> N
 def first_stage_settings(
     preset: Mapping[str, Any], config: Any, given: set[str], arguments: TwoStageArguments, output_dir: str
 ) -> dict[str, Any]:
-    """Settings of stage 1 when the script of stage 2 trains it first: the preset's, and what the command line says.
+    """Return the settings of stage 1 where the script of stage 2 trains it first: the preset's, changed by flags.
 
     Args:
         preset: The preset's settings of stage 1.
@@ -120,6 +154,13 @@ def first_stage_settings(
 
     Returns:
         Arguments for the config of stage 1.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(seed=7, max_steps=20, bf16=False)
+        >>> preset = {"max_steps": 650, "learning_rate": 1e-3, "bf16": True}
+        >>> first_stage_settings(preset, config, {"max_steps", "bf16"}, TwoStageArguments(), "runs/mine/stage1")
+        {'max_steps': 20, 'learning_rate': 0.001, 'bf16': False, 'output_dir': 'runs/mine/stage1', 'seed': 7}
     """
     settings = {**preset, "output_dir": output_dir, "seed": config.seed}
     settings |= {name: getattr(config, name) for name in MACHINE_FLAGS if name in given}

@@ -21,14 +21,9 @@ from segrl.scripts.arguments import check_numbers
 
 __all__ = ["Parser", "check_rewards", "find_preset", "missing_processes", "parse", "run_script"]
 
-
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config")
 Preset = TypeVar("Preset")
-
-
-# ---- flags that scripts share ----------------------------------------------------------------------------------------
-
 
 # ---- reading a command line ------------------------------------------------------------------------------------------
 
@@ -39,17 +34,22 @@ class Parser(HfArgumentParser):
     Args:
         *types: Dataclasses; every field is a flag.
         **settings: Those of `argparse.ArgumentParser`, for example `description`.
+
+    Example:
+        >>> from segrl.scripts import RunArguments
+        >>> Parser(RunArguments).read(["--eval_limit", "8"])[0].eval_limit
+        8
     """
 
     def __init__(self, *types: type, **settings: Any) -> None:
         super().__init__(types, usage="%(prog)s [flags]", allow_abbrev=False, **settings)  # type: ignore[arg-type]
 
     def error(self, message: str) -> Any:
-        """Raise what is wrong, as `SegRLError`."""
+        """Raise `SegRLError` instead of printing the usage and leaving."""
         raise SegRLError(f"{message}; --help lists all flags")
 
     def read(self, argv: Sequence[str]) -> list[Any]:
-        """One object per dataclass.
+        """Return one object per dataclass.
 
         Raises:
             SegRLError: A value that does not fit its flag, or settings that contradict each other.
@@ -92,6 +92,15 @@ def parse(
     Raises:
         SegRLError: A value that does not fit its flag, or settings that contradict each other.
         UnknownNameError: An unknown flag, or an unknown setting in `defaults`; the closest is suggested.
+
+    Example:
+        >>> from segrl import SegSFTConfig
+        >>> from segrl.scripts import RunArguments
+        >>> preset = {"output_dir": "runs/mine", "max_steps": 650, "bf16": False}
+        >>> flags = ["--max_steps", "2", "--eval_limit", "8"]
+        >>> arguments, config, given = parse(flags, RunArguments, SegSFTConfig, defaults=lambda known: preset)
+        >>> config.output_dir, config.max_steps, arguments.eval_limit, sorted(given)
+        ('runs/mine', 2, 8, ['eval_limit', 'max_steps'])
     """
     parser = Parser(arguments_class, config_class, description=description)
     if defaults is not None:
@@ -107,31 +116,48 @@ def parse(
     return arguments, config, given
 
 
-def check_rewards(names: Sequence[str]) -> list[str]:
+def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:
     """Refuse rewards that cannot be made now, rather than after hours of stage 1.
 
     Args:
         names: Registered names, `module:attribute`, or YAML files.
+        drop: Those to leave out (`--drop_rewards`).
 
     Returns:
-        The names, as a list.
+        The names that are left.
 
     Raises:
-        SegRLError: A reward is named twice, or cannot be made.
-        UnknownNameError: An unknown reward; the closest is suggested.
+        SegRLError: A reward is named twice or cannot be made, or none is left.
+        UnknownNameError: An unknown reward, or one to leave out that is not among the names; the closest is suggested.
+
+    Example:
+        >>> check_rewards(["format", "box_f1", "dual_granularity_mask"], drop=["box_f1"])
+        ['format', 'dual_granularity_mask']
     """
-    for name in names:
+    left = list(names)
+    for name in drop:
+        if name not in left:
+            raise unknown_name("reward for --drop_rewards", name, left)
+        left.remove(name)
+    if drop and not left:
+        raise SegRLError(f"--drop_rewards {' '.join(drop)}: no reward is left")
+    for name in left:
         make_reward(name)
-    if len(set(names)) < len(names):
-        raise SegRLError(f"--rewards {' '.join(names)}: a reward is named twice, expected each once")
-    return list(names)
+    if len(set(left)) < len(left):
+        raise SegRLError(f"--rewards {' '.join(left)}: a reward is named twice, expected each once")
+    return left
 
 
 def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Raises:
         UnknownNameError: There is none; the closest is suggested.
+
+    Example:
+        >>> find_preset("tyny", {"tiny": 1, "large": 2})
+        Traceback (most recent call last):
+        segrl.errors.UnknownNameError: unknown preset 'tyny'; did you mean 'tiny'? Known: large, tiny
     """
     if name not in presets:
         raise unknown_name("preset", name, presets)
@@ -142,7 +168,7 @@ def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
 
 
 def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None = None) -> None:
-    """Run a script, so that what its user can mend is one message on stderr instead of a traceback.
+    """Run a script; an error that its user can mend is one message on stderr instead of a traceback.
 
     Args:
         check: `check(argv)` finds what can be wrong before anything is written and returns the work.
@@ -151,6 +177,10 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
     Raises:
         SystemExit: 2 after a `SegRLError`, 130 after an interruption. With several processes the first one speaks for
             all if the checks fail, since they fail alike; the work can fail on one alone, which then says its rank.
+
+    Example:
+        >>> run_script(lambda argv: lambda: print("trained with", *argv), ["--max_steps", "2"])
+        trained with --max_steps 2
     """
     rank = int(os.environ.get("RANK", "0"))
     working = False
@@ -171,7 +201,7 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
 
 
 def missing_processes(environment: Mapping[str, str]) -> str | None:
-    """What to say when `accelerate launch --cpu --num_processes 2` was asked for several processes and started one.
+    """Return a warning where `accelerate launch --cpu --num_processes 2` started one process instead of several.
 
     accelerate leaves the others to MPI: it sets an address to meet at, and nobody else comes.
 
@@ -180,6 +210,11 @@ def missing_processes(environment: Mapping[str, str]) -> str | None:
 
     Returns:
         The warning; None if nobody is missing.
+
+    Example:
+        >>> launched = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
+        >>> (missing_processes(launched) or "")[:43], missing_processes({**launched, "WORLD_SIZE": "2"})
+        ('accelerate starts one process on a CPU, wha', None)
     """
     several = "MASTER_PORT" in environment and environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if not several or {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & environment.keys():

@@ -43,6 +43,13 @@ def check_output(
         SegRLError: The folder is a file, or holds something that may not be replaced: anything without `overwrite`,
             with it the run's own checkpoint or input, or a folder without `segrl_run.json`, which no run has written.
         CheckpointError: There is no checkpoint where `resume` says.
+
+    Example:
+        >>> check_output(Path("no/such/run")) is None
+        True
+        >>> check_output(Path("no/such/run"), resume="last")
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: --resume_from_checkpoint last: no checkpoint in 'no/such/run'; start without the flag
     """
     if folder.exists() and not folder.is_dir():
         raise SegRLError(f"output_dir {str(folder)!r} is a file; pass a folder")
@@ -82,6 +89,13 @@ def claim_output(folder: Path, arguments: Mapping[str, Any], checkpoint: str | N
 
     Raises:
         SegRLError: The folder cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as home:
+        ...     claim_output(Path(home, "run"), {"preset": "tiny"})
+        ...     sorted(json.loads(Path(home, "run", "segrl_run.json").read_text()))
+        ['arguments', 'versions']
     """
     state = PartialState()
     state.wait_for_everyone()  # until the other processes have checked the folder too
@@ -97,8 +111,9 @@ def claim_output(folder: Path, arguments: Mapping[str, Any], checkpoint: str | N
 
 
 def check_batches(config: Any, rows: Sized) -> None:
-    """Refuse a data set smaller than one batch of GRPO's questions: TRL drops the last, incomplete one, so nothing
-    would be trained.
+    """Refuse a data set smaller than one batch of GRPO's questions.
+
+    TRL drops the last, incomplete batch, so nothing would be trained.
 
     Args:
         config: A `GRPOConfig`.
@@ -106,6 +121,15 @@ def check_batches(config: Any, rows: Sized) -> None:
 
     Raises:
         DataError: Too few rows; both numbers and the settings are named.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(generation_batch_size=16, num_generations=4)
+        >>> check_batches(config, range(4))
+        >>> check_batches(config, range(3))
+        Traceback (most recent call last):
+        segrl.errors.DataError: 3 training rows, expected at least 4: one batch holds that many questions \
+(generation_batch_size=16 / num_generations=4); lower --per_device_train_batch_size or add rows
     """
     questions = (config.generation_batch_size or 0) // (config.num_generations or 1)
     if len(rows) < questions:
@@ -134,12 +158,17 @@ def train_and_save(trainer: Any) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether `train_and_save` has trained a stage to its end and saved it in `folder`."""
+    """Return whether `train_and_save` has trained a stage to its end and saved it in `folder`.
+
+    Example:
+        >>> is_finished(Path("no/such/run"))
+        False
+    """
     return (folder / HISTORY).is_file()
 
 
 def find_stage1(model: str | None, checkpoint: str | None, *, skip: bool = False) -> Path | None:
-    """The stage 1 run that stage 2 starts from.
+    """Return the stage 1 run that stage 2 starts from.
 
     Args:
         model: `--model`: a stage 1 run; None if the script trains stage 1 itself.
@@ -151,6 +180,10 @@ def find_stage1(model: str | None, checkpoint: str | None, *, skip: bool = False
 
     Raises:
         SegRLError: There is no finished stage 1 beside the checkpoint; the run's own `--model` is named if it had one.
+
+    Example:
+        >>> str(find_stage1("runs/sft", None)), find_stage1(None, None), find_stage1("a/base", None, skip=True)
+        ('runs/sft', None, None)
     """
     if skip:
         return None

@@ -4,10 +4,11 @@ from segrl.segmenters.base import ImageFeatures, Segmenter
 from segrl.segmenters.propagated_masks import add_volume_masks
 from segrl.segmenters.propagation import PropagationRequest, VolumePropagator
 from segrl.segmenters.registry import register_segmenter
-from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter, sam2_config
+from segrl.segmenters.sam2 import SEGMENTER_CONFIG, Sam2Config, Sam2Segmenter, sam2_config
 from segrl.segmenters.tracking import FrameMasks, track_clip, tracking_loss
 
 __all__ = [
+    "SEGMENTER_CONFIG",
     "FrameMasks",
     "ImageFeatures",
     "PropagationRequest",

@@ -1,0 +1,280 @@
+"""CORE-Seg: presets, flags, data, and what is built.
+
+| preset         | hardware       | time                          | held-out mDice                                     |
+|----------------|----------------|-------------------------------|----------------------------------------------------|
+| `tiny`         | 1 CPU core     | 7 minutes (docs/log.md)       | 85 to 93 on its synthetic data (docs/log.md)       |
+| `core_seg_3b`  | 2 GPUs, 80 GB  | not run by us                 | published: 37.06 on ComLesion-14K; not run by us   |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from datasets import Dataset
+
+from segrl import DenseLoss, ReasoningSegmenter, SegSFTTrainer
+from segrl.data import augment, load_split, make_synthetic, prepare
+from segrl.errors import CheckpointError
+from segrl.evaluation import evaluate_constant_mask
+from segrl.heads import MaskHead, attach_mask_head, find_mask_head
+from segrl.inference import SegmenterBase
+from segrl.metrics import summarise
+from segrl.models import ensure_seg_token, load_vlm, tiny_qwen2_5_vl
+from segrl.predictions import ImagePromptSettings
+from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun
+from segrl.segmenters import Sam2Config, Sam2Segmenter, sam2_config
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreSegRecipe(Recipe):
+    """One preset. A small training set is filled up to `fill_to` rows with augmented copies, at most 7 of each row.
+
+    Attributes:
+        prompt: How the model is asked.
+        adapter: Settings of the preset's adapter, the semantic-guided one.
+        freeze_encoder: Image encoder of the segmenter in stage 1 and in stage 2.
+        text_warmup: Trainer settings that differ in a first, text-only part of stage 1; None has no such part. It
+            stands in for pretraining: a random language model learns masks only after it has learned words, and by
+            then the decoder has learned to ignore its prompts.
+        brief: Short template reasoning.
+        max_boxes: Boxes that a reference answer names at most.
+    """
+
+    prompt: ImagePromptSettings
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    freeze_encoder: tuple[bool, bool] = (True, True)
+    text_warmup: Mapping[str, Any] | None = None
+    brief: bool = False
+    max_boxes: int | None = None
+
+
+def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
+    """About 1.7 M parameters of Qwen2.5-VL, random; the tokenizer learns the training texts."""
+    if path:
+        return load_vlm(path)
+    sample = train.select(range(min(400, len(train)))).remove_columns("image")
+    corpus = [str(dict(row)[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]
+    return tiny_qwen2_5_vl(corpus=corpus)
+
+
+def tiny_segmenter(path: str | None) -> Sam2Segmenter:
+    """About 2.3 M parameters of SAM 2, random."""
+    config = Sam2Config(
+        image_size=128,
+        embed_dim=32,
+        stages=(1, 2, 2, 1),
+        global_att_blocks=(4,),
+        window_spec=(8, 4, 8, 4),
+        pos_embed_size=(4, 4),
+        hidden_dim=64,
+        memory_dim=16,
+        memory_layers=1,
+        memory_feedforward=128,
+    )
+    return Sam2Segmenter.from_pretrained(path, config) if path else Sam2Segmenter(config)
+
+
+def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
+    """Qwen2.5-VL-3B, from a path or the hub."""
+    return load_vlm(path or "Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
+
+
+def medsam2(path: str | None) -> Sam2Segmenter:
+    """MedSAM2 (SAM 2.1 hiera-tiny at 512 px), from a path or the hub."""
+    config = sam2_config("sam2.1_hiera_tiny", image_size=512)
+    return Sam2Segmenter.from_pretrained(path or "wanglab/MedSAM2:MedSAM2_latest.pt", config)
+
+
+ON_A_CPU = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
+REWARDS = ("format", "box_f1", "dual_granularity_mask")
+
+RECIPES = {
+    "tiny": CoreSegRecipe(
+        build=build_tiny,
+        segmenter=tiny_segmenter,
+        prompt=ImagePromptSettings(instruction="", max_edge=160, max_new_tokens=112),
+        sft={
+            **ON_A_CPU,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 10,
+            "max_steps": 650,
+            "logging_steps": 20,
+            "max_length": None,
+        },
+        grpo={
+            **ON_A_CPU,
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_completion_length": 112,
+            "learning_rate": 1e-4,
+            "head_learning_rate": 3e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 5,
+            "max_steps": 80,
+            "logging_steps": 5,
+            "beta": 0.0,
+            "temperature": 0.7,
+        },
+        rewards=REWARDS,
+        adapter={"standardise": True},
+        freeze_encoder=(False, True),
+        brief=True,
+        max_boxes=4,
+        text_warmup={"learning_rate": 2e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 150},
+        fill_to=3200,
+        synthetic={"train": 3000, "test": 160, "size": 112},
+    ),
+    "core_seg_3b": CoreSegRecipe(
+        build=build_3b,
+        segmenter=medsam2,
+        prompt=ImagePromptSettings(max_edge=512, max_new_tokens=512),
+        # formulas A3: 1 epoch, batch 32 over 2 GPUs, learning rate 1e-4
+        sft={
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 1e-4,
+            "bf16": True,
+            "gradient_checkpointing": True,
+            "max_length": None,
+            "logging_steps": 10,
+            "save_steps": 100,
+        },
+        # formulas A4: 2 epochs, batch 16, G = 4, learning rate 5e-6; beta is not published, 0.04 is DeepSeekMath's
+        grpo={
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "num_generations": 4,
+            "max_completion_length": 512,
+            "learning_rate": 5e-6,
+            "beta": 0.04,
+            "bf16": True,
+            "gradient_checkpointing": True,
+            "logging_steps": 1,
+            "save_steps": 100,
+        },
+        rewards=REWARDS,
+        lora={"r": 64, "lora_alpha": 128, "lora_dropout": 0.05},
+        synthetic={"train": 3000, "test": 160, "size": 112},
+    ),
+}
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+DATA = (
+    "Folder with manifest.csv, images/ and masks/, a DatasetDict saved to disk, or a hub data set owner/name, each "
+    "with the splits train and test; None: synthetic lesions."
+)
+
+
+@dataclass
+class DataFlags(RunArguments):
+    """Flags of all three scripts."""
+
+    data: str | None = field(default=None, metadata={"help": DATA})
+
+
+@dataclass
+class TrainingFlags(DataFlags, TwoStageArguments):
+    """Flags of the two training scripts."""
+
+    dense_weight: float = field(default=1.0, metadata={"help": "Weight of DiceCE; 0 trains without it (ablation)."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "semantic_guided, linear or mlp (ablation); default: the preset's."}
+    )
+    probe: str | None = field(
+        default=None,
+        metadata={"help": "seg_token or answer, whose states prompt the segmenter; default: the preset's."},
+    )
+
+
+@dataclass
+class EvaluationFlags(DataFlags, EvaluationArguments):
+    """Flags of the evaluation."""
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class CoreSegRun(TwoStageRun):
+    """A language model whose `<seg>` prompts SAM 2, trained with DiceCE on its masks in both stages."""
+
+    name = "core_seg"
+    recipes = RECIPES
+    training_flags = TrainingFlags
+    evaluation_flags = EvaluationFlags
+    least: ClassVar = {"dense_weight": 0}
+    stage1_flags = ("adapter", "probe", "segmenter")
+    baseline_splits = ("train",)
+    recipe: CoreSegRecipe
+    prompt: ImagePromptSettings
+
+    def load(self, split: str) -> Dataset:
+        if self.arguments.data is not None:
+            return self.arguments.limited(load_split(self.arguments.data, split), split)
+        self.check_synthetic(split)
+        return make_synthetic(self.count(split), size=self.recipe.synthetic["size"], seed=self.seed + (split == "test"))
+
+    def copies(self) -> int:
+        described = "reasoning" in self.train_rows.column_names  # a turned image would contradict it
+        return 1 if described else min(8, super().copies())
+
+    def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
+        rows, recipe = self.train_rows, self.recipe
+        if self.copies() > 1:
+            rows = augment(rows, self.copies() - 1, max_edge=recipe.prompt.max_edge)
+        limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes}
+        return prepare(rows, processor, self.prompt, completions=completions, **limits)
+
+    def build(self) -> tuple[Any, Any]:
+        model, processor = super().build()
+        adapter = self.arguments.adapter or "semantic_guided"
+        head = MaskHead.build(
+            model,
+            self.build_segmenter(self.arguments.segmenter),
+            token_id=ensure_seg_token(model, processor),
+            adapter=adapter,
+            probe=self.arguments.probe or "seg_token",
+            tokenizer=processor.tokenizer,
+            freeze_encoder=self.recipe.freeze_encoder[0],
+            **(self.recipe.adapter if adapter == "semantic_guided" else {}),
+        )
+        return attach_mask_head(model, head), processor
+
+    def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
+        if Path(folder).is_dir() and not (Path(folder) / "mask_head.json").is_file():
+            raise CheckpointError(
+                f"--model {str(folder)!r} has no mask head (no mask_head.json); train stage 1 with train_sft.py, or "
+                "pass --skip_stage1 to train_grpo.py"
+            )
+        return super().load_run(folder, **settings)
+
+    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
+        head = find_mask_head(model)
+        assert head is not None
+        head.freeze_encoder = self.recipe.freeze_encoder[stage == "grpo" and not self.arguments.skip_stage1]
+        weight = self.arguments.dense_weight
+        return {"dense_losses": [DenseLoss("dice_ce", weight=weight)] if weight else None}
+
+    def train_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        if self.recipe.text_warmup and self.arguments.model is None and not config.resume_from_checkpoint:
+            changes = dict(self.recipe.text_warmup)
+            if config.max_steps > 0:
+                changes["max_steps"] = min(changes["max_steps"], config.max_steps)
+            warmup = replace(config, **changes, save_strategy="no", eval_strategy="no")
+            SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
+        super().train_sft(config, model, processor, rows)
+
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
+        assert isinstance(segmenter, ReasoningSegmenter)
+        train = self.rows.get("train")
+        return {} if train is None else {"baseline": summarise(evaluate_constant_mask(train, rows))}

@@ -1,0 +1,447 @@
+"""MedVol-R1: presets, flags, data, and what is built.
+
+| preset         | hardware      | time    | held-out result                                                      |
+|----------------|---------------|---------|----------------------------------------------------------------------|
+| `tiny`         | 2 CPU cores   | 14 min  | Dice 78.8 % (true boxes 79.3), visibility 60.7 to 67.2 %, boxes 22.4 |
+|                |               |         | to 26.4 % from stage 1 to 2, on its synthetic volumes (docs/log.md)  |
+| `medvol_r1_4b` | 4 GPUs, 80 GB | not run | not run; published Dice: 85.43 CT-ORG, 89.86 AbdomenCT-1K,           |
+|                |               |         | 45.46 KiTS23                                                         |
+
+The paper states neither hardware nor time; 4 GPUs of 80 GB is our estimate for Qwen3-VL-4B with LoRA, 64 images a
+prompt and ZeRO-2 (`--deepspeed examples/medvol_r1/zero2.json`). `tiny` took 14 minutes with a thread on each core
+(`--num_cpu_threads_per_process 2`), 17 with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from segmenter import lesions_of, train_segmenter
+from warmup import add_reasoning, pretrain_vision
+
+from segrl import make_reward
+from segrl.caching import FeatureCache
+from segrl.data import (
+    M3D_SEG_DATASETS,
+    check_volumes,
+    load_m3d_seg,
+    load_split,
+    load_volumes,
+    make_synthetic_volumes,
+    prepare_volumes,
+    read_label,
+    uniform_slices,
+)
+from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.evaluation import evaluate_oracle_boxes, summarise_volumes
+from segrl.hub import reraise_as
+from segrl.inference import SegmenterBase, VolumeSegmenter
+from segrl.models import load_vlm, tiny_qwen3_vl
+from segrl.predictions import VolumePromptSettings
+from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun
+from segrl.segmenters import SEGMENTER_CONFIG, Sam2Config, Sam2Segmenter, VolumePropagator, sam2_config
+
+REWARDS = ("slice_format", "slice_visibility", "slice_boxes", "propagated_dice")  # R_f, R_a, R_s, R_c
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedVolRecipe(Recipe):
+    """One preset. A small training set is repeated up to `fill_to` rows, each time with other key slices in answers.
+
+    Attributes:
+        prompt: How the model is asked.
+        top_k: Key slices of reference answers are among so many largest ones; the paper is silent on K.
+        vision_warmup: Settings of `pretrain_vision`, for a model with random weights, whose tower is frozen afterwards;
+            it also gets the short reasoning of `add_reasoning`. None has no such part.
+        segmenter_training: Settings of `train_segmenter`, for a segmenter with random weights; None has weights.
+    """
+
+    prompt: VolumePromptSettings
+    top_k: int = 5
+    vision_warmup: Mapping[str, Any] | None = None
+    segmenter_training: Mapping[str, Any] | None = None
+
+
+TINY_PROMPT = VolumePromptSettings(
+    slices=8, size=32, instruction="", frame_kind="original_px", postprocessing=False, max_new_tokens=112
+)
+SYNTHETIC = {"train": 600, "test": 240, "segmenter": 120, "depth": 16, "size": 64}
+
+
+def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
+    """About 3 M parameters of Qwen3-VL, random; the tokenizer learns the training texts."""
+    if path:
+        return load_vlm(path)
+    rows = train.select(range(min(200, len(train))))
+    columns = [name for name in ("query", "lesion", "anatomy", "modality") if name in rows.column_names]
+    corpus = [str(dict(row)[name]) for row in rows for name in columns]
+    corpus += [
+        '"slice": 3, "bbox_2d_list": [[',
+        "<slice 1>",
+        ", 2 none, 3 small 0123, 4 medium 0145, 5 large 4567.",
+    ] * 50
+    return tiny_qwen3_vl(
+        corpus=corpus,
+        hidden_size=128,
+        layers=3,
+        heads=4,
+        vision_hidden_size=64,
+        vision_layers=2,
+        vision_heads=2,
+        patch_size=8,
+        merge_size=4,  # one token a slice
+        rope_theta=1e4,
+        min_pixels=TINY_PROMPT.size**2,
+        max_pixels=TINY_PROMPT.size**2,
+    )
+
+
+def tiny_segmenter(path: str | None) -> Sam2Segmenter:
+    """About 2.3 M parameters of SAM 2, random."""
+    config = Sam2Config(
+        image_size=64,
+        embed_dim=32,
+        stages=(1, 2, 2, 1),
+        global_att_blocks=(4,),
+        window_spec=(8, 4, 8, 4),
+        pos_embed_size=(4, 4),
+        hidden_dim=64,
+        memory_dim=16,
+        memory_layers=1,
+        memory_feedforward=128,
+    )
+    return Sam2Segmenter.from_pretrained(path, config) if path else Sam2Segmenter(config)
+
+
+def build_4b(train: Dataset, path: str | None) -> tuple[Any, Any]:
+    """Qwen3-VL-4B, from a path or the hub."""
+    return load_vlm(path or "Qwen/Qwen3-VL-4B-Instruct", dtype=torch.bfloat16)
+
+
+def medsam2(path: str | None) -> Sam2Segmenter:
+    """MedSAM2 (SAM 2.1 hiera-tiny at 512 px), from a path or the hub."""
+    config = sam2_config("sam2.1_hiera_tiny", image_size=512)
+    return Sam2Segmenter.from_pretrained(path or "wanglab/MedSAM2:MedSAM2_latest.pt", config)
+
+
+ON_A_CPU = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "lr_scheduler_type": "cosine",
+}
+# formulas B, for both stages: AdamW (the trainers' default), warm-up 0.1, cosine, bf16, checkpointing
+PUBLISHED = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # a fraction of all steps, as transformers reads a number below 1
+    "bf16": True,
+    "gradient_checkpointing": True,
+    "logging_steps": 10,
+    "save_steps": 100,
+}
+
+RECIPES = {
+    "tiny": MedVolRecipe(
+        build=build_tiny,
+        segmenter=tiny_segmenter,
+        prompt=TINY_PROMPT,
+        sft={
+            **ON_A_CPU,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 2e-3,
+            "warmup_steps": 10,
+            "max_steps": 450,
+            "dataloader_num_workers": 1,  # the second core prepares the images
+            "logging_steps": 50,
+            "max_length": None,
+        },
+        grpo={
+            **ON_A_CPU,
+            "per_device_train_batch_size": 32,
+            "num_generations": 4,
+            "max_completion_length": 112,
+            "temperature": 0.5,
+            "learning_rate": 1.5e-4,
+            "warmup_steps": 10,
+            "max_steps": 120,
+            "logging_steps": 10,
+            "beta": 0.01,
+        },
+        rewards=REWARDS,
+        vision_warmup={"steps": 200, "volumes": 300},
+        segmenter_training={"steps": 450, "learning_rate": 1e-3},
+        fill_to=64,
+        synthetic=SYNTHETIC,
+    ),
+    "medvol_r1_4b": MedVolRecipe(
+        build=build_4b,
+        segmenter=medsam2,
+        prompt=VolumePromptSettings(slices=64, size=256),
+        sft={
+            **PUBLISHED,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 2e-5,
+            "max_length": None,
+        },
+        grpo={
+            **PUBLISHED,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "num_generations": 4,
+            "max_completion_length": 256,
+            "learning_rate": 2e-6,
+            "beta": 0.01,
+        },
+        rewards=REWARDS,
+        lora={"r": 128, "lora_alpha": 256},  # rank 128 on all linear layers; alpha is not published
+        synthetic=SYNTHETIC,
+    ),
+}
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+DATA = (
+    "Folder with manifest.csv and NIfTI scans and labels, or (with --m3d_seg) a folder in M3D-Seg's layout, or a "
+    "DatasetDict saved to disk, each with the splits train and test; None: synthetic volumes."
+)
+M3D_SEG = f"--data is a folder in the layout of M3D-Seg; which of its data sets: {', '.join(M3D_SEG_DATASETS)}."
+
+
+@dataclass
+class DataFlags(RunArguments):
+    """Flags of all three scripts."""
+
+    data: str | None = field(default=None, metadata={"help": DATA})
+    m3d_seg: str | None = field(default=None, metadata={"help": M3D_SEG})
+    segmenter: str | None = field(
+        default=None,
+        metadata={
+            "help": "SAM 2 weights: a .pt file, owner/repo:file.pt, or a folder that a run wrote; default: the run's, "
+            "else the preset's."
+        },
+    )
+
+
+@dataclass
+class TrainingFlags(DataFlags, TwoStageArguments):
+    """Flags of the two training scripts."""
+
+    segmenter_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps for which a segmenter with random weights is trained first; default: the preset's, at most "
+            "--max_steps if given."
+        },
+    )
+    reach: int = field(
+        default=5,
+        metadata={
+            "help": "Delta of R_c: slices each way from the key slice that propagated_dice reads (2, 5, 10, 15)."
+        },
+    )
+    pretrain_steps: int | None = field(
+        default=None, metadata={"help": "Steps at most before stage 1 (preset tiny); default: --max_steps."}
+    )
+    key_slices: int | None = field(
+        default=None, metadata={"help": "Stage 1 answers with one of so many largest slices; default: the preset's."}
+    )
+
+
+@dataclass
+class EvaluationFlags(DataFlags, EvaluationArguments):
+    """Flags of the evaluation."""
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class MedVolRun(TwoStageRun):
+    """A language model that names slices and boxes, and a frozen SAM 2 that takes the boxes through the volume."""
+
+    name = "medvol_r1"
+    recipes = RECIPES
+    training_flags = TrainingFlags
+    evaluation_flags = EvaluationFlags
+    least: ClassVar = {"reach": 0, "key_slices": 1, "pretrain_steps": 1, "segmenter_steps": 1}
+    stage2_flags = (*TwoStageRun.stage2_flags, "reach")
+    recipe: MedVolRecipe
+    prompt: VolumePromptSettings
+    segmenter: Sam2Segmenter | None = None
+    propagator: VolumePropagator | None = None  # of stage 2
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def load(self, split: str) -> Dataset | None:
+        arguments = self.arguments
+        if arguments.m3d_seg is not None and arguments.data is None:
+            raise SegRLError(f"--m3d_seg {arguments.m3d_seg}: pass --data with the folder of M3D-Seg too")
+        if arguments.data is None:
+            self.check_synthetic(split)
+            return None
+        if arguments.m3d_seg is not None:
+            return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split), split)
+        rows = load_split(arguments.data, split, folder=load_volumes, check=check_volumes)
+        for column, default in (("label_value", 0), ("intensity", "")):  # a data set on disk need not have them
+            if column not in rows.column_names:
+                rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]
+        return arguments.limited(rows, split)
+
+    def synthesize(self, split: str) -> Dataset:
+        size = self.recipe.synthetic
+        seed = 3 * self.seed + ("train", "test", "segmenter").index(split)
+        with PartialState().main_process_first():
+            return make_synthetic_volumes(
+                self.arguments.count(size[split], "test" if split == "test" else "train"),
+                self.folder / "data" / split,
+                depth=size["depth"],
+                size=size["size"],
+                seed=seed,
+            )
+
+    def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
+        rows, copies = self.train_rows, self.copies()
+        if not completions:
+            return concatenate_datasets([prepare_volumes(rows, processor, self.prompt, completions=False)] * copies)
+        rows = self._with_shown_lesions(rows)
+        if self.recipe.vision_warmup is not None and self.prompt.reasoning and "reasoning" not in rows.column_names:
+            rows = add_reasoning(rows, self.recipe.prompt.slices)
+        top_k = self.arguments.key_slices or self.recipe.top_k
+        return concatenate_datasets(
+            [
+                prepare_volumes(rows, processor, self.prompt, completions=True, top_k=top_k, seed=seed)
+                for seed in range(copies)
+            ]
+        )
+
+    def _with_shown_lesions(self, rows: Dataset) -> Dataset:
+        """Rows of which a slice that is shown has the lesion: no answer can name the others."""
+        slices = self.recipe.prompt.slices
+        masks = (read_label(row["label"], None, row["label_value"], allow_empty=True) for row in map(dict, rows))  # type: ignore[call-overload]
+        seen = [n for n, mask in enumerate(masks) if mask[uniform_slices(len(mask), slices)].any()]
+        if not seen:
+            raise DataError(f"no lesion of {len(rows)} rows is on one of the {slices} slices shown")
+        if len(seen) < len(rows) and PartialState().is_main_process:
+            print(f"stage 1: {len(rows) - len(seen)} of {len(rows)} rows left out, no slice shown has the lesion")
+        return rows.select(seen)
+
+    # ---- the segmenter -----------------------------------------------------------------------------------------------
+
+    def find_parts(self, stage1: Path | None) -> None:
+        weights = self.arguments.segmenter
+        homes = [Path(self.checkpoint).parent] if self.checkpoint else []
+        homes += [stage1, stage1.parent] if stage1 is not None else []
+        if weights is None:
+            weights = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
+        if weights is not None or self.recipe.segmenter_training is None:
+            self.segmenter = self.build_segmenter(weights)
+
+    def make_parts(self) -> None:
+        if isinstance(self.arguments, EvaluationArguments):
+            return
+        state = PartialState()
+        if self.segmenter is None:
+            rows = self.synthesize("segmenter")  # all processes meet in it
+            if state.is_main_process:
+                self.segmenter = self._trained_segmenter(rows)
+        if self.segmenter is not None and state.is_main_process:
+            self.segmenter.save_pretrained(self.folder)
+        state.wait_for_everyone()
+        if self.segmenter is None:
+            self.segmenter = Sam2Segmenter.from_pretrained(self.folder)
+        self.segmenter.requires_grad_(False)
+
+    def _trained_segmenter(self, rows: Dataset) -> Sam2Segmenter:
+        settings = dict(self.recipe.segmenter_training or {})
+        settings["steps"] = self.arguments.segmenter_steps or self._shortened(settings["steps"])
+        torch.manual_seed(self.seed)
+        segmenter = self.build_segmenter(None)
+        more = self.train_rows if self.arguments.data is not None else ()
+        losses = train_segmenter(segmenter, lesions_of([*rows, *more]), seed=self.seed, **settings)
+        last = losses[-min(20, len(losses)) :]
+        print(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}", flush=True)
+        return segmenter
+
+    def _shortened(self, steps: int) -> int:
+        """Steps of a part before stage 1: a run that is a short look is short in all of its parts."""
+        asked = self.config.max_steps if "max_steps" in self.given and self.config.max_steps > 0 else steps
+        return min(steps, self.arguments.pretrain_steps or asked)
+
+    # ---- the language model ------------------------------------------------------------------------------------------
+
+    def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
+        if self.arguments.skip_stage1:
+            return self._saved_first(model, processor)
+        if self.recipe.vision_warmup is not None and self.arguments.model is None:
+            settings = {**self.recipe.vision_warmup, "steps": self._shortened(self.recipe.vision_warmup["steps"])}
+            size = self.recipe.prompt.size
+            right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
+            if PartialState().is_main_process:
+                print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
+        return model, processor
+
+    def _saved_first(self, model: Any, processor: Any) -> tuple[Any, Any]:
+        """The same model, loaded from a folder if it came from none: TRL loads the reference of its KL term again."""
+        if model.config._name_or_path:
+            return model, processor
+        folder = self.folder / "start"
+        if PartialState().is_main_process:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        PartialState().wait_for_everyone()
+        return load_vlm(str(folder))
+
+    def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
+        loaded = super().load_run(folder, segmenter=self.segmenter, **settings)
+        assert isinstance(loaded, VolumeSegmenter)
+        if not isinstance(self.arguments, EvaluationFlags):
+            return loaded
+        if (weights := self.arguments.segmenter) is not None:
+            with reraise_as(f"--segmenter {weights!r}", CheckpointError):
+                other = Sam2Segmenter.from_pretrained(weights, loaded.segmenter and loaded.segmenter.config)
+            return VolumeSegmenter(loaded.model, loaded.processor, loaded.settings, other.to(loaded.model.device))
+        if loaded.segmenter is None:
+            raise SegRLError(f"--model {str(folder)!r} has no segmenter; pass --segmenter with SAM 2 weights")
+        return loaded
+
+    # ---- training and evaluation -------------------------------------------------------------------------------------
+
+    def make_rewards(self) -> list[Any]:
+        """Rewards that were asked for; those of the paper read masks as far as `--reach` goes."""
+        within = {"propagated_dice": {"delta": self.arguments.reach}, "medvol_r1": {"delta": self.arguments.reach}}
+        return [make_reward(name, **within.get(name, {})) for name in self.arguments.rewards]
+
+    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
+        if self.recipe.vision_warmup is not None and not self.arguments.skip_stage1:
+            # a tower that has learned to see is left alone: from words it forgets more than it learns (docs/log.md)
+            model.model.visual.requires_grad_(False)
+        if stage == "sft":
+            return {}
+        assert self.segmenter is not None
+        config, rewards = self.config, self.make_rewards()
+        self.propagator = VolumePropagator(
+            self.segmenter,
+            reach=self.arguments.reach,
+            cache=FeatureCache(config.feature_cache_memory, config.feature_cache_dir, config.feature_cache_disk),
+            postprocessing=self.prompt.postprocessing,
+        )
+        masks = any(reward.needs_mask for reward in rewards)
+        return {"reward_funcs": rewards, "propagator": self.propagator if masks else None}
+
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
+        """The ceiling of the frozen segmenter, prompted with the true boxes on the best slice, and what it has done."""
+        assert isinstance(segmenter, VolumeSegmenter)
+        assert segmenter.propagator is not None
+        records = evaluate_oracle_boxes(segmenter.propagator, rows, batch_size=self.arguments.eval_batch_size)
+        encoded = {} if self.propagator is None else {"encoded_slices": self.propagator.encoded_slices}
+        return {"oracle": summarise_volumes(records), **encoded}

@@ -1,0 +1,54 @@
+"""`Recipe`: one preset of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from segrl.predictions.prompt_settings import PromptSettings
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One preset: what is built, how the model is asked, and with which settings it is trained.
+
+    It holds numbers and builders only, and every trainer setting in it is a default that a flag overrides. An example
+    adds fields of its own in a subclass.
+
+    Attributes:
+        build: `build(train_rows, model) -> (model, processor)`; `model` is `--model`, None for the preset's own.
+        segmenter: `segmenter(weights)` builds the segmenter; `weights` is `--segmenter`, None for the preset's own.
+        prompt: How the model is asked; `--reasoning` and `--frame_kind` change it.
+        sft: Trainer settings of stage 1.
+        grpo: Trainer settings of stage 2.
+        rewards: Rewards of stage 2, as `make_reward` takes them.
+        lora: Settings of `peft.LoraConfig` for the language model; None trains it whole.
+        fill_to: Repeat the rows of a small training set up to about this many; 0 does not.
+        synthetic: Sizes of the data that is made without `--data`; "train" and "test" are the rows of these splits.
+
+    Example:
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> from segrl.predictions import ImagePromptSettings
+        >>> tiny = Recipe(
+        ...     build=lambda rows, model: tiny_qwen2_5_vl(),
+        ...     prompt=ImagePromptSettings(max_edge=160, max_new_tokens=112),
+        ...     sft={"max_steps": 650, "learning_rate": 1e-3},
+        ...     grpo={"max_steps": 80, "num_generations": 4},
+        ...     rewards=("format", "box_f1"),
+        ... )
+        >>> tiny.prompt.task, tiny.lora
+        ('images', None)
+    """
+
+    build: Callable[[Any, str | None], tuple[Any, Any]]
+    prompt: PromptSettings
+    sft: Mapping[str, Any]
+    grpo: Mapping[str, Any]
+    rewards: Sequence[str]
+    segmenter: Callable[[str | None], Any] | None = None
+    lora: Mapping[str, Any] | None = None
+    fill_to: int = 0
+    synthetic: Mapping[str, int] = field(default_factory=dict)

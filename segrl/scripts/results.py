@@ -1,0 +1,107 @@
+"""What a run reports about its stages: scores, pictures, a table. One class a task, which `results_for` picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from segrl.evaluation.images import evaluate
+from segrl.evaluation.volumes import VOLUME_GROUPINGS, evaluate_volumes, summarise_volumes
+from segrl.inference.base import SegmenterBase
+from segrl.inference.images import ReasoningSegmenter
+from segrl.inference.volumes import VolumeSegmenter
+from segrl.metrics.summary import paired_bootstrap_ci, summarise
+from segrl.reports.contact_sheets import contact_sheet
+from segrl.reports.results_file import versions, write_results
+from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES, results_table
+from segrl.reports.volume_pictures import volume_picture
+
+__all__ = ["ImageResults", "VolumeResults", "results_for"]
+
+
+class ImageResults:
+    """Scores of images, and a contact sheet of the first answers.
+
+    Args:
+        folder: Where to write.
+        pictures: Answers of which a picture is drawn; None for the default of the task.
+    """
+
+    segmenter_class: ClassVar[type[SegmenterBase]] = ReasoningSegmenter
+    evaluate: ClassVar[Callable[..., list[dict[str, Any]]]] = staticmethod(evaluate)
+    summarise: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(summarise)
+    table: ClassVar[Mapping[str, Any]] = {}
+    pictures_name: ClassVar[str] = "predictions.png"
+    pictures: int = 16
+    compared: ClassVar[Sequence[str]] = ()  # scores whose gain from stage 1 to stage 2 is reported
+
+    def __init__(self, folder: Path, pictures: int | None = None) -> None:
+        self.folder, self._shown = folder, []
+        self.pictures = self.pictures if pictures is None else pictures
+
+    def score(
+        self, segmenter: SegmenterBase, rows: Any, batch_size: int, draw: bool
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return summary and records of a model on some rows; with `draw` the first answers are drawn, too."""
+        records = self.evaluate(segmenter, rows, batch_size=batch_size, on_answer=self._see if draw else None)
+        if self._shown:
+            scored = zip(self._shown, records, strict=False)
+            contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
+        return self.summarise(records), records
+
+    def write(self, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Write `results.json` and `predictions.json`, and print the table."""
+        write_results(self.folder / "results.json", {**results, "versions": versions()})
+        write_results(self.folder / "predictions.json", records)  # pyright: ignore[reportArgumentType]
+        for name, gain in results.get("gain", {}).items():
+            mean, low, high = (100 * value for value in gain)
+            print(f"stage 2 - stage 1, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
+        results_table(results, **self.table)
+        print(f"Written to {self.folder}: results.json, predictions.json, {self.pictures_name}")
+
+    def gain(self, after: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, list[float]]:
+        """Return the mean difference of each score over the same rows, with its paired 95 % bootstrap interval."""
+        found = {}
+        for name in self.compared:
+            new, old = (np.array([record[name] for record in records], dtype=float) for records in (after, before))
+            found[name] = [float((new - old).mean()), *paired_bootstrap_ci(new, old)]
+        return found
+
+    def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
+        if number < self.pictures:
+            self._shown.append({"image": shown, "prediction": prediction, "target": target})
+
+
+class VolumeResults(ImageResults):
+    """Scores of volumes, and a picture of each of the first answers."""
+
+    segmenter_class = VolumeSegmenter
+    evaluate = staticmethod(evaluate_volumes)
+    summarise = staticmethod(summarise_volumes)
+    table: ClassVar[Mapping[str, Any]] = {
+        "columns": VOLUME_COLUMNS,
+        "stages": VOLUME_STAGES,
+        "groupings": VOLUME_GROUPINGS,
+    }
+    pictures_name = "pictures/"
+    pictures = 8
+    compared = ("dice", "slice_visibility", "slice_boxes")
+
+    def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
+        if number < self.pictures:
+            path = self.folder / "pictures" / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            volume_picture(shown, prediction, target, path, spacing_mm=target.spacing_mm, query=target.query)
+
+
+def results_for(task: str) -> type[ImageResults]:
+    """Return the class that reports about a task, "images" or "volumes".
+
+    Example:
+        >>> results_for("volumes").pictures_name
+        'pictures/'
+    """
+    return {kind.segmenter_class.settings_class.task: kind for kind in (ImageResults, VolumeResults)}[task]

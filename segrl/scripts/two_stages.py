@@ -1,0 +1,383 @@
+"""`TwoStageRun`: the skeleton of scripts that train SFT, then GRPO, and evaluate both.
+
+Whatever can be wrong is found by `check_sft`, `check_grpo` or `check_evaluation`, before anything is written; each
+returns the work. What an example adds are class attributes and overridden methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import set_seed
+
+from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
+from segrl.heads.attach import find_mask_head
+from segrl.hub import check_source, reraise_as
+from segrl.inference.base import SegmenterBase
+from segrl.models.loading import language_model_lora
+from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, check_numbers, first_stage_settings
+from segrl.scripts.command_line import Parser, check_rewards, find_preset, parse
+from segrl.scripts.recipe import Recipe
+from segrl.scripts.results import results_for
+from segrl.scripts.run_folder import STAGE1, check_batches, check_output, claim_output, find_stage1, train_and_save
+from segrl.trainers.config import SegGRPOConfig, SegSFTConfig
+from segrl.trainers.grpo import SegGRPOTrainer
+from segrl.trainers.sft import SegSFTTrainer
+
+__all__ = ["TwoStageRun"]
+
+Model = tuple[Any, Any]  # with its processor
+
+
+class TwoStageRun:
+    """One run of an example: stage 1 (SFT), stage 2 (GRPO), or an evaluation.
+
+    The scripts of an example end in `run_script(MyRun.check_sft)`, `run_script(MyRun.check_grpo)` and
+    `run_script(MyRun.check_evaluation)`. A subclass sets the class attributes, has the method `load`, and overrides
+    what it does otherwise.
+
+    Attributes:
+        name: Of the output folders: `runs/<name>`, and `runs/<name>_sft` for stage 1 alone.
+        recipes: The presets by name.
+        training_flags: Flags of the two training scripts.
+        evaluation_flags: Flags of the evaluation.
+        least: Smallest values of the example's own numbers, for `check_numbers`.
+        stage1_flags: Flags of the model that a run of stage 1 has decided.
+        stage2_flags: Flags that `check_sft` refuses.
+        baseline_splits: Splits that `baselines` reads, beside the one that is evaluated; one that the data lacks is
+            left out.
+        arguments: The flags.
+        recipe: The preset.
+        prompt: How the model is asked: the preset's settings, changed by flags and, once it is loaded, by the data.
+        config: Settings of the trainer of the script's own stage; None in an evaluation.
+        given: Names of the flags that were given.
+        seed: Of everything that is drawn.
+        folder: Where the run goes.
+        checkpoint: The checkpoint that is continued, or None.
+        rows: The splits as `load` gave them; None until synthetic files are written.
+    """
+
+    name: ClassVar[str]
+    recipes: ClassVar[Mapping[str, Recipe]]
+    training_flags: ClassVar[type[TwoStageArguments]] = TwoStageArguments
+    evaluation_flags: ClassVar[type[EvaluationArguments]] = EvaluationArguments
+    least: ClassVar[Mapping[str, float]] = {}
+    stage1_flags: ClassVar[Sequence[str]] = ()
+    stage2_flags: ClassVar[Sequence[str]] = (
+        *("skip_stage1", "rewards", "drop_rewards", "sft_max_steps", "sft_learning_rate"),
+    )
+    baseline_splits: ClassVar[Sequence[str]] = ()
+    arguments: Any
+    recipe: Any
+    prompt: PromptSettings
+    config: Any = None
+
+    def __init__(self, arguments: Any, seed: int, folder: Path, given: set[str] | None = None) -> None:
+        self.arguments, self.seed, self.folder, self.given = arguments, seed, folder, given or set()
+        self.recipe = find_preset(arguments.preset, self.recipes)
+        self.prompt = self.recipe.prompt
+        if isinstance(arguments, TwoStageArguments):
+            kind = arguments.frame_kind or self.prompt.frame_kind
+            self.prompt = replace(self.prompt, reasoning=arguments.reasoning, frame_kind=kind)
+            rewards = self.recipe.rewards if arguments.rewards is None else arguments.rewards
+            arguments.rewards = check_rewards(rewards, arguments.drop_rewards or ())
+        self.checkpoint: str | None = None
+        self.rows: dict[str, Dataset | None] = {}
+        self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
+
+    # ---- the three scripts -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_sft(cls, argv: Sequence[str]) -> Callable[[], None]:
+        """Check a run of stage 1; return the work.
+
+        Raises:
+            SegRLError: Whatever is wrong with flags, folder, data, model or parts.
+        """
+        run, config = cls._begin(argv, SegSFTConfig, "sft", f"runs/{cls.name}_sft")
+        for name in cls.stage2_flags:
+            if name in run.given:
+                raise SegRLError(f"--{name} is for train_grpo.py; drop it")
+        run.find_parts(None)
+        ready = run._ready(None, completions=True)
+
+        def work() -> None:
+            run._claim()
+            model, processor, rows = ready or run._ready(None, completions=True)  # type: ignore[misc]
+            run._fit_sft(config, model, processor, rows)
+            run._report({"stage1": run.folder}, {"sft": config.to_dict()})
+
+        return work
+
+    @classmethod
+    def check_grpo(cls, argv: Sequence[str]) -> Callable[[], None]:
+        """Check a run of stage 2, with stage 1 before it unless `--model` or a checkpoint has it; return the work.
+
+        Raises:
+            SegRLError: Whatever is wrong with flags, folder, data, model or parts, for both stages.
+        """
+        run, config = cls._begin(argv, SegGRPOConfig, "grpo", f"runs/{cls.name}")
+        arguments = run.arguments
+        if config.use_vllm and find_spec("vllm") is None:
+            raise SegRLError("--use_vllm: vLLM is not installed; pip install 'trl[vllm]', or drop the flag")
+        stage1 = find_stage1(arguments.model, run.checkpoint, skip=arguments.skip_stage1)
+        start = None if stage1 is None else run._continued(stage1)
+        run.find_parts(stage1)
+        settings, first = {"grpo": config.to_dict()}, None
+        if stage1 is None and not arguments.skip_stage1:
+            stage1 = run.folder / STAGE1
+            first = SegSFTConfig(**first_stage_settings(run.recipe.sft, config, run.given, arguments, str(stage1)))
+            settings["sft"] = first.to_dict()
+        check_batches(config, range(run.count("train") * run.copies()))
+        ready = run._ready(start, completions=first is not None)
+
+        def work() -> None:
+            run._claim()
+            model, processor, rows = ready or run._ready(start, completions=first is not None)  # type: ignore[misc]
+            if first is not None:
+                run._fit_sft(first, model, processor, rows)
+                again = run.load_run(run.folder / STAGE1, device="cpu", trainable=True)
+                model, processor = again.model, again.processor
+                rows = run.prepare(model, processor, completions=False)
+            elif start is None:
+                model, processor = run.warm_up(model, processor)
+            set_seed(run.seed)
+            run.train_grpo(config, model, processor, rows)
+            run._report({"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1}), settings)
+
+        return work
+
+    @classmethod
+    def check_evaluation(cls, argv: Sequence[str]) -> Callable[[], None]:
+        """Check the evaluation of a run; return the work.
+
+        Raises:
+            SegRLError: Whatever is wrong with flags, folder, data or run.
+        """
+        (arguments,) = Parser(cls.evaluation_flags, description=f"Evaluate a run of {cls.name}.").read(argv)
+        check_numbers(arguments, cls.least)
+        find_preset(arguments.preset, cls.recipes)
+        if arguments.model is None:
+            raise SegRLError(f"--model is missing: pass the folder of a run, such as runs/{cls.name}")
+        folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
+        run = cls(arguments, arguments.seed, folder)
+        check_output(folder, overwrite=arguments.overwrite, inputs=arguments.inputs())
+        run.rows[arguments.split] = run.load(arguments.split)
+        for split in cls.baseline_splits:
+            try:
+                run.rows[split] = run.load(split)
+            except UnknownNameError:  # data of another source, only to test on
+                continue
+        segmenter = run.load_run(arguments.model, device=str(PartialState().device))
+
+        def work() -> None:
+            run._claim()
+            run._report({"model": segmenter})
+
+        return work
+
+    # ---- what an example has -----------------------------------------------------------------------------------------
+
+    def load(self, split: str) -> Dataset | None:
+        """Return a split of `--data`, checked in full, or of synthetic data; at most as many rows as flags say.
+
+        None stands for synthetic data in files: `synthesize` writes them when the run's folder is claimed.
+        """
+        raise NotImplementedError
+
+    def synthesize(self, split: str) -> Dataset:
+        """Write a split of synthetic data into the run's folder and return it."""
+        raise NotImplementedError
+
+    def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
+        """Return the training rows with prompts, and with answers where `completions`, `copies` times."""
+        raise NotImplementedError
+
+    def build(self) -> Model:
+        """Return the preset's model, or that of `--model`, and its processor."""
+        path = self.arguments.model
+        if path is not None:
+            check_source("--model", path, "model", CheckpointError)
+        with reraise_as(f"--model {path!r}" if path else self.arguments.preset, CheckpointError):
+            return self.recipe.build(self.train_rows, path)
+
+    def build_segmenter(self, weights: str | None) -> Any:
+        """Return the preset's segmenter, or the one whose weights are given."""
+        with reraise_as(f"--segmenter {weights!r}" if weights else self.arguments.preset, CheckpointError):
+            return self.recipe.segmenter(weights)
+
+    def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
+        """Return the trained model of a run; `settings` go to `from_pretrained` of its segmenter.
+
+        Raises:
+            CheckpointError: No run, or one that does not fit; names `--model`.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
+        with reraise_as(f"--model {str(folder)!r}", CheckpointError):
+            return self.results.segmenter_class.from_pretrained(path, **settings)
+
+    def find_parts(self, stage1: Path | None) -> None:
+        """Find what training needs beside the model, before anything is written; nothing by default.
+
+        Args:
+            stage1: The stage 1 run that stage 2 goes on with, if there is one.
+        """
+
+    def make_parts(self) -> None:
+        """Make what `find_parts` did not find, after the folder is claimed; nothing by default."""
+
+    def warm_up(self, model: Any, processor: Any) -> Model:
+        """Return the model as training begins with it, after whatever comes before; unchanged by default."""
+        return model, processor
+
+    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
+        """Return more arguments of a stage's trainer; the place to freeze parts of the model, too."""
+        return {}
+
+    def train_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        """Train stage 1 and save it in the config's `output_dir`."""
+        more = self.trainer_arguments(model, "sft")
+        train_and_save(SegSFTTrainer(model, config, **self._common(model, processor, rows), **more))
+
+    def train_grpo(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        """Train stage 2 and save it in the config's `output_dir`."""
+        more = {"reward_funcs": list(self.arguments.rewards), **self.trainer_arguments(model, "grpo")}
+        common = self._common(model, processor, rows)
+        if not self.arguments.skip_stage1:
+            common["peft_config"] = None  # the model has its adapter from stage 1
+        train_and_save(SegGRPOTrainer(model, args=config, **common, **more))
+
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
+        """Return more entries of `results.json`, such as the summary of a baseline; none by default.
+
+        Args:
+            segmenter: The first model that is evaluated.
+            rows: The rows that it is evaluated on.
+        """
+        return {}
+
+    # ---- shared ------------------------------------------------------------------------------------------------------
+
+    @property
+    def train_rows(self) -> Dataset:
+        """The training split, once it is there."""
+        rows = self.rows["train"]
+        assert rows is not None
+        return rows
+
+    def count(self, split: str) -> int:
+        """Return the number of rows of a split, whether it is loaded or yet to be made."""
+        rows = self.rows.get(split)
+        return len(rows) if rows is not None else self.arguments.count(self.recipe.synthetic[split], split)
+
+    def copies(self) -> int:
+        """Return how often each training row is in the data set: as often as it takes to reach `fill_to`."""
+        return max(1, self.recipe.fill_to // self.count("train"))
+
+    def check_synthetic(self, split: str) -> None:
+        """Refuse a split that synthetic data has not."""
+        if split not in ("train", "test"):
+            raise unknown_name(f"split of the synthetic {self.prompt.task}", split, ("train", "test"))
+
+    @classmethod
+    def _begin(cls, argv: Sequence[str], config_class: type, stage: str, output_dir: str) -> tuple[Self, Any]:
+        """Read the command line, look at the folder, load the data."""
+        arguments, config, given = parse(
+            argv,
+            cls.training_flags,
+            config_class,
+            defaults=lambda known: {
+                "output_dir": output_dir,
+                **getattr(find_preset(known.preset, cls.recipes), stage),
+            },
+            description=f"{cls.name}, {stage}. Presets: {', '.join(cls.recipes)}.",
+            least=cls.least,
+        )
+        run = cls(arguments, config.seed, Path(config.output_dir), given)
+        run.checkpoint = config.resume_from_checkpoint = check_output(
+            run.folder,
+            overwrite=arguments.overwrite,
+            resume=config.resume_from_checkpoint,
+            inputs=arguments.inputs(),
+        )
+        run.config = config
+        run.rows = {split: run.load(split) for split in ("train", "test")}
+        if run.rows["train"] is not None:
+            run.prompt = run.prompt.for_rows(run.rows["train"])
+        return run, config
+
+    def _continued(self, stage1: Path) -> Model:
+        """The model of a stage 1 run, if what the flags ask for fits it."""
+        name = f"--model {str(stage1)!r}"
+        for flag in self.stage1_flags:
+            if getattr(self.arguments, flag) is not None:
+                raise SegRLError(f"--{flag} belongs to stage 1; {name} has its own already, drop the flag")
+        loaded = self.load_run(stage1, device="cpu", trainable=True)
+        earlier = load_prompt_settings(stage1)
+        if earlier is not None:
+            self.prompt.check_continues(earlier, name)
+        return loaded.model, loaded.processor
+
+    def _ready(self, start: Model | None, *, completions: bool) -> tuple[Any, Any, Dataset] | None:
+        """Model, processor and prepared rows, if the data is there."""
+        if self.rows["train"] is None:
+            return None
+        if start is None:
+            set_seed(self.seed)  # random weights, also those of a new head
+            start = self.build()
+        return *start, self.prepare(*start, completions=completions)
+
+    def _claim(self) -> None:
+        claim_output(self.folder, asdict(self.arguments), self.checkpoint)
+        for split, rows in self.rows.items():
+            self.rows[split] = self.synthesize(split) if rows is None else rows
+        self.make_parts()
+
+    def _fit_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        set_seed(self.seed)
+        model, processor = self.warm_up(model, processor)
+        set_seed(self.seed)
+        self.train_sft(config, model, processor, rows)
+
+    def _common(self, model: Any, processor: Any, rows: Dataset) -> dict[str, Any]:
+        """Arguments of either stage's trainer."""
+        head = find_mask_head(model)
+        tokens = [] if head is None else [head.probe.token_id]
+        lora = self.recipe.lora and language_model_lora(model, tokens=tokens, **self.recipe.lora)
+        return {
+            "train_dataset": rows,
+            "processing_class": processor,
+            "peft_config": lora,
+            "prompt_settings": self.prompt,
+        }
+
+    def _report(self, stages: Mapping[str, Path | SegmenterBase], configs: Mapping[str, Any] | None = None) -> None:
+        """Evaluate the stages in order, each loaded afresh, and write what was found; on the first process."""
+        state = PartialState()
+        if not state.is_main_process:
+            return
+        rows = self.rows[getattr(self.arguments, "split", "test")]
+        assert rows is not None
+        results: dict[str, Any] = {"config": {**asdict(self.arguments), **(configs or {})}}
+        records: dict[str, list[dict[str, Any]]] = {}
+        last = max(stages)
+        for name, stage in sorted(stages.items()):
+            segmenter = stage if isinstance(stage, SegmenterBase) else self.load_run(stage, device=str(state.device))
+            if not records:
+                results |= self.baselines(segmenter, rows)
+            size = self.arguments.eval_batch_size
+            results[name], records[name] = self.results.score(segmenter, rows, size, draw=name == last)
+        if len(records) == 2 and self.results.compared:
+            results["gain"] = self.results.gain(records["stage2"], records["stage1"])
+        self.results.write(results, records[last])

@@ -1,0 +1,291 @@
+"""The skeleton of two-stage runs, on a small recipe: boxes without a mask head, images of 64 px."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from builders import tiny_model
+from datasets import Dataset
+from marks import slow_to_build
+from safetensors.torch import load_file
+from script_modules import ROOT, contents, read_json
+
+from segrl.data import load_split, make_synthetic, prepare, write_folder
+from segrl.errors import SegRLError, UnknownNameError
+from segrl.inference import load
+from segrl.metrics import summarise
+from segrl.predictions import ImagePromptSettings
+from segrl.scripts import Recipe, TwoStageArguments, TwoStageRun
+
+ON_CPU = {"bf16": False, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+RECIPES = {
+    "tiny": Recipe(
+        build=lambda rows, model: tiny_model(),
+        prompt=ImagePromptSettings(instruction="", max_new_tokens=8),
+        sft={**ON_CPU, "per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 1e-3, "max_length": None},
+        grpo={
+            **{**ON_CPU, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 8},
+            **{"per_device_train_batch_size": 4, "num_generations": 2, "learning_rate": 1e-4},
+        },
+        rewards=("format", "box_f1"),
+        fill_to=8,
+        synthetic={"train": 4, "test": 2},
+    ),
+}
+
+
+@dataclass
+class Flags(TwoStageArguments):
+    head: str | None = field(default=None, metadata={"help": "A part of the model."})
+    late: bool = field(default=False, metadata={"help": "Whether data is made when the folder is claimed."})
+
+
+class BoxRun(TwoStageRun):
+    """No mask head: rewards on text and boxes."""
+
+    name = "boxes"
+    recipes = RECIPES
+    training_flags = Flags
+    stage1_flags = ("head",)
+    baseline_splits = ("train",)
+    prompt: ImagePromptSettings
+
+    def load(self, split: str) -> Dataset | None:
+        if self.arguments.data is not None:
+            return self.arguments.limited(load_split(self.arguments.data, split), split)
+        self.check_synthetic(split)
+        return None if getattr(self.arguments, "late", False) else self.made(split)
+
+    def synthesize(self, split: str) -> Dataset:
+        assert (self.folder / "segrl_run.json").is_file()
+        return self.made(split)
+
+    def made(self, split: str) -> Dataset:
+        return make_synthetic(self.count(split), size=64, seed=self.seed + (split == "test"))
+
+    def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
+        assert self.copies() == 8 // len(self.train_rows)
+        return prepare(self.train_rows, processor, self.prompt, completions=completions, brief=True)
+
+    def baselines(self, segmenter: Any, rows: Dataset) -> dict[str, Any]:
+        train = self.rows.get("train")
+        return {} if train is None else {"baseline": summarise([{"dice": 0.5, "iou": 0.5, "fail": False}] * len(rows))}
+
+
+def run(check: Any, *flags: object) -> None:
+    check([str(flag) for flag in flags])()
+
+
+def refused(check: Any, *flags: object, error: type[SegRLError] = SegRLError) -> str:
+    with pytest.raises(error) as caught:
+        check([str(flag) for flag in flags])
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+@slow_to_build
+def whole(tmp_path_factory) -> Path:
+    """Both stages by one command."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(BoxRun.check_grpo, "--output_dir", folder)
+    return folder
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [entry for entry in read_json(folder / "log_history.json") if "reward" in entry]
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "segrl.json")
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_both_stages_are_trained_evaluated_and_written(whole):
+    results = read_json(whole / "results.json")
+    assert set(results) == {"baseline", "stage1", "stage2", "config", "versions"}
+    assert results["stage1"]["n"] == results["stage2"]["n"] == 2
+    config = results["config"]
+    assert (config["preset"], config["rewards"]) == ("tiny", ["format", "box_f1"])
+    assert (config["sft"]["max_steps"], config["grpo"]["max_steps"]) == (1, 2)
+    assert config["sft"]["output_dir"] == str(whole / "stage1")
+    assert [entry["step"] for entry in steps_of(whole)] == [1, 2]
+    assert len(read_json(whole / "predictions.json")) == 2
+    assert {"predictions.png", "model.safetensors", "segrl.json", "stage1", "checkpoint-1"} <= {
+        path.name for path in whole.iterdir()
+    }
+    marker = read_json(whole / "segrl_run.json")["arguments"]
+    assert marker["rewards"] == ["format", "box_f1"]
+
+
+def test_a_run_is_continued_after_its_stage1(whole, tmp_path):
+    again = shutil.copytree(whole, tmp_path / "run")
+    for path in again.iterdir():  # what a run holds that was killed after its first checkpoint
+        if path.name not in ("checkpoint-1", "stage1", "segrl_run.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stage1 = contents(again / "stage1")
+    run(BoxRun.check_grpo, "--output_dir", again, "--resume_from_checkpoint", "last")
+    assert contents(again / "stage1") == stage1
+    for old, new in zip(steps_of(whole), steps_of(again), strict=True):
+        assert (old["step"], old["reward"]) == (new["step"], new["reward"])
+        assert new["loss"] == pytest.approx(old["loss"], abs=1e-4)
+    old, new = (load_file(folder / "model.safetensors") for folder in (whole, again))
+    for key, value in old.items():
+        torch.testing.assert_close(new[key], value, rtol=0, atol=1e-5)
+
+
+def test_data_that_is_made_late_gives_the_same_run(whole, tmp_path):
+    torch.manual_seed(999)  # what was drawn before does not matter
+    run(BoxRun.check_grpo, "--output_dir", tmp_path / "run", "--late")
+    for part in ("stage1", "."):
+        old, new = (folder / part / "model.safetensors" for folder in (whole, tmp_path / "run"))
+        assert old.read_bytes() == new.read_bytes()
+
+
+def test_stage2_asks_in_another_way_and_with_fewer_rewards(whole, tmp_path):
+    """Reasoning may change between the stages; each run keeps its own settings."""
+    folder = tmp_path / "run"
+    flags = ("--no_reasoning", "--drop_rewards", "box_f1", "--max_steps", 1)
+    run(BoxRun.check_grpo, "--model", whole / "stage1", *flags, "--output_dir", folder)
+    assert settings_of(whole / "stage1")["reasoning"] is True
+    assert settings_of(folder)["reasoning"] is False
+    assert not (folder / "stage1").exists()
+    (entry,) = steps_of(folder)
+    assert "rewards/format/mean" in entry
+    assert "rewards/box_f1/mean" not in entry
+    results = read_json(folder / "results.json")
+    assert results["config"]["rewards"] == ["format"]
+    assert "sft" not in results["config"]
+    assert results["stage1"] == read_json(whole / "results.json")["stage1"]
+
+
+@pytest.mark.slow
+def test_stage1_alone_with_another_frame(tmp_path):
+    folder = tmp_path / "run"
+    run(BoxRun.check_sft, "--frame_kind", "relative_1000", "--output_dir", folder)
+    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "config", "versions"}
+    assert settings_of(folder)["frame_kind"] == "relative_1000"
+    assert "was trained with frame_kind='relative_1000', here it is 'original_px'; use the same" in refused(
+        BoxRun.check_grpo, "--model", folder, "--frame_kind", "original_px", "--output_dir", tmp_path / "x"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_stage2_alone(tmp_path):
+    run(BoxRun.check_grpo, "--skip_stage1", "--max_steps", 1, "--output_dir", tmp_path / "run")
+    assert set(read_json(tmp_path / "run" / "results.json")) == {"baseline", "stage2", "config", "versions"}
+    assert not (tmp_path / "run" / "stage1").exists()
+
+
+def test_evaluation_repeats_what_training_found(whole, tmp_path):
+    flags = ("--model", whole, "--output_dir", tmp_path / "out")
+    run(BoxRun.check_evaluation, *flags)
+    results = read_json(tmp_path / "out" / "results.json")
+    assert set(results) == {"baseline", "model", "config", "versions"}
+    assert results["model"] == read_json(whole / "results.json")["stage2"]
+    assert (tmp_path / "out" / "predictions.png").is_file()
+    assert "is not empty" in refused(BoxRun.check_evaluation, *flags)
+    run(BoxRun.check_evaluation, *flags, "--overwrite", "--split", "train", "--pictures", 0, "--train_limit", 1)
+    (record,) = read_json(tmp_path / "out" / "predictions.json")
+    assert record["name"] == "synthetic_42_00000"
+    assert not (tmp_path / "out" / "predictions.png").exists()
+
+
+def test_evaluation_on_data_that_has_no_training_split(whole, tmp_path):
+    folder = write_folder(make_synthetic(3, size=64, seed=5), tmp_path / "data", split="test")
+    run(BoxRun.check_evaluation, "--model", whole, "--data", folder, "--output_dir", tmp_path / "out")
+    assert set(read_json(tmp_path / "out" / "results.json")) == {"model", "config", "versions"}
+
+
+def test_a_run_is_loaded_as_it_was_asked(whole):
+    segmenter = load(whole, device="cpu")
+    assert segmenter.settings == ImagePromptSettings(instruction="", max_new_tokens=8)
+
+
+def test_a_run_is_replaced_only_when_asked(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = contents(folder)
+    assert "is not empty" in refused(BoxRun.check_sft, "--output_dir", folder)
+    for flags, message in [
+        (["--model", folder], f"--overwrite would remove --model {str(folder)!r}"),
+        (["--data", "no_such_folder"], "no such folder"),
+        (["--resume_from_checkpoint", "last"], "pass one of them"),
+    ]:
+        assert message in refused(BoxRun.check_sft, "--output_dir", folder, "--overwrite", *flags)
+    assert contents(folder) == before
+    run(BoxRun.check_sft, "--output_dir", folder, "--overwrite")
+    assert not (folder / "checkpoint-2").exists()
+    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "config", "versions"}
+
+
+@pytest.mark.slow
+def test_the_run_of_the_documentation(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "how-to" / "write-a-training-script.md").read_text(encoding="utf-8")
+    _, recipe = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    module: dict[str, Any] = {"__name__": "recipe"}
+    exec(compile(recipe, "recipe.py", "exec", dont_inherit=True), module)
+    run(module["MyRun"].check_grpo, "--output_dir", "runs/mine", "--use_cpu", "true")
+    assert set(read_json(Path("runs/mine/results.json"))) == {"stage1", "stage2", "config", "versions"}
+
+
+# ---- refusals: before anything is written ----------------------------------------------------------------------------
+
+REFUSED: list[tuple[str, Sequence[object], str]] = [
+    ("sft", ["--preset", "tyny"], "unknown preset 'tyny'; did you mean 'tiny'? Known: tiny"),
+    ("sft", ["--rewards", "format"], "--rewards is for train_grpo.py; drop it"),
+    ("sft", ["--skip_stage1"], "--skip_stage1 is for train_grpo.py; drop it"),
+    ("sft", ["--drop_rewards", "format"], "--drop_rewards is for train_grpo.py; drop it"),
+    ("sft", ["--model", "no_such_model"], "--model 'no_such_model': no such folder, nor a model name owner/name"),
+    ("sft", ["--frame_kind", "px"], "argument --frame_kind/--frame-kind: invalid choice: 'px'"),
+    ("grpo", ["--rewards", "box_f2"], "unknown reward 'box_f2'; did you mean 'box_f1'?"),
+    ("grpo", ["--drop_rewards", "box_f2"], "unknown reward for --drop_rewards 'box_f2'; did you mean 'box_f1'?"),
+    ("grpo", ["--drop_rewards", "box_f1", "format"], "--drop_rewards box_f1 format: no reward is left"),
+    ("grpo", ["--use_vllm", "true"], "--use_vllm: vLLM is not installed; pip install 'trl[vllm]', or drop the flag"),
+    ("grpo", ["--model", "no_such_run"], "--model 'no_such_run': no such folder; pass the output_dir of a run"),
+    ("grpo", ["--model", "."], "--model '.' holds no model; pass the output_dir of a finished run"),
+    ("grpo", ["--train_limit", "1", "--per_device_train_batch_size", "20"], "8 training rows, expected at least 10"),
+    ("grpo", ["--late", "--per_device_train_batch_size", "20"], "8 training rows, expected at least 10"),
+    ("grpo", ["--data", "no_such_folder"], "--data 'no_such_folder': no such folder"),
+    ("grpo", ["--resume_from_checkpoint", "last"], "--resume_from_checkpoint last: no checkpoint in"),
+    ("evaluation", [], "--model is missing: pass the folder of a run, such as runs/boxes"),
+    ("evaluation", ["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
+    ("evaluation", ["--model", "x", "--pictures", "-1"], "--pictures -1: expected 0 or more"),
+    ("evaluation", ["--model", "x", "--split", "tset"], "unknown split of the synthetic images 'tset'; did you mean"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refused(tmp_path, script, flags, message):
+    folder = tmp_path / "run"
+    assert message in refused(getattr(BoxRun, f"check_{script}"), *flags, "--output_dir", folder)
+    assert not folder.exists()
+
+
+def test_a_run_is_not_trained_further_with_other_parts(whole, tmp_path):
+    flags = ("--model", whole / "stage1", "--head", "other", "--output_dir", tmp_path / "run")
+    assert "--head belongs to stage 1; --model" in refused(BoxRun.check_grpo, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_with_a_setting_that_no_trainer_has():
+    class Mistyped(BoxRun):
+        recipes: ClassVar = {"tiny": replace(RECIPES["tiny"], sft={"max_stps": 1})}
+
+    with pytest.raises(UnknownNameError, match="unknown setting of SegSFTConfig 'max_stps'; did you mean 'max_steps'"):
+        Mistyped.check_sft([])
+
+
+def test_settings_of_another_task_are_refused(whole, tmp_path):
+    run_folder = shutil.copytree(whole / "stage1", tmp_path / "sft")
+    (run_folder / "segrl.json").write_text(json.dumps({**settings_of(whole), "task": "volumes", "max_edge": 3}))
+    said = refused(BoxRun.check_grpo, "--model", run_folder, "--output_dir", tmp_path / "run")
+    assert "segrl.json: unknown key 'max_edge'" in said
