@@ -254,9 +254,9 @@ ORIGINALS = {
     "recall: every lesion's best box": recall,
     "F1 in which each box that hits is a true positive": f1_not_one_to_one,
     "IoU of the first box anywhere in the text": first_box_of_the_text,
-    "any box earns something, also where nothing is to be found": pays_for_answering,
-    "an unreadable text earns 1": unreadable_is_right,
-    "a miss earns 1 − confidence": confidence_of_misses,
+    "any box scores something, also where nothing is to be found": pays_for_answering,
+    "an unreadable text scores 1": unreadable_is_right,
+    "a miss scores 1 − confidence": confidence_of_misses,
 }
 TABLES = {"alone": built_in(), "presets": built_in("preset"), "composed": COMPOSITIONS, "originals": ORIGINALS}
 
@@ -281,7 +281,7 @@ def test_report():
     alone, both = report.verdicts
     assert (report.hackable, alone.hackable, both.hackable, report.scenes) == (True, True, False, 12)
     assert len(report.rows) == len(alone.rows) + len(both.rows)
-    assert "it does not look at the truth" in alone.advice
+    assert "it does not read the ground truth" in alone.advice
     assert str(both) == "both: clean"
     assert str(alone).startswith("format: HACKABLE\n  - always 'no lesion': 1 over scenes of kind 'one', as all honest")
 
@@ -310,7 +310,7 @@ def test_the_printed_report_holds_every_pay_and_no_markup():
 def test_a_reward_that_applies_nowhere_is_not_judged():
     found = verdict(lambda prediction, target: None)
     assert (found.hackable, found.reasons) == (False, ())
-    assert found.advice == "it applies to none of the scenes; give truths of your own"
+    assert found.advice == "it applies to none of the scenes; give ground truths of your own"
 
 
 def test_a_reward_that_applies_to_some_scenes():
@@ -484,7 +484,7 @@ def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
     assert not verdict(make_reward("medvol_r1", delta=0)).hackable
 
 
-def test_boxes_around_pay_where_only_matched_ones_prompt():
+def test_boxes_around_win_if_only_matched_ones_prompt():
     """As MedVol-R1 trains: the best of many boxes is propagated, and the others cost less than it brings."""
     rewards, trick = [make_reward("medvol_r1", weights=[1, 1, w, 1]) for w in (1, 2)], BY_NAME["poor, and boxes around"]
     paid = {"poor": [], "matched": [], "all": []}

@@ -15,7 +15,7 @@ from segrl.geometry import match_boxes
     equation="Σ IoU of matched boxes / max(N, M) where the lesions cover at most max_area",
 )
 def small_lesion_bonus(prediction: Prediction, target: Target, *, max_area: float = 0.01) -> float | None:
-    """Pay for the boxes of small lesions, and do not apply to images with large lesions or none.
+    """Score the boxes of small lesions; None for images with large lesions or none.
 
     Args:
         prediction: Boxes in original pixels.

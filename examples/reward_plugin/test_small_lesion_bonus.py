@@ -1,4 +1,4 @@
-"""The whole test of a reward: what it declares holds on generated answers, valid, broken and hostile."""
+"""The whole test of a reward: its claims hold on generated answers, valid, broken and hostile."""
 
 import pytest
 from segrl_reward_plugin import small_lesion_bonus

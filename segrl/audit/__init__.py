@@ -1,4 +1,4 @@
-"""Does gaming a reward pay? `audit` lets policies that nobody wants compete with honest ones."""
+"""Find reward hacking: `audit` lets degenerate policies compete with honest ones."""
 
 from segrl.audit.judging import AuditReport, AuditRow, Verdict, audit
 

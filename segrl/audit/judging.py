@@ -62,6 +62,11 @@ class AuditRow:
         kinds: Mean over the scenes of each kind.
         parts: Mean over all scenes of every part of a sum, before its weight.
         wins: Whether this policy hacks the reward.
+
+    Example:
+        >>> row = audit("box_count", scenes=6).rows[0]
+        >>> row.policy, row.kind, row.lesions, row.wins
+        ('perfect', 'honest', 1.0, False)
     """
 
     policy: str
@@ -85,6 +90,11 @@ class Verdict:
         advice: The fix, or what the verdict does not cover; often "".
         rows: The scores of each policy.
         answer_format: Grammar in which the policies answered, "text" or "json".
+
+    Example:
+        >>> print(Verdict("mine", True, ("noise: 1 over all scenes, the honest 'poor' 0.5",), "", (), "text"))
+        mine: HACKABLE
+          - noise: 1 over all scenes, the honest 'poor' 0.5
     """
 
     reward: str
@@ -106,6 +116,11 @@ class AuditReport:
     Attributes:
         verdicts: One per reward.
         scenes: Number of scenes on which each reward was evaluated.
+
+    Example:
+        >>> clean, hacked = (Verdict("mine", hackable, (), "", (), "text") for hackable in (False, True))
+        >>> AuditReport((clean, clean), 12).hackable, AuditReport((clean, hacked), 12).hackable
+        (False, True)
     """
 
     verdicts: tuple[Verdict, ...]

@@ -36,8 +36,9 @@ def describe_reward(reward: str | Reward) -> dict[str, Any]:
         RewardError: If an installed reward cannot be used.
 
     Example:
-        >>> describe_reward("box_f1").get("form")
-        'function'
+        >>> described = describe_reward("box_f1")
+        >>> described["range"], described["settings"][0]["name"], described["settings"][0]["default"]
+        ([0.0, 1.0], 'min_iou', 0.5)
     """
     if isinstance(reward, Reward) or is_reward_file(reward):
         made = make_reward(reward)
