@@ -56,8 +56,11 @@ def load_reward(path: str | Path) -> Reward:
 
     Example:
         >>> from pathlib import Path
-        >>> _ = Path("mine.yaml").write_text("reward: box_f1\\nsteps: [{scale: 2}]")
-        >>> load_reward("mine.yaml").range
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "mine.yaml")
+        ...     _ = file.write_text("reward: box_f1\\nsteps: [{scale: 2}]")
+        ...     load_reward(file).range
         (0.0, 2.0)
     """
     try:

@@ -168,9 +168,12 @@ def score_file(
 
     Example:
         >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
         >>> from segrl.rewards import make_reward
-        >>> _ = Path("answers.jsonl").write_text('{"completion": "no tags"}')
-        >>> score_file(make_reward("format"), "answers.jsonl").columns
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "answers.jsonl")
+        ...     _ = file.write_text('{"completion": "no tags"}')
+        ...     score_file(make_reward("format"), file).columns
         {'format': [0.0]}
     """
     ground_truths = None if ground_truth is None else read_targets(Path(ground_truth), on)
