@@ -189,11 +189,16 @@ class TrainingFlags(DataFlags, TwoStageArguments):
 
     dense_weight: float = field(default=1.0, metadata={"help": "Weight of DiceCE; 0 trains without it (ablation)."})
     adapter: str | None = field(
-        default=None, metadata={"help": "semantic_guided, linear or mlp (ablation); default: the preset's."}
+        default=None,
+        metadata={
+            "help": "Name of `segrl parts list`, such as linear (ablation), or module:Class; default: the preset's."
+        },
     )
     probe: str | None = field(
         default=None,
-        metadata={"help": "seg_token or answer, whose states prompt the segmenter; default: the preset's."},
+        metadata={
+            "help": "seg_token or answer, whose states prompt the segmenter, or module:Class; default: the preset's."
+        },
     )
 
 
