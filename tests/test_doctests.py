@@ -9,8 +9,8 @@ from public_names import FILES, is_callable, public_names
 
 LINES = {module: path.read_text().count(">>> ") for module, path in FILES.items()}
 
-# How many public functions and classes have no example yet: the number only shrinks.
-WITHOUT_EXAMPLE = 22
+# Without an example: what other functions return, flags, and the skeleton of a run, whose example is a page.
+WITHOUT_EXAMPLE = 5
 
 
 @pytest.mark.parametrize("module", [module for module, lines in LINES.items() if lines])

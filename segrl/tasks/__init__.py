@@ -11,10 +11,10 @@ from segrl.predictions.prompt_settings import ImagePromptSettings, PromptSetting
 from segrl.rewards.reward import Reward
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.tasks.base import Task, check_columns, rollout_metrics
-from segrl.tasks.images import ImageRow, ImageTask
-from segrl.tasks.volumes import VolumeRow, VolumeTask
+from segrl.tasks.images import ImageTask
+from segrl.tasks.volumes import VolumeTask
 
-__all__ = ["ImageRow", "ImageTask", "Task", "VolumeRow", "VolumeTask", "check_columns", "make_task", "rollout_metrics"]
+__all__ = ["ImageTask", "Task", "VolumeTask", "check_columns", "make_task", "rollout_metrics"]
 
 
 def make_task(
