@@ -81,7 +81,7 @@ def test_verl_batches():
 
 def test_verl_batches_compare_the_answers_to_one_prompt():
     best = BOXES.group_relative("best")
-    with pytest.raises(RewardError, match="'box_f1' compares the answers to one prompt; use batch=True"):
+    with pytest.raises(RewardError, match="'box_f1' compares the answers to one prompt"):
         verl_compute_score(best)
     compute_score = verl_compute_score(best, batch=True)
     other = {**TRUTH, "query": "Where is the tumour?"}
@@ -107,7 +107,7 @@ def test_easyr1():
 
 
 def test_easyr1_needs_batches():
-    with pytest.raises(RewardError, match="EasyR1 passed a single row; set REWARD_TYPE = 'batch'"):
+    with pytest.raises(RewardError, match="EasyR1 passed a single row"):
         easyr1_compute_score(BOXES)({"response": "", "response_length": 0, "ground_truth": TRUTH})  # pyright: ignore
 
 
@@ -146,9 +146,9 @@ def test_swift_names_groups_and_schedules():
 
 
 def test_swift_misses_columns():
-    with pytest.raises(RewardError, match="reward 'box_f1': no column 'solution'; found messages, trainer_state"):
+    with pytest.raises(RewardError, match="reward 'box_f1': no column 'solution'"):
         swift(swift_orm(BOXES, ground_truth="solution"), [GOOD])
-    with pytest.raises(RewardError, match=r"reward 'box_f1', row 0: the ground truth is {}; expected"):
+    with pytest.raises(RewardError, match=r"reward 'box_f1', row 0: the ground truth is {}"):
         swift(swift_orm(BOXES), [GOOD])
 
 
@@ -237,7 +237,7 @@ class TestMaking:
 
     def test_predicted_masks_are_refused(self, adapt):
         for reward in ("mask_iou", "core_seg", BOXES.gate("mask_iou")):
-            with pytest.raises(RewardError, match=r"reads predicted masks, and .* decodes none; leave"):
+            with pytest.raises(RewardError, match=r"reads predicted masks, and .* decodes none"):
                 adapt(reward)
 
     def test_async_rewards_work(self, adapt):
@@ -255,7 +255,7 @@ class TestMaking:
 
 def test_a_part_with_the_name_of_the_whole_is_refused():
     clash = weighted_sum([(BOXES.named("score"), 1.0), ("format", 1.0)])
-    with pytest.raises(RewardError, match="a part is named 'score', as the whole is there; rename it"):
+    with pytest.raises(RewardError, match="a part is named 'score', as the whole is there"):
         verl_compute_score(clash)
     easyr1_compute_score(clash)
     with pytest.raises(RewardError, match="a part is named 'overall'"):

@@ -1,4 +1,4 @@
-"""The audit finds the rewards that published systems were gamed with, and lets the honest ones pass."""
+"""The audit finds the rewards that published systems were hacked with, and lets the honest ones pass."""
 
 import io
 import json
@@ -110,7 +110,7 @@ def unreadable_is_right(prediction, target):
 
 
 def confidence_of_misses(prediction, target):
-    """A miss earns 1 - c, so that a net of unsure boxes earns most."""
+    """A miss scores 1 - c, so that a net of unsure boxes scores most."""
     if prediction.scores is None or target.empty:
         return float(len(prediction.boxes) == 0 and target.empty)
     hit = iou_table(prediction, target).max(axis=1) > 0.5
@@ -156,7 +156,7 @@ def test_recall_of_masks_is_gamed_by_the_whole_image():
     "name", sampled([name for name in list_rewards() if reward_info(name).origin.startswith("segrl ")], keep=6)
 )
 def test_built_in(name):
-    """Whoever does not look at the truth, or at places, is gamed alone; nothing else is."""
+    """Whoever does not look at the truth, or at places, is hackable alone; nothing else is."""
     found = verdict(name)
     expected = not make_reward(name).needs_target or name == "box_count"
     assert found.hackable == expected, str(found)
@@ -225,7 +225,7 @@ def verdict_table(rewards) -> str:
     lines = ["| reward | verdict | perfect | poor | best degenerate policy | hacked by |", "| --- " * 6 + "|"]
     for label, reward in rewards.items():
         found = verdict(reward)
-        paid = {row.policy: row.lesions for row in found.rows}
+        scored = {row.policy: row.lesions for row in found.rows}
         degenerate = [row for row in found.rows if row.kind == "degenerate"]
         best = max(degenerate, key=lambda row: row.lesions or 0.0)
         won = [row.policy for row in found.rows if row.wins]
@@ -233,8 +233,8 @@ def verdict_table(rewards) -> str:
         cells = [
             label,
             "**HACKABLE**" if found.hackable else "clean",
-            f"{paid['perfect']:.2f}",
-            f"{paid['poor']:.2f}",
+            f"{scored['perfect']:.2f}",
+            f"{scored['poor']:.2f}",
             f"{best.lesions:.2f} ({best.policy})",
             "; ".join(won[:2]) + more,
         ]
@@ -335,7 +335,7 @@ def test_own_truths():
 
     volume = VolumeTarget.from_mask(np.stack([middle & False, middle, middle & False, middle & False]))
     assert "-" not in verdict("slice_visibility", scenes=[volume, Target.from_mask(middle)]).answer_format
-    with pytest.raises(RewardError, match="reward 'slice_boxes': no scenes; expected a positive number, or VolumeT"):
+    with pytest.raises(RewardError, match="reward 'slice_boxes': no scenes"):
         audit("slice_boxes", scenes=[Target.from_mask(middle)])
     with pytest.raises(RewardError, match="no scenes"):
         audit("box_f1", scenes=0)
@@ -465,7 +465,7 @@ def test_more_boxes_show_more_of_a_volume_but_not_of_an_image():
 
 @pytest.mark.long
 def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
-    """The rule for empty masks, applied to the slices around the named one, pays for naming a slice far away."""
+    """The rule for empty masks, applied to the slices around the named one, rewards naming a slice far away."""
 
     def window_dice(prediction, target):
         k = prediction.slice_index
@@ -487,7 +487,7 @@ def test_a_window_without_truth_must_not_be_paid_for_an_empty_mask():
 def test_boxes_around_win_if_only_matched_ones_prompt():
     """As MedVol-R1 trains: the best of many boxes is propagated, and the others cost less than it brings."""
     rewards, trick = [make_reward("medvol_r1", weights=[1, 1, w, 1]) for w in (1, 2)], BY_NAME["poor, and boxes around"]
-    paid = {"poor": [], "matched": [], "all": []}
+    scored = {"poor": [], "matched": [], "all": []}
     for scene in make_scenes(24, volume=True):
         if scene.kind in ("none", "several"):
             continue
@@ -500,8 +500,8 @@ def test_boxes_around_win_if_only_matched_ones_prompt():
         x, y = np.rint((more.boxes[match_boxes(more.boxes, true).pred_index] - true)[0, :2]).astype(int)
         best = more.with_mask(np.roll(scene.target.mask, (y, x), axis=(1, 2)))
         for name, said in {"poor": poor, "matched": best, "all": more}.items():
-            paid[name].append([reward.score(said, scene.target) for reward in rewards])
-    poor, matched, everything = (np.mean(scores, axis=0) for scores in paid.values())
+            scored[name].append([reward.score(said, scene.target) for reward in rewards])
+    poor, matched, everything = (np.mean(scores, axis=0) for scores in scored.values())
     assert matched[0] > poor[0] + 0.1
     assert everything[0] < poor[0] - 0.3
     assert matched[1] < poor[1] - 0.1, "the boxes count twice"

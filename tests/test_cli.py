@@ -380,7 +380,7 @@ def test_check_passes_and_fails(run):
 def test_audit_judges_each_name_or_the_sum(run):
     status, out, err = run("rewards", "audit", "box_f1", "format", "--json")
     report = json.loads(out)
-    assert (status, err) == (1, "")  # a format alone pays for empty talk
+    assert (status, err) == (1, "")  # a format alone rewards empty talk
     assert {verdict["reward"]: verdict["hackable"] for verdict in report["verdicts"]} == {
         "box_f1": False,
         "format": True,

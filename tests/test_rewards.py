@@ -1,4 +1,4 @@
-"""Each trap is a way in which a published system paid for the wrong thing."""
+"""Each trap is a way in which a published system scored for the wrong thing."""
 
 import pickle
 import subprocess
@@ -38,7 +38,7 @@ def score(name, prediction, target=TARGET, **settings):
 # --- the published formulas
 
 
-def test_format_is_paid_for_the_whole_grammar_only():
+def test_format_scores_for_the_whole_grammar_only():
     assert score("format", read(GOOD)) == 1.0
     assert [score("format", read(text)) for text in ("", GOOD + "!", GOOD[7:], GOOD.replace("<seg>", ""))] == [0.0] * 4
 
@@ -121,7 +121,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("target", [TARGET, EMPTY], ids=["lesions", "no lesion"])
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_an_unreadable_text_earns_the_lowest_value_of_every_reward(text, target):
+def test_an_unreadable_text_scores_the_lowest_value_of_every_reward(text, target):
     prediction = read(text)
     perfect = prediction.with_mask(target.mask)
     assert score("format", prediction, target) == 0.0
@@ -130,12 +130,12 @@ def test_an_unreadable_text_earns_the_lowest_value_of_every_reward(text, target)
     assert score("dual_granularity_mask", perfect, target) == -1.0
 
 
-def test_a_bare_answer_is_paid_in_the_ablation_without_reasoning():
+def test_a_bare_answer_scores_in_the_ablation_without_reasoning():
     prediction = read(UNREADABLE["no reasoning"], require_reasoning=False)
     assert score("format", prediction) == score("box_f1", prediction) == 1.0
 
 
-def test_an_invalid_text_is_paid_for_its_boxes_only_on_request():
+def test_an_invalid_text_scores_for_its_boxes_only_on_request():
     prediction = read(GOOD + "!")
     assert score("box_f1", prediction, require_valid=False) == 1.0
     assert score("dual_granularity_mask", prediction.with_mask(TARGET.mask), require_valid=False) == 3.0
@@ -358,9 +358,9 @@ def test_a_trainer_without_masks_refuses_a_mask_reward():
 
 def test_names_and_settings_are_checked_with_a_suggestion():
     assert {"box_f1", "dual_granularity_mask", "format"} <= set(list_rewards())
-    with pytest.raises(UnknownNameError, match="unknown reward 'box_f2'; did you mean 'box_f1'"):
+    with pytest.raises(UnknownNameError, match="unknown reward 'box_f2'"):
         make_reward("box_f2")
-    with pytest.raises(UnknownNameError, match=r"setting of reward 'box_f1' 'min_iuo'; did you mean 'min_iou'"):
+    with pytest.raises(UnknownNameError, match=r"setting of reward 'box_f1' 'min_iuo'"):
         make_reward("box_f1", min_iuo=0.3)
     with pytest.raises(UnknownNameError, match=r"'prediction'"):
         make_reward("box_f1", prediction=None)
@@ -392,7 +392,7 @@ def test_register_a_reward():
     assert score("test_wordy", read(""), words=6) is None
     with pytest.raises(RewardError, match="reward 'test_wordy' needs the setting 'words'"):
         make_reward("test_wordy")
-    with pytest.raises(RewardError, match=r"reward 'test_wordy' is registered already, by .*wordy; choose another"):
+    with pytest.raises(RewardError, match=r"reward 'test_wordy' is registered already, by .*wordy"):
         register_reward("test_wordy")(lambda prediction, target: 0.0)
     with pytest.raises(RewardError, match="'box_f1' is registered already"):
         register_reward("box_f1")(wordy)
@@ -414,24 +414,6 @@ def test_rewards_pickle_into_another_process():
     code = "import pickle, sys; r = pickle.load(sys.stdin.buffer); print(r.name, r.settings, r.completion_format.frame)"
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(reward), capture_output=True, check=True)
     assert done.stdout.decode().strip() == "box_f1 {'min_iou': 0.3} original_px"
-
-
-@pytest.mark.usefixtures("own_registry")
-def test_rewards_of_installed_packages_are_found_and_imported_late(tmp_path, monkeypatch):
-    package = tmp_path / "plugged_reward.py"
-    package.write_text("def constant(prediction, target, *, value=4):\n    return value\n")
-    info = tmp_path / "plugged_reward-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged-reward\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[segrl.rewards]\ntest_plugged = plugged_reward:constant\ntest_broken = plugged_reward:missing\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert {"test_plugged", "test_broken"} <= set(list_rewards())
-    assert "plugged_reward" not in sys.modules
-    assert score("test_plugged", says(), value=5) == 5.0
-    with pytest.raises(RewardError, match=r"'test_broken' of plugged-reward 1\.0 cannot be imported"):
-        make_reward("test_broken")
 
 
 def test_status_of_the_good_text():

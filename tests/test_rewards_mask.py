@@ -76,14 +76,14 @@ def test_known_values():
 
 
 @every_reward
-def test_the_truth_earns_most(name):
+def test_the_truth_scores_most(name):
     pixel, whole = Target.from_mask(mask_of((7, 5, 8, 6))), Target.from_mask(mask_of((0, 0, WIDTH, HEIGHT)))
     for target in (LESION, EMPTY, pixel, whole):
         assert score(name, target.mask, target) == 1.0
 
 
 @every_reward
-def test_better_masks_earn_more(name):
+def test_better_masks_score_more(name):
     scores = [score(name, mask_of((4, 4, end, end))) for end in (8, 9, 10, 11, 12)]
     assert scores == sorted(scores)
     assert scores[0] < scores[-1] == 1.0
@@ -118,25 +118,25 @@ UNREADABLE = {
 @every_reward
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE.keys())
 @pytest.mark.parametrize("target", [LESION, EMPTY], ids=["lesion", "no lesion"])
-def test_an_invalid_text_earns_nothing_for_a_perfect_mask(name, text, target):
+def test_an_invalid_text_scores_nothing_for_a_perfect_mask(name, text, target):
     assert score(name, target.mask, target, text) == 0.0
 
 
 @every_reward
-def test_a_mask_without_its_token_or_a_token_without_its_mask_earns_nothing(name):
+def test_a_mask_without_its_token_or_a_token_without_its_mask_scores_nothing(name):
     for target in (LESION, EMPTY):
         assert score(name, target.mask, target, GOOD.replace("<seg>", ""), require_valid=False) == 0.0
         assert score(name, None, target) == score(name, None, target, require_valid=False) == 0.0
 
 
 @every_reward
-def test_an_invalid_text_is_paid_for_its_mask_only_on_request(name):
+def test_an_invalid_text_scores_for_its_mask_only_on_request(name):
     assert score(name, LESION.mask, text=GOOD + "!", require_valid=False) == 1.0
 
 
 @every_reward
 def test_empty_masks(name):
-    # The published S-measure pays an empty mask 1.0, and more than 0.5 where the lesion is small.
+    # The published S-measure scores an empty mask 1.0, and more than 0.5 where the lesion is small.
     speck = Target.from_mask(mask_of((7, 5, 8, 6)))
     assert score(name, EMPTY.mask, EMPTY) == 1.0
     for target in (LESION, speck):
@@ -177,7 +177,7 @@ def test_a_mask_that_cannot_be_paid_is_not_measured(name):
 
 
 @every_reward
-def test_whole_image_masks_of_a_small_lesion_earn_little(name):
+def test_whole_image_masks_of_a_small_lesion_score_little(name):
     speck = Target.from_mask(mask_of((15, 11, 18, 13)))
     assert score(name, mask_of((0, 0, WIDTH, HEIGHT)), speck) < 0.15
 
@@ -194,7 +194,7 @@ def test_declared_range_and_empty_cases(name, pred, true):
     assert low <= value <= high
     empty = reward.info.empty
     assert isinstance(empty, dict)
-    case = {(False, False): "both", (False, True): "prediction", (True, False): "truth"}
+    case = {(False, False): "both", (False, True): "prediction", (True, False): "target"}
     if key := case.get((bool(pred.any()), bool(true.any()))):
         assert value == empty[key]
 

@@ -33,41 +33,41 @@ def says(number=None, *boxes, keep_list=True):
 NOTHING = says(keep_list=False)
 
 
-def pay(prediction, target=VOLUME):
+def score_of(prediction, target=VOLUME):
     return tuple(reward(prediction, target) for reward in ALL)
 
 
 def test_known_values():
-    assert pay(says(3, LEFT, RIGHT)) == (1.0, 1.0, 1.0)
-    assert pay(says(3, LEFT)) == (1.0, 1.0, 0.5)
-    assert pay(says(3, LEFT, RIGHT, FAR)) == (1.0, 1.0, pytest.approx(2 / 3))
-    assert pay(says(2, LEFT)) == (1.0, 0.5, 1.0)
-    assert pay(says(4, [5, 5, 6, 6])) == (1.0, pytest.approx(1 / 240), 1.0)
-    assert pay(says(2, LEFT, LEFT)) == (1.0, 0.5, 0.5)
+    assert score_of(says(3, LEFT, RIGHT)) == (1.0, 1.0, 1.0)
+    assert score_of(says(3, LEFT)) == (1.0, 1.0, 0.5)
+    assert score_of(says(3, LEFT, RIGHT, FAR)) == (1.0, 1.0, pytest.approx(2 / 3))
+    assert score_of(says(2, LEFT)) == (1.0, 0.5, 1.0)
+    assert score_of(says(4, [5, 5, 6, 6])) == (1.0, pytest.approx(1 / 240), 1.0)
+    assert score_of(says(2, LEFT, LEFT)) == (1.0, 0.5, 0.5)
 
 
 def test_a_slice_outside_the_volume_or_without_foreground():
-    assert pay(says(1, LEFT)) == (1.0, 0.0, 0.0)
-    assert pay(says(1)) == (1.0, 0.0, 0.0)  # no box where no box is, but in a volume that has some
-    assert pay(says(6, LEFT)) == (1.0, 0.0, 0.0)
-    assert pay(says(10**5, LEFT)) == (1.0, 0.0, 0.0)
-    assert pay(says(0, LEFT)) == (0.0, 0.0, 0.0)
-    assert pay(says(-1, LEFT)) == (0.0, 0.0, 0.0)
-    assert pay(says(2.5, LEFT)) == (0.0, 0.0, 0.0)
+    assert score_of(says(1, LEFT)) == (1.0, 0.0, 0.0)
+    assert score_of(says(1)) == (1.0, 0.0, 0.0)  # no box where no box is, but in a volume that has some
+    assert score_of(says(6, LEFT)) == (1.0, 0.0, 0.0)
+    assert score_of(says(10**5, LEFT)) == (1.0, 0.0, 0.0)
+    assert score_of(says(0, LEFT)) == (0.0, 0.0, 0.0)
+    assert score_of(says(-1, LEFT)) == (0.0, 0.0, 0.0)
+    assert score_of(says(2.5, LEFT)) == (0.0, 0.0, 0.0)
 
 
 def test_no_slice():
-    assert pay(NOTHING) == (1.0, 0.0, 0.0)
+    assert score_of(NOTHING) == (1.0, 0.0, 0.0)
     boxes_only = read(in_answer(json.dumps([{"bbox_2d": LEFT}, {"bbox_2d": RIGHT}])))
     assert boxes_only.valid
-    assert pay(boxes_only) == (0.0, 0.0, 0.0)
+    assert score_of(boxes_only) == (0.0, 0.0, 0.0)
 
 
 def test_a_volume_without_foreground():
-    assert pay(NOTHING, EMPTY) == (1.0, 1.0, 1.0)
-    assert pay(says(3), EMPTY) == (1.0, 0.0, 0.0)
-    assert pay(says(3, LEFT), EMPTY) == (1.0, 0.0, 0.0)
-    assert pay(read(in_answer(json.dumps({"bbox_2d": LEFT}))), EMPTY) == (0.0, 0.0, 0.0)
+    assert score_of(NOTHING, EMPTY) == (1.0, 1.0, 1.0)
+    assert score_of(says(3), EMPTY) == (1.0, 0.0, 0.0)
+    assert score_of(says(3, LEFT), EMPTY) == (1.0, 0.0, 0.0)
+    assert score_of(read(in_answer(json.dumps({"bbox_2d": LEFT}))), EMPTY) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("target", [VOLUME, EMPTY], ids=["lesions", "no lesion"])
@@ -85,11 +85,11 @@ def test_a_volume_without_foreground():
         in_answer('[{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14]]}, {"slice": 2, "bbox_2d_list": []}]'),
     ],
 )
-def test_an_invalid_text_earns_nothing(text, target):
-    assert pay(read(text), target) == (0.0, 0.0, 0.0)
+def test_an_invalid_text_scores_nothing(text, target):
+    assert score_of(read(text), target) == (0.0, 0.0, 0.0)
 
 
-def test_an_invalid_text_is_paid_for_what_it_says_on_request():
+def test_an_invalid_text_scores_for_what_it_says_on_request():
     prediction = read(in_answer('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}') + " Done.")
     assert slice_visibility(prediction, VOLUME, require_valid=False) == 1.0
     assert slice_boxes(prediction, VOLUME, require_valid=False) == 1.0
@@ -97,7 +97,7 @@ def test_an_invalid_text_is_paid_for_what_it_says_on_request():
 
 @given(st.integers(1, DEPTH + 2), st.lists(st.sampled_from([LEFT, RIGHT, FAR, [4, 4, 16, 9]]), max_size=4))
 def test_scores_follow_from_the_areas_and_boxes_of_the_slice(number, boxes):
-    found = pay(says(number, *boxes))
+    found = score_of(says(number, *boxes))
     areas = [int(mask.sum()) for mask in SLICES]
     area = areas[number - 1] if number <= DEPTH else 0
     on_slice = box_hungarian(says(number, *boxes), VOLUME.at(number - 1)) if area else 0.0
@@ -124,7 +124,7 @@ def read_shown(text, slices):
 def test_the_named_slice_is_the_one_in_the_whole_volume():
     shown = read_shown('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}', (0, 2, 4))
     assert shown.slice_index == 2
-    assert pay(shown) == (1.0, 1.0, 1.0)
+    assert score_of(shown) == (1.0, 1.0, 1.0)
     assert propagated_dice(shown.with_mask(VOLUME.mask), VOLUME) == 1.0
 
 
@@ -135,10 +135,10 @@ def test_a_slice_that_was_not_shown():
         shown = read_shown('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14], [22, 18, 34, 28]]}', (0, 2))
         assert shown.valid
         assert shown.slice_index == NOT_SHOWN
-        assert pay(shown, target) == (1.0, nothing, nothing)
+        assert score_of(shown, target) == (1.0, nothing, nothing)
         assert propagated_dice(shown.with_mask(target.mask), target) == 0.0
         without_boxes = read_shown('{"slice": 3, "bbox_2d_list": []}', (0, 2))
-        assert pay(without_boxes, target) == (1.0, nothing, nothing)
+        assert score_of(without_boxes, target) == (1.0, nothing, nothing)
         assert propagated_dice(without_boxes.with_mask(target.mask & False), target) == 0.0
 
 
@@ -227,7 +227,7 @@ def test_delta_is_a_whole_number(delta):
 def test_a_mask_of_another_shape_is_refused():
     reward = make_reward("propagated_dice")
     for mask, shape in ((SLICES[2], r"\(32, 40\)"), (VOLUME.mask[:4], r"\(4, 32, 40\)")):
-        with pytest.raises(RewardError, match=rf"scan_7.nii.*the mask has the shape {shape}; expected \(5, 32, 40\)"):
+        with pytest.raises(RewardError, match=rf"scan_7.nii.*the mask has the shape {shape}"):
             reward.score(says(3, LEFT).with_mask(mask), VOLUME)
 
 

@@ -34,7 +34,7 @@ coordinates = st.tuples(st.integers(0, 2 * WIDTH).map(lambda x: x / 2), st.integ
 point_lists = st.lists(coordinates, max_size=4, unique=True)
 
 
-def pay(reward, points, target=BOTH, **settings):
+def score_of(reward, points, target=BOTH, **settings):
     return reward(says(points=points), target, **settings)
 
 
@@ -50,41 +50,41 @@ def slow_share(points, target, value):
 
 def test_point_in_box_and_mask_known_values():
     for reward in (point_in_box, point_in_mask):
-        assert pay(reward, [IN_RIGHT, IN_LEFT]) == 1.0
-        assert pay(reward, [IN_LEFT]) == 0.5
-        assert pay(reward, [IN_LEFT, [5, 5]]) == 0.5  # two points in one lesion
-        assert pay(reward, [IN_LEFT, OUTSIDE, [2, 2]]) == pytest.approx(1 / 3)
-        assert pay(reward, [LEFT[:2], RIGHT[:2]]) == 1.0
-        assert pay(reward, [LEFT[2:], RIGHT[2:]]) == 0.0  # half-open: the far corner is outside
+        assert score_of(reward, [IN_RIGHT, IN_LEFT]) == 1.0
+        assert score_of(reward, [IN_LEFT]) == 0.5
+        assert score_of(reward, [IN_LEFT, [5, 5]]) == 0.5  # two points in one lesion
+        assert score_of(reward, [IN_LEFT, OUTSIDE, [2, 2]]) == pytest.approx(1 / 3)
+        assert score_of(reward, [LEFT[:2], RIGHT[:2]]) == 1.0
+        assert score_of(reward, [LEFT[2:], RIGHT[2:]]) == 0.0  # half-open: the far corner is outside
 
 
 def test_a_hole_in_the_lesion_is_in_its_box_but_not_on_its_mask():
     mask = mask_of(LEFT)
     mask[6:12, 7:13] = False
     ring = Target.from_mask(mask)
-    assert pay(point_in_box, [[9, 9]], ring) == 1.0
-    assert pay(point_in_mask, [[9, 9]], ring) == 0.0
-    assert pay(point_in_mask, [[5, 9]], ring) == 1.0
+    assert score_of(point_in_box, [[9, 9]], ring) == 1.0
+    assert score_of(point_in_mask, [[9, 9]], ring) == 0.0
+    assert score_of(point_in_mask, [[5, 9]], ring) == 1.0
 
 
 def test_points_on_the_far_edge_of_the_image_are_outside():
     whole = target_of([0, 0, WIDTH, HEIGHT])
-    assert pay(point_in_mask, [[WIDTH, HEIGHT]], whole) == 0.0
-    assert pay(point_in_mask, [[WIDTH - 0.5, HEIGHT - 0.5]], whole) == 1.0
+    assert score_of(point_in_mask, [[WIDTH, HEIGHT]], whole) == 0.0
+    assert score_of(point_in_mask, [[WIDTH - 0.5, HEIGHT - 0.5]], whole) == 1.0
 
 
 def test_point_distance_known_values():
     one = target_of([10, 10, 13, 13])
     assert one.points.tolist() == [[11.5, 11.5]]
     three_off = [[14.5, 11.5]]
-    assert pay(point_distance, three_off, one, within_px=3) == 0.0
-    assert pay(point_distance, three_off, one, within_px=3.01) == 1.0
-    assert pay(point_distance, three_off, one, within_px=12, graded=True) == 0.75
-    assert pay(point_distance, three_off, one, within_px=3 * 840 / WIDTH + 0.1, resized_to=840) == 1.0
-    assert pay(point_distance, three_off, one, within_px=3 * 840 / WIDTH - 0.1, resized_to=840) == 0.0
-    assert pay(point_distance, BOTH.points.tolist(), within_px=0.1) == 1.0
-    assert pay(point_distance, BOTH.points[::-1].tolist(), within_px=0.1) == 1.0
-    assert pay(point_distance, [*BOTH.points.tolist(), OUTSIDE], within_px=0.1) == pytest.approx(2 / 3)
+    assert score_of(point_distance, three_off, one, within_px=3) == 0.0
+    assert score_of(point_distance, three_off, one, within_px=3.01) == 1.0
+    assert score_of(point_distance, three_off, one, within_px=12, graded=True) == 0.75
+    assert score_of(point_distance, three_off, one, within_px=3 * 840 / WIDTH + 0.1, resized_to=840) == 1.0
+    assert score_of(point_distance, three_off, one, within_px=3 * 840 / WIDTH - 0.1, resized_to=840) == 0.0
+    assert score_of(point_distance, BOTH.points.tolist(), within_px=0.1) == 1.0
+    assert score_of(point_distance, BOTH.points[::-1].tolist(), within_px=0.1) == 1.0
+    assert score_of(point_distance, [*BOTH.points.tolist(), OUTSIDE], within_px=0.1) == pytest.approx(2 / 3)
 
 
 def test_a_point_outside_its_own_box_does_not_count():
@@ -116,12 +116,12 @@ def test_points_equal_a_slow_reading(points, boxes):
     def off(p, n):
         return math.dist(p, target.points[n])
 
-    assert pay(point_in_box, points, target) == pytest.approx(slow_share(points, target, in_box))
-    assert pay(point_in_mask, points, target) == pytest.approx(slow_share(points, target, in_box))
+    assert score_of(point_in_box, points, target) == pytest.approx(slow_share(points, target, in_box))
+    assert score_of(point_in_mask, points, target) == pytest.approx(slow_share(points, target, in_box))
     near = slow_share(points, target, lambda p, n: off(p, n) < 5)
-    assert pay(point_distance, points, target, within_px=5) == pytest.approx(near)
+    assert score_of(point_distance, points, target, within_px=5) == pytest.approx(near)
     graded = slow_share(points, target, lambda p, n: max(0.0, 1 - off(p, n) / 5))
-    assert pay(point_distance, points, target, within_px=5, graded=True) == pytest.approx(graded)
+    assert score_of(point_distance, points, target, within_px=5, graded=True) == pytest.approx(graded)
 
 
 @given(point_lists, st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=6, max_size=6))
@@ -137,7 +137,7 @@ def test_point_in_mask_equals_a_slow_reading_on_any_mask(points, rows):
         return on and boxes[n][0] <= p[0] < boxes[n][2] and boxes[n][1] <= p[1] < boxes[n][3]
 
     if len(boxes) <= 6:  # the slow reading tries all pairs
-        assert pay(point_in_mask, points, target) == pytest.approx(slow_share(points, target, hit))
+        assert score_of(point_in_mask, points, target) == pytest.approx(slow_share(points, target, hit))
 
 
 @pytest.mark.slow
@@ -150,24 +150,24 @@ def test_range_order_and_copies(reward, settings, points, boxes, random):
     assert value is not None
     assert 0 <= value <= 1
     shuffled = random.sample(points, len(points))
-    assert pay(reward, shuffled, target_of(*random.sample(boxes, len(boxes))), **settings) == pytest.approx(value)
+    assert score_of(reward, shuffled, target_of(*random.sample(boxes, len(boxes))), **settings) == pytest.approx(value)
     if len(set(map(tuple, target.points.tolist()))) == len(boxes):
         for copies in itertools.accumulate(points, lambda sofar, p: [*sofar, p], initial=[]):
-            assert pay(reward, points + copies, target, **settings) <= value + 1e-9
+            assert score_of(reward, points + copies, target, **settings) <= value + 1e-9
 
 
 @each_variant
 def test_empty_sides(reward, settings):
-    assert pay(reward, [], EMPTY, **settings) == 1.0
-    assert pay(reward, [IN_LEFT], EMPTY, **settings) == 0.0
-    assert pay(reward, [], BOTH, **settings) == 0.0
+    assert score_of(reward, [], EMPTY, **settings) == 1.0
+    assert score_of(reward, [IN_LEFT], EMPTY, **settings) == 0.0
+    assert score_of(reward, [], BOTH, **settings) == 0.0
     assert reward(says(LEFT), EMPTY, **settings) == 0.0  # a hallucinated box is no empty answer
     assert reward(says(LEFT, RIGHT), BOTH, **settings) == 0.0
 
 
 @each_variant
 @pytest.mark.parametrize("target", [BOTH, EMPTY], ids=["lesions", "no lesion"])
-def test_an_invalid_text_earns_nothing_unless_asked_for(reward, settings, target):
+def test_an_invalid_text_scores_nothing_unless_asked_for(reward, settings, target):
     pairs = zip([LEFT, RIGHT], BOTH.points.tolist(), strict=True)
     good = json.dumps([{"bbox_2d": box, "point_2d": point} for box, point in pairs])
     for text in ("", " ", in_answer("none"), in_answer(good) * 2, in_answer(good)[:-30]):
@@ -186,7 +186,7 @@ def test_an_invalid_text_earns_nothing_unless_asked_for(reward, settings, target
 )
 def test_bad_settings(settings, message):
     with pytest.raises(RewardError, match=message):
-        pay(point_distance, [IN_LEFT], **settings)
+        score_of(point_distance, [IN_LEFT], **settings)
 
 
 @pytest.mark.slow

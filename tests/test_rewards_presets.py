@@ -1,4 +1,4 @@
-"""Presets: the published sums, and that they no longer pay for what the originals paid for by mistake."""
+"""Presets: the published sums, and that they no longer score_of for what the originals scored for by mistake."""
 
 import json
 import pickle
@@ -58,7 +58,7 @@ def text_of(reward, target, *boxes, reasoning="A dark spot.", points=None, score
     return format_completion(reasoning, json.dumps(objects) + token)
 
 
-def pay(reward, target, *boxes, mask=None, text=None, **said):
+def score_of(reward, target, *boxes, mask=None, text=None, **said):
     """Score of an answer with these boxes, whose mask is the boxes unless given."""
     prediction = reward.completion_format.parse(
         text_of(reward, target, *boxes, **said) if text is None else text, FRAME
@@ -72,19 +72,21 @@ def pay(reward, target, *boxes, mask=None, text=None, **said):
 
 
 @each_preset
-def test_the_truth_earns_the_published_maximum(name):
+def test_the_truth_scores_the_published_maximum(name):
     reward = make_reward(name)
     assert reward.range is not None
     assert reward.range[1] == MAX[name]
-    assert pay(reward, BOTH, LEFT, RIGHT) == pytest.approx(MAX[name])
-    assert pay(reward, EMPTY) == pytest.approx(MAX[name])
+    assert score_of(reward, BOTH, LEFT, RIGHT) == pytest.approx(MAX[name])
+    assert score_of(reward, EMPTY) == pytest.approx(MAX[name])
 
 
 def test_core_seg_is_the_sum_of_its_three_rewards():
     reward = make_reward("core_seg")
     half = [4, 4, 16, 9]
-    assert pay(reward, target_of(LEFT), half) == pytest.approx(1 + 0 + 1 + 2 * 2 / 3)
-    assert pay(make_reward("core_seg", min_iou=0.4), target_of(LEFT), half) == pytest.approx(1 + 0.5 + 1 + 2 * 2 / 3)
+    assert score_of(reward, target_of(LEFT), half) == pytest.approx(1 + 0 + 1 + 2 * 2 / 3)
+    assert score_of(make_reward("core_seg", min_iou=0.4), target_of(LEFT), half) == pytest.approx(
+        1 + 0.5 + 1 + 2 * 2 / 3
+    )
     without_mask = make_reward("core_seg", weights=[1, 1, 0])
     assert [part.name for part, _ in without_mask.parts] == ["format", "box_f1"]
     assert not without_mask.needs_mask
@@ -96,50 +98,50 @@ def test_seg_zero_thresholds_are_those_of_a_square_of_840():
     parts = [part.name for part, _ in reward.parts]
     assert parts == ["think_answer_format", "json_format", "box_iou", "box_l1", "point_distance"]
     off = [5, 4, 16, 14]  # 1 px of 40 is 21 px of 840: on average over the coordinates 5.25
-    assert pay(reward, one, off) == 5.0
+    assert score_of(reward, one, off) == 5.0
     off = [6, 4, 16, 14]
-    assert pay(reward, one, off) == 4.0
-    assert pay(make_reward("seg_zero", resized_to=None), one, off) == 5.0
-    assert pay(reward, one, [4, 4, 16, 9]) == 3.0  # IoU 0.5 is not above 0.5
+    assert score_of(reward, one, off) == 4.0
+    assert score_of(make_reward("seg_zero", resized_to=None), one, off) == 5.0
+    assert score_of(reward, one, [4, 4, 16, 9]) == 3.0  # IoU 0.5 is not above 0.5
     x, y = one.points[0]
-    assert pay(reward, one, LEFT, points=[[x + 100 / 21 + 0.1, y]]) == 4.0
-    assert pay(reward, one, LEFT, points=[[x + 100 / 21 - 0.1, y]]) == 5.0
-    assert pay(reward, one, [4, 4, 16, 8], points=[[x, y + 1]]) == 2.0  # the point is not in the predicted box
+    assert score_of(reward, one, LEFT, points=[[x + 100 / 21 + 0.1, y]]) == 4.0
+    assert score_of(reward, one, LEFT, points=[[x + 100 / 21 - 0.1, y]]) == 5.0
+    assert score_of(reward, one, [4, 4, 16, 8], points=[[x, y + 1]]) == 2.0  # the point is not in the predicted box
 
 
-def test_vision_reasoner_pays_shares():
+def test_vision_reasoner_scores_shares():
     reward = make_reward("vision_reasoner")
-    assert pay(reward, BOTH, LEFT) == pytest.approx(1 + 2 + 1.5 + 1)
-    assert pay(reward, BOTH, LEFT, RIGHT, FAR) == pytest.approx(1 + 2 + 3 * 2 / 3 + 1)
+    assert score_of(reward, BOTH, LEFT) == pytest.approx(1 + 2 + 1.5 + 1)
+    assert score_of(reward, BOTH, LEFT, RIGHT, FAR) == pytest.approx(1 + 2 + 3 * 2 / 3 + 1)
     repeats = "It is dark. It is dark. It is dark."
-    assert pay(reward, BOTH, LEFT, RIGHT, reasoning=repeats) == pytest.approx(6.0)
+    assert score_of(reward, BOTH, LEFT, RIGHT, reasoning=repeats) == pytest.approx(6.0)
     no_points = in_answer(json.dumps([{"bbox_2d": LEFT}, {"bbox_2d": RIGHT}]))
-    assert pay(reward, BOTH, text=no_points) == pytest.approx(1 + 1 + 2 + 0 + 1)
+    assert score_of(reward, BOTH, text=no_points) == pytest.approx(1 + 1 + 2 + 0 + 1)
 
 
-def test_vlm_r1_pays_the_iou():
-    assert pay(make_reward("vlm_r1"), target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1.8)
+def test_vlm_r1_scores_the_iou():
+    assert score_of(make_reward("vlm_r1"), target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1.8)
     ovd = make_reward("vlm_r1_ovd")
-    assert pay(ovd, target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1.7)
-    assert pay(ovd, target_of(LEFT), LEFT, FAR) == pytest.approx(1.5)
+    assert score_of(ovd, target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1.7)
+    assert score_of(ovd, target_of(LEFT), LEFT, FAR) == pytest.approx(1.5)
 
 
 def test_lens_squares_both_ious():
-    assert pay(make_reward("lens"), target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1 + 2 * 0.64)
+    assert score_of(make_reward("lens"), target_of(LEFT), [4, 4, 16, 12]) == pytest.approx(1 + 2 * 0.64)
 
 
 def test_med_reasoner_modes():
     soft, hard = make_reward("med_reasoner"), make_reward("med_reasoner", mode="hard")
     off = [4, 4, 16, 12]
-    assert pay(soft, target_of(LEFT), off) == pytest.approx(1 + 1 + 0.8 + 1)
-    assert pay(hard, target_of(LEFT), off) == pytest.approx(1 + 1 + 0.8 + 1 + (1 - 0.5 / 100) + 1)
-    assert pay(soft, target_of(LEFT), text="<answer>none</answer>") == 0.25
+    assert score_of(soft, target_of(LEFT), off) == pytest.approx(1 + 1 + 0.8 + 1)
+    assert score_of(hard, target_of(LEFT), off) == pytest.approx(1 + 1 + 0.8 + 1 + (1 - 0.5 / 100) + 1)
+    assert score_of(soft, target_of(LEFT), text="<answer>none</answer>") == 0.25
 
 
-def test_visual_rft_pays_hits_and_confidence_in_them():
+def test_visual_rft_scores_hits_and_confidence_in_them():
     reward = make_reward("visual_rft")
-    assert pay(reward, BOTH, [4, 4, 16, 12], RIGHT, score=0.5) == pytest.approx(1 + 0.9 + 0.5)
-    assert pay(reward, BOTH, FAR, [0, 0, 2, 2], score=0.0) == 1.0
+    assert score_of(reward, BOTH, [4, 4, 16, 12], RIGHT, score=0.5) == pytest.approx(1 + 0.9 + 0.5)
+    assert score_of(reward, BOTH, FAR, [0, 0, 2, 2], score=0.0) == 1.0
 
 
 def test_seg_r1_weights_the_mask():
@@ -147,24 +149,24 @@ def test_seg_r1_weights_the_mask():
     prediction = make_reward("seg_r1").completion_format.parse(text_of(make_reward("seg_r1"), BOTH, LEFT), FRAME)
     shape = measure.score(prediction.with_mask(mask_of(LEFT)), BOTH)
     assert shape is not None
-    assert pay(make_reward("seg_r1"), BOTH, LEFT) == pytest.approx(1 + 0.7 * 0.5 + 0.3 * shape)
+    assert score_of(make_reward("seg_r1"), BOTH, LEFT) == pytest.approx(1 + 0.7 * 0.5 + 0.3 * shape)
 
 
-def test_pixel_think_pays_less_for_words_beyond_the_budget():
+def test_pixel_think_scores_less_for_words_beyond_the_budget():
     reward = make_reward("pixel_think", limit=100, margin=500)
 
     def words(count, *boxes):
         answer = text_of(reward, BOTH, *boxes)
         said = len(answer.split())
-        return pay(reward, BOTH, text=answer.replace("A dark spot.", "word " * (count - said + 2)))
+        return score_of(reward, BOTH, text=answer.replace("A dark spot.", "word " * (count - said + 2)))
 
     assert words(100, LEFT, RIGHT) == pytest.approx(5.0)
     assert words(150, LEFT, RIGHT) == pytest.approx(4.5)
     assert words(600, LEFT, RIGHT) == pytest.approx(0.0)
     assert words(2000, LEFT, RIGHT) == 0.0
     assert words(100, FAR) == pytest.approx(2.0)
-    assert pay(reward, BOTH, text=text_of(reward, BOTH, LEFT, RIGHT) + " Done.") == 1.0  # the JSON format
-    assert pay(reward, BOTH, text="") == 0.0
+    assert score_of(reward, BOTH, text=text_of(reward, BOTH, LEFT, RIGHT) + " Done.") == 1.0  # the JSON format
+    assert score_of(reward, BOTH, text="") == 0.0
 
 
 def test_medvol_r1():
@@ -197,12 +199,12 @@ def test_medvol_r1():
 
 
 @each_preset
-def test_an_empty_text_earns_the_lowest_value(name):
+def test_an_empty_text_scores_the_lowest_value(name):
     reward = make_reward(name)
     assert reward.range is not None
     for text in ("", " ", "none", "<answer></answer>"):
         for target in (BOTH, EMPTY):
-            assert pay(reward, target, text=text, mask=target.mask) == pytest.approx(reward.range[0])
+            assert score_of(reward, target, text=text, mask=target.mask) == pytest.approx(reward.range[0])
 
 
 TRICKS = {
@@ -218,42 +220,42 @@ TRICKS = {
 @each_preset
 @pytest.mark.parametrize("trick", TRICKS.values(), ids=TRICKS.keys())
 @pytest.mark.parametrize("target", [BOTH, EMPTY], ids=["lesions", "no lesion"])
-def test_a_broken_text_earns_less_than_half(name, trick, target):
+def test_a_broken_text_scores_less_than_half(name, trick, target):
     reward = make_reward(name)
     good = text_of(reward, target, *target.boxes.tolist())
-    assert pay(reward, target, text=trick(good), mask=target.mask) < MAX[name] / 2
+    assert score_of(reward, target, text=trick(good), mask=target.mask) < MAX[name] / 2
 
 
 @each_preset
 @pytest.mark.parametrize("copies", [2, 10])
 def test_duplicates_do_not_pay(name, copies):
     reward = make_reward(name)
-    once = pay(reward, BOTH, LEFT, RIGHT, points=BOTH.points.tolist())
+    once = score_of(reward, BOTH, LEFT, RIGHT, points=BOTH.points.tolist())
     boxes = [LEFT, RIGHT] * copies
-    again = pay(reward, BOTH, *boxes, points=BOTH.points.tolist() * copies)
+    again = score_of(reward, BOTH, *boxes, points=BOTH.points.tolist() * copies)
     masks_only = name == "seg_r1"  # where boxes do not count at all
     assert again == pytest.approx(once) if masks_only else again < once
 
 
 @each_preset
-def test_a_hallucination_earns_less_than_a_correct_empty_answer(name):
+def test_a_hallucination_scores_less_than_a_correct_empty_answer(name):
     reward = make_reward(name)
-    assert pay(reward, EMPTY, LEFT) < pay(reward, EMPTY)
-    assert pay(reward, EMPTY, [7, 7, 7, 7], mask=mask_of([7, 7, 8, 8])) < pay(reward, EMPTY)
+    assert score_of(reward, EMPTY, LEFT) < score_of(reward, EMPTY)
+    assert score_of(reward, EMPTY, [7, 7, 7, 7], mask=mask_of([7, 7, 8, 8])) < score_of(reward, EMPTY)
 
 
 @each_preset
-def test_whole_images_and_grids_earn_less_than_the_truth(name):
+def test_whole_images_and_grids_score_less_than_the_truth(name):
     reward = make_reward(name)
     grid = [[x, y, x + 8, y + 8] for x in range(0, WIDTH, 8) for y in range(0, HEIGHT, 8)]
-    honest = pay(reward, BOTH, LEFT, RIGHT)
-    assert pay(reward, BOTH, [0, 0, WIDTH, HEIGHT]) < 0.75 * honest
-    assert pay(reward, BOTH, *grid) < 0.75 * honest
+    honest = score_of(reward, BOTH, LEFT, RIGHT)
+    assert score_of(reward, BOTH, [0, 0, WIDTH, HEIGHT]) < 0.75 * honest
+    assert score_of(reward, BOTH, *grid) < 0.75 * honest
 
 
 def test_one_missing_key_does_not_zero_the_rest():
     text = in_answer(json.dumps([{"bbox_2d": LEFT}, {"bbox_2d": RIGHT, "point_2d": BOTH.points[1].tolist()}]))
-    assert pay(make_reward("vision_reasoner"), BOTH, text=text) == pytest.approx(1 + 1.5 + 1 + 1 + 0.5 + 1)
+    assert score_of(make_reward("vision_reasoner"), BOTH, text=text) == pytest.approx(1 + 1.5 + 1 + 1 + 0.5 + 1)
 
 
 # --- the registry
@@ -288,14 +290,14 @@ def test_a_plain_trainer_can_call_a_preset():
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "pixel_think"])
 def test_weights_are_settings_and_checked(name):
     reward = make_reward(name)
-    names, weights = [part.name for part, _ in reward.parts], [weight for _, weight in reward.parts]
+    weights = [weight for _, weight in reward.parts]
     doubled = make_reward(name, weights=[2 * weight for weight in weights])
     assert [weight for _, weight in doubled.parts] == [2 * weight for weight in weights]
-    with pytest.raises(RewardError, match=rf"{name}: weights=\[1\]; expected {len(names)} numbers, for {names[0]}"):
+    with pytest.raises(RewardError, match=rf"{name}: weights=\[1\]"):
         make_reward(name, weights=[1])
 
 
 @pytest.mark.parametrize("name", ["seg_zero", "vision_reasoner", "vlm_r1", "med_reasoner", "visual_rft", "pixel_think"])
 def test_the_order_of_the_objects_does_not_matter(name):
     reward = make_reward(name)
-    assert pay(reward, BOTH, RIGHT, LEFT, points=BOTH.points[::-1].tolist()) == pytest.approx(MAX[name])
+    assert score_of(reward, BOTH, RIGHT, LEFT, points=BOTH.points[::-1].tolist()) == pytest.approx(MAX[name])

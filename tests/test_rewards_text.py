@@ -1,4 +1,4 @@
-"""Rewards for the text: each trap is a way in which a published format reward paid for the wrong thing."""
+"""Rewards for the text: each trap is a way in which a published format reward scored for the wrong thing."""
 
 import pytest
 from answers import MEGABYTE, hostile_texts, in_answer, read, says
@@ -205,12 +205,12 @@ def test_decimals_are_no_sentences_and_the_answer_is_not_the_reasoning():
 
 @pytest.mark.parametrize("reward", TEXT_REWARDS)
 @pytest.mark.parametrize("text", ["", " ", "<seg>", "no", "<answer></answer>", "<think></think><answer></answer>"])
-def test_an_empty_or_formless_text_earns_nothing(reward, text):
+def test_an_empty_or_formless_text_scores_nothing(reward, text):
     assert make_reward(reward).score(read(text), None) == 0.0
 
 
 @pytest.mark.parametrize("reward", [length_budget, repetition, non_repeat])
-def test_an_invalid_text_earns_nothing_unless_asked_for(reward):
+def test_an_invalid_text_scores_nothing_unless_asked_for(reward):
     invalid = read(GOOD + " Done.")
     assert not invalid.valid
     assert reward(invalid, None) == 0.0

@@ -82,7 +82,8 @@ def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
         path: The file to write.
 
     Raises:
-        RewardError: A function can be found neither by its registered name nor by its module.
+        RewardError: A function can be found neither by its registered name nor by its module, or a setting is no
+            plain value.
 
     Example:
         >>> from segrl.rewards import make_reward
@@ -96,7 +97,10 @@ def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
             high: 0.5
         <BLANKLINE>
     """
-    text = yaml.safe_dump(to_dict(reward), sort_keys=False, allow_unicode=True)
+    try:
+        text = yaml.safe_dump(to_dict(reward), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise RewardError(f"reward {reward.name!r} cannot be written: a setting is no plain value: {error}") from error
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text
