@@ -4,17 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction
 from segrl.rewards.columns import AnyTarget, position, same_target
 from segrl.rewards.registry import RewardInfo
 
-__all__ = ["Batch", "Scorer", "Scores", "ignore_metric"]
+__all__ = ["Batch", "Scorer", "Scores", "ignore_metric", "progress_of", "run"]
 
+_T = TypeVar("_T")
 Scores = list[float | None]
 
 
@@ -80,6 +84,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.predictions)
 
+    def checked(self, name: str) -> Batch:
+        """Return the batch, or raise `RewardError` with the name of the reward if lengths differ."""
+        n = len(self)
+        if len(self.targets) != n:
+            raise RewardError(
+                f"reward {name!r}: {n} predictions but {len(self.targets)} targets; expected one target per prediction"
+            )
+        if self.group_ids is not None and len(self.group_ids) != n:
+            raise RewardError(f"reward {name!r}: {len(self.group_ids)} group ids for {n} predictions")
+        for column, values in self.columns.items():
+            if len(values) != n:
+                raise RewardError(f"reward {name!r}: column {column!r} has {len(values)} rows for {n} predictions")
+        return self
+
     def groups(self) -> list[list[int]]:
         """Return the rows of each group: those with equal ids, or consecutive ones with equal prompt and target."""
         if self.group_ids is not None:
@@ -101,3 +119,27 @@ class Batch:
         """Return the reward and the row, for an error."""
         target = self.targets[row]
         return position(name, row if len(self) > 1 or self.call else None, target.name if target else "")
+
+
+def run(coroutine: Coroutine[Any, Any, _T], is_async: bool) -> _T:
+    """Run a coroutine to its end; one that never waits needs no event loop."""
+    if not is_async:
+        try:
+            coroutine.send(None)
+        except StopIteration as done:
+            return done.value
+        raise AssertionError("a reward that is not async has awaited something")
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:  # in a notebook, whose loop is running
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def progress_of(state: Any) -> float:
+    """Return the training progress in [0, 1] from a trainer's state; 1 without one."""
+    if state is None:
+        return 1.0
+    step, last = getattr(state, "global_step", 0), getattr(state, "max_steps", 0)
+    return min(step / last, 1.0) if last > 0 else 0.0

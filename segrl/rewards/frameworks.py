@@ -28,9 +28,10 @@ from segrl.errors import RewardError, SegRLError
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.records import TARGET_COLUMNS, read_answer, read_target
 from segrl.predictions.target import METADATA_COLUMNS
+from segrl.rewards.base import progress_of
 from segrl.rewards.factory import make_reward
 from segrl.rewards.nodes import Sum
-from segrl.rewards.reward import AnyReward, Reward, progress_of
+from segrl.rewards.reward import AnyReward, Reward
 
 __all__ = ["SwiftORM", "easyr1_compute_score", "swift_orm", "verl_compute_score"]
 

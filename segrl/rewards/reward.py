@@ -8,18 +8,16 @@ a bug: it stops the run with a `RewardError` that names the reward and the row, 
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction
-from segrl.rewards.base import Batch, Scores, ignore_metric
+from segrl.rewards.base import Batch, Scores, ignore_metric, progress_of, run
 from segrl.rewards.columns import AnyTarget, read_rows
 from segrl.rewards.nodes import Leaf, Sum
 from segrl.rewards.registry import FORMAT_SETTINGS, RewardInfo, info_of, merged_needs, registered_name, reward_info
@@ -31,13 +29,10 @@ __all__ = [
     "AsyncReward",
     "Reward",
     "build",
-    "progress_of",
     "resolve_reward",
     "sum_rewards",
     "usual_format",
 ]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ class Reward:
         Raises:
             RewardError: The reward fails, or returns anything but a finite number or None.
         """
-        return self._run(self.evaluate(Batch([prediction], [target], progress=progress)))[0]
+        return run(self.evaluate(Batch([prediction], [target], progress=progress)), self.is_async)[0]
 
     def score_batch(
         self,
@@ -180,7 +175,8 @@ class Reward:
         Raises:
             RewardError: As in `score`, naming the row; also if the lengths differ.
         """
-        return self._run(self.evaluate(self._batch(predictions, targets, groups, progress, columns)))
+        batch = Batch(predictions, targets, groups, progress, columns=columns or {}).checked(self.name)
+        return run(self.evaluate(batch), self.is_async)
 
     def components(
         self,
@@ -200,9 +196,9 @@ class Reward:
             progress: Training progress.
             columns: Columns of the data set.
         """
-        batch = self._batch(predictions, targets, groups, progress, columns)
-        parts = self._run(self.source.components(batch)) if isinstance(self.source, Sum) else {}
-        return {**parts, "total": self._run(self.evaluate(batch, parts))}
+        batch = Batch(predictions, targets, groups, progress, columns=columns or {}).checked(self.name)
+        parts = run(self.source.components(batch), self.is_async) if isinstance(self.source, Sum) else {}
+        return {**parts, "total": run(self.evaluate(batch, parts), self.is_async)}
 
     async def evaluate(self, batch: Batch, parts: Mapping[str, Scores] | None = None) -> Scores:
         """Score a batch; every other method calls this.
@@ -264,7 +260,7 @@ class Reward:
             "prediction": prediction, "target": target, "log_metric": log_metric, "trainer_state": trainer_state,
             **columns,
         }  # fmt: skip
-        return self._run(self.evaluate(self._called(call)))
+        return run(self.evaluate(self._called(call)), self.is_async)
 
     def _called(self, call: dict[str, Any]) -> Batch:
         """Return the batch of a trainer's call."""
@@ -283,42 +279,6 @@ class Reward:
             log("valid_completions", sum(parsed.valid for parsed in predictions) / len(predictions))
         call = {key: value for key, value in call.items() if value is not None or key == "completion_ids"}
         return Batch(predictions, targets, None, progress_of(call.get("trainer_state")), log or ignore_metric, call)
-
-    def _batch(
-        self,
-        predictions: Sequence[Prediction],
-        targets: Sequence[AnyTarget],
-        groups: Sequence[Hashable] | None,
-        progress: float,
-        columns: Mapping[str, Sequence[Any]] | None = None,
-    ) -> Batch:
-        if len(predictions) != len(targets):
-            raise RewardError(
-                f"reward {self.name!r}: {len(predictions)} predictions but {len(targets)} targets; "
-                "expected one target per prediction"
-            )
-        if groups is not None and len(groups) != len(predictions):
-            raise RewardError(f"reward {self.name!r}: {len(groups)} group ids for {len(predictions)} predictions")
-        for name, values in (columns or {}).items():
-            if len(values) != len(predictions):
-                raise RewardError(
-                    f"reward {self.name!r}: column {name!r} has {len(values)} rows for {len(predictions)} predictions"
-                )
-        return Batch(predictions, targets, groups, progress, columns=columns or {})
-
-    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        if not self.is_async:  # so it runs to its end without an event loop
-            try:
-                coroutine.send(None)
-            except StopIteration as done:
-                return done.value
-            raise AssertionError("a reward that is not async has awaited something")
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(coroutine)
-        with ThreadPoolExecutor(1) as pool:  # in a notebook, whose loop is running
-            return pool.submit(asyncio.run, coroutine).result()
 
     # --- composition
 
@@ -449,11 +409,3 @@ def usual_format(source: Leaf | Sum[Reward], steps: tuple[Step, ...] = ()) -> Co
         formats.add(CompletionFormat(**source.info.completion_format))
     special = formats - {CompletionFormat()}
     return None if len(special) > 1 else special.pop() if special else CompletionFormat()
-
-
-def progress_of(state: Any) -> float:
-    """Return the training progress in [0, 1] from a trainer's state; 1 without one."""
-    if state is None:
-        return 1.0
-    step, last = getattr(state, "global_step", 0), getattr(state, "max_steps", 0)
-    return min(step / last, 1.0) if last > 0 else 0.0
