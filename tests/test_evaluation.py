@@ -171,15 +171,15 @@ def test_the_constant_mask_on_real_images():
 
 def test_registered_metrics_join_the_records():
     rows = make_synthetic(2, size=32)
-    records = evaluate(Thresholding(), rows, metrics=("iou_of_it", letters), progress=False)
+    records = evaluate(Thresholding(), rows, metrics=("test_metric_iou", letters), progress=False)
     assert [record["letters"] for record in records] == [len(row["query"]) + 1 for row in map(dict, rows)]
-    assert [record["iou_of_it"] for record in records] == [record["iou"] for record in records]
+    assert [record["test_metric_iou"] for record in records] == [record["iou"] for record in records]
     with pytest.raises(SegRLError, match=r"metrics \['dice'\]"):
         evaluate(Thresholding(), rows, metrics=("dice",), progress=False)
 
 
-@register_metric("iou_of_it")
-def iou_of_it(prediction, target):
+@register_metric("test_metric_iou")
+def overlap(prediction, target):
     return iou(prediction.mask if prediction.mask is not None else np.zeros_like(target.mask), target.mask)
 
 

@@ -288,20 +288,19 @@ def test_backbone_of_a_family(family):
 def test_every_override_exists_in_trl():
     """What `SegGRPOTrainer` defines under a private name is either its own or a name that TRL still has."""
     own = {
-        "_decode",
         "_keep_records",
-        "_log_masks",
-        "_propagate",
-        "_volumes",
-        "_reads_predictions",
+        "_log_predictions",
+        "_needs_probability",
+        "_queries",
+        "_records",
         "_rollout",
         "_score_states",
+        "_scored",
         "_text_term",
-        "_texts",
         "_with_predictions",
     }
     own |= {"_image_keys", "_image_token", "_keys", "_prompt_keys", "_shares", "_start_sharing"}
-    own |= {"_share_by_default", "_told", "_wants_sharing"}
+    own |= {"_share_by_default", "_warned", "_wants_sharing"}
     ours = {**vars(SegGRPOTrainer), **vars(SharedPromptGRPOTrainer)}
     defined = {name for name in ours if name.startswith("_") and not name.startswith("__")} - own
     inherited = {name for base in GRPOTrainer.__mro__ for name in vars(base)}

@@ -75,7 +75,8 @@ class MaskHeadMixin:
                 attach_mask_head(trained, head)
         _name_missing_bias(trained)
         if head is not None:
-            head.check_saving()  # now, not at the first checkpoint
+            if getattr(self.args, "save_strategy", "no") != "no":  # type: ignore[attr-defined]
+                head.check_saving()  # now, not at the first checkpoint
             head.freeze()
             if not self.dense_losses:
                 head.requires_grad_(False)  # masks for rewards only
