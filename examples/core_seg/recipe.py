@@ -2,7 +2,7 @@
 
 | preset         | hardware       | time                          | held-out mDice                                     |
 |----------------|----------------|-------------------------------|----------------------------------------------------|
-| `tiny`         | 1 CPU core     | 7 minutes (docs/log.md)       | 85 to 93 on its synthetic data (docs/log.md)       |
+| `tiny`         | 1 CPU core     | 7 minutes (docs/log.md)       | 83 to 94 on its synthetic data (docs/log.md)       |
 | `core_seg_3b`  | 2 GPUs, 80 GB  | not run by us                 | published: 37.06 on ComLesion-14K; not run by us   |
 """
 
