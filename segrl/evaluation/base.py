@@ -1,4 +1,4 @@
-"""What judging a model on images and on volumes has in common: one loop, one record."""
+"""The loop and the record that evaluations of images and of volumes share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mask head is asked for: images, masks of the next forward pass, and states to be kept."""
+"""Requests to a mask head: images, masks of the next forward pass, and states to be kept."""
 
 # B rows, T tokens, K probe states per mask, D width of the language model, N masks, S input side, h mask side
 

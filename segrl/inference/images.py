@@ -97,7 +97,7 @@ class ReasoningSegmenter(SegmenterBase):
         return [{"role": "user", "content": content}], ImageRow(None, frame, seg_input)
 
     def _shown(self, image: Image.Image) -> Image.Image:
-        """What the model sees, as `segrl.data.prepare` makes it, in RGB."""
+        """Return the image as `segrl.data.prepare` shows it to the model, in RGB."""
         if not isinstance(image, Image.Image):
             raise DataError(f"expected a PIL image, got {type(image).__name__}")
         if image.mode == "F" or image.mode.startswith("I"):

@@ -1,4 +1,4 @@
-"""How a model is asked and how its answers are read: set where data is prepared, saved with the run, used by inference.
+"""Prompt settings: how a model is asked and its answers are read, in data, training and inference alike.
 
 One frozen dataclass per task. `segrl.json` in a run's folder is its text form, with the task and a version.
 """
@@ -34,7 +34,7 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """What images and volumes have in common; use `ImagePromptSettings` or `VolumePromptSettings`.
+    """Prompt settings that both tasks share; use `ImagePromptSettings` or `VolumePromptSettings`.
 
     Attributes:
         instruction: Text after every question; None takes the task's default for `reasoning`, "" adds none.
@@ -80,7 +80,7 @@ class PromptSettings:
 
     @property
     def completion_format(self) -> CompletionFormat:
-        """How answers to these prompts are read, apart from their frame."""
+        """Format in which answers to these prompts are parsed, apart from their frame."""
         raise NotImplementedError
 
     def for_rows(self, rows: Any) -> Self:
@@ -122,7 +122,7 @@ class PromptSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePromptSettings(PromptSettings):
-    """How a model is asked about images.
+    """Prompt settings of images.
 
     Attributes:
         max_edge: Images with a longer edge are scaled down to it, in pixels; None allows any. CORE-Seg: 512.
@@ -157,7 +157,7 @@ class ImagePromptSettings(PromptSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class VolumePromptSettings(PromptSettings):
-    """How a model is asked about volumes.
+    """Prompt settings of volumes.
 
     Attributes:
         slices: Slices shown, at equal distances; a volume with fewer shows all of them. MedVol-R1: 64.

@@ -21,7 +21,7 @@ __all__ = ["METADATA_COLUMNS", "Metadata", "Target", "VolumeTarget", "check_mask
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Metadata:
-    """What is known about a row besides its image and its mask.
+    """Texts of a row besides its image and its mask.
 
     Attributes:
         query: What was asked.

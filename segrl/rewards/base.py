@@ -1,4 +1,4 @@
-"""What every part of a reward works on: the batch, its scores, and other rewards as `Scorer`."""
+"""Types that every part of a reward works on: the batch, its scores, and other rewards as `Scorer`."""
 
 # n rows
 
@@ -32,12 +32,12 @@ class Scorer(Protocol):
 
     @property
     def info(self) -> RewardInfo:
-        """What it declares."""
+        """Its declarations."""
         ...
 
     @property
     def completion_format(self) -> CompletionFormat:
-        """How completions are parsed without a `prediction` column."""
+        """Format in which completions are parsed without a `prediction` column."""
         ...
 
     @property

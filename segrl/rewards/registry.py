@@ -42,7 +42,7 @@ _registered: dict[str, RewardInfo] = {}
 
 @dataclass(frozen=True, eq=False)
 class RewardInfo:
-    """What a reward declares; `segrl.testing.check_reward` tests the claims and `segrl rewards describe` prints them.
+    """Declarations of a reward; `segrl.testing.check_reward` tests the claims, `segrl rewards describe` prints them.
 
     Attributes:
         name: Name in the registry.

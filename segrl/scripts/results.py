@@ -1,4 +1,4 @@
-"""What a run reports about its stages: scores, pictures, a table. One class a task, which `results_for` picks."""
+"""Results of a run: scores, pictures, a table. One class a task, which `results_for` picks."""
 
 from __future__ import annotations
 

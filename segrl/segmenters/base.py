@@ -1,4 +1,4 @@
-"""What a mask head needs from a segmenter: `preprocess`, `encode`, `decode`, `decode_boxes`, `freeze`."""
+"""The `Segmenter` protocol of mask heads: `preprocess`, `encode`, `decode`, `decode_boxes`, `freeze`."""
 
 # B unique images, N masks to decode, S input side in pixels, h = w mask side, C prompt width, K prompts per mask
 

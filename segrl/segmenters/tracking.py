@@ -46,7 +46,7 @@ class FrameMasks:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a frame leaves behind for later ones, under the names that SAM 2 looks for."""
+    """Memory that a frame leaves for later ones, under the names that SAM 2 looks for."""
 
     maskmem_features: Tensor | None  # N C h/4 w/4; None where only the pointer can still be looked up
     maskmem_pos_enc: list[Tensor]

@@ -1,4 +1,4 @@
-"""What is segmented: images or volumes. Trainers, inference and evaluation ask a task, and branch on neither."""
+"""Tasks: images or volumes. Trainers, inference and evaluation ask a task, and branch on neither."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class TaskRow(Protocol):
 
 
 class Task(Protocol):
-    """What is segmented, and how: `ImageTask` or `VolumeTask`.
+    """The differences between images and volumes; implemented by `ImageTask` and `VolumeTask`.
 
     Attributes:
         settings: How the model is asked and how its answers are read.
@@ -70,7 +70,7 @@ class Task(Protocol):
         ...
 
     def seg_inputs(self, rows: Sequence[Any], predictions: Sequence[Prediction] | None = None) -> list[SegInput | None]:
-        """What the head's segmenter sees for each answer, with the dense target; None where there is nothing to see.
+        """Return the segmenter's input and dense target of each answer; None where there is nothing to see.
 
         Args:
             rows: From `read`.

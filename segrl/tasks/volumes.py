@@ -248,7 +248,7 @@ def _lacks(row: Mapping[str, Any], column: str) -> bool:
 
 
 def _reads_within(reward: Reward) -> int:
-    """How many slices from the named one a reward reads masks: the largest `delta` of its parts and gates, else 0."""
+    """Return how far from the named slice a reward reads masks: the largest `delta` of its parts and gates, else 0."""
     if not reward.needs_mask:
         return 0
     own = {**reward.info.settings, **reward.settings}.get("delta")

@@ -1,4 +1,4 @@
-"""What both trainers share: a mask head beside the language model through construction, optimiser, saving and loading.
+"""Shared by both trainers: a mask head beside the language model in construction, optimiser, saving and loading.
 
 TRL's trainer never sees the head while it is built, saved or loaded: PEFT would freeze, wrap or copy it, a reference
 model would duplicate it, and `save_pretrained` would mix it into the language model's files. The head has files of

@@ -1,4 +1,4 @@
-"""What one rollout collects between generation and the loss."""
+"""`Rollout`: tokens, states and segmenter inputs between generation and the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Rollout", "is_policy", "tensors_of_prompts"]
 
 @dataclass(eq=False)
 class Rollout:
-    """What one call of `_generate_and_score_completions` collects.
+    """Tokens, states and segmenter inputs of one call of `_generate_and_score_completions`.
 
     Attributes:
         prompt_ids: The prompts as TRL scores them.
