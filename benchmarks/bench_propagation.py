@@ -21,22 +21,11 @@ import numpy as np
 import sam2.sam2_video_predictor as package
 import torch
 
-from segrl.segmenters import PropagationRequest, Sam2Config, Sam2Segmenter, VolumePropagator
+from segrl.segmenters import PropagationRequest, Sam2Segmenter, VolumePropagator
 from segrl.segmenters.sam2 import sam2_config
 
 MODELS = {
-    "tiny": Sam2Config(
-        image_size=128,
-        embed_dim=32,
-        stages=(1, 2, 2, 1),
-        global_att_blocks=(4,),
-        window_spec=(8, 4, 8, 4),
-        pos_embed_size=(4, 4),
-        hidden_dim=64,
-        memory_dim=16,
-        memory_layers=1,
-        memory_feedforward=128,
-    ),
+    "tiny": sam2_config("tiny"),
     "hiera_tiny_512": sam2_config("sam2.1_hiera_tiny", image_size=512),
 }
 

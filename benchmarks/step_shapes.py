@@ -22,14 +22,10 @@ from segrl.data import make_synthetic
 from segrl.geometry import boxes_from_mask
 from segrl.models import tiny_qwen2_5_vl
 from segrl.predictions import ImagePromptSettings, format_answer, frame_for
-from segrl.segmenters.sam2 import Sam2Config, sam2_config
+from segrl.segmenters.sam2 import sam2_config
 
 PATCH, MERGE = 14, 2
-TINY_SAM = Sam2Config(
-    image_size=128, embed_dim=32, stages=(1, 2, 2, 1), global_att_blocks=(4,), window_spec=(8, 4, 8, 4),
-    pos_embed_size=(4, 4), hidden_dim=64, memory_dim=16, memory_layers=1, memory_feedforward=128,
-)  # fmt: skip
-SAM_SIZES = {"tiny": TINY_SAM, "hiera_tiny": sam2_config("sam2.1_hiera_tiny", image_size=512)}
+SAM_SIZES = {"tiny": sam2_config("tiny"), "hiera_tiny": sam2_config("sam2.1_hiera_tiny", image_size=512)}
 
 
 @dataclass(frozen=True)

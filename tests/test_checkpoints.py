@@ -13,6 +13,7 @@ from builders import as_data, questions, tiny_headed_model, tiny_model, tiny_row
 from marks import slow_to_build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from script_modules import read_json
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -23,7 +24,7 @@ from segrl.errors import CheckpointError
 from segrl.heads import find_mask_head
 from segrl.inference import ReasoningSegmenter
 from segrl.models import restore_weights, seg_token_id
-from segrl.predictions import ImagePromptSettings
+from segrl.predictions import ImagePromptSettings, prompt_settings_from_dict
 
 SETTINGS = ImagePromptSettings(instruction="Answer.", max_new_tokens=60)
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
@@ -53,6 +54,7 @@ def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None
         processing_class=processor,
         peft_config=peft_config,
         dense_losses=[DenseLoss("dice_ce")],
+        prompt_settings=SETTINGS,
     )
 
 
@@ -67,6 +69,7 @@ def grpo(folder, model, processor, *, peft_config=None, **settings) -> Any:
         processing_class=processor,
         peft_config=peft_config,
         dense_losses=[DenseLoss("dice_ce")],
+        prompt_settings=SETTINGS,
     )
 
 
@@ -165,6 +168,7 @@ class TestResume:
         for folder in (tmp_path, tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"):
             names = {path.name for path in folder.iterdir()}
             assert {"model.safetensors", "mask_head.safetensors", "mask_head.json", "tokenizer.json"} <= names
+            assert prompt_settings_from_dict(read_json(folder / "segrl.json")) == SETTINGS
             keys = set(load_file(folder / "model.safetensors"))
             assert not any("mask_head" in key for key in keys)
             head: Any = find_mask_head(model)
@@ -259,7 +263,6 @@ def answering(folder, tied):
     trainer = sft(folder, model, processor, rows=rows, max_steps=60, lr_scheduler_type="constant", save_strategy="no")
     trainer.train()
     trainer.save_model()
-    SETTINGS.save(folder)
     return ReasoningSegmenter(model.eval(), processor, SETTINGS)
 
 
@@ -297,7 +300,6 @@ def adapter_run(request, tmp_path_factory):
     )
     trainer.train()
     trainer.save_model()
-    SETTINGS.save(folder)
     predictions = ReasoningSegmenter(trainer.model.eval(), segmenter.processor, SETTINGS).predict_batch(*questions())
     assert [p.text for p in predictions] == [OTHER] * 3
     return folder, as_data(predictions)

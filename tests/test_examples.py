@@ -30,6 +30,7 @@ from segrl.data import load_volumes, make_synthetic, write_folder
 from segrl.evaluation import evaluate, evaluate_volumes
 from segrl.inference import ReasoningSegmenter, load
 from segrl.models import tiny_qwen2_5_vl
+from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Parser, TwoStageRun, find_preset, parse
 from segrl.segmenters import Sam2Segmenter, sam2_config
 
@@ -584,8 +585,16 @@ def test_one_step_of_each_stage_of_the_published_preset(published, tmp_path):
     (entry,) = steps_of(run)
     assert {"kl", "policy", "dense/dice_ce", "rewards/box_f1/mean"} <= entry.keys()
     assert entry["rewards/format/mean"] == 0.0
-    settings = read_json(run / "segrl.json")
-    assert (settings["task"], settings["max_edge"], settings["max_new_tokens"]) == ("images", 512, 512)
+    segmenter = load(run, device="cpu")
+    assert segmenter.settings == ImagePromptSettings(max_edge=512, max_new_tokens=512)
+    assert segmenter.model.mask_head.segmenter.image_size == 512
+    row: Any = make_synthetic(1, size=64)[0]
+    assert segmenter.predict(row["image"], row["query"], max_new_tokens=4).text is not None
+
+
+def test_published_presets_load_bfloat16(published):
+    model, _ = KINDS[0].runs.recipes["core_seg_3b"].build(make_synthetic(1), str(published[0]))
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.slow

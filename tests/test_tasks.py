@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import tiny_headed_model, tiny_model
+from datasets import Dataset
 
 from segrl import inference, predictions
 from segrl.data import make_synthetic, make_synthetic_volumes, prepare, prepare_volumes
@@ -142,6 +143,21 @@ def test_a_scan_is_scaled_as_in_training():
         with pytest.raises(SegRLError, match="several scalings"):
             settings.scaling_for(modality)
     assert VolumePromptSettings(scaling=(("CT", "window:0:80"),)).scaling_for() == ("CT", "window:0:80")
+
+
+def test_training_rows_bring_their_scaling_and_a_stream_is_left_unread():
+    pairs = [("CT", "window:0:80"), ("MRI", ""), ("CT", "window:0:80"), (None, None)]
+    rows = Dataset.from_list([{"modality": modality, "intensity": intensity} for modality, intensity in pairs])
+    settings = VolumePromptSettings(slices=8)
+    found = settings.for_rows(rows)
+    assert found == VolumePromptSettings(slices=8, scaling=(("", ""), ("CT", "window:0:80"), ("MRI", "")))
+    drawn = []
+    stream = rows.to_iterable_dataset().map(lambda row: drawn.append(row) or row, features=rows.features)
+    assert stream.column_names == ["modality", "intensity"]
+    for without in (stream, rows.remove_columns("intensity"), None):
+        assert settings.for_rows(without) == settings
+    assert drawn == []
+    assert ImagePromptSettings().for_rows(rows) == ImagePromptSettings()
 
 
 def test_which_task_fits():

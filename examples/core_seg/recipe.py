@@ -25,8 +25,8 @@ from segrl.inference import SegmenterBase
 from segrl.metrics import summarise
 from segrl.models import ensure_seg_token, load_vlm, tiny_qwen2_5_vl
 from segrl.predictions import ImagePromptSettings
-from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun
-from segrl.segmenters import Sam2Config, Sam2Segmenter, sam2_config
+from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
+from segrl.segmenters import sam2_config
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
@@ -63,32 +63,9 @@ def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
     return tiny_qwen2_5_vl(corpus=corpus)
 
 
-def tiny_segmenter(path: str | None) -> Sam2Segmenter:
-    """About 2.3 M parameters of SAM 2, random."""
-    config = Sam2Config(
-        image_size=128,
-        embed_dim=32,
-        stages=(1, 2, 2, 1),
-        global_att_blocks=(4,),
-        window_spec=(8, 4, 8, 4),
-        pos_embed_size=(4, 4),
-        hidden_dim=64,
-        memory_dim=16,
-        memory_layers=1,
-        memory_feedforward=128,
-    )
-    return Sam2Segmenter.from_pretrained(path, config) if path else Sam2Segmenter(config)
-
-
 def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
     """Qwen2.5-VL-3B, from a path or the hub."""
     return load_vlm(path or "Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
-
-
-def medsam2(path: str | None) -> Sam2Segmenter:
-    """MedSAM2 (SAM 2.1 hiera-tiny at 512 px), from a path or the hub."""
-    config = sam2_config("sam2.1_hiera_tiny", image_size=512)
-    return Sam2Segmenter.from_pretrained(path or "wanglab/MedSAM2:MedSAM2_latest.pt", config)
 
 
 ON_A_CPU = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
@@ -97,7 +74,7 @@ REWARDS = ("format", "box_f1", "dual_granularity_mask")
 RECIPES = {
     "tiny": CoreSegRecipe(
         build=build_tiny,
-        segmenter=tiny_segmenter,
+        segmenter=sam2_builder(sam2_config("tiny")),
         prompt=ImagePromptSettings(instruction="", max_edge=160, max_new_tokens=112),
         sft={
             **ON_A_CPU,
@@ -134,7 +111,7 @@ RECIPES = {
     ),
     "core_seg_3b": CoreSegRecipe(
         build=build_3b,
-        segmenter=medsam2,
+        segmenter=sam2_builder(sam2_config("sam2.1_hiera_tiny", image_size=512), "wanglab/MedSAM2:MedSAM2_latest.pt"),
         prompt=ImagePromptSettings(max_edge=512, max_new_tokens=512),
         # formulas A3: 1 epoch, batch 32 over 2 GPUs, learning rate 1e-4
         sft={

@@ -44,8 +44,8 @@ from segrl.hub import reraise_as
 from segrl.inference import SegmenterBase, VolumeSegmenter
 from segrl.models import load_vlm, tiny_qwen3_vl
 from segrl.predictions import VolumePromptSettings
-from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun
-from segrl.segmenters import SEGMENTER_CONFIG, Sam2Config, Sam2Segmenter, VolumePropagator, sam2_config
+from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
+from segrl.segmenters import SEGMENTER_CONFIG, Sam2Segmenter, VolumePropagator, sam2_config
 
 REWARDS = ("slice_format", "slice_visibility", "slice_boxes", "propagated_dice")  # R_f, R_a, R_s, R_c
 
@@ -104,32 +104,9 @@ def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
     )
 
 
-def tiny_segmenter(path: str | None) -> Sam2Segmenter:
-    """About 2.3 M parameters of SAM 2, random."""
-    config = Sam2Config(
-        image_size=64,
-        embed_dim=32,
-        stages=(1, 2, 2, 1),
-        global_att_blocks=(4,),
-        window_spec=(8, 4, 8, 4),
-        pos_embed_size=(4, 4),
-        hidden_dim=64,
-        memory_dim=16,
-        memory_layers=1,
-        memory_feedforward=128,
-    )
-    return Sam2Segmenter.from_pretrained(path, config) if path else Sam2Segmenter(config)
-
-
 def build_4b(train: Dataset, path: str | None) -> tuple[Any, Any]:
     """Qwen3-VL-4B, from a path or the hub."""
     return load_vlm(path or "Qwen/Qwen3-VL-4B-Instruct", dtype=torch.bfloat16)
-
-
-def medsam2(path: str | None) -> Sam2Segmenter:
-    """MedSAM2 (SAM 2.1 hiera-tiny at 512 px), from a path or the hub."""
-    config = sam2_config("sam2.1_hiera_tiny", image_size=512)
-    return Sam2Segmenter.from_pretrained(path or "wanglab/MedSAM2:MedSAM2_latest.pt", config)
 
 
 ON_A_CPU = {
@@ -152,7 +129,7 @@ PUBLISHED = {
 RECIPES = {
     "tiny": MedVolRecipe(
         build=build_tiny,
-        segmenter=tiny_segmenter,
+        segmenter=sam2_builder(sam2_config("tiny", image_size=64)),
         prompt=TINY_PROMPT,
         sft={
             **ON_A_CPU,
@@ -184,7 +161,7 @@ RECIPES = {
     ),
     "medvol_r1_4b": MedVolRecipe(
         build=build_4b,
-        segmenter=medsam2,
+        segmenter=sam2_builder(sam2_config("sam2.1_hiera_tiny", image_size=512), "wanglab/MedSAM2:MedSAM2_latest.pt"),
         prompt=VolumePromptSettings(slices=64, size=256),
         sft={
             **PUBLISHED,

@@ -188,7 +188,7 @@ class SegmenterBase:
             if name in whole:
                 whole[name] = torch.cat([whole[name], torch.zeros_like(completions.ids)], 1)
         with head.record() as recording:
-            self.model(**whole)
+            self.model(**whole, use_cache=False, logits_to_keep=1)  # the states are wanted, no logits
         completions.states = recording.calls[-1][:, -completions.ids.size(1) :]
 
     def _inputs(self, conversations: Sequence[Any]) -> Any:

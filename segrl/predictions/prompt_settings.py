@@ -84,7 +84,7 @@ class PromptSettings:
         raise NotImplementedError
 
     def for_rows(self, rows: Any) -> Self:
-        """These settings with what the training rows add to them: nothing for images."""
+        """These settings with what the training rows, a data set or None, add to them: nothing for images."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,9 +209,12 @@ class VolumePromptSettings(PromptSettings):
         )
 
     def for_rows(self, rows: Any) -> Self:
-        """These settings with the `scaling` of data set rows; rows without the two columns change nothing."""
+        """These settings with the `scaling` of data set rows.
+
+        Rows without the two columns change nothing, nor does a stream, which would have to be read to its end.
+        """
         columns = getattr(rows, "column_names", None) or ()
-        if "modality" not in columns or "intensity" not in columns:
+        if not hasattr(rows, "__len__") or "modality" not in columns or "intensity" not in columns:
             return self
         pairs: Iterable[tuple[Any, Any]] = zip(rows["modality"], rows["intensity"], strict=True)
         return replace(self, scaling=tuple(sorted({(str(m or ""), str(i or "")) for m, i in pairs})))

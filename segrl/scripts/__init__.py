@@ -9,7 +9,7 @@ from segrl.scripts.arguments import (
     first_stage_settings,
 )
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, missing_processes, parse, run_script
-from segrl.scripts.recipe import Recipe
+from segrl.scripts.recipe import Recipe, sam2_builder
 from segrl.scripts.run_folder import check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
 from segrl.scripts.two_stages import TwoStageRun
 
@@ -33,5 +33,6 @@ __all__ = [
     "missing_processes",
     "parse",
     "run_script",
+    "sam2_builder",
     "train_and_save",
 ]

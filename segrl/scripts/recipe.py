@@ -1,4 +1,4 @@
-"""`Recipe`: one preset of an example."""
+"""`Recipe`: one preset of an example, and the builder of its SAM 2."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segrl.predictions.prompt_settings import PromptSettings
+from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "sam2_builder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +53,25 @@ class Recipe:
     lora: Mapping[str, Any] | None = None
     fill_to: int = 0
     synthetic: Mapping[str, int] = field(default_factory=dict)
+
+
+def sam2_builder(config: Sam2Config, source: str | None = None) -> Callable[[str | None], Sam2Segmenter]:
+    """Return the `segmenter` of a `Recipe`: a SAM 2 whose weights come from `--segmenter`, or else from `source`.
+
+    Args:
+        config: Sizes of the model.
+        source: Weights without `--segmenter`, as `Sam2Segmenter.from_pretrained` takes them: a file, a folder, or
+            `owner/name:file` on the hub; None leaves them random.
+
+    Example:
+        >>> from segrl.segmenters import sam2_config
+        >>> segmenter = sam2_builder(sam2_config("tiny"))(None)
+        >>> segmenter.image_size
+        128
+    """
+
+    def build(weights: str | None) -> Sam2Segmenter:
+        name = weights or source
+        return Sam2Segmenter(config) if name is None else Sam2Segmenter.from_pretrained(name, config)
+
+    return build

@@ -89,6 +89,18 @@ class Sam2Config:
 
 
 _NAMED_CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 128,
+        "embed_dim": 32,
+        "stages": (1, 2, 2, 1),
+        "global_att_blocks": (4,),
+        "window_spec": (8, 4, 8, 4),
+        "pos_embed_size": (4, 4),
+        "hidden_dim": 64,
+        "memory_dim": 16,
+        "memory_layers": 1,
+        "memory_feedforward": 128,
+    },
     "sam2.1_hiera_tiny": {},
     "sam2.1_hiera_small": {"stages": (1, 2, 11, 2), "global_att_blocks": (7, 10, 13)},
     "sam2.1_hiera_base_plus": {
@@ -109,10 +121,11 @@ _NAMED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def sam2_config(name: str, **changes: Any) -> Sam2Config:
-    """Return the sizes of a published model.
+    """Return the sizes of a published model, or of one that trains on a CPU.
 
     Args:
-        name: `sam2.1_hiera_tiny`, `_small`, `_base_plus` or `_large`.
+        name: `sam2.1_hiera_tiny`, `_small`, `_base_plus` or `_large`; or `tiny`, segrl's own: 2.3 M parameters,
+            128 px, for random weights.
         **changes: Fields of `Sam2Config`, such as `image_size=1024`.
 
     Raises:
