@@ -6,23 +6,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from builders import sft_args
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from segrl.errors import CheckpointError, DataError, SegRLError
 from segrl.models import tiny_causal_lm
-from segrl.scripts import check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
+from segrl.scripts import Progress, check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
+from segrl.trainers.checkpoints import checkpoint_problem, newest_checkpoint, write_manifest
 
 
 def make_checkpoint(folder: Path, step: int = 1) -> Path:
+    """A checkpoint as the trainers write it, of a very small model."""
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    save_file({"weight": torch.zeros(2)}, checkpoint / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": step}, checkpoint / name)
+    write_manifest(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 10}))
     return checkpoint
 
 
@@ -52,15 +60,15 @@ def refused(folder: Path, error: type[SegRLError] = SegRLError, **settings: Any)
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_absent_and_empty_folders_are_free(tmp_path, overwrite):
-    assert check_output(tmp_path / "new" / "run", overwrite=overwrite) is None
+    assert check_output(tmp_path / "new" / "run", overwrite=overwrite) == Progress()
     assert not (tmp_path / "new").exists()
-    assert check_output(tmp_path, overwrite=overwrite, resume="false") is None
+    assert check_output(tmp_path, overwrite=overwrite, resume="false") == Progress()
 
 
 def test_a_run_is_replaced_only_when_asked(tmp_path):
     run = make_run(tmp_path / "run")
     assert refused(run).startswith(f"output_dir {str(run)!r} is not empty; pass another --output_dir,")
-    assert check_output(run, overwrite=True) is None
+    assert check_output(run, overwrite=True) == Progress()
 
 
 def test_what_no_run_has_written_is_never_replaced(tmp_path):
@@ -76,30 +84,104 @@ def test_inputs_inside_the_folder_are_never_replaced(tmp_path):
     for path in (run, run / "stage1", tmp_path / "link", tmp_path / "other" / ".." / "run"):
         said = refused(run, overwrite=True, inputs={"data": None, "model": str(path)})
         assert said == f"--overwrite would remove --model {str(path)!r}; pass another --output_dir"
-    assert check_output(run, overwrite=True, inputs={"data": None, "model": str(tmp_path / "run2")}) is None
+    assert check_output(run, overwrite=True, inputs={"data": None, "model": str(tmp_path / "run2")}) == Progress()
 
 
 @pytest.mark.parametrize("last", ["last", "true", True])
 def test_the_newest_checkpoint(tmp_path, last):
     run = make_run(tmp_path / "run")
-    assert check_output(run, resume=last) == str(run / "checkpoint-10")
-    assert check_output(run, resume=str(run / "checkpoint-1")) == str(run / "checkpoint-1")
+    for resume, name in ((last, "checkpoint-10"), (str(run / "checkpoint-1"), "checkpoint-1")):
+        assert check_output(run, resume=resume) == Progress(str(run / name), inside=True)
     assert "pass one of them" in refused(run, overwrite=True, resume=last)
 
 
 def test_checkpoints_of_another_run(tmp_path):
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
     checkpoint = str(other / "checkpoint-1")
-    assert check_output(tmp_path / "new", resume=checkpoint) == checkpoint
+    assert check_output(tmp_path / "new", resume=checkpoint) == Progress(checkpoint)
     assert "is not empty" in refused(run, resume=checkpoint)
-    assert check_output(run, overwrite=True, resume=checkpoint) == checkpoint
+    assert check_output(run, overwrite=True, resume=checkpoint) == Progress(checkpoint)
 
 
 def test_no_such_checkpoint(tmp_path):
     for folder in (tmp_path / "run", tmp_path):
         assert f"--resume_from_checkpoint last: no checkpoint in {str(folder)!r}" in refused(folder, resume="last")
     said = refused(tmp_path, CheckpointError, resume="no/checkpoint-1")
-    assert said.startswith("--resume_from_checkpoint 'no/checkpoint-1': no checkpoint there (no trainer_state.json)")
+    assert said.startswith("--resume_from_checkpoint 'no/checkpoint-1': no such folder; expected a complete folder")
+
+
+TORN: list[tuple[str, bool, Any]] = [  # what is wrong, with a manifest or without, how it came
+    ("no trainer_state.json", True, lambda path: (path / "trainer_state.json").unlink()),
+    ("trainer_state.json cannot be read", True, lambda path: cut(path / "trainer_state.json")),
+    ("trainer_state.json holds a list", True, lambda path: (path / "trainer_state.json").write_text("[]")),
+    (
+        "trainer_state.json: global_step is '7'",
+        True,
+        lambda path: (path / "trainer_state.json").write_text('{"global_step": "7"}'),
+    ),
+    ("no optimizer.pt", True, lambda path: (path / "optimizer.pt").unlink()),
+    ("no scheduler.pt", True, lambda path: (path / "scheduler.pt").unlink()),
+    ("no rng_state.pth", True, lambda path: (path / "rng_state.pth").unlink()),
+    ("optimizer.pt has ", True, lambda path: cut(path / "optimizer.pt")),
+    ("rng_state.pth has ", True, lambda path: cut(path / "rng_state.pth")),
+    ("model.safetensors has ", True, lambda path: cut(path / "model.safetensors")),
+    ("segrl_checkpoint.json cannot be read", True, lambda path: cut(path / "segrl_checkpoint.json")),
+    ("no weights", False, lambda path: (path / "model.safetensors").unlink()),
+    ("no optimizer.pt", False, lambda path: (path / "optimizer.pt").unlink()),
+    ("scheduler.pt is cut off", False, lambda path: cut(path / "scheduler.pt")),
+    ("rng_state.pth is cut off", False, lambda path: cut(path / "rng_state.pth")),
+    ("model.safetensors cannot be read", False, lambda path: cut(path / "model.safetensors")),
+    ("no mask_head.safetensors", False, lambda path: (path / "mask_head.json").write_text("{}")),
+]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(("problem", "manifest", "damage"), TORN, ids=lambda value: str(value)[:40])
+def test_a_torn_checkpoint_is_left_out_and_named(problem, manifest, damage, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    newest = run / "checkpoint-10"
+    if not manifest:
+        (newest / "segrl_checkpoint.json").unlink()
+    assert checkpoint_problem(newest) is None
+    damage(newest)
+    found = checkpoint_problem(newest)
+    assert found is not None
+    assert found.startswith(problem)
+    assert newest_checkpoint(run) == (str(run / "checkpoint-1"), {"checkpoint-10": found})
+    assert check_output(run, resume="last") == Progress(str(run / "checkpoint-1"), inside=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{run}: left out checkpoint-10 ({found}); goes on from checkpoint-1"
+    said = refused(run, CheckpointError, resume=str(newest))
+    assert said == (
+        f"--resume_from_checkpoint {str(newest)!r}: {found}; expected a complete folder checkpoint-N, or 'last' for the "
+        "newest in output_dir"
+    )
+
+
+def test_a_whole_checkpoint_of_trl_alone(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoint-10" / "segrl_checkpoint.json").unlink()
+    assert newest_checkpoint(run) == (str(run / "checkpoint-10"), {})
+
+
+def test_where_a_run_goes_on(tmp_path):
+    """In stage 1, between the stages, in stage 2, and in the evaluation."""
+    run = tmp_path / "run"
+    claim_output(run, {})
+    assert check_output(run, resume="last") == Progress(inside=True)
+    first = make_checkpoint(run / "stage1")
+    assert check_output(run, resume="last") == Progress(stage1=str(first), inside=True)
+    assert check_output(run, resume=str(first)) == Progress(stage1=str(first), inside=True)
+    (run / "stage1" / "log_history.json").write_text("[]")
+    assert check_output(run, resume="last") == Progress(inside=True)
+    assert "stage 1 is finished; pass 'last'" in refused(run, resume=str(first))
+    second = make_checkpoint(run)
+    assert check_output(run, resume="last") == Progress(str(second), inside=True)
+    (run / "log_history.json").write_text("[]")
+    assert check_output(run, resume="last") == Progress(str(second), finished=True, inside=True)
 
 
 # ---- claiming --------------------------------------------------------------------------------------------------------
@@ -122,9 +204,9 @@ def test_a_claimed_folder_holds_only_what_was_asked(tmp_path):
 def test_a_continued_run_is_left_as_it_is(tmp_path):
     run = make_run(tmp_path / "run", preset="old")
     before = contents(run)
-    claim_output(run, {"preset": "new"}, str(run / "checkpoint-1"))
+    claim_output(run, {"preset": "new"}, Progress(str(run / "checkpoint-1"), inside=True))
     assert contents(run) == before
-    claim_output(tmp_path / "new", {"preset": "new"}, str(run / "checkpoint-1"))
+    claim_output(tmp_path / "new", {"preset": "new"}, Progress(str(run / "checkpoint-1")))
     assert contents(run) == before
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["segrl_run.json"]
 
@@ -188,21 +270,21 @@ def test_rows_for_one_batch(batch, generations, rows):
 
 def test_where_stage1_is(tmp_path):
     run = make_run(tmp_path / "run")
-    checkpoint = str(run / "checkpoint-1")
     assert find_stage1(None, None) is None
-    assert find_stage1("runs/sft", checkpoint) == Path("runs/sft")
-    assert find_stage1("base", checkpoint, skip=True) is None
+    assert find_stage1("runs/sft", run) == Path("runs/sft")
+    assert find_stage1("base", run, skip=True) is None
     (run / "stage1").mkdir()
+    assert find_stage1(None, run, needed=False) is None
     with pytest.raises(SegRLError, match=r"holds no stage 1; pass --model \.\.\. or --skip_stage1"):
-        find_stage1(None, checkpoint)
+        find_stage1(None, run)
     (run / "stage1" / "log_history.json").write_text("[]")
-    assert find_stage1(None, checkpoint) == run / "stage1"
+    assert find_stage1(None, run) == run / "stage1"
 
 
 def test_the_model_of_a_run_that_is_continued_is_named(tmp_path):
     run = make_run(tmp_path / "run", model="runs/sft")
     with pytest.raises(SegRLError, match=r"'.*run' holds no stage 1; pass --model runs/sft or --skip_stage1"):
-        find_stage1(None, str(run / "checkpoint-1"))
+        find_stage1(None, run)
     lonely = make_checkpoint(tmp_path / "alone")
     with pytest.raises(SegRLError, match=r"pass --model \.\.\. or --skip_stage1, whichever the run began with"):
-        find_stage1(None, str(lonely))
+        find_stage1(None, lonely.parent)

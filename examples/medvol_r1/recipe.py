@@ -316,7 +316,8 @@ class MedVolRun(TwoStageRun):
 
     def find_parts(self, stage1: Path | None) -> None:
         weights = self.arguments.segmenter
-        homes = [Path(self.checkpoint).parent] if self.checkpoint else []
+        homes = [self.folder] if self.progress.inside else []
+        homes += [Path(self.progress.checkpoint).parent] if self.progress.checkpoint else []
         homes += [stage1, stage1.parent] if stage1 is not None else []
         if weights is None:
             weights = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
@@ -331,7 +332,8 @@ class MedVolRun(TwoStageRun):
             rows = self.synthesize("segmenter")  # all processes meet in it
             if state.is_main_process:
                 self.segmenter = self._trained_segmenter(rows)
-        if self.segmenter is not None and state.is_main_process:
+        kept = self.progress.inside and (self.folder / SEGMENTER_CONFIG).is_file()  # a continued run has its own
+        if self.segmenter is not None and state.is_main_process and not kept:
             self.segmenter.save_pretrained(self.folder)
         state.wait_for_everyone()
         if self.segmenter is None:

@@ -10,13 +10,22 @@ from segrl.scripts.arguments import (
 )
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, missing_processes, parse, run_script
 from segrl.scripts.recipe import Recipe, sam2_builder
-from segrl.scripts.run_folder import check_batches, check_output, claim_output, find_stage1, is_finished, train_and_save
+from segrl.scripts.run_folder import (
+    Progress,
+    check_batches,
+    check_output,
+    claim_output,
+    find_stage1,
+    is_finished,
+    train_and_save,
+)
 from segrl.scripts.two_stages import TwoStageRun
 
 __all__ = [
     "MACHINE_FLAGS",
     "EvaluationArguments",
     "Parser",
+    "Progress",
     "Recipe",
     "RunArguments",
     "TwoStageArguments",

@@ -25,7 +25,7 @@ __all__ = [
 MACHINE_FLAGS = (
     *("seed", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "gradient_checkpointing", "activation_checkpointing"),
     *("optim", "deepspeed", "fsdp", "fsdp_config", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory"),
-    *("disable_tqdm", "report_to", "logging_steps"),
+    *("disable_tqdm", "report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),
 )
 
 

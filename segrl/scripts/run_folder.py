@@ -1,7 +1,8 @@
 """The output folder of a training script: claimed without losing anything, continued, and filled when a stage is done.
 
 `check_output` looks and `claim_output` writes, so that whatever else can be wrong is found between the two, while the
-folder still is as it was. A run that two stages make keeps the first in `<output_dir>/stage1`.
+folder still is as it was. A run that two stages make keeps the first in `<output_dir>/stage1`. `Progress` says how far
+the run in a folder has come.
 """
 
 from __future__ import annotations
@@ -9,43 +10,68 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from segrl.errors import CheckpointError, DataError, SegRLError
 from segrl.reports.results_file import versions, write_results
+from segrl.reports.terminal import printable
+from segrl.trainers.checkpoints import checkpoint_problem, newest_checkpoint
 
-__all__ = ["check_batches", "check_output", "claim_output", "find_stage1", "is_finished", "train_and_save"]
+__all__ = ["Progress", "check_batches", "check_output", "claim_output", "find_stage1", "is_finished", "train_and_save"]
 
 MARKER, HISTORY, STAGE1 = "segrl_run.json", "log_history.json", "stage1"
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come that is continued; the defaults are a run that begins.
+
+    Attributes:
+        checkpoint: Where the training of the script's own stage goes on; None: from its beginning.
+        stage1: The same of a stage 1 that the script trains itself, in `<output_dir>/stage1`.
+        finished: Whether the script's own stage is trained and saved, so that only its evaluation is left.
+        inside: Whether the folder holds the run that is continued; what it holds is kept.
+
+    Example:
+        >>> Progress().inside
+        False
+    """
+
+    checkpoint: str | None = None
+    stage1: str | None = None
+    finished: bool = False
+    inside: bool = False
+
+
 def check_output(
     folder: Path, *, overwrite: bool = False, resume: Any = None, inputs: Mapping[str, str | None] | None = None
-) -> str | None:
+) -> Progress:
     """Refuse a folder that must not be written to, and change nothing.
 
     Args:
         folder: The run's `output_dir`. It may be absent or empty.
         overwrite: Whether a run that is there may be replaced (`--overwrite`).
-        resume: `--resume_from_checkpoint`: a checkpoint's folder; `true` or `last` for the newest in `folder`; None or
-            `false` for none.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `true` or `last` to go on wherever the run in
+            `folder` was, at the newest complete checkpoint; None or `false` to begin.
         inputs: Paths that the run reads, by the names of their flags: they must not be removed along with an old run.
 
     Returns:
-        The checkpoint to continue from, or None.
+        Where the run goes on.
 
     Raises:
         SegRLError: The folder is a file, or holds something that may not be replaced: anything without `overwrite`,
-            with it the run's own checkpoint or input, or a folder without `segrl_run.json`, which no run has written.
-        CheckpointError: There is no checkpoint where `resume` says.
+            with it the run's own checkpoint or input, or a folder without `segrl_run.json`, which no run has written;
+            or there is nothing to continue.
+        CheckpointError: The checkpoint that `resume` names is incomplete; the file is named.
 
     Example:
-        >>> check_output(Path("no/such/run")) is None
+        >>> check_output(Path("no/such/run")) == Progress()
         True
         >>> check_output(Path("no/such/run"), resume="last")
         Traceback (most recent call last):
@@ -53,15 +79,15 @@ def check_output(
     """
     if folder.exists() and not folder.is_dir():
         raise SegRLError(f"output_dir {str(folder)!r} is a file; pass a folder")
-    checkpoint = _checkpoint(folder, resume)
-    if checkpoint is not None and _inside(checkpoint, folder):
+    progress = _progress(folder, resume)
+    if progress.inside:
         if overwrite:
             raise SegRLError(
                 "--overwrite would remove the run that --resume_from_checkpoint continues; pass one of them"
             )
-        return checkpoint
+        return progress
     if not folder.is_dir() or not any(folder.iterdir()):
-        return checkpoint
+        return progress
     if not overwrite:
         raise SegRLError(
             f"output_dir {str(folder)!r} is not empty; pass another --output_dir, --resume_from_checkpoint to continue "
@@ -71,21 +97,21 @@ def check_output(
         raise SegRLError(
             f"--overwrite: {str(folder)!r} was not written by a training script (no {MARKER}); remove it yourself"
         )
-    for name, path in {**(inputs or {}), "resume_from_checkpoint": checkpoint}.items():
+    for name, path in {**(inputs or {}), "resume_from_checkpoint": progress.checkpoint}.items():
         if path and _inside(path, folder):
             raise SegRLError(f"--overwrite would remove --{name} {path!r}; pass another --output_dir")
-    return checkpoint
+    return progress
 
 
-def claim_output(folder: Path, arguments: Mapping[str, Any], checkpoint: str | None = None) -> None:
+def claim_output(folder: Path, arguments: Mapping[str, Any], progress: Progress | None = None) -> None:
     """Make `folder`, which passed `check_output`, this run's. The run that it held is removed here.
 
     Called by every process: the first one writes, and none returns before that.
 
     Args:
-        folder: The run's `output_dir`; made if it is absent, emptied unless it holds `checkpoint`.
+        folder: The run's `output_dir`; made if it is absent, emptied unless it holds the run that is continued.
         arguments: What the run was asked to do, written to `segrl_run.json` with the versions.
-        checkpoint: What `check_output` returned.
+        progress: What `check_output` returned.
 
     Raises:
         SegRLError: The folder cannot be written.
@@ -99,7 +125,7 @@ def claim_output(folder: Path, arguments: Mapping[str, Any], checkpoint: str | N
     """
     state = PartialState()
     state.wait_for_everyone()  # until the other processes have checked the folder too
-    if state.is_main_process and not (checkpoint and _inside(checkpoint, folder)):
+    if state.is_main_process and not (progress is not None and progress.inside):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for entry in folder.iterdir():
@@ -167,19 +193,21 @@ def is_finished(folder: Path) -> bool:
     return (folder / HISTORY).is_file()
 
 
-def find_stage1(model: str | None, checkpoint: str | None, *, skip: bool = False) -> Path | None:
+def find_stage1(model: str | None, home: Path | None, *, skip: bool = False, needed: bool = True) -> Path | None:
     """Return the stage 1 run that stage 2 starts from.
 
     Args:
         model: `--model`: a stage 1 run; None if the script trains stage 1 itself.
-        checkpoint: The checkpoint of stage 2 that is continued, which has its stage 1 beside it; None if there is none.
+        home: The folder of the run that is continued, which has its stage 1 inside; None if none is.
         skip: `--skip_stage1`.
+        needed: Whether stage 2 has begun there, so that stage 1 must be.
 
     Returns:
         The run's folder. None if stage 1 is skipped or still has to be trained.
 
     Raises:
-        SegRLError: There is no finished stage 1 beside the checkpoint; the run's own `--model` is named if it had one.
+        SegRLError: There is no finished stage 1 in the run that is continued; the run's own `--model` is named if it
+            had one.
 
     Example:
         >>> str(find_stage1("runs/sft", None)), find_stage1(None, None), find_stage1("a/base", None, skip=True)
@@ -189,36 +217,58 @@ def find_stage1(model: str | None, checkpoint: str | None, *, skip: bool = False
         return None
     if model is not None:
         return Path(model)
-    if checkpoint is None:
+    if home is None:
         return None
-    folder = Path(checkpoint).parent
-    if is_finished(folder / STAGE1):
-        return folder / STAGE1
+    if is_finished(home / STAGE1):
+        return home / STAGE1
+    if not needed:
+        return None
     was = "..."
-    if (folder / MARKER).is_file():
-        was = json.loads((folder / MARKER).read_text(encoding="utf-8"))["arguments"].get("model") or was
+    if (home / MARKER).is_file():
+        was = json.loads((home / MARKER).read_text(encoding="utf-8"))["arguments"].get("model") or was
     raise SegRLError(
-        f"--resume_from_checkpoint: {str(folder)!r} holds no stage 1; pass --model {was} or --skip_stage1, "
+        f"--resume_from_checkpoint: {str(home)!r} holds no stage 1; pass --model {was} or --skip_stage1, "
         "whichever the run began with"
     )
 
 
-def _checkpoint(folder: Path, value: Any) -> str | None:
+def _progress(folder: Path, value: Any) -> Progress:
     if value is None or str(value).lower() == "false":
-        return None
+        return Progress()
     if str(value).lower() in ("true", "last"):
-        newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if newest is None:
-            raise SegRLError(
-                f"--resume_from_checkpoint {value}: no checkpoint in {str(folder)!r}; start without the flag"
-            )
-        value = newest
-    if not (Path(value) / "trainer_state.json").is_file():
+        return _last(folder, value)
+    path = Path(value)
+    problem = checkpoint_problem(path)
+    if problem is not None:
         raise CheckpointError(
-            f"--resume_from_checkpoint {str(value)!r}: no checkpoint there (no trainer_state.json); expected a folder "
-            "checkpoint-N, or 'last' for the newest in output_dir"
+            f"--resume_from_checkpoint {str(value)!r}: {problem}; expected a complete folder checkpoint-N, or 'last' "
+            "for the newest in output_dir"
         )
-    return str(value)
+    inside = _inside(str(value), folder)
+    if inside and path.resolve().parent == (folder / STAGE1).resolve():
+        if is_finished(folder / STAGE1):
+            raise SegRLError(f"--resume_from_checkpoint {str(value)!r}: stage 1 is finished; pass 'last' to go on")
+        return Progress(stage1=str(value), inside=True)
+    return Progress(str(value), inside=inside)
+
+
+def _last(folder: Path, value: Any) -> Progress:
+    """Where the run in `folder` was; says on stderr which checkpoints are left out and why."""
+    own, stage1 = _newest(folder), _newest(folder / STAGE1)
+    if own is None and stage1 is None and not (folder / MARKER).is_file():
+        raise SegRLError(f"--resume_from_checkpoint {value}: no checkpoint in {str(folder)!r}; start without the flag")
+    if is_finished(folder / STAGE1):
+        stage1 = None
+    return Progress(own, stage1, finished=is_finished(folder), inside=True)
+
+
+def _newest(folder: Path) -> str | None:
+    checkpoint, skipped = newest_checkpoint(folder)
+    if skipped and PartialState().is_main_process:
+        reasons = "; ".join(f"{name} ({problem})" for name, problem in skipped.items())
+        goes_on = f"goes on from {Path(checkpoint).name}" if checkpoint else "none is complete"
+        print(printable(f"{folder}: left out {reasons}; {goes_on}"), file=sys.stderr, flush=True)
+    return checkpoint
 
 
 def _inside(path: str, folder: Path) -> bool:

@@ -26,7 +26,15 @@ from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, chec
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, parse
 from segrl.scripts.recipe import Recipe
 from segrl.scripts.results import results_for
-from segrl.scripts.run_folder import STAGE1, check_batches, check_output, claim_output, find_stage1, train_and_save
+from segrl.scripts.run_folder import (
+    STAGE1,
+    Progress,
+    check_batches,
+    check_output,
+    claim_output,
+    find_stage1,
+    train_and_save,
+)
 from segrl.trainers.config import SegGRPOConfig, SegSFTConfig
 from segrl.trainers.grpo import SegGRPOTrainer
 from segrl.trainers.sft import SegSFTTrainer
@@ -60,7 +68,7 @@ class TwoStageRun:
         given: Names of the flags that were given.
         seed: Of everything that is drawn.
         folder: Where the run goes.
-        checkpoint: The checkpoint that is continued, or None.
+        progress: How far the run has come that is continued.
         rows: The splits as `load` gave them; None until synthetic files are written.
     """
 
@@ -88,7 +96,7 @@ class TwoStageRun:
             self.prompt = replace(self.prompt, reasoning=arguments.reasoning, frame_kind=kind)
             rewards = self.recipe.rewards if arguments.rewards is None else arguments.rewards
             arguments.rewards = check_rewards(rewards, arguments.drop_rewards or ())
-        self.checkpoint: str | None = None
+        self.progress = Progress()
         self.rows: dict[str, Dataset | None] = {}
         self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
 
@@ -106,12 +114,14 @@ class TwoStageRun:
             if name in run.given:
                 raise SegRLError(f"--{name} is for train_grpo.py; drop it")
         run.find_parts(None)
-        ready = run._ready(None, completions=True)
+        done = run.progress.finished
+        ready = None if done else run._ready(None, completions=True)
 
         def work() -> None:
             run._claim()
-            model, processor, rows = ready or run._ready(None, completions=True)  # type: ignore[misc]
-            run._fit_sft(config, model, processor, rows)
+            if not done:
+                model, processor, rows = ready or run._ready(None, completions=True)  # type: ignore[misc]
+                run._fit_sft(config, model, processor, rows)
             run._report({"stage1": run.folder}, {"sft": config.to_dict()})
 
         return work
@@ -127,19 +137,26 @@ class TwoStageRun:
         arguments = run.arguments
         if config.use_vllm and find_spec("vllm") is None:
             raise SegRLError("--use_vllm: vLLM is not installed; pip install 'trl[vllm]', or drop the flag")
-        stage1 = find_stage1(arguments.model, run.checkpoint, skip=arguments.skip_stage1)
-        start = None if stage1 is None else run._continued(stage1)
+        progress, done = run.progress, run.progress.finished
+        home = run.folder if progress.inside else progress.checkpoint and Path(progress.checkpoint).parent
+        begun = done or progress.checkpoint is not None
+        stage1 = find_stage1(arguments.model, home or None, skip=arguments.skip_stage1, needed=begun)
+        start = None if stage1 is None or done else run._continued(stage1)
         run.find_parts(stage1)
         settings, first = {"grpo": config.to_dict()}, None
         if stage1 is None and not arguments.skip_stage1:
             stage1 = run.folder / STAGE1
             first = SegSFTConfig(**first_stage_settings(run.recipe.sft, config, run.given, arguments, str(stage1)))
+            first.resume_from_checkpoint = progress.stage1
             settings["sft"] = first.to_dict()
         check_batches(config, range(run.count("train") * run.copies()))
-        ready = run._ready(start, completions=first is not None)
+        stages = {"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1})
+        ready = None if done else run._ready(start, completions=first is not None)
 
         def work() -> None:
             run._claim()
+            if done:
+                return run._report(stages, settings)
             model, processor, rows = ready or run._ready(start, completions=first is not None)  # type: ignore[misc]
             if first is not None:
                 run._fit_sft(first, model, processor, rows)
@@ -150,7 +167,7 @@ class TwoStageRun:
                 model, processor = run.warm_up(model, processor)
             set_seed(run.seed)
             run.train_grpo(config, model, processor, rows)
-            run._report({"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1}), settings)
+            run._report(stages, settings)
 
         return work
 
@@ -305,12 +322,13 @@ class TwoStageRun:
             least=cls.least,
         )
         run = cls(arguments, config.seed, Path(config.output_dir), given)
-        run.checkpoint = config.resume_from_checkpoint = check_output(
+        run.progress = check_output(
             run.folder,
             overwrite=arguments.overwrite,
             resume=config.resume_from_checkpoint,
             inputs=arguments.inputs(),
         )
+        config.resume_from_checkpoint = run.progress.checkpoint
         run.config = config
         run.rows = {split: run.load(split) for split in ("train", "test")}
         if run.rows["train"] is not None:
@@ -339,14 +357,15 @@ class TwoStageRun:
         return *start, self.prepare(*start, completions=completions)
 
     def _claim(self) -> None:
-        claim_output(self.folder, asdict(self.arguments), self.checkpoint)
+        claim_output(self.folder, asdict(self.arguments), self.progress)
         for split, rows in self.rows.items():
             self.rows[split] = self.synthesize(split) if rows is None else rows
         self.make_parts()
 
     def _fit_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
-        set_seed(self.seed)
-        model, processor = self.warm_up(model, processor)
+        if not config.resume_from_checkpoint:  # which has what the warm-up learned
+            set_seed(self.seed)
+            model, processor = self.warm_up(model, processor)
         set_seed(self.seed)
         self.train_sft(config, model, processor, rows)
 

@@ -317,7 +317,9 @@ class Sam2Segmenter(nn.Module):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.sam.state_dict().items()}
-        save_file(state, path / SEGMENTER_WEIGHTS, metadata={"format": "pt"})
+        unfinished = path / f".{SEGMENTER_WEIGHTS}"
+        save_file(state, unfinished, metadata={"format": "pt"})
+        unfinished.replace(path / SEGMENTER_WEIGHTS)
         text = json.dumps(self.to_config(), indent=2, sort_keys=True) + "\n"
         (path / SEGMENTER_CONFIG).write_text(text, encoding="utf-8")
 

@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from segrl.caching.feature_cache import FeatureCache
-from segrl.errors import SegRLError
+from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
 from segrl.heads.dense import DenseLoss, check_dense_losses, dense_terms
 from segrl.heads.mask_head import MaskHead
 from segrl.heads.requests import MaskRequest
 from segrl.models.loading import restore_weights
 from segrl.predictions.prompt_settings import PromptSettings
+from segrl.trainers.checkpoints import check_checkpoint, newest_checkpoint, write_manifest
 from segrl.trainers.config import SegSFTConfig
 
 __all__ = ["MaskHeadMixin", "default_args", "head_detached"]
@@ -138,6 +143,63 @@ class MaskHeadMixin:
         return optimizer
 
     # ---- files -------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; what is resumed is complete, and a checkpoint of the last step is not trained further.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; True for the newest complete one in `output_dir`.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            CheckpointError: The checkpoint is incomplete, there is none, or one cannot be written.
+        """
+        trainer: Any = self
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, skipped = newest_checkpoint(trainer.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(
+                    f"resume_from_checkpoint=True: no complete checkpoint in {trainer.args.output_dir!r}"
+                    + "".join(f"; {name}: {problem}" for name, problem in skipped.items())
+                )
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+            if (output := self._trained_already(resume_from_checkpoint)) is not None:
+                return output
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _trained_already(self, folder: str) -> TrainOutput | None:
+        """Load a checkpoint of the last step, from which transformers would train one step more; None for others."""
+        trainer: Any = self
+        state, args = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME))), trainer.args
+        same = state.global_step >= (args.max_steps if args.max_steps > 0 else state.max_steps)
+        longer = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
+        if not same or longer or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return None
+        trainer._load_from_checkpoint(folder)
+        trainer.state = state
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch says a full disk with a RuntimeError
+            raise CheckpointError(
+                f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir!r} cannot be written: "
+                f"{' '.join(str(error).split())}; make room, then go on with --resume_from_checkpoint last"
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last files of a checkpoint but its state: when all processes have written theirs, sizes are kept."""
+        trainer: Any = self
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            write_manifest(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         trainer: Any = self
