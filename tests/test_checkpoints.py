@@ -25,6 +25,7 @@ from segrl.heads import find_mask_head
 from segrl.inference import ReasoningSegmenter
 from segrl.models import restore_weights, seg_token_id
 from segrl.predictions import ImagePromptSettings, prompt_settings_from_dict
+from segrl.trainers.checkpoints import write_manifest
 
 SETTINGS = ImagePromptSettings(instruction="Answer.", max_new_tokens=60)
 ANSWER = "<think>One dark cyst.</think><answer>The dark cyst is located at [4, 5, 30, 41].<seg></answer>"
@@ -185,6 +186,7 @@ class TestResume:
         state = load_file(path)
         del state["model.norm.weight"]
         save_file(state, path, metadata={"format": "pt"})
+        write_manifest(path.parent)
         trainer = sft(tmp_path, *tiny_headed_model(), max_steps=2)
         with pytest.raises(CheckpointError, match=r"checkpoint-1' does not hold all .* 1 missing: .*norm\.weight"):
             trainer.train(resume_from_checkpoint=str(path.parent))
@@ -215,8 +217,35 @@ class TestResume:
         sft(tmp_path, model, processor, max_steps=1, save_steps=1).train()
         (tmp_path / "checkpoint-1" / "mask_head.safetensors").unlink()
         trainer = sft(tmp_path, *tiny_headed_model(), max_steps=2)
-        with pytest.raises(CheckpointError, match=r"checkpoint-1: no mask_head\.safetensors"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-1' cannot be resumed: no mask_head\.safetensors"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    @pytest.mark.parametrize("build", [sft, grpo])
+    def test_a_checkpoint_of_the_last_step_is_not_trained_further(self, build, tmp_path):
+        model, processor = tiny_headed_model()
+        build(tmp_path, model, processor, max_steps=3, save_steps=1).train()
+        other, processor = tiny_headed_model()
+        trainer = build(tmp_path, other, processor, max_steps=3, save_steps=1)
+        assert trainer.train(resume_from_checkpoint=True).global_step == 3
+        assert trainer.state.global_step == 3
+        assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+        assert largest_difference(other, model) == 0.0
+        assert build(tmp_path, other, processor, max_steps=4).train(resume_from_checkpoint=True).global_step == 4
+
+    @pytest.mark.parametrize("lost", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+    def test_a_checkpoint_without_a_state_stops(self, lost, tmp_path):
+        """transformers goes on without a word."""
+        model, processor = tiny_headed_model()
+        sft(tmp_path, model, processor, max_steps=2, save_steps=1).train()
+        (tmp_path / "checkpoint-2" / lost).unlink()
+        trainer = sft(tmp_path, *tiny_headed_model(), max_steps=3)
+        with pytest.raises(CheckpointError, match=rf"checkpoint-2' cannot be resumed: no {lost}; pass another one"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert trainer.train(resume_from_checkpoint=True).global_step == 3  # from checkpoint-1
+        for checkpoint in tmp_path.glob("checkpoint-*"):
+            (checkpoint / lost).unlink()
+        with pytest.raises(CheckpointError, match=r"no complete checkpoint in '.*'.*; checkpoint-1: no"):
+            sft(tmp_path, *tiny_headed_model(), max_steps=3).train(resume_from_checkpoint=True)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("peft", [False, True])

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import pickle
+import resource
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ UNSAVED = {  # fault: how to make the class, what the error says
 }
 BAD_FILES: list[Any] = [  # change of mask_head.json, how the error goes on behind the file's name
     ("{", "not JSON: "),
-    ("[]", "expected a JSON object, got list"),
+    ("[]", "holds a list, expected a JSON object"),
     (lambda c: {**c, "version": 2}, "version: 2; this segrl reads version 1, update segrl"),
     (lambda c: {**c, "version": "1"}, "version: '1'; this segrl reads version 1"),
     (lambda c: {**c, "freeze_encoder": "yes"}, "freeze_encoder: 'yes'; expected true or false"),
@@ -146,6 +147,9 @@ BAD_FILES: list[Any] = [  # change of mask_head.json, how the error goes on behi
     (lambda c: {**c, "adapter": {"type": "no_module:X"}}, "adapter: adapter 'no_module:X' cannot be imported: Modu"),
     (lambda c: {**c, "adapter": {**c["adapter"], "width": 3}}, "adapter: TypeError: LinearAdapter.__init__() got an"),
     (lambda c: {**c, "segmenter": {**c["segmenter"], "image_size": 33}}, "segmenter: image_size=33: a SAM 2 input"),
+    (lambda c: {**c, "adapter": {**c["adapter"], "input_dim": "8"}}, "adapter: "),
+    (lambda c: {**c, "adapter": {**c["adapter"], "input_dim": 10**9}}, "adapter.input_dim: 1000000000 is more than"),
+    (lambda c: {**c, "segmenter": {**c["segmenter"], "stages": [10**9, 1]}}, "segmenter.stages: 1000000000 is more"),
     (lambda c: {**c, "probe": {"type": "answer", "token_id": 3}}, "probe: probe 'answer' looks for <answer> in the"),
 ]
 
@@ -1028,6 +1032,18 @@ class TestFiles:
         (tmp_path / "mask_head.safetensors").write_bytes(b"no")
         with pytest.raises(CheckpointError, match=r"mask_head\.safetensors: cannot be read"):
             MaskHead.from_pretrained(tmp_path)
+
+    def test_sizes_are_compared_before_anything_is_made(self, tmp_path):
+        """A width of 2 million would take 64 MB; the file says that it is 8."""
+        MaskHead(SegTokenProbe(3), LinearAdapter(8, 32), tiny_segmenter()).save_pretrained(tmp_path)
+        path = tmp_path / "mask_head.json"
+        config = json.loads(path.read_text())
+        config["adapter"]["input_dim"] = 2_000_000
+        path.write_text(json.dumps(config))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(CheckpointError, match=r"safetensors: does not fit .*adapter\.\S+ is \(32, 8\) instead of"):
+            MaskHead.from_pretrained(tmp_path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
     def test_files_from_before_there_were_versions(self, tmp_path):
         head = MaskHead(SegTokenProbe(3), LinearAdapter(8, 32), tiny_segmenter())

@@ -112,8 +112,8 @@ def test_no_such_checkpoint(tmp_path):
 
 TORN: list[tuple[str, bool, Any]] = [  # what is wrong, with a manifest or without, how it came
     ("no trainer_state.json", True, lambda path: (path / "trainer_state.json").unlink()),
-    ("trainer_state.json cannot be read", True, lambda path: cut(path / "trainer_state.json")),
-    ("trainer_state.json holds a list", True, lambda path: (path / "trainer_state.json").write_text("[]")),
+    ("trainer_state.json: not JSON", True, lambda path: cut(path / "trainer_state.json")),
+    ("trainer_state.json: holds a list", True, lambda path: (path / "trainer_state.json").write_text("[]")),
     (
         "trainer_state.json: global_step is '7'",
         True,
@@ -125,12 +125,12 @@ TORN: list[tuple[str, bool, Any]] = [  # what is wrong, with a manifest or witho
     ("optimizer.pt has ", True, lambda path: cut(path / "optimizer.pt")),
     ("rng_state.pth has ", True, lambda path: cut(path / "rng_state.pth")),
     ("model.safetensors has ", True, lambda path: cut(path / "model.safetensors")),
-    ("segrl_checkpoint.json cannot be read", True, lambda path: cut(path / "segrl_checkpoint.json")),
+    ("segrl_checkpoint.json: not JSON", True, lambda path: cut(path / "segrl_checkpoint.json")),
     ("no weights", False, lambda path: (path / "model.safetensors").unlink()),
     ("no optimizer.pt", False, lambda path: (path / "optimizer.pt").unlink()),
-    ("scheduler.pt is cut off", False, lambda path: cut(path / "scheduler.pt")),
-    ("rng_state.pth is cut off", False, lambda path: cut(path / "rng_state.pth")),
-    ("model.safetensors cannot be read", False, lambda path: cut(path / "model.safetensors")),
+    ("scheduler.pt: cut off", False, lambda path: cut(path / "scheduler.pt")),
+    ("rng_state.pth: cut off", False, lambda path: cut(path / "rng_state.pth")),
+    ("model.safetensors: cannot be read", False, lambda path: cut(path / "model.safetensors")),
     ("no mask_head.safetensors", False, lambda path: (path / "mask_head.json").write_text("{}")),
 ]
 
@@ -139,7 +139,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize(("problem", "manifest", "damage"), TORN, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("problem", "manifest", "damage"), TORN, ids=[f"{case[0]} {case[1]}" for case in TORN])
 def test_a_torn_checkpoint_is_left_out_and_named(problem, manifest, damage, tmp_path, capsys):
     run = make_run(tmp_path / "run")
     newest = run / "checkpoint-10"
@@ -156,8 +156,8 @@ def test_a_torn_checkpoint_is_left_out_and_named(problem, manifest, damage, tmp_
     assert line == f"{run}: left out checkpoint-10 ({found}); goes on from checkpoint-1"
     said = refused(run, CheckpointError, resume=str(newest))
     assert said == (
-        f"--resume_from_checkpoint {str(newest)!r}: {found}; expected a complete folder checkpoint-N, or 'last' for the "
-        "newest in output_dir"
+        f"--resume_from_checkpoint {str(newest)!r}: {found}; expected a complete folder checkpoint-N, or 'last' for "
+        "the newest in output_dir"
     )
 
 

@@ -364,11 +364,12 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ("{", "cannot be read"),
-            ("[1]", "cannot be read"),
+            ("{", "not JSON"),
+            ("[1]", "holds a list, expected a JSON object"),
             ('{"image_size": 65}', "positive multiple of 32"),
             ('{"image_sizes": 64}', "image_sizes"),
-            ('{"image_size": "64"}', "cannot be read"),
+            ('{"image_size": "64"}', "image_size='64': expected whole numbers"),
+            ('{"embed_dim": 1000000000}', "embed_dim: 1000000000 is more than segmenter.safetensors can hold"),
         ],
     )
     def test_a_config_that_is_none(self, config, message, tmp_path):
@@ -382,13 +383,13 @@ class TestFolder:
         tiny_segmenter().save_pretrained(tmp_path)
         config = json.loads((tmp_path / SEGMENTER_CONFIG).read_text())
         (tmp_path / SEGMENTER_CONFIG).write_text(json.dumps({**config, "embed_dim": 24}))
-        with pytest.raises(CheckpointError, match=r"does not fit Sam2Config\(image_size=64, embed_dim=24"):
+        with pytest.raises(CheckpointError, match=r"segmenter\.safetensors: does not fit .* instead of"):
             Sam2Segmenter.from_pretrained(tmp_path)
 
     def test_weights_are_missing(self, tmp_path):
         tiny_segmenter().save_pretrained(tmp_path)
         (tmp_path / SEGMENTER_WEIGHTS).unlink()
-        with pytest.raises(CheckpointError, match=r"segmenter\.safetensors cannot be read"):
+        with pytest.raises(CheckpointError, match=r"segmenter\.safetensors: cannot be read"):
             Sam2Segmenter.from_pretrained(tmp_path)
 
     def test_the_folder_brings_its_own_config(self, tmp_path):

@@ -31,12 +31,31 @@ from torch import Tensor
 from segrl.caching.content import raw_bytes
 from segrl.errors import SegRLError
 
-__all__ = ["FeatureCache"]
+__all__ = ["FeatureCache", "encoding_batches"]
 
 _ENTRY, _TEMPORARY = ".features.safetensors", ".features.safetensors.tmp"  # no other file in the folder is touched
 _LOCK = "features.lock"
 _CHECKSUM = "crc32"
 _LOCK_TIMEOUT = 60.0  # seconds; writing one entry takes a fraction of a second
+
+
+def encoding_batches(items: Sequence[Any], device: str, size: int | None = None) -> list[Sequence[Any]]:
+    """Split what is to be encoded and kept into batches: of `size` (all, if None) on an accelerator, of one on a CPU.
+
+    Features depend on the size of their batch, by rounding. A run that is resumed has an empty cache and so other
+    batches than one left alone. On a CPU, where a batch costs as much as its parts, both are equal to the bit.
+
+    Args:
+        items: Images, slices or their keys.
+        device: Type of the encoder's device, such as "cpu".
+        size: Items at once.
+
+    Example:
+        >>> encoding_batches("abc", "cpu"), encoding_batches("abc", "cuda", 2)
+        (['a', 'b', 'c'], ['ab', 'c'])
+    """
+    step = 1 if device == "cpu" else size or max(len(items), 1)
+    return [items[at : at + step] for at in range(0, len(items), step)]
 
 
 class FeatureCache:

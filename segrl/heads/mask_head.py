@@ -24,13 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segrl.caching.feature_cache import FeatureCache
+from segrl.caching.feature_cache import FeatureCache, encoding_batches
 from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.adapters import ADAPTERS, run_adapter
-from segrl.heads.parts import HEAD_CONFIG, HEAD_VERSION, HEAD_WEIGHTS, build_part, check_part, part_config, read_config
+from segrl.heads.parts import (
+    HEAD_CONFIG,
+    HEAD_VERSION,
+    HEAD_WEIGHTS,
+    build_part,
+    check_part,
+    check_settings,
+    part_config,
+    read_config,
+)
 from segrl.heads.probes import PROBES
 from segrl.heads.requests import MaskRequest, Recording, SegInput
+from segrl.models.saved_files import ShapesOnly, check_counts, read_weights, require_shapes
 from segrl.registry import Registry
 from segrl.segmenters.base import ImageFeatures, Segmenter, evaluating
 from segrl.segmenters.registry import SEGMENTERS
@@ -198,13 +208,14 @@ class MaskHead(nn.Module):
         if not missing:
             return
         with evaluating(self.segmenter), torch.inference_mode(False), torch.no_grad():
-            encoded = self._encode([item for item, _ in missing])
-            for n, (item, key) in enumerate(missing):
-                # a copy, since a slice would keep the whole batch alive; contiguous, as it comes back from disk
-                one = (t[n : n + 1].clone(memory_format=torch.contiguous_format) for t in encoded.tensors)
-                item.features = ImageFeatures(tuple(one))
-                if self.cache is not None and key is not None:
-                    self.cache.put(key, item.features.tensors)
+            for batch in encoding_batches(missing, device.type):
+                encoded = self._encode([item for item, _ in batch])
+                for n, (item, key) in enumerate(batch):
+                    # a copy, since a slice would keep the whole batch alive; contiguous, as it comes back from disk
+                    one = (t[n : n + 1].clone(memory_format=torch.contiguous_format) for t in encoded.tensors)
+                    item.features = ImageFeatures(tuple(one))
+                    if self.cache is not None and key is not None:
+                        self.cache.put(key, item.features.tensors)
 
     def _cache_keys(self, items: Sequence[SegInput], device: str) -> list[str | None]:
         """Return the keys of these images' features: image, encoder and precision; None where none are kept."""
@@ -375,14 +386,8 @@ class MaskHead(nn.Module):
         if head is None:
             path = Path(folder) / HEAD_CONFIG
             config = read_config(path, _REGISTRIES)
-            parts = {}
-            for name, registry in _REGISTRIES.items():
-                try:
-                    parts[name] = build_part(registry, config[name], {"tokenizer": tokenizer})
-                except Exception as error:  # whatever a part's class raises
-                    reason = f"{error}" if isinstance(error, SegRLError) else f"{type(error).__name__}: {error}"
-                    raise CheckpointError(f"{path}: {name}: {reason}; or pass head=, a head built in code") from error
-            head = cls(**parts, freeze_encoder=config["freeze_encoder"])
+            _require_sizes(Path(folder), config, tokenizer)
+            head = cls(**_built_parts(path, config, tokenizer), freeze_encoder=config["freeze_encoder"])
         head.load_weights(folder)
         return head
 
@@ -392,18 +397,56 @@ class MaskHead(nn.Module):
         Raises:
             CheckpointError: No such file, a damaged one, or a weight missing, unexpected or of another shape.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = Path(folder) / HEAD_WEIGHTS
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: no {HEAD_WEIGHTS}; expected a folder written by a segrl trainer")
+        path = _weights_file(Path(folder))
         try:
-            self.load_state_dict(load_file(path))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            self.load_state_dict(read_weights(path))
         except RuntimeError as error:
             raise CheckpointError(f"{path}: does not fit this head: {' '.join(str(error).split())}") from error
+
+
+def _weights_file(folder: Path) -> Path:
+    if not (folder / HEAD_WEIGHTS).is_file():
+        raise CheckpointError(f"{folder}: no {HEAD_WEIGHTS}; expected a folder written by a segrl trainer")
+    return folder / HEAD_WEIGHTS
+
+
+def _built_parts(path: Path, config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    parts = {}
+    for name, registry in _REGISTRIES.items():
+        try:
+            parts[name] = build_part(registry, config[name], {"tokenizer": tokenizer})
+            check_settings(parts[name], config[name])
+        except Exception as error:  # whatever a part's class raises
+            reason = f"{error}" if isinstance(error, SegRLError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path}: {name}: {reason}; or pass head=, a head built in code") from error
+    return parts
+
+
+def _require_sizes(folder: Path, config: dict[str, Any], tokenizer: Any) -> None:
+    """Compare what `mask_head.json` describes with the weights in the file, before anything of that size is made.
+
+    A part that cannot be built without memory for its weights is left to `load_weights`.
+    """
+    weights = _weights_file(folder)
+    own = {name: part for name, part in config.items() if isinstance(part, dict) and ":" not in part["type"]}
+    check_counts(folder / HEAD_CONFIG, own, weights)
+    shapes: dict[str, Any] = {}
+    for name, part in _parts_without_memory(folder / HEAD_CONFIG, config, tokenizer).items():
+        if part is None:
+            return
+        if isinstance(part, nn.Module):
+            shapes |= {f"{name}.{key}": value.shape for key, value in part.state_dict().items()}
+    require_shapes(weights, shapes)
+
+
+def _parts_without_memory(path: Path, config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    try:
+        with torch.random.fork_rng(devices=[]), ShapesOnly():
+            return _built_parts(path, config, tokenizer)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, SegRLError | TypeError | KeyError):
+            raise  # wrong settings, wherever the part is built
+        return {"": None}
 
 
 def _found(registry: Registry, part: str | type) -> Any:

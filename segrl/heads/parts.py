@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from segrl.errors import CheckpointError, SegRLError
+from segrl.models.saved_files import read_object
 from segrl.registry import Registry
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "HEAD_WEIGHTS",
     "build_part",
     "check_part",
+    "check_settings",
     "part_config",
     "read_config",
 ]
@@ -90,6 +92,18 @@ def check_part(registry: Registry, part: Any, context: Mapping[str, Any]) -> Non
         raise CheckpointError(f"{name}: built from to_config(), it has other weights {different}; {fix}")
 
 
+def check_settings(part: Any, config: Mapping[str, Any]) -> None:
+    """Refuse a description of a part of segrl that lacks a setting: its default need not be what the run had.
+
+    Raises:
+        CheckpointError: The settings that are missing.
+    """
+    if type(part).__module__.partition(".")[0] != "segrl" or not hasattr(part, "to_config"):
+        return
+    if missing := sorted(part.to_config().keys() - config.keys()):
+        raise CheckpointError(f"no {', '.join(missing)}, expected every setting; restore the file from the run")
+
+
 def _different_weights(part: Any, again: Any) -> list[str]:
     """The first few names of weights that are missing on either side or have another shape."""
     if not isinstance(part, nn.Module):
@@ -112,12 +126,7 @@ def read_config(path: Path, kinds: Iterable[str]) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: no {HEAD_CONFIG}; expected a folder written by a segrl trainer")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    config = read_object(path)
     version = config.setdefault("version", HEAD_VERSION)
     if version != HEAD_VERSION:
         raise CheckpointError(f"{path}: version: {version!r}; this segrl reads version {HEAD_VERSION}, update segrl")

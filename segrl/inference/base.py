@@ -18,7 +18,8 @@ from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
 from segrl.heads.probes import query_tokens
 from segrl.hub import is_hub_name
 from segrl.models.backbone import base_instance
-from segrl.models.loading import load_vlm
+from segrl.models.loading import load_vlm, seg_token_id
+from segrl.models.saved_files import check_saved_files
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.tasks import Task
@@ -96,7 +97,9 @@ class SegmenterBase:
             model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if (path / HEAD_CONFIG).is_file():
-            attach_mask_head(model, MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head))
+            made = MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head)
+            _check_token(made, processor.tokenizer, (settings or cls.settings_class()).seg_token, path / HEAD_CONFIG)
+            attach_mask_head(model, made)
         model.eval()
         return cls(model, processor, settings)
 
@@ -235,6 +238,19 @@ def find_run(name: str | os.PathLike) -> Path:
     )
 
 
+def _check_token(head: MaskHead, tokenizer: Any, seg_token: str, path: Path) -> None:
+    """Refuse a probe that listens to another token than the one that the model was taught to write."""
+    token_id = getattr(head.probe, "token_id", None)
+    if token_id is None or not seg_token:
+        return
+    expected = seg_token_id(tokenizer, seg_token)
+    if token_id != expected:
+        raise CheckpointError(
+            f"{path}: probe: token_id {token_id} is not {seg_token!r}, which is {expected} in the tokenizer beside it; "
+            "restore the file from the run"
+        )
+
+
 def _image_tokens(model: Any) -> list[int] | None:
     token = getattr(base_instance(model).config, "image_token_id", None)
     return None if token is None else [token]
@@ -244,7 +260,11 @@ def _load_adapter(path: Path, dtype: Any, merge: bool, trainable: bool, kwargs: 
     from peft import PeftConfig, PeftModel
     from transformers import AutoProcessor
 
-    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    check_saved_files(path)
+    try:
+        base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever PEFT makes of wrong keys and types
+        raise CheckpointError(f"{path}/adapter_config.json: {type(error).__name__}: {error}") from error
     if not base_name:
         raise CheckpointError(
             f"{path}/adapter_config.json: names no base model; set base_model_name_or_path to its folder or hub name"

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from segrl.errors import CheckpointError, SegRLError
+from segrl.models.saved_files import check_saved_files
 
 __all__ = ["ensure_seg_token", "language_model_lora", "load_vlm", "restore_weights", "seg_token_id"]
 
@@ -63,7 +64,7 @@ def load_vlm(
 
     Raises:
         CheckpointError: If a weight is missing or has the wrong shape (a tied weight need not be there), or if the
-            folder holds a PEFT adapter, whose base model could not be checked.
+            folder holds a PEFT adapter, whose base model could not be checked, or a damaged file.
         SegRLError: If the processor cannot take the segmentation token, see `ensure_seg_token`.
         OSError: From transformers, if files are missing.
 
@@ -78,6 +79,7 @@ def load_vlm(
         ('Qwen2_5_VLForConditionalGeneration', '<seg>')
     """
     kwargs.setdefault("trust_remote_code", False)  # transformers' own default asks at the terminal
+    check_saved_files(name_or_path)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     if find_adapter_config_file(name_or_path, **hub) is not None:
         raise CheckpointError(
@@ -129,6 +131,7 @@ def restore_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         True
     """
     model_class: Any = type(model)
+    check_saved_files(folder)
     with torch.random.fork_rng():
         loaded, info = model_class.from_pretrained(
             str(folder), dtype=model.dtype, output_loading_info=True, ignore_mismatched_sizes=True

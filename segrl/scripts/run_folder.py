@@ -7,7 +7,6 @@ the run in a folder has come.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 from accelerate import PartialState
 
 from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.models.saved_files import read_object
 from segrl.reports.results_file import versions, write_results
 from segrl.reports.terminal import printable
 from segrl.trainers.checkpoints import checkpoint_problem, newest_checkpoint
@@ -223,9 +223,8 @@ def find_stage1(model: str | None, home: Path | None, *, skip: bool = False, nee
         return home / STAGE1
     if not needed:
         return None
-    was = "..."
-    if (home / MARKER).is_file():
-        was = json.loads((home / MARKER).read_text(encoding="utf-8"))["arguments"].get("model") or was
+    asked = read_object(home / MARKER).get("arguments") if (home / MARKER).is_file() else None
+    was = (isinstance(asked, dict) and asked.get("model")) or "..."
     raise SegRLError(
         f"--resume_from_checkpoint: {str(home)!r} holds no stage 1; pass --model {was} or --skip_stage1, "
         "whichever the run began with"

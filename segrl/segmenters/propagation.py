@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segrl.caching.feature_cache import FeatureCache
+from segrl.caching.feature_cache import FeatureCache, encoding_batches
 from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 from segrl.errors import SegRLError
 from segrl.segmenters.base import ImageFeatures, evaluating
@@ -299,9 +299,8 @@ class _Slices:
                 missing.append((location, key))
             else:
                 self._features[location] = ImageFeatures(found)
-        size = self._owner.batch_size
-        for at in range(0, len(missing), size):
-            self._encode(missing[at : at + size])
+        for batch in encoding_batches(missing, self.device.type, self._owner.batch_size):
+            self._encode(batch)
 
     def take(self, locations: Sequence[_Slice]) -> ImageFeatures:
         """Return features of these slices, one row each; every location counts as one visit."""

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
+from segrl.models.saved_files import ShapesOnly, check_counts, read_object, read_weights, require_shapes
 from segrl.segmenters.base import ImageFeatures
 from segrl.segmenters.registry import register_segmenter
 
@@ -76,6 +76,11 @@ class Sam2Config:
     num_maskmem: int = 7
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            numbers = value if isinstance(item.default, tuple) and isinstance(value, list | tuple) else [value]
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+                raise SegRLError(f"{item.name}={value!r}: expected whole numbers, as in {item.default!r}")
         if self.image_size <= 0 or self.image_size % 32:
             raise SegRLError(
                 f"image_size={self.image_size}: a SAM 2 input side must be a positive multiple of 32 pixels"
@@ -301,15 +306,18 @@ class Sam2Segmenter(nn.Module):
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Sam2Segmenter:
+        path, weights = folder / SEGMENTER_CONFIG, folder / SEGMENTER_WEIGHTS
+        values = read_object(path)
+        check_counts(path, values, weights)
         try:
-            config = Sam2Config(**json.loads((folder / SEGMENTER_CONFIG).read_text(encoding="utf-8")))
-            state = load_file(folder / SEGMENTER_WEIGHTS)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder}: {SEGMENTER_CONFIG} and {SEGMENTER_WEIGHTS} cannot be read: {error}"
-            ) from error
+            config = Sam2Config(**values)
+            with ShapesOnly():
+                expected = cls(config).sam.state_dict()
+        except (SegRLError, TypeError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        require_shapes(weights, {name: value.shape for name, value in expected.items()})
         segmenter = cls(config)
-        segmenter._load(state, str(folder))
+        segmenter.sam.load_state_dict(read_weights(weights))
         return segmenter
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

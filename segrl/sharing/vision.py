@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from segrl.caching.feature_cache import FeatureCache
+from segrl.caching.feature_cache import FeatureCache, encoding_batches
 from segrl.sharing.images import image_indices, pixels_of
 
 __all__ = ["IMAGE_KEYS_KEYWORD", "VisionOnce", "install_vision", "select_features"]
@@ -122,15 +122,18 @@ class VisionOnce:
         missing = {name: names.index(name) for name in dict.fromkeys(names) if name not in found}
         if missing:
             self.encoded_images += len(missing)
-            with torch.no_grad() if frozen else nullcontext():
-                output = self._original(**pixels_of(list(missing.values()), pixel_values, image_grid_thw), **kwargs)
-            parts = _by_image(output, len(missing))
-            if parts is None:  # an unknown form of output
-                self.encoded_images += images - len(missing)
-                return self._original(pixel_values, **grid, **kwargs)
-            self._kind = type(output)
-            self._joined = _is_joined(output)
-            found.update(zip(missing, parts, strict=True))
+            rows = list(missing.items())
+            for batch in encoding_batches(rows, pixel_values.device.type) if frozen else [rows]:
+                with torch.no_grad() if frozen else nullcontext():
+                    shown = pixels_of([row for _, row in batch], pixel_values, image_grid_thw)
+                    output = self._original(**shown, **kwargs)
+                parts = _by_image(output, len(batch))
+                if parts is None:  # an unknown form of output
+                    self.encoded_images += images - len(missing)
+                    return self._original(pixel_values, **grid, **kwargs)
+                self._kind = type(output)
+                self._joined = _is_joined(output)
+                found.update(zip((name for name, _ in batch), parts, strict=True))
             if frozen:
                 for name in missing:
                     self.cache.put(name, found[name])

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from segrl.errors import CheckpointError
+from segrl.models.saved_files import file_problem, read_object
 
 __all__ = ["CHECKPOINT_MANIFEST", "check_checkpoint", "checkpoint_problem", "newest_checkpoint", "write_manifest"]
 
@@ -123,19 +122,16 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[str | None, dict[str, 
 # ---- problems --------------------------------------------------------------------------------------------------------
 
 
-def _read_object(path: Path) -> dict[str, Any] | str:
+def _read(path: Path) -> dict[str, Any] | str:
     """The JSON object in a file, or what is wrong with it."""
-    if not path.is_file():
-        return f"no {path.name}"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{path.name} cannot be read: {error}"
-    return value if isinstance(value, dict) else f"{path.name} holds a {type(value).__name__}, expected a JSON object"
+        return read_object(path)
+    except CheckpointError as error:
+        return f"{path.name}: {str(error).removeprefix(f'{path}: ')}" if path.is_file() else f"no {path.name}"
 
 
 def _state_problem(path: Path) -> str | None:
-    state = _read_object(path)
+    state = _read(path)
     if isinstance(state, str):
         return state
     for key in ("global_step", "max_steps"):
@@ -148,7 +144,7 @@ def _state_problem(path: Path) -> str | None:
 def _size_problem(path: Path) -> str | None:
     if not (path / CHECKPOINT_MANIFEST).is_file():
         return None
-    manifest = _read_object(path / CHECKPOINT_MANIFEST)
+    manifest = _read(path / CHECKPOINT_MANIFEST)
     sizes = manifest if isinstance(manifest, str) else manifest.get("files")
     if not isinstance(sizes, dict):
         return sizes if isinstance(sizes, str) else f"{CHECKPOINT_MANIFEST}: files is {sizes!r}, expected sizes by name"
@@ -174,12 +170,6 @@ def _content_problem(path: Path) -> str | None:
     if any(there) and not all(there):
         return f"no {_HEAD[there.index(False)]}"
     for file in sorted(path.iterdir()):
-        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
-            return f"{file.name} is cut off or damaged"
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "numpy"):
-                    pass
-            except (OSError, SafetensorError) as error:
-                return f"{file.name} cannot be read: {error}"
+        if problem := file_problem(file):
+            return f"{file.name}: {problem}"
     return None

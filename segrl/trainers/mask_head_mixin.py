@@ -185,13 +185,13 @@ class MaskHeadMixin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
-        try:
+        with _written(f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir!r}"):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch says a full disk with a RuntimeError
-            raise CheckpointError(
-                f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir!r} cannot be written: "
-                f"{' '.join(str(error).split())}; make room, then go on with --resume_from_checkpoint last"
-            ) from error
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        with _written(f"the model in {output_dir or trainer.args.output_dir!r}"):
+            super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last files of a checkpoint but its state: when all processes have written theirs, sizes are kept."""
@@ -235,6 +235,18 @@ class MaskHeadMixin:
                 load()
         if self.mask_head is not None:
             self.mask_head.load_weights(folder)
+
+
+@contextmanager
+def _written(what: str) -> Iterator[None]:
+    """Inside the context, reraise that a file cannot be written as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is a RuntimeError of torch
+        raise CheckpointError(
+            f"{what} cannot be written: {' '.join(str(error).split())}; make room, then go on with "
+            "--resume_from_checkpoint last"
+        ) from error
 
 
 def _feature_cache(args: Any, old: FeatureCache | None) -> FeatureCache:
