@@ -61,7 +61,7 @@ def happens(function: Any) -> Any:
 
 torch.save = writes(torch.save, 1)
 safetensors.torch.save_file = writes(safetensors.torch.save_file, 1)
-transformers.modeling_utils.safe_save_file = safetensors.torch.save_file
+transformers.modeling_utils.safe_save_file = safetensors.torch.save_file  # type: ignore[attr-defined]
 Path.write_text = writes(Path.write_text, 0)
 TrainerState.save_to_json = writes(TrainerState.save_to_json, 1)
 Trainer.training_step = happens(Trainer.training_step)

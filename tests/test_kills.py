@@ -1,11 +1,13 @@
-"""A run that is killed again and again, and resumed with `last`, ends in the weights of one that was left alone."""
+"""Runs repeat to the byte: in two fresh processes, and killed again and again and resumed with `last`."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from script_modules import ROOT, read_json
@@ -60,6 +62,56 @@ def killed_and_resumed(home: Path, kills: int, steps: int, most: int) -> list[in
             print(f"{len(done)} kills, {runs} runs to the end")
             return done
         folder, resume = home / f"run{runs}", ()
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Every file of a run; in logs and states without the times that steps took."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        found[name] = path.read_bytes()
+        if path.name in ("log_history.json", "trainer_state.json"):
+            content = json.loads(found[name])
+            for entry in content["log_history"] if isinstance(content, dict) else content:
+                for key in [key for key in entry if "time" in key or "per_second" in key]:
+                    del entry[key]
+            found[name] = content
+    return found
+
+
+TWENTY_STEPS = {
+    "core_seg": (*FLAGS[:-4], "--max_completion_length", 24, "--sft_max_steps", 10, "--max_steps", 10),
+    "medvol_r1": (
+        *("--use_cpu", "true", "--train_limit", 4, "--eval_limit", 2, "--save_strategy", "steps", "--save_steps", 5),
+        *("--max_completion_length", 24, "--sft_max_steps", 10, "--max_steps", 10, "--pretrain_steps", 5),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "example", [pytest.param("core_seg", marks=pytest.mark.slow), pytest.param("medvol_r1", marks=pytest.mark.long)]
+)
+def test_two_fresh_processes_write_equal_bytes(example, tmp_path):
+    """20 steps with masks: everything random is seeded before it is drawn, and no order depends on a hash."""
+    runs = []
+    for seed in ("1", "77"):
+        home = tmp_path / seed
+        home.mkdir()
+        command = [sys.executable, "-W", "ignore", ROOT / "examples" / example / "train_grpo.py"]
+        process = subprocess.run(
+            [str(part) for part in (*command, *TWENTY_STEPS[example], "--output_dir", "run")],
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+        runs.append(everything(home / "run"))
+    assert runs[0].keys() == runs[1].keys()
+    assert {"model.safetensors", "stage1/model.safetensors", "checkpoint-10/optimizer.pt"} <= runs[0].keys()
+    assert [name for name, content in runs[0].items() if content != runs[1][name]] == []
 
 
 @pytest.mark.slow

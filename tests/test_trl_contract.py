@@ -3,7 +3,9 @@
 A failure here says which assumption an upgrade has broken, before a wrong number does.
 """
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import pytest
@@ -26,7 +28,8 @@ from trl.trainer.utils import (
 )
 
 from segrl.models import tiny_causal_lm
-from segrl.trainers import SegGRPOTrainer, SharedPromptGRPOTrainer
+from segrl.trainers import SegGRPOTrainer, SegSFTTrainer, SharedPromptGRPOTrainer
+from segrl.trainers.mask_head_mixin import MaskHeadMixin
 
 
 def parameters(function) -> list[str]:
@@ -301,8 +304,27 @@ def test_every_override_exists_in_trl():
     }
     own |= {"_image_keys", "_image_token", "_keys", "_prompt_keys", "_shares", "_start_sharing"}
     own |= {"_share_by_default", "_warned", "_wants_sharing"}
-    ours = {**vars(SegGRPOTrainer), **vars(SharedPromptGRPOTrainer)}
+    own |= {"_init_joint", "_joint_loss", "_keep_settings", "_load", "_mode", "_trained_already"}
+    ours = {**vars(SegGRPOTrainer), **vars(SharedPromptGRPOTrainer), **vars(MaskHeadMixin)}
     defined = {name for name in ours if name.startswith("_") and not name.startswith("__")} - own
     inherited = {name for base in GRPOTrainer.__mro__ for name in vars(base)}
     assert {"_compute_loss", "_prepare_inputs", "_generate_single_turn"} <= defined
+    assert {"_save", "_save_checkpoint", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"} <= defined
     assert not {name for name in defined - inherited if not name.startswith("_abc")} - {"_buffered_inputs"}
+
+
+@pytest.mark.parametrize("trainer", [SegGRPOTrainer, SegSFTTrainer, SharedPromptGRPOTrainer])
+def test_what_our_construction_sets_has_a_default_on_the_class(trainer):
+    """A trainer made without `__init__`, as TRL's own tests make one, can be asked for all of it."""
+    ours = [kind for kind in trainer.__mro__ if kind.__module__.startswith("segrl")]
+    functions = [function for kind in ours for function in vars(kind).values() if inspect.isfunction(function)]
+    source = [ast.parse(textwrap.dedent(inspect.getsource(function))) for function in functions]
+    written = {
+        node.attr
+        for tree in source
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    assert len(written) >= 3
+    lacking = {name for name in written if not hasattr(trainer, name)}
+    assert lacking <= {"data_collator", "_signature_columns", "_buffered_inputs"}  # TRL's own, read after its own
