@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from segrl.errors import DataError, FrameError
-from segrl.predictions import NOT_SHOWN, Frame, frame_for, parse_completion, smart_resize_size
+from segrl.predictions import NOT_SHOWN, Frame, frame_for, parse_completion
 
 EDGE = st.integers(1, 3000)
 KINDS = ["original_px", "resized_px", "relative_1000"]
@@ -100,19 +100,16 @@ def test_bad_boxes_are_refused():
         Frame("original_px", (4, 4)).to_original([[2, 0, 1, 1]])
 
 
-@given(EDGE, EDGE, st.sampled_from([14, 28, 32]), st.integers(1, 10_000), st.integers(10_000, 2_000_000))
-def test_smart_resize_equals_transformers(height, width, factor, min_pixels, max_pixels):
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 10_000), st.integers(10_000, 400_000))
+@settings(max_examples=30)
+def test_the_size_is_that_of_smart_resize(height, width, min_pixels, max_pixels):
+    qwen = processor(Qwen2_5_VLProcessor, min_pixels=min_pixels, max_pixels=max_pixels)
     if max(height, width) > 200 * min(height, width):
-        with pytest.raises(FrameError, match="aspect ratio above 200"):
-            smart_resize_size(height, width, factor, min_pixels, max_pixels)
+        with pytest.raises(FrameError, match="Qwen2VLImageProcessor refuses it: absolute aspect ratio"):
+            frame_for(qwen, (width, height))
         return
-    ours = smart_resize_size(height, width, factor, min_pixels, max_pixels)
-    assert ours == smart_resize(height, width, factor, min_pixels, max_pixels)
-
-
-def test_smart_resize_refuses_an_empty_image():
-    with pytest.raises(FrameError, match="height=0"):
-        smart_resize_size(0, 5, 28, 1, 100)
+    expected = smart_resize(height, width, 28, min_pixels, max_pixels)
+    assert frame_for(qwen, (width, height)).resized_size == expected[::-1]
 
 
 @pytest.mark.parametrize("patch_size", [14, 16])
@@ -123,6 +120,28 @@ def test_qwen2_5_frame_is_the_grid_that_the_processor_makes(patch_size, size):
     grid = qwen.image_processor(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
     frame = frame_for(qwen, size, original_size=(1000, 800))
     assert frame == Frame("resized_px", (1000, 800), (grid[2] * patch_size, grid[1] * patch_size))
+
+
+LATE = {  # ways in which users bound the area after the processor is made
+    "max_pixels": lambda images: setattr(images, "max_pixels", 200_000),
+    "size": lambda images: setattr(images.size, "longest_edge", 200_000),
+    "a new size": lambda images: setattr(images, "size", {"shortest_edge": 56 * 56, "longest_edge": 200_000}),
+}
+
+
+@pytest.mark.parametrize("change", LATE)
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels`:FutureWarning")
+def test_settings_that_are_changed_later_count_if_the_processor_obeys_them(change):
+    """The model saw 504 x 364, the boxes were written for 812 x 588."""
+    qwen = processor(Qwen2_5_VLProcessor)
+    assert frame_for(qwen, (800, 600)).resized_size == (812, 588)
+    LATE[change](qwen.image_processor)
+    image = Image.new("RGB", (800, 600))
+    _, rows, columns = qwen.image_processor(image, return_tensors="pt")["image_grid_thw"][0].tolist()
+    assert (columns * 14, rows * 14) == (504, 364)
+    frame = frame_for(qwen, (800, 600))
+    assert frame.resized_size == (504, 364)
+    assert frame.from_original([[200, 150, 400, 300]]).tolist() == [[126, 91, 252, 182]]
 
 
 def test_other_models_write_thousandths():
@@ -145,7 +164,7 @@ def test_an_image_processor_that_does_not_resize():
 
 
 def test_frame_for_says_what_it_cannot_know():
-    with pytest.raises(FrameError, match=r"Qwen2Tokenizer has no patch_size.*pass kind='original_px'"):
+    with pytest.raises(FrameError, match=r"Qwen2Tokenizer has no patch_size and makes no patches.*kind='original_px'"):
         frame_for(Qwen2Tokenizer(), (50, 40), kind="resized_px")
     with pytest.raises(FrameError, match=r"frame kind 'px'"):
         frame_for(None, (50, 40), kind="px")  # pyright: ignore[reportArgumentType]

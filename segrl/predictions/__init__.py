@@ -1,7 +1,7 @@
 """From the text of a completion to one `Prediction`, its ground truth, and the coordinate frame between them."""
 
 from segrl.predictions.completion_format import CompletionFormat
-from segrl.predictions.frames import NOT_SHOWN, Frame, frame_for, shrunk_size, smart_resize_size
+from segrl.predictions.frames import NOT_SHOWN, Frame, frame_for, shrunk_size
 from segrl.predictions.json_answers import Answer, read_json_answer
 from segrl.predictions.parsing import SEG_TOKEN, completion_text, format_answer, format_completion, parse_completion
 from segrl.predictions.prediction import Prediction, Status
@@ -45,5 +45,4 @@ __all__ = [
     "read_probability",
     "read_target",
     "shrunk_size",
-    "smart_resize_size",
 ]

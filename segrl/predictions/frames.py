@@ -7,9 +7,10 @@ and the prompt builder convert, with the functions here. Sizes are (width, heigh
 from __future__ import annotations
 
 import itertools
-import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,14 +18,14 @@ from numpy.typing import ArrayLike
 from segrl.errors import FrameError
 from segrl.geometry.boxes import validate_boxes
 
-__all__ = ["NOT_SHOWN", "Frame", "FrameKind", "frame_for", "shrunk_size", "smart_resize_size"]
+__all__ = ["NOT_SHOWN", "Frame", "FrameKind", "frame_for", "shrunk_size"]
 
 FrameKind = Literal["original_px", "resized_px", "relative_1000"]
 Size = tuple[int, int]
 
 # Processors of models trained on absolute pixels of the resized image; all others write thousandths of the image.
 _RESIZED_PX_PROCESSORS = frozenset({"Qwen2_5_VLProcessor"})
-_MAX_ASPECT_RATIO = 200
+_seen: WeakKeyDictionary[Any, dict[Any, Size]] = WeakKeyDictionary()  # of image processors, by size and settings
 NOT_SHOWN = -1  # replaces the index of a slice that was not shown
 
 
@@ -152,46 +153,6 @@ class Frame:
         return np.array([to[0] / source[0], to[1] / source[1]] * 2, dtype=np.float64)
 
 
-def smart_resize_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Compute the size to which the Qwen-VL image processors resize an image (`smart_resize` of Qwen2-VL).
-
-    Both edges become multiples of `factor`, the area falls between the two bounds where that is possible, and the
-    aspect ratio is kept as well as that allows.
-
-    Args:
-        height: Image rows.
-        width: Image columns.
-        factor: Patch size times merge size of the vision encoder, in pixels.
-        min_pixels: Smallest area.
-        max_pixels: Largest area.
-
-    Returns:
-        (height, width).
-
-    Raises:
-        FrameError: If an edge is not positive or the long edge is more than 200 times the short one.
-
-    Example:
-        >>> smart_resize_size(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
-        (112, 196)
-    """
-    if min(height, width, factor) < 1:
-        raise FrameError(f"height={height}, width={width}, factor={factor}; expected positive numbers of pixels.")
-    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
-        raise FrameError(
-            f"image of height={height}, width={width} has an aspect ratio above {_MAX_ASPECT_RATIO}, which the image "
-            "processor refuses; crop or pad it."
-        )
-    rounded = [round(edge / factor) * factor for edge in (height, width)]
-    if math.prod(rounded) > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rounded = [max(factor, math.floor(edge / shrink / factor) * factor) for edge in (height, width)]
-    elif math.prod(rounded) < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rounded = [math.ceil(edge * grow / factor) * factor for edge in (height, width)]
-    return rounded[0], rounded[1]
-
-
 def shrunk_size(size: Size, max_edge: int | None) -> Size:
     """Compute the size of an image that is shown with at most `max_edge` pixels on its longest edge.
 
@@ -223,13 +184,15 @@ def frame_for(
     thousandths of the image.
 
     Args:
-        processor: The model's processor; its image processor holds patch size, merge size and area bounds.
+        processor: The model's processor, as it is now: what its image processor does with an image of this size counts,
+            whatever its settings are called.
         image_size: (width, height) of the image that is given to the processor.
         original_size: (width, height) of the original image, if it was downscaled before; same as `image_size` if None.
         kind: The frame kind, for models that do not write in the frame that their processor's class implies.
 
     Raises:
-        FrameError: If a size is wrong, or `kind` is `resized_px` and the processor's resize rule is not known.
+        FrameError: A size is wrong; or `kind` is `resized_px`, and the processor refuses the image (an edge more than
+            200 times the other) or does not say to which size it resizes.
 
     Example:
         >>> frame_for(None, image_size=(100, 50), original_size=(200, 100))
@@ -245,16 +208,40 @@ def frame_for(
     images = getattr(processor, "image_processor", processor)
     if getattr(images, "do_resize", True) is False:
         return Frame(kind, original, (width, height))
-    try:
-        factor = int(images.patch_size * images.merge_size)
-        bounds = int(images.size["shortest_edge"]), int(images.size["longest_edge"])
-    except (AttributeError, KeyError, TypeError) as error:
+    return Frame(kind, original, _seen_size(images, (width, height)))
+
+
+def _seen_size(images: Any, size: Size) -> Size:
+    """Return the (width, height) to which an image processor resizes an image of `size`.
+
+    It is read off the patches that the processor makes of a black image, since its settings have several names:
+    `max_pixels`, set afterwards, counts although `size` still holds another number.
+    """
+    if not hasattr(images, "patch_size"):
         raise FrameError(
-            f"{type(images).__name__} has no patch_size, merge_size and size with shortest_edge and longest_edge, so "
-            "its resized size is not known; pass kind='original_px' or 'relative_1000', or build Frame yourself."
-        ) from error
-    resized_height, resized_width = smart_resize_size(height, width, factor, *bounds)
-    return Frame(kind, original, (resized_width, resized_height))
+            f"{type(images).__name__} has no patch_size and makes no patches, so its resized size is not known; pass "
+            "kind='original_px' or 'relative_1000', or build Frame yourself."
+        )
+    known = _seen.setdefault(images, {})
+    key = (size, *sorted((name, str(value)) for name, value in vars(images).items()))
+    if key not in known:
+        black = np.broadcast_to(np.uint8(0), (size[1], size[0], 3))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those come with the images themselves
+                made = images(images=[black], return_tensors="pt", input_data_format="channels_last")
+                _, rows, columns = made["image_grid_thw"][0].tolist()
+        except (KeyError, TypeError) as error:
+            raise FrameError(
+                f"{type(images).__name__} returns no image_grid_thw, so its resized size is not known; pass "
+                "kind='original_px' or 'relative_1000', or build Frame yourself."
+            ) from error
+        except ValueError as error:
+            raise FrameError(
+                f"image of {size[0]} x {size[1]} px: {type(images).__name__} refuses it: {error}; crop or pad it."
+            ) from error
+        known[key] = (columns * int(images.patch_size), rows * int(images.patch_size))
+    return known[key]
 
 
 def _check_kind(kind: str) -> str:
