@@ -65,12 +65,6 @@ def test_the_same_seed_gives_the_same_pixels_and_another_seed_others():
     assert pixels(1)[0] == pixels(2)[0]  # the row itself is not changed
 
 
-def test_max_edge_scales_image_and_mask_together():
-    original, *rest = augment(row(lesion(120, 180)), 4, max_edge=60)
-    assert original["image"].size == original["mask"].size == (60, 40)
-    assert all(max(item["image"].size) <= 60 and item["image"].size == item["mask"].size for item in rest)
-
-
 def test_a_tiny_lesion_is_never_cropped_away():
     mask = np.zeros((80, 80), dtype=bool)
     mask[0, 0] = True

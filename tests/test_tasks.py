@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import tiny_headed_model, tiny_model
+import torch
+from builders import grpo_args, seg_bias, sft_args, tiny_headed_model, tiny_model
 from datasets import Dataset
+from PIL import Image
 
-from segrl import inference, predictions
+from segrl import DenseLoss, ReasoningSegmenter, SegGRPOTrainer, SegSFTTrainer, inference, predictions
 from segrl.data import make_synthetic, make_synthetic_volumes, prepare, prepare_volumes
 from segrl.errors import CheckpointError, SegRLError
 from segrl.evaluation import overlap_record, volume_record
+from segrl.heads import find_mask_head
 from segrl.predictions import (
     ImagePromptSettings,
     Prediction,
@@ -193,3 +196,73 @@ def test_both_trainers_and_prepare_have_the_same_arguments():
     public = {name for name, _ in inspect.getmembers(ImageTask) if not name.startswith("_")} | {"settings", "head"}
     assert {name for name in dir(VolumeTask) if not name.startswith("_")} | {"settings", "head"} >= public
     assert predictions.PromptSettings.__subclasses__() == KINDS
+
+
+# ---- what the segmenter sees -----------------------------------------------------------------------------------------
+
+
+def striped(width: int = 256, height: int = 128) -> Image.Image:
+    """Columns that are black and white in turn: grey on any smaller copy."""
+    columns = np.tile(np.arange(width) % 2 * 255, (height, 1)).astype(np.uint8)
+    return Image.fromarray(np.stack([columns] * 3, 2))
+
+
+class TestFullImage:
+    """The model sees a copy with a longest edge of 64 px, the segmenter the original."""
+
+    settings = ImagePromptSettings(max_edge=64, instruction="")
+
+    def rows(self, processor, image=None):
+        mask = Image.fromarray(np.eye(128, 256, dtype=np.uint8) * 255)
+        row = {"image": image or striped(), "mask": mask, "query": "Where?", "modality": "", "anatomy": ""}
+        data = Dataset.from_list([{**row, "lesion": "cyst", "name": "a"}] * 2)
+        return prepare(data, processor, self.settings, completions=True)
+
+    def test_in_training(self, tmp_path):
+        model, processor = tiny_headed_model()
+        head: Any = find_mask_head(model)
+        rows = self.rows(processor)
+        assert rows[0]["image"].size == (64, 32)
+        task = ImageTask(processor, self.settings, head)
+        first, second = task.read(list(rows))
+        assert first.seg_input is second.seg_input
+        expected = head.segmenter.preprocess(striped())
+        assert torch.equal(first.seg_input.pixels, expected)
+        assert not torch.equal(expected, head.segmenter.preprocess(rows[0]["image"]))
+        assert first.frame.original_size == (256, 128)
+        striped().save(tmp_path / "a.png")  # a file on disk, of which the data set knows the path
+        (row,) = task.read([{**rows[0], "full_image": {"bytes": None, "path": str(tmp_path / "a.png")}}])
+        assert torch.equal(row.seg_input.pixels, expected)
+
+    def test_images_that_are_alike_only_when_small_are_two(self):
+        model, processor = tiny_headed_model()
+        task = ImageTask(processor, self.settings, find_mask_head(model))
+        other = Image.fromarray(255 - np.asarray(striped()))
+        rows = [*self.rows(processor), *self.rows(processor, other)]
+        small = np.asarray(rows[0]["image"], dtype=int)
+        assert np.abs(small[:, 4:-4] - np.asarray(rows[2]["image"], dtype=int)[:, 4:-4]).max() <= 2
+        read = task.read(rows)
+        assert len({row.seg_input.key for row in read}) == 2
+
+    def test_both_trainers_and_inference_encode_it_once(self, tmp_path):
+        model, processor = tiny_headed_model()
+        head: Any = find_mask_head(model)
+        seen: list[torch.Tensor] = []
+        head.segmenter.sam.image_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        rows = self.rows(processor)
+        common: dict[str, Any] = {"processing_class": processor, "dense_losses": [DenseLoss("dice")]}
+        common["prompt_settings"] = self.settings
+        SegSFTTrainer(model, sft_args(tmp_path / "sft", max_steps=1), train_dataset=rows, **common).train()
+        args = grpo_args(tmp_path / "grpo", max_steps=1, generation_kwargs=seg_bias(processor))
+        SegGRPOTrainer(model, ["format"], args, train_dataset=rows.remove_columns("completion"), **common).train()
+        ReasoningSegmenter(model.eval(), processor, self.settings).predict(striped(), "Where?")
+        expected = head.segmenter.preprocess(striped())[None]
+        assert 1 <= len(seen) <= 3
+        assert all(torch.equal(pixels, expected) for pixels in seen)
+
+    def test_without_a_limit_there_is_no_second_image(self):
+        _, processor = tiny_model()
+        data = prepare(make_synthetic(1, size=64), processor, ImagePromptSettings(), completions=False)
+        assert "full_image" not in data.column_names
+        fits = prepare(make_synthetic(1, size=64), processor, ImagePromptSettings(max_edge=64), completions=False)
+        assert fits[0]["full_image"] is None

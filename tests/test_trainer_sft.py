@@ -219,7 +219,8 @@ class TestJointGradient:
         )
         backbone, encoder = Calls(model.model), Calls(model.mask_head.segmenter.sam.image_encoder)
         trainer.train()
-        assert backbone.rows == encoder.rows == [4] * 4
+        assert backbone.rows == [4] * 4
+        assert encoder.rows == [1] * 16  # one by one on a CPU
 
 
 class TestTraining:

@@ -213,7 +213,7 @@ class CoreSegRun(TwoStageRun):
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
         rows, recipe = self.train_rows, self.recipe
         if self.copies() > 1:
-            rows = augment(rows, self.copies() - 1, max_edge=recipe.prompt.max_edge)
+            rows = augment(rows, self.copies() - 1)
         limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes}
         return prepare(rows, processor, self.prompt, completions=completions, **limits)
 

@@ -77,11 +77,12 @@ class ReasoningSegmenter(SegmenterBase):
         if not images:
             return []
         head = find_mask_head(self.model)
-        shown = {id(image): self._shown(image) for image in images}
-        inputs = {} if head is None else {k: SegInput(head.segmenter.preprocess(image)) for k, image in shown.items()}
+        whole = {id(image): _whole(image) for image in images}
+        shown = {name: shown_image(image, self.settings.max_edge) for name, image in whole.items()}
+        inputs = {} if head is None else {k: SegInput(head.segmenter.preprocess(image)) for k, image in whole.items()}
         conversations, rows = [], []
         for n, (image, query) in enumerate(zip(images, queries, strict=True)):
-            size = sizes[n] if sizes is not None else ImageOps.exif_transpose(image).size
+            size = sizes[n] if sizes is not None else whole[id(image)].size
             conversation, row = self._ask(shown[id(image)], query, size, inputs.get(id(image)))
             conversations.append(conversation)
             rows.append(row)
@@ -96,10 +97,11 @@ class ReasoningSegmenter(SegmenterBase):
         frame = frame_for(self.processor, shown.size, size, kind=self.settings.frame_kind)
         return [{"role": "user", "content": content}], ImageRow(None, frame, seg_input)
 
-    def _shown(self, image: Image.Image) -> Image.Image:
-        """Return the image as `segrl.data.prepare` shows it to the model, in RGB."""
-        if not isinstance(image, Image.Image):
-            raise DataError(f"expected a PIL image, got {type(image).__name__}")
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise DataError(f"image of mode {image.mode!r}: expected 8 bits a channel; scale it to 0..255 first")
-        return shown_image(image, self.settings.max_edge).convert("RGB")
+
+def _whole(image: Image.Image) -> Image.Image:
+    """Return an image upright, in RGB and its own size, as the segmenter sees it."""
+    if not isinstance(image, Image.Image):
+        raise DataError(f"expected a PIL image, got {type(image).__name__}")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise DataError(f"image of mode {image.mode!r}: expected 8 bits a channel; scale it to 0..255 first")
+    return ImageOps.exif_transpose(image).convert("RGB")

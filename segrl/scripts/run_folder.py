@@ -120,7 +120,7 @@ def claim_output(folder: Path, arguments: Mapping[str, Any], progress: Progress 
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as home:
         ...     claim_output(Path(home, "run"), {"preset": "tiny"})
-        ...     sorted(json.loads(Path(home, "run", "segrl_run.json").read_text()))
+        ...     sorted(read_object(Path(home, "run", "segrl_run.json")))
         ['arguments', 'versions']
     """
     state = PartialState()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from segrl.caching.content import content_key
+from segrl.data.images.prompts import FULL_IMAGE, open_image
 from segrl.errors import DataError, SegRLError
 from segrl.geometry.masks import binarize, soft_target
 from segrl.heads.decoding import Completions, add_masks, check_token
@@ -43,6 +44,8 @@ class ImageRow:
 class ImageTask:
     """Rows with the columns `image` (or `images`, whose first is segmented) and `mask`; see `segrl.tasks.base.Task`.
 
+    The segmenter sees the original, `full_image`, where `segrl.data.prepare` has scaled `image` down for the model.
+
     Args:
         processor: The model's processor; it decides the frame of written boxes.
         settings: How the model is asked.
@@ -56,7 +59,7 @@ class ImageTask:
         ('cyst', [[0.0, 0.0, 3.0, 3.0]], (3, 3))
     """
 
-    columns = ("mask", *METADATA_COLUMNS)
+    columns = ("mask", FULL_IMAGE, *METADATA_COLUMNS)
 
     def __init__(
         self, processor: Any, settings: ImagePromptSettings | None = None, head: MaskHead | None = None
@@ -92,11 +95,12 @@ class ImageTask:
             name = str(row.get("name") or f"row {number} of the batch")
             image, mask = _image(row, name, needed=self.head is not None), _mask(row, name)
             texts = Target.texts_of(row)
-            image_key = content_key(image)
-            key = content_key(image_key, mask, texts)
+            full = row.get(FULL_IMAGE) if self.head is not None else None
+            image_key = content_key(image) if full is None else _file_key(full)
+            key = content_key(image_key, None if image is None else image.size, mask, texts)
             if key not in known:
                 target = Target.from_mask(binarize(mask, name), **{**texts, "name": name})
-                seg_input = self._input(image, target, first.get(image_key), image_key)
+                seg_input = self._input(image, full, target, first.get(image_key), image_key)
                 known[key] = ImageRow(target, self._frame(image, target), seg_input)
                 if seg_input is not None:
                     first.setdefault(image_key, seg_input)
@@ -107,12 +111,17 @@ class ImageTask:
         size = (target.width, target.height)
         return frame_for(self.processor, size if image is None else image.size, size, kind=self.settings.frame_kind)
 
-    def _input(self, image: Image.Image | None, target: Target, same: SegInput | None, key: str) -> SegInput | None:
+    def _input(
+        self, image: Image.Image | None, full: dict[str, Any] | None, target: Target, same: SegInput | None, key: str
+    ) -> SegInput | None:
         if self.head is None or image is None:
             return None
         segmenter = self.head.segmenter
         dense = soft_target(target.mask, (segmenter.mask_size, segmenter.mask_size), quantised=True)
-        pixels = partial(segmenter.preprocess, image)  # called only if the image has to be encoded
+
+        def pixels() -> Any:  # called only if the image has to be encoded
+            return segmenter.preprocess(image if full is None else open_image(full))
+
         return SegInput(pixels, target=dense, same_image=same, key=key)
 
     def seg_inputs(
@@ -149,6 +158,14 @@ def _image(row: Mapping[str, Any], name: str, *, needed: bool) -> Image.Image | 
             f"{name}: no image; expected a PIL image in the column 'image' (or a list in 'images'), got {image!r}"
         )
     return image.convert("RGB")
+
+
+def _file_key(value: dict[str, Any]) -> str:
+    """A key of an encoded image; a file on disk is not read for it."""
+    if value["bytes"] is not None:
+        return content_key(value["bytes"])
+    file = os.stat(value["path"])
+    return content_key("file", value["path"], file.st_size, file.st_mtime_ns)
 
 
 def _mask(row: Mapping[str, Any], name: str) -> np.ndarray:

@@ -15,12 +15,11 @@ from PIL import ImageOps
 
 from segrl.errors import DataError
 from segrl.geometry.masks import binarize
-from segrl.predictions.frames import shrunk_size
 
 __all__ = ["augment"]
 
 
-def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed: int = 0) -> Dataset:
+def augment(dataset: Dataset, copies: int, *, seed: int = 0) -> Dataset:
     """Return the rows of a data set and `copies` augmented copies of each, in memory.
 
     A copy is flipped, turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in
@@ -29,8 +28,7 @@ def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed:
 
     Args:
         dataset: Columns image, mask and name; others are copied. A row with reasoning is refused.
-        copies: Augmented copies per row; 0 only scales.
-        max_edge: Scale images and masks down to this longest edge, pixels; None keeps their size.
+        copies: Augmented copies per row.
         seed: Of all random choices; the same seed gives the same data.
 
     Returns:
@@ -41,9 +39,9 @@ def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed:
 
     Example:
         >>> from segrl.data import make_synthetic
-        >>> rows = augment(make_synthetic(1, size=64), copies=1, max_edge=32)
+        >>> rows = augment(make_synthetic(1, size=64), copies=1)
         >>> rows["name"][:], [image.size for image in rows["image"]]
-        (['synthetic_0_00000', 'synthetic_0_00000#1'], [(32, 32), (27, 27)])
+        (['synthetic_0_00000', 'synthetic_0_00000#1'], [(64, 64), (54, 55)])
     """
     if copies < 0:
         raise DataError(f"copies={copies}: expected 0 or more")
@@ -57,10 +55,6 @@ def augment(dataset: Dataset, copies: int, *, max_edge: int | None = None, seed:
                 )
             image = ImageOps.exif_transpose(row["image"]).convert("RGB")
             mask = PILImage.fromarray(binarize(np.asarray(row["mask"]), str(row["name"])).astype(np.uint8) * 255)
-            size = shrunk_size(image.size, max_edge)
-            if size != image.size:
-                image = image.resize(size, PILImage.Resampling.BICUBIC)
-                mask = mask.resize(size, PILImage.Resampling.NEAREST)
             yield {**row, "image": _png(image), "mask": _png(mask)}
             for copy in range(1, copies + 1):
                 rng = np.random.default_rng((seed, index, copy))

@@ -9,7 +9,7 @@ import io
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -22,7 +22,9 @@ from segrl.predictions.parsing import format_answer
 from segrl.predictions.prompt_settings import ImagePromptSettings
 from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["build_prompt", "prepare", "shown_image"]
+__all__ = ["FULL_IMAGE", "build_prompt", "open_image", "prepare", "shown_image"]
+
+FULL_IMAGE = "full_image"  # column of the original, as a file, where the image that the model sees is smaller
 
 
 def build_prompt(query: str, instruction: str) -> list[dict[str, str]]:
@@ -70,7 +72,8 @@ def prepare(
         num_proc: Processes for `Dataset.map`.
 
     Returns:
-        The data set with its columns kept, plus `prompt` and, if asked for, `completion`, both as message lists.
+        The data set with its columns kept, plus `prompt` and, if asked for, `completion`, both as message lists; and
+        `full_image`, the original as a file where `image` was scaled down: the segmenter of a mask head sees that.
 
     Raises:
         DataError: There are no rows, a column is missing, a limit is below 1, there is neither processor nor frame, a
@@ -95,7 +98,14 @@ def prepare(
         _row_columns, processor=processor, settings=settings, completions=completions, brief=brief, max_boxes=max_boxes
     )
     encoded = dataset.cast_column("image", Image(decode=False))  # images that keep their size keep their bytes
-    return encoded.map(row_columns, num_proc=num_proc, desc="prompts").cast_column("image", Image())
+    message = List({"role": Value("string"), "content": Value("string")})
+    features = {**encoded.features, "prompt": message}
+    if completions:
+        features["completion"] = message
+    if settings.max_edge is not None:
+        features[FULL_IMAGE] = Image(decode=False)
+    made = encoded.map(row_columns, num_proc=num_proc, desc="prompts", features=Features(features))
+    return made.cast_column("image", Image())
 
 
 def shown_image(image: PILImage.Image, max_edge: int | None) -> PILImage.Image:
@@ -121,7 +131,9 @@ def _row_columns(
     max_boxes: int | None,
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"prompt": build_prompt(row["query"], settings.full_instruction)}
-    if not completions and settings.max_edge is None:
+    if settings.max_edge is not None:
+        columns[FULL_IMAGE] = None
+    elif not completions:
         return columns
     with _open(row["image"]) as image:
         original_size = _upright_size(image)
@@ -129,7 +141,7 @@ def _row_columns(
         if image_size != original_size:
             buffer = io.BytesIO()
             shown_image(image, settings.max_edge).save(buffer, format="PNG", compress_level=1)
-            columns["image"] = {"bytes": buffer.getvalue(), "path": None}
+            columns |= {"image": {"bytes": buffer.getvalue(), "path": None}, FULL_IMAGE: row["image"]}
     if not completions:
         return columns
     mask = binarize(np.asarray(row["mask"]), f"mask of {row['name']}")
@@ -154,6 +166,16 @@ def _row_columns(
         return format_answer(row["lesion"] or "lesion", boxes, frame, seg_token=settings.seg_token)
 
     return columns | {"completion": target_completion(row["name"], reasoning, answer, frame, settings)}
+
+
+def open_image(value: dict[str, Any]) -> PILImage.Image:
+    """Decode an image as `datasets.Image(decode=False)` gives it; upright, in RGB.
+
+    Args:
+        value: `bytes` of a file, or its `path` where `bytes` is None.
+    """
+    with _open(value) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _open(value: dict[str, Any]) -> PILImage.Image:
