@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -382,7 +382,10 @@ class Sam2Segmenter(nn.Module):
         return ImageFeatures((stride16, decoder.conv_s1(stride8), decoder.conv_s0(stride4)))
 
     def _levels(self, images: Tensor) -> list[Tensor]:
-        return self.sam.image_encoder(images)["backbone_fpn"]
+        levels = self.sam.image_encoder(images)["backbone_fpn"]
+        if images.dtype == torch.float32:
+            return levels
+        return [level.to(images.dtype) for level in levels]  # the neck adds in float32
 
     def decode(
         self, features: ImageFeatures, prompts: Tensor, index: Tensor, *, mask_prompt: Tensor | None = None
@@ -413,7 +416,7 @@ class Sam2Segmenter(nn.Module):
             dense = encoder.mask_downscaling(mask_prompt)
         masks, _, _, _ = decoder(
             image_embeddings=embedding[index],
-            image_pe=encoder.get_dense_pe(),
+            image_pe=encoder.get_dense_pe().to(embedding.dtype),
             sparse_prompt_embeddings=prompts,
             dense_prompt_embeddings=dense,
             multimask_output=False,
@@ -428,7 +431,20 @@ class Sam2Segmenter(nn.Module):
         # SAM 2 was trained on boxes as two points with the labels 2 and 3 and the padding point that comes with points
         labels = torch.tensor([[2, 3]], dtype=torch.int, device=boxes.device).expand(len(corners), -1)
         sparse, _ = self.sam.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)
-        return self.decode(features, sparse, index)
+        return self.decode(features, sparse.to(features.tensors[0].dtype), index)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As in `torch.nn.Module`, but the position encoding keeps its precision.
+
+        It multiplies coordinates, which are float32, by a fixed random matrix and takes sines of the products: in
+        bfloat16 they would be those of other positions. Whatever casts the whole model, such as an engine, calls this.
+        """
+        layer = self.sam.sam_prompt_encoder.pe_layer
+        exact = layer.positional_encoding_gaussian_matrix
+        super()._apply(fn, recurse)
+        if layer.positional_encoding_gaussian_matrix.dtype != exact.dtype:
+            layer.positional_encoding_gaussian_matrix = exact.to(layer.positional_encoding_gaussian_matrix.device)
+        return self
 
     def to_config(self) -> dict[str, Any]:
         """Return JSON-ready settings from which `from_config` builds the same architecture."""
