@@ -207,12 +207,16 @@ def striped(width: int = 256, height: int = 128) -> Image.Image:
     return Image.fromarray(np.stack([columns] * 3, 2))
 
 
+def read(task: ImageTask, rows: Any) -> list[Any]:
+    return list(task.read(rows))
+
+
 class TestFullImage:
     """The model sees a copy with a longest edge of 64 px, the segmenter the original."""
 
     settings = ImagePromptSettings(max_edge=64, instruction="")
 
-    def rows(self, processor, image=None):
+    def rows(self, processor, image=None) -> Any:
         mask = Image.fromarray(np.eye(128, 256, dtype=np.uint8) * 255)
         row = {"image": image or striped(), "mask": mask, "query": "Where?", "modality": "", "anatomy": ""}
         data = Dataset.from_list([{**row, "lesion": "cyst", "name": "a"}] * 2)
@@ -224,25 +228,24 @@ class TestFullImage:
         rows = self.rows(processor)
         assert rows[0]["image"].size == (64, 32)
         task = ImageTask(processor, self.settings, head)
-        first, second = task.read(list(rows))
+        first, second = read(task, list(rows))
         assert first.seg_input is second.seg_input
         expected = head.segmenter.preprocess(striped())
         assert torch.equal(first.seg_input.pixels, expected)
         assert not torch.equal(expected, head.segmenter.preprocess(rows[0]["image"]))
         assert first.frame.original_size == (256, 128)
         striped().save(tmp_path / "a.png")  # a file on disk, of which the data set knows the path
-        (row,) = task.read([{**rows[0], "full_image": {"bytes": None, "path": str(tmp_path / "a.png")}}])
+        (row,) = read(task, [{**rows[0], "full_image": {"bytes": None, "path": str(tmp_path / "a.png")}}])
         assert torch.equal(row.seg_input.pixels, expected)
 
     def test_images_that_are_alike_only_when_small_are_two(self):
         model, processor = tiny_headed_model()
         task = ImageTask(processor, self.settings, find_mask_head(model))
         other = Image.fromarray(255 - np.asarray(striped()))
-        rows = [*self.rows(processor), *self.rows(processor, other)]
+        rows: Any = [*self.rows(processor), *self.rows(processor, other)]
         small = np.asarray(rows[0]["image"], dtype=int)
         assert np.abs(small[:, 4:-4] - np.asarray(rows[2]["image"], dtype=int)[:, 4:-4]).max() <= 2
-        read = task.read(rows)
-        assert len({row.seg_input.key for row in read}) == 2
+        assert len({row.seg_input.key for row in read(task, rows)}) == 2
 
     def test_both_trainers_and_inference_encode_it_once(self, tmp_path):
         model, processor = tiny_headed_model()
