@@ -211,12 +211,21 @@ def test_json_completions_reach_points_confidences_and_slices():
         strategies.completions(FRAME, depth=3, completion_format=completion_format),
         lambda text: completion_format.parse(text, FRAME).slice_index,
     )
-    assert slices == {0, 1, 2, 3}, "one slice too many, too"
+    assert slices == {0, 1, 2, 3, None}, "one slice too many, and none, too"
     nothing = strategies.completions(FRAME, depth=3, completion_format=completion_format, empty=True)
     seen = reached(
         nothing.map(lambda text: completion_format.parse(text, FRAME)), lambda said: (said.slice_index, len(said.boxes))
     )
     assert seen == {(None, 0)}
+
+
+@formats
+def test_completions_reach_every_notation_and_end_tokens(completion_format):
+    marks = ("](", "[", "),(", "<|box_start|>", "```", "<|im_end|>")
+    texts = strategies.completions(FRAME, empty=False, completion_format=completion_format)
+    seen = reached(texts, lambda text: tuple(mark in text for mark in marks))
+    expected = {"[", "```", "<|im_end|>"} if completion_format.answer_format == "json" else {"[", *marks[2:4], marks[5]}
+    assert {mark for found in seen for mark, there in zip(marks, found, strict=True) if there} >= expected
 
 
 def test_completions_in_another_frame():
