@@ -4,6 +4,7 @@ Images: image, mask, query, modality, anatomy, lesion, name, [reasoning]. Volume
 intensity instead of image and mask.
 """
 
+from segrl.data.coordinates import find_coordinates, strip_coordinates
 from segrl.data.images.augmentation import augment
 from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
@@ -38,6 +39,7 @@ __all__ = [
     "build_volume_prompt",
     "check_rows",
     "check_volumes",
+    "find_coordinates",
     "format_slice_answer",
     "grey_values",
     "intensity_for",
@@ -60,6 +62,7 @@ __all__ = [
     "scale_intensity",
     "shown_frame",
     "shown_image",
+    "strip_coordinates",
     "uniform_slices",
     "write_folder",
     "write_manifest",

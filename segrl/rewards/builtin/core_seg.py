@@ -6,15 +6,17 @@ missing returns the lowest value of the reward, so that no text gains by not ans
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from segrl.errors import DataError, RewardError
-from segrl.geometry.boxes import giou
+from segrl.geometry.boxes import giou, pairwise_iou
 from segrl.geometry.masks import empty_score, mask_to_box
-from segrl.geometry.matching import match_boxes
+from segrl.geometry.matching import match
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target
-from segrl.rewards.builtin.rules import drop_duplicates
+from segrl.rewards.builtin.rules import check_setting, drop_duplicates
 from segrl.rewards.registry import register_reward
 
 __all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
@@ -47,34 +49,47 @@ def format_reward(prediction: Prediction, target: Target) -> float:
     equation="mean IoU of matched pairs · F1, F1 = 2 · TP / (N + M), TP: matched pairs with IoU > min_iou",
     source="CORE-Seg, r_bbox",
 )
-def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, require_valid: bool = True) -> float:
-    """Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
+def box_f1(
+    prediction: Prediction,
+    target: Target,
+    *,
+    min_iou: float = 0.5,
+    mean_over: Literal["matched", "true_positives"] = "matched",
+    require_valid: bool = True,
+) -> float:
+    """Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox, Eq. 8).
 
-    Boxes are matched one-to-one for the largest total IoU. A pair whose IoU exceeds `min_iou` is a true positive; the
-    mean runs over those pairs. A repeated box is never matched and lowers the precision.
+    Boxes are matched one-to-one for the largest total IoU, as many pairs as the shorter list has boxes. A pair whose
+    IoU exceeds `min_iou` is a true positive of precision and recall. A repeated box is never matched and lowers the
+    precision.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
         min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent. Below 0.5 a box may be a true
             positive of a lesion that it hardly touches.
+        mean_over: Pairs whose IoU is averaged: "matched", every one, as the equation is written, so that pairs with
+            IoU 0.9 and 0.3 have a mean of 0.6; or only the "true_positives", the other reading of it.
         require_valid: Return 0.0 for an invalid text. The paper is silent.
 
     Returns:
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
-        RewardError: If `min_iou` is not in [0, 1).
+        RewardError: If `min_iou` is not in [0, 1), or `mean_over` does not exist.
 
     Example:
         >>> from segrl.predictions import CompletionFormat, read_answer, read_target
-        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
-        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 6], [12, 0, 16, 8].<seg></answer>"
-        >>> box_f1(read_answer(text, CompletionFormat("original_px"), target), target)
-        0.5
+        >>> target = read_target({"boxes": [[0, 0, 8, 8], [12, 0, 16, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 6], [12, 0, 16, 2].<seg></answer>"
+        >>> answer = read_answer(text, CompletionFormat("original_px"), target)  # IoU 0.75 and 0.25, F1 0.5
+        >>> box_f1(answer, target), box_f1(answer, target, mean_over="true_positives")
+        (0.25, 0.375)
     """
     if not 0 <= min_iou < 1:
         raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
+    known = mean_over in ("matched", "true_positives")
+    check_setting(known, "mean_over", mean_over, "'matched' or 'true_positives'")
     if require_valid and not prediction.valid:
         return 0.0
     n_pred, n_true = len(prediction.boxes), len(target.boxes)
@@ -82,8 +97,13 @@ def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, requ
     if score is not None:
         return score
     candidates = drop_duplicates(prediction.boxes, target.boxes)
-    matched = match_boxes(prediction.boxes[candidates], target.boxes, min_iou).iou
-    return 2 * float(matched.sum()) / (n_pred + n_true)  # the number of matches, TP, cancels out
+    iou = pairwise_iou(prediction.boxes[candidates], target.boxes)
+    matched = iou[match(-iou)]
+    hits = matched > min_iou
+    if not hits.any():
+        return 0.0
+    counted = matched if mean_over == "matched" else matched[hits]
+    return float(counted.mean()) * 2 * int(hits.sum()) / (n_pred + n_true)
 
 
 @register_reward(
@@ -106,7 +126,9 @@ def dual_granularity_mask(
     """Score a mask coarsely while it misses and finely once it overlaps (CORE-Seg, r_mask).
 
     Below `dice_threshold` the reward is the GIoU of the two masks' bounding boxes, which still measures how far off the
-    mask is; from there on it is ``1 + dice_weight * Dice``.
+    mask is; from there on it is ``1 + dice_weight * Dice``. In GIoU, C is the smallest axis-parallel box that encloses
+    both boxes, as Rezatofighi et al. define it; the paper's Eq. 10 calls it their convex hull, which is smaller where
+    the boxes lie diagonally.
 
     Args:
         prediction: Mask in original pixels.
