@@ -32,9 +32,7 @@ _FORMS = (
     rf"(?<!\w)[Cc]oordinates?\s{{0,4}}[:=]?\s{{0,4}}{_N}(?:(?:{_GAP}|\s{{1,4}}and\s{{1,4}}){_N})?",
 )
 _SLICE = r"<?(?<!\w)[Ss]lices?\s{1,4}(?:number|no\.|#)?\s{0,4}\d{1,5}(?:\s{0,4}(?:to|and|-|–)\s{0,4}\d{1,5})?>?"
-_LEAD = (
-    r"(?:(?<!\w)(?:located\s{1,4})?(?:at|around|near|in|on|within)\s{1,4}(?:the\s{1,4})?(?:box|bbox|point)?\s{0,4})?"
-)
+_LEAD = r"(?:(?<!\w)(?:located\s{1,4})?(?:at|around|near|in|on|within)\s{1,4}(?:the\s{1,4})?(?:b?box|point)?\s{0,4})?"
 _IN_IMAGES = re.compile("|".join(_FORMS))
 _IN_VOLUMES = re.compile("|".join((*_FORMS, _SLICE)))
 
@@ -133,6 +131,6 @@ def given_reasoning(row: Mapping[str, Any], policy: CoordinatePolicy, *, volume:
     left = strip_coordinates(text, volume=volume)
     if not re.search(r"\w", left):
         raise DataError(
-            f"{row['name']}: the reasoning {text!r:.100} is nothing but coordinates; expected words, fill it or clear it"
+            f"{row['name']}: the reasoning {text!r:.100} is nothing but coordinates; expected words; fill or clear it"
         )
     return left

@@ -78,8 +78,8 @@ def prepare(
 
     Raises:
         DataError: There are no rows, a column is missing, a limit is below 1, there is neither processor nor frame,
-            given reasoning holds coordinates, a mask is not binary or has another size than its image, or a row's texts give a completion that does not
-            parse.
+            given reasoning holds coordinates, a mask is not binary or has another size than its image, or a row's texts
+            give a completion that does not parse.
 
     Example:
         >>> from segrl.data import make_synthetic, prepare

@@ -115,7 +115,8 @@ def prepare_volumes(
 
     Raises:
         DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
-            completions, given reasoning holds coordinates, a row has no label or a lesion that no shown slice holds; names the row or file.
+            completions, given reasoning holds coordinates, a row has no label or a lesion that no shown slice holds;
+            names the row or file.
 
     Example:
         >>> from segrl.data import make_synthetic_volumes

@@ -16,7 +16,7 @@ from segrl.geometry.masks import empty_score, mask_to_box
 from segrl.geometry.matching import match
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target
-from segrl.rewards.builtin.rules import check_setting, drop_duplicates
+from segrl.rewards.builtin.rules import drop_duplicates
 from segrl.rewards.registry import register_reward
 
 __all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
@@ -76,7 +76,7 @@ def box_f1(
         A score in [0, 1]; no predicted and no true box 1.0, boxes on exactly one side 0.0.
 
     Raises:
-        RewardError: If `min_iou` is not in [0, 1), or `mean_over` does not exist.
+        RewardError: If `min_iou` is not in [0, 1).
 
     Example:
         >>> from segrl.predictions import CompletionFormat, read_answer, read_target
@@ -88,8 +88,6 @@ def box_f1(
     """
     if not 0 <= min_iou < 1:
         raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
-    known = mean_over in ("matched", "true_positives")
-    check_setting(known, "mean_over", mean_over, "'matched' or 'true_positives'")
     if require_valid and not prediction.valid:
         return 0.0
     n_pred, n_true = len(prediction.boxes), len(target.boxes)
