@@ -10,6 +10,7 @@ from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
 from segrl.data.manifest import write_manifest
+from segrl.data.queries import Queries
 from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
 from segrl.data.volumes.case import Case, CaseReader, grey_values, read_case, read_grey
@@ -29,6 +30,7 @@ __all__ = [
     "Case",
     "CaseReader",
     "Intensity",
+    "Queries",
     "Scene",
     "SyntheticVolume",
     "Volume",
