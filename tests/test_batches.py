@@ -1,5 +1,6 @@
 """A published batch size holds for any number of processes, or is refused with the numbers."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,18 +9,23 @@ from transformers import TrainingArguments
 
 from segrl import SegGRPOConfig, SegSFTConfig
 from segrl.errors import SegRLError
+from segrl.trainers import batches
 
 CPU: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
 CORE_SEG = Example("core_seg").modules["recipe"].RECIPES["core_seg_3b"]
+CPU_FLAGS = ("--use_cpu", "true", "--bf16", "false", "--report_to", "none")
 MEDVOL = Example("medvol_r1").modules["recipe"].RECIPES["medvol_r1_4b"]
 
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Say that there are so many processes, to segrl by the environment, to transformers by what it has found."""
+    """Say that there are so many processes: by the environment that segrl reads, and by what transformers has found.
+
+    The environment of the whole process would make accelerate wait for the others.
+    """
 
     def start(count: int, found: int | None = None) -> None:
-        monkeypatch.setenv("WORLD_SIZE", str(count))
+        monkeypatch.setattr(batches, "os", SimpleNamespace(environ={"WORLD_SIZE": str(count)}))
         monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: found or count))
 
     return start
@@ -60,8 +66,16 @@ def test_medvol_takes_the_published_batches_of_a_gpu_on_each(processes, world):
             r"a time, which does not divide 64; use a number of processes that divides 64",
         ),
         (2, {"per_device_train_batch_size": 12}, r"take 24 at a time.*; use --per_device_train_batch_size 8"),
-        (4, {"batch_unit": "completions"}, r"16 completions \(16 completions\): 4 .*; use --per_device_train_batch_size 4"),
-        (1, {"gradient_accumulation_steps": 2}, "takes gradient_accumulation_steps=8 with 1 processes.*2 was asked for"),
+        (
+            4,
+            {"batch_unit": "completions"},
+            r"16 completions \(16 .*: 4 .*; use --per_device_train_batch_size 4",
+        ),
+        (
+            1,
+            {"gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=8 with 1 processes.*2 was asked for",
+        ),
         (1, {"batch_unit": "prompt"}, "unknown batch_unit 'prompt'; did you mean 'prompts'"),
     ],
 )
@@ -74,7 +88,7 @@ def test_what_cannot_be_shared_is_refused(processes, world, settings, message):
 def test_another_number_of_processes_than_the_environment_says_is_refused(processes):
     processes(2, found=1)
     for config, settings in ((SegSFTConfig, CORE_SEG.sft), (SegGRPOConfig, CORE_SEG.grpo)):
-        with pytest.raises(SegRLError, match="computed for WORLD_SIZE=2 .* but there are 1 processes"):
+        with pytest.raises(SegRLError, match=r"computed for WORLD_SIZE=2 .* but there are 1 processes"):
             config("x", **{**settings, **CPU})
 
 
@@ -91,6 +105,3 @@ def test_flags_of_the_script():
     flags = ["--preset", "core_seg_3b", "--gradient_accumulation_steps", "1", "--global_batch_size", "8", *CPU_FLAGS]
     with pytest.raises(SegRLError, match="--gradient_accumulation_steps follows from --global_batch_size; pass one"):
         runs.check_sft(flags)
-
-
-CPU_FLAGS = ("--use_cpu", "true", "--bf16", "false", "--report_to", "none")

@@ -45,8 +45,8 @@ class RunArguments:
     descriptions: str | None = field(
         default=None,
         metadata={
-            "help": "JSON file of descriptions by structure, such as M3D's term_dictionary.json: questions describe the "
-            "structure and do not name it."
+            "help": "JSON file of descriptions by structure, such as M3D's term_dictionary.json: questions describe "
+            "the structure and do not name it."
         },
     )
     paraphrases: str | None = field(
@@ -104,8 +104,8 @@ class TwoStageArguments(RunArguments):
     sft_reasoning: bool | None = field(
         default=None,
         metadata={
-            "help": "Chain of thought in stage 1 when train_grpo runs it: true or false; default: the preset's, else as "
-            "in stage 2."
+            "help": "Chain of thought in stage 1 when train_grpo runs it: true or false; default: the preset's, else "
+            "as in stage 2."
         },
     )
     coordinates: str = field(

@@ -27,8 +27,10 @@ def fit_accumulation(config: Any, rows: int, unit: str) -> int:
     Example:
         >>> from types import SimpleNamespace
         >>> config = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=1)
-        >>> fit_accumulation(config, 64, "global_batch_size=16 prompts (64 completions)"), config.gradient_accumulation_steps
-        (1, 8)
+        >>> fit_accumulation(config, 64, "global_batch_size=16 prompts (64 completions)")
+        1
+        >>> config.gradient_accumulation_steps
+        8
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     each, asked = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -64,7 +66,7 @@ def check_processes(config: Any, assumed: int) -> None:
     """
     if config.world_size != assumed or config.n_gpu > 1:
         raise SegRLError(
-            f"global_batch_size={config.global_batch_size} was computed for WORLD_SIZE={assumed} with one GPU each, but "
-            f"there are {config.world_size} processes with {max(1, config.n_gpu)} GPUs each; start the script with "
+            f"global_batch_size={config.global_batch_size} was computed for WORLD_SIZE={assumed} with one GPU each, "
+            f"but there are {config.world_size} processes with {max(1, config.n_gpu)} GPUs each; start the script with "
             "accelerate launch or torchrun, one process a GPU"
         )

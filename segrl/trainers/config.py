@@ -42,8 +42,8 @@ class SegGRPOConfig(GRPOConfig):
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Size of an optimizer step over all processes, in the unit of batch_unit: gradient_accumulation_steps "
-            "is computed from it, per_device_train_batch_size (completions) and the number of processes. None leaves "
+            "help": "Size of an optimizer step over all processes, in batch_unit: gradient_accumulation_steps is "
+            "computed from it, per_device_train_batch_size (completions) and the number of processes. None leaves "
             "that to gradient_accumulation_steps."
         },
     )
