@@ -1,5 +1,6 @@
 """Each trap is a way in which a published system scored for the wrong thing."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from reward_cases import (
     read,
     says,
 )
-from scipy.optimize import linear_sum_assignment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from segrl.errors import FrameError, RewardError, UnknownNameError
@@ -48,7 +48,23 @@ def test_box_f1_known_values():
     assert score("box_f1", says(TRUE_BOXES[1], TRUE_BOXES[0])) == 1.0
     assert score("box_f1", says(TRUE_BOXES[0])) == pytest.approx(2 / 3)
     assert score("box_f1", says([4, 4, 16, 12], TRUE_BOXES[1])) == pytest.approx((0.8 + 1) / 2)
-    assert score("box_f1", says([4, 4, 16, 12], [0, 20, 8, 28])) == pytest.approx(0.8 * 0.5)
+    missed = says([4, 4, 16, 12], [0, 20, 8, 28])  # IoU 0.8 and 0
+    assert score("box_f1", missed) == pytest.approx((0.8 + 0) / 2 * 0.5)
+    assert score("box_f1", missed, mean_over="true_positives") == pytest.approx(0.8 * 0.5)
+
+
+def test_box_f1_averages_every_matched_pair_as_the_equation_is_written():
+    """IoU 0.9 and 0.3 have a mean of 0.6; with a threshold of 0.5 one of the two is a true positive, so F1 is 0.5."""
+    true = [[0, 0, 10, 10], [20, 0, 30, 10]]
+    target = Target(mask_of(*true), np.array(true, dtype=float))
+    found = says([0, 0, 10, 9], [20, 0, 30, 3])
+    assert score("box_f1", found, target) == pytest.approx(0.6 * 0.5)
+    assert score("box_f1", found, target, min_iou=0.2) == pytest.approx(0.6)
+    assert score("box_f1", found, target, mean_over="true_positives") == pytest.approx(0.9 * 0.5)
+    with pytest.raises(RewardError, match="mean_over='all'; expected Literal"):
+        score("box_f1", found, target, mean_over="all")
+    boxes = [make_reward("core_seg", **settings).parts[1][0] for settings in ({}, {"mean_over": "true_positives"})]
+    assert [part.score(found, target) for part in boxes] == [pytest.approx(0.3), pytest.approx(0.45)]
 
 
 def test_box_f1_counts_a_pair_above_the_threshold_only():
@@ -68,20 +84,31 @@ def box_lists(draw):
     return boxes
 
 
-@given(box_lists(), box_lists(), st.sampled_from([0.0, 0.3, 0.5]))
-def test_box_f1_equals_a_slow_reading_of_the_paper(pred, true, min_iou):
+@given(box_lists(), box_lists(), st.sampled_from([0.0, 0.3, 0.5]), st.sampled_from(["matched", "true_positives"]))
+def test_box_f1_equals_a_slow_reading_of_the_paper(pred, true, min_iou, mean_over):
+    """Among assignments of the same total IoU the number of true positives is open: the score is one of theirs."""
+
     def cover(box):
         return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
 
     unique = [box for n, box in enumerate(pred) if pred[:n].count(box) < max(1, true.count(box))]
     iou = np.array([[len(cover(p) & cover(t)) / len(cover(p) | cover(t)) for t in true] for p in unique])
-    hits = [v for v in iou[linear_sum_assignment(1 - iou)] if v > min_iou] if pred and true else []
-    expected = float(not pred and not true)
-    if hits:
-        precision, recall = len(hits) / len(pred), len(hits) / len(true)
-        expected = sum(hits) / len(hits) * 2 * precision * recall / (precision + recall)
     target = Target(mask_of(*true), np.array(true, dtype=float).reshape(-1, 4))
-    assert score("box_f1", says(*pred), target, min_iou=min_iou) == pytest.approx(expected)
+    expected = [float(not pred and not true)]
+    if pred and true:
+        short, long = sorted((len(unique), len(true)))
+        table = iou if len(unique) == short else iou.T
+        pairings = [table[range(short), order] for order in itertools.permutations(range(long), short)]
+        largest = max(pairing.sum() for pairing in pairings)
+        expected = []
+        for pairing in pairings:
+            hits = pairing[pairing > min_iou]
+            if np.isclose(pairing.sum(), largest):
+                f1 = 2 * len(hits) / (len(pred) + len(true))
+                counted = pairing if mean_over == "matched" else hits
+                expected.append(f1 * counted.mean() if len(hits) else 0.0)
+    found = score("box_f1", says(*pred), target, min_iou=min_iou, mean_over=mean_over)
+    assert any(found == pytest.approx(value) for value in expected)
 
 
 def test_dual_granularity_mask_known_values():

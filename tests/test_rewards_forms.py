@@ -314,10 +314,11 @@ def test_a_reward_of_a_module_has_a_path():
 def test_what_a_reward_declares():
     info = reward_info("box_f1")
     assert (
-        info.summary == "Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox)."
+        info.summary
+        == "Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox, Eq. 8)."
     )
     assert (info.form, info.range, info.origin) == ("function", (0.0, 1.0), "segrl 0.1.0")
-    assert dict(info.settings) == {"min_iou": 0.5, "require_valid": True}
+    assert dict(info.settings) == {"min_iou": 0.5, "mean_over": "matched", "require_valid": True}
     mask = make_reward("dual_granularity_mask", dice_weight=4.0)
     assert mask.range == (-1.0, 5.0)
     assert mask.info.empty == {"both": 5.0, "prediction": -1.0, "target": -1.0}

@@ -110,7 +110,10 @@ def test_limits_and_inputs():
     assert arguments.limited(rows, "train")["n"] == [0, 1]
     assert arguments.limited(rows, "test")["n"] == list(range(5))
     assert RunArguments().limited(rows, "train") is rows
-    assert arguments.inputs() == {"model": "m", "data": "d", "segmenter": None}
+    assert arguments.inputs() == {
+        **{"model": "m", "data": "d", "segmenter": None},
+        **{"descriptions": None, "paraphrases": None},
+    }
     assert EvaluationArguments(model="m").inputs() == {"model": "m", "data": None, "segmenter": None}
 
 

@@ -3,7 +3,7 @@
 | preset         | hardware       | time                          | held-out mDice                                     |
 |----------------|----------------|-------------------------------|----------------------------------------------------|
 | `tiny`         | 1 CPU core     | 7 minutes (docs/log.md)       | 83 to 94 on its synthetic data (docs/log.md)       |
-| `core_seg_3b`  | 2 GPUs, 80 GB  | not run by us                 | published: 37.06 on ComLesion-14K; not run by us   |
+| `core_seg_3b`  | 2 A6000, 48 GB | not run by us                 | published: 37.06 on ComLesion-14K; not run by us   |
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
 
 
 ON_A_CPU = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
+# GRPO as published (formulas C): mean over the tokens of an answer, then over answers; KL without bias correction; a
+# ratio for each token. TRL's own defaults for the first two differ.
+AS_PUBLISHED = {"loss_type": "grpo", "use_bias_correction_kl": False, "importance_sampling_level": "token"}
 REWARDS = ("format", "box_f1", "dual_granularity_mask")
 
 RECIPES = {
@@ -88,6 +91,7 @@ RECIPES = {
         },
         grpo={
             **ON_A_CPU,
+            **AS_PUBLISHED,
             "per_device_train_batch_size": 16,
             "num_generations": 4,
             "max_completion_length": 112,
@@ -113,11 +117,11 @@ RECIPES = {
         build=build_3b,
         segmenter=sam2_builder(sam2_config("sam2.1_hiera_tiny", image_size=512), "wanglab/MedSAM2:MedSAM2_latest.pt"),
         prompt=ImagePromptSettings(max_edge=512, max_new_tokens=512),
-        # formulas A3: 1 epoch, batch 32 over 2 GPUs, learning rate 1e-4
+        # formulas A3: 1 epoch, batch 32, learning rate 1e-4; on 2 GPUs there, here on any number that divides it
         sft={
             "num_train_epochs": 1,
+            "global_batch_size": 32,
             "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 4,
             "learning_rate": 1e-4,
             "bf16": True,
             "gradient_checkpointing": True,
@@ -127,9 +131,11 @@ RECIPES = {
         },
         # formulas A4: 2 epochs, batch 16, G = 4, learning rate 5e-6; beta is not published, 0.04 is DeepSeekMath's
         grpo={
+            **AS_PUBLISHED,
             "num_train_epochs": 2,
+            "global_batch_size": 16,
+            "batch_unit": "prompts",  # 64 completions; the paper does not say which of the two it counts
             "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 4,
             "num_generations": 4,
             "max_completion_length": 512,
             "learning_rate": 5e-6,
@@ -214,7 +220,7 @@ class CoreSegRun(TwoStageRun):
         rows, recipe = self.train_rows, self.recipe
         if self.copies() > 1:
             rows = augment(rows, self.copies() - 1)
-        limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes}
+        limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes, "coordinates": self.arguments.coordinates}
         return prepare(rows, processor, self.prompt, completions=completions, **limits)
 
     def build(self) -> tuple[Any, Any]:

@@ -4,12 +4,12 @@
 |----------------|---------------|---------|----------------------------------------------------------------------|
 | `tiny`         | 2 CPU cores   | 14 min  | Dice 78.8 % (true boxes 79.3), visibility 60.7 to 67.2 %, boxes 22.4 |
 |                |               |         | to 26.4 % from stage 1 to 2, on its synthetic volumes (docs/log.md)  |
-| `medvol_r1_4b` | 4 GPUs, 80 GB | not run | not run; published Dice: 85.43 CT-ORG, 89.86 AbdomenCT-1K,           |
+| `medvol_r1_4b` | A6000, 48 GB  | not run | not run; published Dice: 85.43 CT-ORG, 89.86 AbdomenCT-1K,           |
 |                |               |         | 45.46 KiTS23                                                         |
 
-The paper states neither hardware nor time; 4 GPUs of 80 GB is our estimate for Qwen3-VL-4B with LoRA, 64 images a
-prompt and ZeRO-2 (`--deepspeed examples/medvol_r1/zero2.json`). `tiny` took 14 minutes with a thread on each core
-(`--num_cpu_threads_per_process 2`), 17 with one.
+The paper trained on NVIDIA RTX A6000 and states neither their number nor the time; `--deepspeed
+examples/medvol_r1/zero2.json` (ZeRO-2) is our choice for several of them.
+`tiny` took 14 minutes with a thread on each core (`--num_cpu_threads_per_process 2`), 17 with one.
 """
 
 from __future__ import annotations
@@ -117,6 +117,9 @@ ON_A_CPU = {
     "report_to": "none",
     "lr_scheduler_type": "cosine",
 }
+# GRPO as published (formulas C): mean over the tokens of an answer, then over answers; KL without bias correction.
+# TRL's defaults for both differ. Eq. 3 writes one ratio for an answer, "sequence"; "token" is the other reading.
+AS_PUBLISHED = {"loss_type": "grpo", "use_bias_correction_kl": False, "importance_sampling_level": "sequence"}
 # formulas B, for both stages: AdamW (the trainers' default), warm-up 0.1, cosine, bf16, checkpointing
 PUBLISHED = {
     "lr_scheduler_type": "cosine",
@@ -144,6 +147,7 @@ RECIPES = {
         },
         grpo={
             **ON_A_CPU,
+            **AS_PUBLISHED,
             "per_device_train_batch_size": 32,
             "num_generations": 4,
             "max_completion_length": 112,
@@ -171,8 +175,10 @@ RECIPES = {
             "learning_rate": 2e-5,
             "max_length": None,
         },
+        # batches are published per GPU, so they hold for any number of processes: 1 prompt, with its 4 completions
         grpo={
             **PUBLISHED,
+            **AS_PUBLISHED,
             "num_train_epochs": 3,
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 4,
@@ -182,7 +188,9 @@ RECIPES = {
             "beta": 0.01,
         },
         rewards=REWARDS,
-        lora={"r": 128, "lora_alpha": 256},  # rank 128 on all linear layers; alpha is not published
+        sft_reasoning=False,  # the targets are answers alone; stage 2 asks for <think>
+        lora={"r": 128, "lora_alpha": 256},  # alpha is not published
+        lora_scope="all",  # "rank 128 on all linear layers"; `--lora_scope language` is the other reading
         synthetic=SYNTHETIC,
     ),
 }
@@ -297,7 +305,15 @@ class MedVolRun(TwoStageRun):
         top_k = self.arguments.key_slices or self.recipe.top_k
         return concatenate_datasets(
             [
-                prepare_volumes(rows, processor, self.prompt, completions=True, top_k=top_k, seed=seed)
+                prepare_volumes(
+                    rows,
+                    processor,
+                    self.prompt,
+                    completions=True,
+                    top_k=top_k,
+                    seed=seed,
+                    coordinates=self.arguments.coordinates,
+                )
                 for seed in range(copies)
             ]
         )

@@ -4,11 +4,13 @@ Images: image, mask, query, modality, anatomy, lesion, name, [reasoning]. Volume
 intensity instead of image and mask.
 """
 
+from segrl.data.coordinates import find_coordinates, strip_coordinates
 from segrl.data.images.augmentation import augment
 from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
 from segrl.data.manifest import write_manifest
+from segrl.data.queries import Queries
 from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
 from segrl.data.volumes.case import Case, CaseReader, grey_values, read_case, read_grey
@@ -28,6 +30,7 @@ __all__ = [
     "Case",
     "CaseReader",
     "Intensity",
+    "Queries",
     "Scene",
     "SyntheticVolume",
     "Volume",
@@ -38,6 +41,7 @@ __all__ = [
     "build_volume_prompt",
     "check_rows",
     "check_volumes",
+    "find_coordinates",
     "format_slice_answer",
     "grey_values",
     "intensity_for",
@@ -60,6 +64,7 @@ __all__ = [
     "scale_intensity",
     "shown_frame",
     "shown_image",
+    "strip_coordinates",
     "uniform_slices",
     "write_folder",
     "write_manifest",

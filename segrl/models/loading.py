@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from segrl.errors import CheckpointError, SegRLError
+from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.models.saved_files import check_saved_files
 
 __all__ = ["ensure_seg_token", "language_model_lora", "load_vlm", "restore_weights", "seg_token_id"]
@@ -222,19 +222,27 @@ def seg_token_id(processor: Any, seg_token: str = "<seg>") -> int:
     )
 
 
-def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), **settings: Any) -> Any:
-    """Return LoRA settings for every linear layer of the language model, but not of a vision tower or mask head.
+def language_model_lora(
+    model: PreTrainedModel,
+    *,
+    tokens: Sequence[int] = (),
+    scope: Literal["language", "all"] = "language",
+    **settings: Any,
+) -> Any:
+    """Return LoRA settings for every linear layer of the language model, or of the vision tower as well.
 
     Args:
         model: Any transformers model; the language model in it is what `get_decoder()` returns.
         tokens: Ids of tokens whose input embeddings are trained in full, such as that of `<seg>`.
+        scope: "language" leaves out vision tower and projector; "all" is PEFT's "all-linear", every linear layer but
+            the output layer. Neither has a mask head, which the trainers take off before PEFT sees the model.
         **settings: More settings of `peft.LoraConfig`, for example ``r=64, lora_alpha=128``.
 
     Returns:
         A `peft.LoraConfig`, for the `peft_config` of a trainer.
 
     Raises:
-        SegRLError: If there are no linear layers in the language model.
+        SegRLError: If there are no linear layers in the language model, or `scope` is another.
 
     Example:
         >>> from peft import get_peft_model
@@ -246,6 +254,8 @@ def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), *
     """
     from peft import LoraConfig
 
+    if scope not in ("language", "all"):
+        raise unknown_name("LoRA scope", scope, ("language", "all"))
     decoder, output = model.get_decoder(), model.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]
@@ -263,9 +273,8 @@ def language_model_lora(model: PreTrainedModel, *, tokens: Sequence[int] = (), *
         rows = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is rows)
         settings = {"trainable_token_indices": {name.rpartition(".")[2]: list(tokens)}, **settings}
-    return LoraConfig(
-        target_modules=rf"{inside}(.*\.)?({'|'.join(sorted(linear))})", **{"task_type": "CAUSAL_LM", **settings}
-    )
+    target = "all-linear" if scope == "all" else rf"{inside}(.*\.)?({'|'.join(sorted(linear))})"
+    return LoraConfig(target_modules=target, **{"task_type": "CAUSAL_LM", **settings})
 
 
 def _tokenizer_of(processor: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.drawing import draw_overlay
+from segrl.reports.published import PublishedRow, load_published
 from segrl.reports.results_file import versions, write_results
 from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES, Column, results_table
 from segrl.reports.terminal import printable, say
@@ -11,8 +12,10 @@ __all__ = [
     "VOLUME_COLUMNS",
     "VOLUME_STAGES",
     "Column",
+    "PublishedRow",
     "contact_sheet",
     "draw_overlay",
+    "load_published",
     "printable",
     "results_table",
     "say",

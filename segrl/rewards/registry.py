@@ -68,7 +68,7 @@ class RewardInfo:
     Example:
         >>> from segrl.rewards import reward_info
         >>> reward_info("box_f1").range, list(reward_info("box_f1").settings)
-        ((0.0, 1.0), ['min_iou', 'require_valid'])
+        ((0.0, 1.0), ['min_iou', 'mean_over', 'require_valid'])
     """
 
     name: str

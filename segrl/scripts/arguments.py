@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, get_args
 
+from segrl.data.coordinates import CoordinatePolicy
 from segrl.errors import SegRLError
 from segrl.predictions.frames import FrameKind
 
@@ -41,6 +42,17 @@ class RunArguments:
         default=None,
         metadata={"help": "Folder, DatasetDict saved to disk, or hub data set owner/name, with splits train and test."},
     )
+    descriptions: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of descriptions by structure, such as M3D's term_dictionary.json: questions describe "
+            "the structure and do not name it."
+        },
+    )
+    paraphrases: str | None = field(
+        default=None,
+        metadata={"help": "JSON file of whole questions by structure, which do not name it."},
+    )
     train_limit: int | None = field(default=None, metadata={"help": "Use only the first rows of the training split."})
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate only the first rows of the test split."})
     eval_batch_size: int = field(default=16, metadata={"help": "Rows per generation in the evaluation."})
@@ -63,7 +75,9 @@ class RunArguments:
 
     def inputs(self) -> dict[str, str | None]:
         """Return what the run reads, by the names of the flags, for `segrl.scripts.check_output`."""
-        return {name: getattr(self, name, None) for name in ("model", "data", "segmenter")}
+        return {
+            name: getattr(self, name, None) for name in ("model", "data", "segmenter", "descriptions", "paraphrases")
+        }
 
 
 @dataclass
@@ -84,7 +98,30 @@ class TwoStageArguments(RunArguments):
     )
     drop_rewards: list[str] | None = field(default=None, metadata={"help": "Rewards to leave out (ablation)."})
     reasoning: bool = field(
-        default=True, metadata={"help": "Chain of thought on or off (ablation); may differ between the stages."}
+        default=True,
+        metadata={"help": "Chain of thought on or off in the script's own stage (ablation); default: the preset's."},
+    )
+    sft_reasoning: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Chain of thought in stage 1 when train_grpo runs it: true or false; default: the preset's, else "
+            "as in stage 2."
+        },
+    )
+    coordinates: str = field(
+        default="refuse",
+        metadata={
+            "help": "What to do with coordinates in a column reasoning: refuse, strip (CORE-Seg), or keep them.",
+            "choices": list(get_args(CoordinatePolicy)),
+        },
+    )
+    lora_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers with LoRA: those of the language model, or all (PEFT's all-linear, with the vision "
+            "tower); default: the preset's.",
+            "choices": ["language", "all"],
+        },
     )
     frame_kind: str | None = field(
         default=None,

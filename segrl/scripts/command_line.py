@@ -20,7 +20,7 @@ from segrl.reports.terminal import escaped_warnings, say
 from segrl.rewards.factory import make_reward
 from segrl.scripts.arguments import check_numbers
 
-__all__ = ["Parser", "check_rewards", "find_preset", "missing_processes", "parse", "run_script"]
+__all__ = ["Parser", "check_rewards", "find_preset", "given_flags", "missing_processes", "parse", "run_script"]
 
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config")
@@ -113,8 +113,17 @@ def parse(
         parser.set_defaults(**settings)
     arguments, config = parser.read(argv)
     check_numbers(arguments, least)
-    given = {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}
-    return arguments, config, given
+    return arguments, config, given_flags(argv)
+
+
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """Return the names of the flags on a command line.
+
+    Example:
+        >>> sorted(given_flags(["--max-steps=2", "--data", "folder"]))
+        ['data', 'max_steps']
+    """
+    return {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}
 
 
 def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:

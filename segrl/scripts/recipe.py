@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
@@ -23,10 +23,13 @@ class Recipe:
         build: `build(train_rows, model) -> (model, processor)`; `model` is `--model`, None for the preset's own.
         segmenter: `segmenter(weights)` builds the segmenter; `weights` is `--segmenter`, None for the preset's own.
         prompt: How the model is asked; `--reasoning` and `--frame_kind` change it.
+        sft_reasoning: Chain of thought in stage 1, where it differs from stage 2; `--sft_reasoning` changes it. None:
+            as in `prompt`.
         sft: Trainer settings of stage 1.
         grpo: Trainer settings of stage 2.
         rewards: Rewards of stage 2, as `make_reward` takes them.
-        lora: Settings of `peft.LoraConfig` for the language model; None trains it whole.
+        lora: Settings of `peft.LoraConfig`; None trains the model whole.
+        lora_scope: Layers with LoRA, see `language_model_lora`; `--lora_scope` changes it.
         fill_to: Repeat the rows of a small training set up to about this many; 0 does not.
         synthetic: Sizes of the data that is made without `--data`; "train" and "test" are the rows of these splits.
 
@@ -50,7 +53,9 @@ class Recipe:
     grpo: Mapping[str, Any]
     rewards: Sequence[str]
     segmenter: Callable[[str | None], Any] | None = None
+    sft_reasoning: bool | None = None
     lora: Mapping[str, Any] | None = None
+    lora_scope: Literal["language", "all"] = "language"
     fill_to: int = 0
     synthetic: Mapping[str, int] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
+from segrl.data.queries import Queries
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
 from segrl.heads.attach import find_mask_head
 from segrl.hub import check_source, reraise_as
@@ -23,7 +24,7 @@ from segrl.inference.base import SegmenterBase
 from segrl.models.loading import language_model_lora
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, check_numbers, first_stage_settings
-from segrl.scripts.command_line import Parser, check_rewards, find_preset, parse
+from segrl.scripts.command_line import Parser, check_rewards, find_preset, given_flags, parse
 from segrl.scripts.recipe import Recipe
 from segrl.scripts.results import results_for
 from segrl.scripts.run_folder import (
@@ -63,7 +64,8 @@ class TwoStageRun:
             left out.
         arguments: The flags.
         recipe: The preset.
-        prompt: How the model is asked: the preset's settings, changed by flags and, once it is loaded, by the data.
+        prompt: How the model is asked in the stage at hand: the preset's settings, changed by flags and, once it is
+            loaded, by the data.
         config: Settings of the trainer of the script's own stage; None in an evaluation.
         given: Names of the flags that were given.
         seed: Of everything that is drawn.
@@ -79,7 +81,7 @@ class TwoStageRun:
     least: ClassVar[Mapping[str, float]] = {}
     stage1_flags: ClassVar[Sequence[str]] = ()
     stage2_flags: ClassVar[Sequence[str]] = (
-        *("skip_stage1", "rewards", "drop_rewards", "sft_max_steps", "sft_learning_rate"),
+        *("skip_stage1", "rewards", "drop_rewards", "sft_max_steps", "sft_learning_rate", "sft_reasoning"),
     )
     baseline_splits: ClassVar[Sequence[str]] = ()
     arguments: Any
@@ -96,6 +98,9 @@ class TwoStageRun:
             self.prompt = replace(self.prompt, reasoning=arguments.reasoning, frame_kind=kind)
             rewards = self.recipe.rewards if arguments.rewards is None else arguments.rewards
             arguments.rewards = check_rewards(rewards, arguments.drop_rewards or ())
+            if arguments.lora_scope is not None and self.recipe.lora is None:
+                raise SegRLError(f"--lora_scope: preset {arguments.preset!r} trains the whole model; drop the flag")
+        self.queries = Queries.from_files(arguments.descriptions, arguments.paraphrases)
         self.progress = Progress()
         self.rows: dict[str, Dataset | None] = {}
         self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
@@ -162,6 +167,7 @@ class TwoStageRun:
                 run._fit_sft(first, model, processor, rows)
                 again = run.load_run(run.folder / STAGE1, device="cpu", trainable=True)
                 model, processor = again.model, again.processor
+                run._enter("grpo")
                 rows = run.prepare(model, processor, completions=False)
             elif start is None:
                 model, processor = run.warm_up(model, processor)
@@ -186,7 +192,7 @@ class TwoStageRun:
         folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
         run = cls(arguments, arguments.seed, folder)
         check_output(folder, overwrite=arguments.overwrite, inputs=arguments.inputs())
-        run.rows[arguments.split] = run.load(arguments.split)
+        run.rows[arguments.split] = run._asked(run.load(arguments.split))
         for split in cls.baseline_splits:
             try:
                 run.rows[split] = run.load(split)
@@ -314,13 +320,12 @@ class TwoStageRun:
             argv,
             cls.training_flags,
             config_class,
-            defaults=lambda known: {
-                "output_dir": output_dir,
-                **getattr(find_preset(known.preset, cls.recipes), stage),
-            },
+            defaults=lambda known: {"output_dir": output_dir, **cls._defaults(known.preset, stage, given_flags(argv))},
             description=f"{cls.name}, {stage}. Presets: {', '.join(cls.recipes)}.",
             least=cls.least,
         )
+        if {"gradient_accumulation_steps", "global_batch_size"} <= given:
+            raise SegRLError("--gradient_accumulation_steps follows from --global_batch_size; pass one of the two")
         run = cls(arguments, config.seed, Path(config.output_dir), given)
         run.progress = check_output(
             run.folder,
@@ -330,15 +335,36 @@ class TwoStageRun:
         )
         config.resume_from_checkpoint = run.progress.checkpoint
         run.config = config
-        run.rows = {split: run.load(split) for split in ("train", "test")}
+        run.rows = {split: run._asked(run.load(split)) for split in ("train", "test")}
         if run.rows["train"] is not None:
             run.prompt = run.prompt.for_rows(run.rows["train"])
         return run, config
 
+    @classmethod
+    def _defaults(cls, preset: str, stage: str, given: set[str]) -> dict[str, Any]:
+        """The preset's settings of a stage, as defaults of flags."""
+        recipe = find_preset(preset, cls.recipes)
+        settings = dict(getattr(recipe, stage))
+        if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
+            settings.pop("global_batch_size", None)
+        if stage == "grpo":
+            return {**settings, "reasoning": recipe.prompt.reasoning, "sft_reasoning": recipe.sft_reasoning}
+        first = recipe.sft_reasoning
+        return {**settings, "reasoning": recipe.prompt.reasoning if first is None else first}
+
+    def _enter(self, stage: Literal["sft", "grpo"]) -> None:
+        """Ask from now on as a stage does."""
+        first = self.arguments.sft_reasoning if stage == "sft" else None
+        self.prompt = replace(self.prompt, reasoning=self.arguments.reasoning if first is None else first)
+
+    def _asked(self, rows: Dataset | None) -> Dataset | None:
+        """Rows with the questions that `--descriptions` or `--paraphrases` gives."""
+        return rows if rows is None or self.queries is None else self.queries.ask(rows)
+
     def _continued(self, stage1: Path) -> Model:
         """The model of a stage 1 run, if what the flags ask for fits it."""
         name = f"--model {str(stage1)!r}"
-        for flag in self.stage1_flags:
+        for flag in (*self.stage1_flags, "lora_scope"):
             if getattr(self.arguments, flag) is not None:
                 raise SegRLError(f"--{flag} belongs to stage 1; {name} has its own already, drop the flag")
         loaded = self.load_run(stage1, device="cpu", trainable=True)
@@ -349,6 +375,7 @@ class TwoStageRun:
 
     def _ready(self, start: Model | None, *, completions: bool) -> tuple[Any, Any, Dataset] | None:
         """Model, processor and prepared rows, if the data is there."""
+        self._enter("sft" if completions else "grpo")
         if self.rows["train"] is None:
             return None
         if start is None:
@@ -359,10 +386,11 @@ class TwoStageRun:
     def _claim(self) -> None:
         claim_output(self.folder, asdict(self.arguments), self.progress)
         for split, rows in self.rows.items():
-            self.rows[split] = self.synthesize(split) if rows is None else rows
+            self.rows[split] = self._asked(self.synthesize(split)) if rows is None else rows
         self.make_parts()
 
     def _fit_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        self._enter("sft")
         if not config.resume_from_checkpoint:  # which has what the warm-up learned
             set_seed(self.seed)
             model, processor = self.warm_up(model, processor)
@@ -373,7 +401,8 @@ class TwoStageRun:
         """Arguments of either stage's trainer."""
         head = find_mask_head(model)
         tokens = [] if head is None else [head.probe.token_id]
-        lora = self.recipe.lora and language_model_lora(model, tokens=tokens, **self.recipe.lora)
+        scope = self.arguments.lora_scope or self.recipe.lora_scope
+        lora = self.recipe.lora and language_model_lora(model, tokens=tokens, scope=scope, **self.recipe.lora)
         return {
             "train_dataset": rows,
             "processing_class": processor,

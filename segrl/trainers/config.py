@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
+from segrl.errors import unknown_name
+from segrl.trainers.batches import check_processes, fit_accumulation
+
 __all__ = ["SegGRPOConfig", "SegSFTConfig"]
 
 
 @dataclass
 class SegGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with the weight of the policy term, the head's learning rate.
+    """`GRPOConfig` with the weight of the policy term, the head's learning rate, and a global batch size.
 
     The defaults add nothing: without a mask head, dense losses and segrl rewards `SegGRPOTrainer` is TRL's
     `GRPOTrainer` bit for bit.
@@ -34,6 +37,21 @@ class SegGRPOConfig(GRPOConfig):
             "help": "Boxes that prompt the frozen segmenter of volumes during training: those matched to a true box on "
             "the named slice (MedVol-R1; then more boxes never hurt R_c, only slice_boxes), or all.",
             "choices": ["matched", "all"],
+        },
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Size of an optimizer step over all processes, in batch_unit: gradient_accumulation_steps is "
+            "computed from it, per_device_train_batch_size (completions) and the number of processes. None leaves "
+            "that to gradient_accumulation_steps."
+        },
+    )
+    batch_unit: str = field(
+        default="prompts",
+        metadata={
+            "help": "What global_batch_size counts: prompts, each with num_generations completions, or completions.",
+            "choices": ["prompts", "completions"],
         },
     )
     share_prompt: bool | None = field(
@@ -59,10 +77,22 @@ class SegGRPOConfig(GRPOConfig):
         default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
     )
 
+    def __post_init__(self) -> None:
+        if self.batch_unit not in ("prompts", "completions"):
+            raise unknown_name("batch_unit", self.batch_unit, ("prompts", "completions"))
+        size = self.global_batch_size
+        if size is None:
+            return super().__post_init__()
+        rows = size * (self.num_generations if self.batch_unit == "prompts" else 1)
+        unit = f"global_batch_size={size} {self.batch_unit} ({rows} completions)"
+        processes = fit_accumulation(self, rows, unit)
+        super().__post_init__()
+        check_processes(self, processes)
+
 
 @dataclass
 class SegSFTConfig(SFTConfig):
-    """`SFTConfig` with the weight of the text term and the head's learning rate.
+    """`SFTConfig` with the weight of the text term, the head's learning rate, and a global batch size.
 
     The defaults add nothing: without a mask head and dense losses `SegSFTTrainer` is TRL's `SFTTrainer` bit for bit.
 
@@ -77,6 +107,13 @@ class SegSFTConfig(SFTConfig):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the mask head; None uses learning_rate."}
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step over all processes: gradient_accumulation_steps is computed from it, "
+            "per_device_train_batch_size and the number of processes. None leaves that to gradient_accumulation_steps."
+        },
+    )
     feature_cache_memory: int = field(
         default=2**30,
         metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},
@@ -88,3 +125,11 @@ class SegSFTConfig(SFTConfig):
     feature_cache_disk: int = field(
         default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
     )
+
+    def __post_init__(self) -> None:
+        size = self.global_batch_size
+        if size is None:
+            return super().__post_init__()
+        processes = fit_accumulation(self, size, f"global_batch_size={size} rows")
+        super().__post_init__()
+        check_processes(self, processes)

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from segrl.data.completions import check_preparation, target_completion
+from segrl.data.coordinates import CoordinatePolicy, check_coordinates, given_reasoning
 from segrl.data.reasoning import build_reasoning
 from segrl.errors import DataError
 from segrl.geometry.masks import binarize, boxes_from_mask
@@ -54,6 +55,7 @@ def prepare(
     completions: bool,
     brief: bool = False,
     max_boxes: int | None = None,
+    coordinates: CoordinatePolicy = "refuse",
     num_proc: int | None = None,
 ) -> Dataset:
     """Add the columns that the trainers read: `prompt`, and `completion` for supervised fine-tuning.
@@ -69,6 +71,8 @@ def prepare(
         brief: Short template reasoning, for tiny models.
         max_boxes: Write only the boxes of the largest components; a mask with a hundred specks makes a long answer.
             Rewards still compare with all of them.
+        coordinates: What to do with coordinates in the reasoning column: "refuse" them, "strip" them as CORE-Seg does,
+            or "keep" them. See `find_coordinates`.
         num_proc: Processes for `Dataset.map`.
 
     Returns:
@@ -76,9 +80,9 @@ def prepare(
         `full_image`, the original as a file where `image` was scaled down: the segmenter of a mask head sees that.
 
     Raises:
-        DataError: There are no rows, a column is missing, a limit is below 1, there is neither processor nor frame, a
-            mask is not binary or has another size than its image, or a row's texts give a completion that does not
-            parse.
+        DataError: There are no rows, a column is missing, a limit is below 1, there is neither processor nor frame,
+            given reasoning holds coordinates, a mask is not binary or has another size than its image, or a row's texts
+            give a completion that does not parse.
 
     Example:
         >>> from segrl.data import make_synthetic, prepare
@@ -94,8 +98,16 @@ def prepare(
     check_preparation(
         dataset, processor, settings, columns, limits, source="segrl.data.load_folder", needs_frame=completions
     )
+    if completions and settings.reasoning:
+        check_coordinates(dataset, coordinates)
     row_columns = functools.partial(
-        _row_columns, processor=processor, settings=settings, completions=completions, brief=brief, max_boxes=max_boxes
+        _row_columns,
+        processor=processor,
+        settings=settings,
+        completions=completions,
+        brief=brief,
+        max_boxes=max_boxes,
+        coordinates=coordinates,
     )
     encoded = dataset.cast_column("image", Image(decode=False))  # images that keep their size keep their bytes
     message = List({"role": Value("string"), "content": Value("string")})
@@ -129,6 +141,7 @@ def _row_columns(
     completions: bool,
     brief: bool,
     max_boxes: int | None,
+    coordinates: CoordinatePolicy,
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"prompt": build_prompt(row["query"], settings.full_instruction)}
     if settings.max_edge is not None:
@@ -158,8 +171,9 @@ def _row_columns(
     reasoning = None
     if settings.reasoning:
         texts = {name: row[name] for name in ("lesion", "anatomy", "modality", "query")}
-        written = (row.get("reasoning") or "").strip()
-        reasoning = written or build_reasoning(mask=mask, key=row["name"], brief=brief, **texts)
+        reasoning = given_reasoning(row, coordinates) or build_reasoning(
+            mask=mask, key=row["name"], brief=brief, **texts
+        )
 
     def answer() -> str:
         boxes = boxes_from_mask(mask)[:max_boxes]

@@ -19,6 +19,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 from segrl.data.completions import check_preparation, target_completion
+from segrl.data.coordinates import CoordinatePolicy, check_coordinates, given_reasoning
 from segrl.data.reasoning import build_reasoning, pick_by_hash
 from segrl.data.volumes.case import read_case
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
@@ -87,6 +88,7 @@ def prepare_volumes(
     brief: bool = False,
     max_boxes: int | None = None,
     seed: int = 0,
+    coordinates: CoordinatePolicy = "refuse",
     num_proc: int | None = None,
 ) -> Dataset:
     """Add the columns that the trainers read: `images`, `slices`, `prompt`, and `completion` for fine-tuning.
@@ -103,6 +105,8 @@ def prepare_volumes(
         brief: Short template reasoning, for tiny models.
         max_boxes: Write only the boxes of the largest components. Rewards still compare with all of them.
         seed: Draws other key slices.
+        coordinates: What to do with coordinates and numbers of slices in the reasoning column: "refuse", "strip" or
+            "keep" them. See `find_coordinates`.
         num_proc: Processes for `Dataset.map`.
 
     Returns:
@@ -111,7 +115,8 @@ def prepare_volumes(
 
     Raises:
         DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
-            completions, a row has no label or a lesion that no shown slice holds; names the row or file.
+            completions, given reasoning holds coordinates, a row has no label or a lesion that no shown slice holds;
+            names the row or file.
 
     Example:
         >>> from segrl.data import make_synthetic_volumes
@@ -124,6 +129,8 @@ def prepare_volumes(
     settings = settings or VolumePromptSettings()
     limits = {"top_k": top_k, "max_boxes": max_boxes}
     check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes")
+    if completions and settings.reasoning:
+        check_coordinates(dataset, coordinates, volume=True)
     row_columns = functools.partial(
         _row_columns,
         processor=processor,
@@ -133,6 +140,7 @@ def prepare_volumes(
         brief=brief,
         max_boxes=max_boxes,
         seed=seed,
+        coordinates=coordinates,
     )
     return dataset.map(row_columns, num_proc=num_proc, desc="slices").cast_column("images", List(Image()))
 
@@ -147,6 +155,7 @@ def _row_columns(
     brief: bool,
     max_boxes: int | None,
     seed: int,
+    coordinates: CoordinatePolicy,
 ) -> dict[str, Any]:
     case = read_case(row, label=completions)
     mask = case.mask
@@ -163,7 +172,7 @@ def _row_columns(
     position = _key_position(mask[shown], top_k, f"{row['name']} {seed}", row)
     key = int(shown[position])
     height = (position + 0.5) / len(shown)  # of the slice's middle in the stack
-    reasoning = _reasoning(row, mask[key], height, brief) if settings.reasoning else None
+    reasoning = _reasoning(row, mask[key], height, brief, coordinates) if settings.reasoning else None
 
     def answer() -> str:
         return format_slice_answer(
@@ -187,9 +196,9 @@ def _key_position(shown: np.ndarray, top_k: int, key: str, row: dict[str, Any]) 
     return pick_by_hash(visible.tolist(), key)
 
 
-def _reasoning(row: dict[str, Any], mask: np.ndarray, height: float, brief: bool) -> str:
-    if (row.get("reasoning") or "").strip():
-        return row["reasoning"].strip()
+def _reasoning(row: dict[str, Any], mask: np.ndarray, height: float, brief: bool, policy: CoordinatePolicy) -> str:
+    if written := given_reasoning(row, policy, volume=True):
+        return written
     texts = {name: row[name] for name in ("lesion", "anatomy", "modality", "query")}
     position = f"It is best seen in the {_THIRDS[min(2, int(3 * height))]} third of the slices."
     return f"{build_reasoning(mask=mask, key=row['name'], brief=brief, **texts)} {position}"

@@ -6,12 +6,14 @@ missing returns the lowest value of the reward, so that no text gains by not ans
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from segrl.errors import DataError, RewardError
-from segrl.geometry.boxes import giou
+from segrl.geometry.boxes import giou, pairwise_iou
 from segrl.geometry.masks import empty_score, mask_to_box
-from segrl.geometry.matching import match_boxes
+from segrl.geometry.matching import match
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target
 from segrl.rewards.builtin.rules import drop_duplicates
@@ -47,17 +49,27 @@ def format_reward(prediction: Prediction, target: Target) -> float:
     equation="mean IoU of matched pairs · F1, F1 = 2 · TP / (N + M), TP: matched pairs with IoU > min_iou",
     source="CORE-Seg, r_bbox",
 )
-def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, require_valid: bool = True) -> float:
-    """Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox).
+def box_f1(
+    prediction: Prediction,
+    target: Target,
+    *,
+    min_iou: float = 0.5,
+    mean_over: Literal["matched", "true_positives"] = "matched",
+    require_valid: bool = True,
+) -> float:
+    """Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox, Eq. 8).
 
-    Boxes are matched one-to-one for the largest total IoU. A pair whose IoU exceeds `min_iou` is a true positive; the
-    mean runs over those pairs. A repeated box is never matched and lowers the precision.
+    Boxes are matched one-to-one for the largest total IoU, as many pairs as the shorter list has boxes. A pair whose
+    IoU exceeds `min_iou` is a true positive of precision and recall. A repeated box is never matched and lowers the
+    precision.
 
     Args:
         prediction: Boxes in original pixels.
         target: True boxes in original pixels.
         min_iou: IoU that a matched pair must exceed, in [0, 1). The paper is silent. Below 0.5 a box may be a true
             positive of a lesion that it hardly touches.
+        mean_over: Pairs whose IoU is averaged: "matched", every one, as the equation is written, so that pairs with
+            IoU 0.9 and 0.3 have a mean of 0.6; or only the "true_positives", the other reading of it.
         require_valid: Return 0.0 for an invalid text. The paper is silent.
 
     Returns:
@@ -68,10 +80,11 @@ def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, requ
 
     Example:
         >>> from segrl.predictions import CompletionFormat, read_answer, read_target
-        >>> target = read_target({"boxes": [[0, 0, 8, 8]], "size": [16, 8]})
-        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 6], [12, 0, 16, 8].<seg></answer>"
-        >>> box_f1(read_answer(text, CompletionFormat("original_px"), target), target)
-        0.5
+        >>> target = read_target({"boxes": [[0, 0, 8, 8], [12, 0, 16, 8]], "size": [16, 8]})
+        >>> text = "<think>Dark.</think><answer>At [0, 0, 8, 6], [12, 0, 16, 2].<seg></answer>"
+        >>> answer = read_answer(text, CompletionFormat("original_px"), target)  # IoU 0.75 and 0.25, F1 0.5
+        >>> box_f1(answer, target), box_f1(answer, target, mean_over="true_positives")
+        (0.25, 0.375)
     """
     if not 0 <= min_iou < 1:
         raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
@@ -82,8 +95,13 @@ def box_f1(prediction: Prediction, target: Target, *, min_iou: float = 0.5, requ
     if score is not None:
         return score
     candidates = drop_duplicates(prediction.boxes, target.boxes)
-    matched = match_boxes(prediction.boxes[candidates], target.boxes, min_iou).iou
-    return 2 * float(matched.sum()) / (n_pred + n_true)  # the number of matches, TP, cancels out
+    iou = pairwise_iou(prediction.boxes[candidates], target.boxes)
+    matched = iou[match(-iou)]
+    hits = matched > min_iou
+    if not hits.any():
+        return 0.0
+    counted = matched if mean_over == "matched" else matched[hits]
+    return float(counted.mean()) * 2 * int(hits.sum()) / (n_pred + n_true)
 
 
 @register_reward(
@@ -106,7 +124,9 @@ def dual_granularity_mask(
     """Score a mask coarsely while it misses and finely once it overlaps (CORE-Seg, r_mask).
 
     Below `dice_threshold` the reward is the GIoU of the two masks' bounding boxes, which still measures how far off the
-    mask is; from there on it is ``1 + dice_weight * Dice``.
+    mask is; from there on it is ``1 + dice_weight * Dice``. In GIoU, C is the smallest axis-parallel box that encloses
+    both boxes, as Rezatofighi et al. define it; the paper's Eq. 10 calls it their convex hull, which is smaller where
+    the boxes lie diagonally.
 
     Args:
         prediction: Mask in original pixels.

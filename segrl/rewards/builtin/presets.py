@@ -45,6 +45,7 @@ SEG_ZERO_EDGE = 840  # edge of the squares to which Seg-Zero's and VisionReasone
 def core_seg(
     *,
     min_iou: float = 0.5,
+    mean_over: Literal["matched", "true_positives"] = "matched",
     dice_threshold: float = 0.05,
     dice_weight: float = 2.0,
     weights: Sequence[float] = (1.0, 1.0, 1.0),
@@ -53,6 +54,7 @@ def core_seg(
 
     Args:
         min_iou: See `box_f1`.
+        mean_over: See `box_f1`.
         dice_threshold: See `dual_granularity_mask`.
         dice_weight: See `dual_granularity_mask`.
         weights: Of format, boxes, mask; (1, 1, 0) and (1, 0, 1) are the ablations of the paper.
@@ -62,7 +64,8 @@ def core_seg(
         [('format', 1.0), ('box_f1', 2.0)]
     """
     mask = make_reward(dual_granularity_mask, dice_threshold=dice_threshold, dice_weight=dice_weight)
-    return _sum("core_seg", [make_reward(format_reward), make_reward(box_f1, min_iou=min_iou), mask], weights)
+    boxes = make_reward(box_f1, min_iou=min_iou, mean_over=mean_over)
+    return _sum("core_seg", [make_reward(format_reward), boxes, mask], weights)
 
 
 @register_preset("medvol_r1", equation="R_f + R_a + R_s + R_c", source="MedVol-R1")
