@@ -104,7 +104,9 @@ def load_plugin(group: str, name: str, kind: str, error: type[SegRLError] = SegR
         raise error(f"{kind} {name!r}: {conflict}")
     try:
         return plugin.load()
-    except (Exception, SystemExit) as problem:  # whatever a package's import raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # whatever a package's import raises
         raise error(f"{kind} {name!r} of {plugin_origin(plugin)} {_failed(plugin, _error_text(problem))}") from problem
 
 

@@ -39,7 +39,9 @@ def resolve_attribute(path: str, kind: str = "attribute", error: type[SegRLError
         found = importlib.import_module(module)
         for name in attribute.split("."):
             found = getattr(found, name)
-    except (Exception, SystemExit) as problem:  # whatever a user's module raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # whatever a user's module raises
         raise error(f"{kind} {path!r} cannot be imported: {type(problem).__name__}: {problem}") from problem
     return found
 

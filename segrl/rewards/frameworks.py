@@ -168,6 +168,10 @@ class EasyR1Score:
                 f"reward {self.reward.name!r}: EasyR1 passed a single row; set REWARD_TYPE = 'batch' beside "
                 "compute_score, or worker.reward.reward_type=batch"
             )
+        for number, row in enumerate(reward_inputs):
+            for key in ("response", "ground_truth"):
+                if key not in row:
+                    raise RewardError(f"reward {self.reward.name!r}, row {number}: no {key!r}; found {_listed(row)}")
         texts, ground_truths = ([row[key] for row in reward_inputs] for key in ("response", "ground_truth"))
         scores = _scores(self.reward, "overall", texts, ground_truths, [None] * len(texts), self.none)
         return [score if isinstance(score, dict) else {"overall": score} for score in scores]
@@ -222,9 +226,16 @@ class SwiftORM:
                 raise RewardError(
                     f"reward {self.reward.name!r}: no column {self.ground_truth!r}; found {_listed(kwargs)}"
                 )
-            ground_truths = kwargs.get(self.ground_truth) or [None] * len(completions)
+            given = kwargs.get(self.ground_truth)
+            ground_truths = [None] * len(completions) if given is None else given
         else:
             columns = [column for column in (*TARGET_COLUMNS, *METADATA_COLUMNS) if kwargs.get(column) is not None]
+            for column in columns:
+                if len(kwargs[column]) != len(completions):
+                    raise RewardError(
+                        f"reward {self.reward.name!r}: column {column!r} has {len(kwargs[column])} rows for "
+                        f"{len(completions)} completions"
+                    )
             ground_truths = [{column: kwargs[column][row] for column in columns} for row in range(len(completions))]
         predictions, targets, groups = _read(self.reward, completions, ground_truths, [None] * len(completions))
         progress = progress_of(kwargs.get("trainer_state"))
@@ -300,6 +311,8 @@ def _key(ground_truth: Any) -> str:
     """Return a text that is equal for equal ground truths."""
     if isinstance(ground_truth, Mapping):
         return repr(sorted((str(key), _key(value)) for key, value in ground_truth.items()))
+    if getattr(ground_truth, "dtype", None) == object:  # whose bytes are addresses
+        ground_truth = ground_truth.tolist()
     if hasattr(ground_truth, "tobytes"):  # an image or an array, which repr shortens
         return repr((getattr(ground_truth, "shape", None) or ground_truth.size, ground_truth.tobytes()))
     return repr(ground_truth)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from segrl.errors import RewardError
+from segrl.errors import RewardError, SegRLError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction
 from segrl.rewards.base import Batch, Scores, ignore_metric, progress_of, run
 from segrl.rewards.columns import AnyTarget, read_rows
+from segrl.rewards.example import example_pair
 from segrl.rewards.nodes import Leaf, Sum
 from segrl.rewards.registry import FORMAT_SETTINGS, RewardInfo, info_of, merged_needs, registered_name, reward_info
 from segrl.rewards.settings import check_settings
@@ -351,9 +352,25 @@ def resolve_reward(reference: AnyReward, settings: Mapping[str, Any] | None = No
     assert info.function is not None
     settings = check_settings(info, settings)
     if info.form == "preset":
-        return resolve_reward(info.function(**settings).named(info.name), given)
+        try:
+            made = info.function(**settings)
+        except SegRLError as error:
+            raise type(error)(f"reward {info.name!r}: {error}") from error
+        return resolve_reward(made.named(info.name), given)
     completion_format = CompletionFormat(**{**info.completion_format, **given})
+    if info.form == "function" and info.origin.startswith("segrl "):
+        _check_by_scoring(info, settings, completion_format)
     return build(info.name, Leaf(info.function, settings, info.name), (), completion_format)
+
+
+def _check_by_scoring(info: RewardInfo, settings: Mapping[str, Any], completion_format: CompletionFormat) -> None:
+    """Score a fixed pair: a reward of segrl checks its settings before it scores, and so they fail here."""
+    assert info.function is not None
+    prediction, target = example_pair(info.volume, completion_format)
+    try:
+        info.function(prediction, target, **settings)
+    except RewardError as error:
+        raise RewardError(f"reward {info.name!r}: {error}") from error
 
 
 def sum_rewards(

@@ -43,15 +43,20 @@ def is_reward_file(value: Any) -> bool:
     return isinstance(value, Path) or (isinstance(value, str) and value.endswith((".yaml", ".yml")))
 
 
-def load_reward(path: str | Path) -> Reward:
+def load_reward(path: str | Path, *, allow_imports: bool = True) -> Reward:
     """Read a reward from a YAML file.
+
+    A file that names a reward as `module:attribute` runs code: the module is imported. Pass `allow_imports=False` for
+    files of others.
 
     Args:
         path: The file; the module docstring of `segrl.rewards.serialization` shows its form.
+        allow_imports: Whether the file may name rewards as `module:attribute`; False leaves registered names, and
+            those of installed packages.
 
     Raises:
-        RewardError: The file is missing, is not YAML or repeats a key, or a value is wrong; the message names the
-            location in the file.
+        RewardError: The file is missing, is not YAML, is nested too deep or repeats a key, a value is wrong, or a
+            reward is `module:attribute` without `allow_imports`; the message names the location in the file.
         UnknownNameError: For a reward, setting, step or key that does not exist; it suggests the closest one.
 
     Example:
@@ -68,10 +73,11 @@ def load_reward(path: str | Path) -> Reward:
     except (OSError, UnicodeDecodeError) as error:
         raise RewardError(f"{path}: cannot be read: {error}") from error
     try:
-        data = yaml.load(text, Loader=_Loader)
+        return from_dict(yaml.load(text, Loader=_Loader), str(path), allow_imports=allow_imports)
     except yaml.YAMLError as error:
         raise RewardError(f"{path}: not valid YAML: {error}") from error
-    return from_dict(data, str(path))
+    except RecursionError:
+        raise RewardError(f"{path}: nested too deep; expected a sum of rewards, or of a few sums") from None
 
 
 def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
@@ -106,10 +112,10 @@ def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
     return text
 
 
-def from_dict(data: Any, where: str = "reward") -> Reward:
-    """Build a reward from plain values; `where` is their location, named in errors."""
+def from_dict(data: Any, where: str = "reward", *, allow_imports: bool = True) -> Reward:
+    """Build a reward from plain values; `where` is their location, named in errors, and the rest as in `load_reward`."""
     if isinstance(data, str):
-        return _located(where, resolve_reward, data)
+        return _located(where, _named, data, {}, allow_imports)
     if not isinstance(data, Mapping):
         raise RewardError(f"{where}: expected a mapping with 'reward' or 'rewards', got {data!r:.100}")
     for key in data:
@@ -125,18 +131,19 @@ def from_dict(data: Any, where: str = "reward") -> Reward:
         if not isinstance(data["reward"], str):
             raise RewardError(f"{where}.reward: {data['reward']!r:.100}; expected the name of a reward")
         settings = _mapping(data.get("settings"), f"{where}.settings")
-        reward = _located(where, resolve_reward, data["reward"], settings)
+        reward = _located(where, _named, data["reward"], settings, allow_imports)
     else:
         if "settings" in data:
             raise RewardError(f"{where}: a sum has no 'settings'; give them to its rewards")
         parts = []
         for n, item in enumerate(_list(data["rewards"], f"{where}.rewards")):
             weight = item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0
-            parts.append((from_dict(item, f"{where}.rewards[{n}]"), weight))
+            parts.append((from_dict(item, f"{where}.rewards[{n}]", allow_imports=allow_imports), weight))
         # The completion format of a sum is decided below, where all that is given is known.
         reward = _located(where, sum_rewards, parts, "total", CompletionFormat() if given else None)
     steps = tuple(
-        _step(item, f"{where}.steps[{n}]") for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
+        _step(item, f"{where}.steps[{n}]", allow_imports)
+        for n, item in enumerate(_list(data.get("steps"), f"{where}.steps"))
     )
     steps = (*reward.steps, *steps)
     of_preset = "reward" in data and reward.completion_format != usual_format(reward.source, reward.steps)
@@ -194,7 +201,15 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def _step(item: Any, where: str) -> Step:
+def _named(reference: str, settings: Mapping[str, Any], allow_imports: bool) -> Reward:
+    if ":" in reference and not allow_imports:
+        raise RewardError(
+            f"{reference!r} would import code, and allow_imports=False; expected the name of a registered reward"
+        )
+    return resolve_reward(reference, settings)
+
+
+def _step(item: Any, where: str, allow_imports: bool) -> Step:
     if not isinstance(item, Mapping) or len(item) != 1:
         raise RewardError(f"{where}: expected one step, such as clip: [0, 1], got {item!r:.100}")
     ((key, values),) = item.items()
@@ -219,7 +234,7 @@ def _step(item: Any, where: str) -> Step:
             raise RewardError(f"{where}.{key}: needs the setting {option.name!r}")
     given = dict(values)
     if step is Gate:
-        given["reward"] = from_dict(given["reward"], f"{where}.gate.reward")
+        given["reward"] = from_dict(given["reward"], f"{where}.gate.reward", allow_imports=allow_imports)
     for name, value in given.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in ("low", "high", "factor", "offset", "above") and not number:

@@ -6,6 +6,7 @@ that an extra box lowers it as much as a missing one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -73,7 +74,7 @@ def box_iou(
         0.5
     """
     check_setting(threshold is None or 0 <= threshold < 1, "threshold", threshold, "None or a number in [0, 1)")
-    check_setting(power > 0, "power", power, "a positive number")
+    check_setting(0 < power < math.inf, "power", power, "a positive number")
     check_setting(several in ("matched", "hull"), "several", several, "'matched' or 'hull'")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
@@ -164,7 +165,7 @@ def box_l1(
         >>> box_l1(read_answer(text, CompletionFormat("original_px"), target), target, within_px=4.0, graded=True)
         0.75
     """
-    check_setting(within_px > 0, "within_px", within_px, "a positive number of pixels")
+    check_setting(0 < within_px < math.inf, "within_px", within_px, "a positive number of pixels")
     check_setting(resized_to is None or resized_to > 0, "resized_to", resized_to, "None or a positive edge in pixels")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
@@ -256,7 +257,7 @@ def box_hungarian(
         0.25
     """
     check_setting(mode in ("max", "f_beta"), "mode", mode, "'max' or 'f_beta'")
-    check_setting(beta > 0, "beta", beta, "a positive number")
+    check_setting(0 < beta < math.inf, "beta", beta, "a positive number")
     check_setting(0 <= min_iou < 1, "min_iou", min_iou, "a number in [0, 1)")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score

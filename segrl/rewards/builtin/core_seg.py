@@ -6,17 +6,26 @@ missing returns the lowest value of the reward, so that no text gains by not ans
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from typing import Literal
 
 import numpy as np
 
 from segrl.errors import DataError, RewardError
 from segrl.geometry.boxes import giou, pairwise_iou
+=======
+import math
+
+import numpy as np
+
+from segrl.errors import DataError
+from segrl.geometry.boxes import giou
+>>>>>>> late
 from segrl.geometry.masks import empty_score, mask_to_box
 from segrl.geometry.matching import match
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target
-from segrl.rewards.builtin.rules import drop_duplicates
+from segrl.rewards.builtin.rules import check_setting, drop_duplicates
 from segrl.rewards.registry import register_reward
 
 __all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
@@ -86,8 +95,7 @@ def box_f1(
         >>> box_f1(answer, target), box_f1(answer, target, mean_over="true_positives")
         (0.25, 0.375)
     """
-    if not 0 <= min_iou < 1:
-        raise RewardError(f"min_iou={min_iou}; expected a number in [0, 1), such as 0.5")
+    check_setting(0 <= min_iou < 1, "min_iou", min_iou, "a number in [0, 1), such as 0.5")
     if require_valid and not prediction.valid:
         return 0.0
     n_pred, n_true = len(prediction.boxes), len(target.boxes)
@@ -140,6 +148,7 @@ def dual_granularity_mask(
         infimum of GIoU. Both masks empty: ``1 + dice_weight``.
 
     Raises:
+        RewardError: If `dice_threshold` is not in [0, 1], or `dice_weight` negative or infinite.
         DataError: If the masks differ in shape.
 
     Example:
@@ -150,6 +159,8 @@ def dual_granularity_mask(
         >>> dual_granularity_mask(read_answer(text, CompletionFormat(), target, mask=mask), target)
         1.8
     """
+    check_setting(0 <= dice_threshold <= 1, "dice_threshold", dice_threshold, "a number in [0, 1], such as 0.05")
+    check_setting(0 <= dice_weight < math.inf, "dice_weight", dice_weight, "a finite number, 0 or more, such as 2")
     mask, ground_truth = prediction.mask, target.mask
     if mask is None or not prediction.has_seg or (require_valid and not prediction.valid):
         return LOWEST_GIOU

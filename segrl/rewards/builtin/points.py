@@ -6,6 +6,7 @@ answer with boxes but no points is not empty, so it scores 0.0 where nothing is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -145,7 +146,7 @@ def point_distance(
         >>> point_distance(read_answer(text, json, target), target, within_px=2.0, graded=True)
         0.5
     """
-    check_setting(within_px > 0, "within_px", within_px, "a positive number of pixels")
+    check_setting(0 < within_px < math.inf, "within_px", within_px, "a positive number of pixels")
     check_setting(resized_to is None or resized_to > 0, "resized_to", resized_to, "None or a positive edge in pixels")
     if (score := trivial_score(prediction, len(target.boxes), require_valid=require_valid)) is not None:
         return score
@@ -171,7 +172,47 @@ def _inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 def _inside_own_box(prediction: Prediction) -> np.ndarray:
     """Return (P,): 1 for a point in its own predicted box, or in any if P != N; else 0."""
-    points, boxes = prediction.points[:, None], prediction.boxes[None]
-    inside = np.all((points >= boxes[..., :2]) & (points <= boxes[..., 2:]), axis=2)  # (P, N)
-    own = np.diagonal(inside) if inside.shape[0] == inside.shape[1] else np.any(inside, axis=1)
-    return own.astype(np.float64)
+    points, boxes = prediction.points, prediction.boxes
+    if len(points) != len(boxes):
+        return _inside_any(points, boxes)
+    return np.all((points >= boxes[:, :2]) & (points <= boxes[:, 2:]), axis=1).astype(np.float64)
+
+
+def _inside_any(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return (P,): 1 for a point inside or on the edge of any of N boxes; else 0.
+
+    A sweep from left to right, in O((P + N) log P): a model may write thousands of both. `tree` (Fenwick) holds +1 at
+    the first and -1 behind the last height of each box that is open at this x; a prefix sum counts the boxes that hold
+    a height.
+    """
+    heights, level = np.unique(points[:, 1], return_inverse=True)
+    first = np.searchsorted(heights, boxes[:, 1], side="left")
+    behind = np.searchsorted(heights, boxes[:, 3], side="right")
+    n_boxes, n_points = len(boxes), len(points)
+    tree = [0] * (len(heights) + 2)
+
+    def add(position: int, value: int) -> None:
+        position += 1
+        while position < len(tree):
+            tree[position] += value
+            position += position & -position
+
+    def count(position: int) -> int:
+        total, position = 0, position + 1
+        while position:
+            total += tree[position]
+            position -= position & -position
+        return total
+
+    # at one x, boxes open before points are looked up, and close after: their edges belong to them
+    kind = np.repeat([0, 1, 2], [n_boxes, n_points, n_boxes])
+    index = np.concatenate([np.arange(n_boxes), np.arange(n_points), np.arange(n_boxes)])
+    order = np.lexsort((kind, np.concatenate([boxes[:, 0], points[:, 0], boxes[:, 2]])))
+    inside = np.zeros(n_points)
+    for step, item in zip(kind[order].tolist(), index[order].tolist(), strict=True):
+        if step == 1:
+            inside[item] = count(int(level[item])) > 0
+        else:
+            add(int(first[item]), 1 - step)
+            add(int(behind[item]), step - 1)
+    return inside
