@@ -6,21 +6,13 @@ missing returns the lowest value of the reward, so that no text gains by not ans
 
 from __future__ import annotations
 
-<<<<<<< HEAD
+import math
 from typing import Literal
 
 import numpy as np
 
-from segrl.errors import DataError, RewardError
-from segrl.geometry.boxes import giou, pairwise_iou
-=======
-import math
-
-import numpy as np
-
 from segrl.errors import DataError
-from segrl.geometry.boxes import giou
->>>>>>> late
+from segrl.geometry.boxes import giou, pairwise_iou
 from segrl.geometry.masks import empty_score, mask_to_box
 from segrl.geometry.matching import match
 from segrl.predictions.prediction import Prediction
