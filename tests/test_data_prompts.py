@@ -290,7 +290,7 @@ def test_an_empty_mask_gives_a_valid_answer_without_boxes():
         ({"reasoning": "I </think> so."}, r"a\.png: reasoning holds the tag '</think>'"),
         (
             {"reasoning": "Here: <seg>"},
-            r"a\.png: the completion .* parses as 'extra_text', expected 'valid'; remove tags",
+            r"a\.png: the completion .* parses as 'extra_text' \(text outside .*\), expected 'valid'; remove tags",
         ),
     ],
 )

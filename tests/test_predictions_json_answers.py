@@ -70,7 +70,15 @@ GOOD = '{"bbox_2d": [1, 2, 9, 8]}'
     ("answer", "boxes"),
     [
         ("no json", 0),
-        ("```json\n[" + GOOD + "]\n```", 0),
+        ("See:\n```json\n[" + GOOD + "]\n```", 0),
+        ("```json\n[" + GOOD + "]\n```\nDone.", 0),
+        ("```json\n[" + GOOD + "]\n```\n```json\n[]\n```", 0),
+        ("```json\n[" + GOOD + "]", 0),
+        ("[" + GOOD + "]\n```", 0),
+        ("``````", 0),
+        ("```", 0),
+        ("```json\n```", 0),
+        ("`[" + GOOD + "]`", 0),
         (f"[{GOOD}] and text", 0),
         (f"[{GOOD}", 0),
         (f"[{GOOD}, {{}}]", 1),
@@ -109,6 +117,71 @@ def test_what_is_malformed_keeps_what_is_good(answer, boxes):
     assert found.status is Status.MALFORMED_JSON
     assert len(found.boxes) == boxes
     assert found.scores is None or len(found.scores) == boxes
+
+
+@pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}```", "```JSON {} ```", " ```{}``` "])
+@pytest.mark.parametrize("answer", ["[" + GOOD + "]", GOOD, "[]", "{}"])
+def test_one_code_fence_around_the_whole_answer_is_read(fence, answer):
+    found = read(fence.replace("{}", answer))
+    assert found.valid
+    assert found.boxes.tolist() == read(answer).boxes.tolist()
+    assert read(fence.replace("{}", answer) + "\n<seg>", require_seg=True).valid
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '"boxes": [[4, 4, 16, 14]]',
+        '"box": [1, 2, 9, 8]',
+        '"box": "1, 2, 9, 8"',
+        '"x1": 1, "y1": 2, "x2": 9, "y2": 8',
+        '"xmin": 1, "ymin": 2',
+        '"left": 1, "top": 2, "right": 9, "bottom": 8',
+        '"center": [4, 5]',
+        '"coordinates": {"a": 1, "b": 2}',
+        '"corners": [[1, 2], [9, 8]]',
+        '"where": {"x": 4, "y": 5}',
+        '"label": "cyst (100,200),(300,400)"',
+        '"label": "cyst at [1, 2, 9, 8]"',
+        '"label": ["a", {"b": "x1=10, y1=20"}]',
+        '"polygon": [1, 2, 9, 2, 9, 8]',
+        '"numbers": [1, 2, 9, 8]',
+    ],
+)
+@pytest.mark.parametrize("claim", ['"bbox_2d_list": []', '"slice": 2, "bbox_2d_list": []', '"bbox_2d": [1, 2, 9, 8]'])
+def test_coordinates_under_another_key_are_malformed(claim, extra):
+    """Else a finding under a key that is not read would count as nothing found, and be right without a lesion."""
+    plain, found = read(f"{{{claim}}}"), read(f"{{{claim}, {extra}}}")
+    assert plain.valid
+    assert found.status is Status.MALFORMED_JSON
+    assert found.boxes.tolist() == plain.boxes.tolist()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '"label": "cyst"',
+        '"label": "cyst of 12 mm, 2 of 3"',
+        '"id": 3',
+        '"size_mm": [12, 8, 6.5]',
+        '"location": "left lung, segment 3"',
+        '"boxes": 2',
+        '"date": "2024-03-14"',
+        '"axis": "x"',
+        '"confidence_low": 0.2, "confidence_high": 0.9',
+        '"right": 1, "left": 2',
+        '"note": null, "sure": true',
+    ],
+)
+def test_other_keys_without_coordinates_are_ignored(extra):
+    found = read(f'[{{"bbox_2d": [1, 2, 9, 8], {extra}}}]')
+    assert found.valid
+    assert found.boxes.tolist() == [[1, 2, 9, 8]]
+
+
+def test_nested_values_of_other_keys_are_read_without_recursion():
+    deep = '{"a":' * 400 + '{"x1": 3}' + "}" * 400
+    assert read(f'{{"bbox_2d_list": [], "note": {deep}}}').status is Status.MALFORMED_JSON
 
 
 def test_two_slices_are_no_slice():

@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segrl.errors import DataError
-from segrl.predictions import Frame, Prediction, Status, format_answer, format_completion, parse_completion
+from segrl.predictions import (
+    Frame,
+    Prediction,
+    Status,
+    format_answer,
+    format_completion,
+    parse_completion,
+    strip_end_tokens,
+)
 
 FRAME = Frame("original_px", (100, 80))
 THINK = "<think>A dark spot.</think>"
@@ -18,6 +26,13 @@ PIECES = [
     "[",
     "]",
     "[1, 2, 3, 4]",
+    "(1,2),(3,4)",
+    "(5, 6)",
+    "<|box_start|>",
+    "x1=7",
+    "1, 2, 3, 4",
+    "<|im_end|>",
+    "\u200b",
     ",",
     "nan",
     "1e9",
@@ -36,6 +51,13 @@ HOSTILE = [
     "\n",
     "<answer></answer>",
     "-",
+    "(1,",
+    "1 ",
+    "x=(",
+    "1/",
+    "\u200b1",
+    "\ufdfa",
+    "</s>\n",
 ]
 
 
@@ -122,7 +144,7 @@ def test_boxes_outside_the_answer_are_not_read():
         ("[7, 7, 7, 7]", [[7, 7, 7, 7]]),
         ("[7, 7, 8, 8]", [[7, 7, 8, 8]]),
         ("[]", []),
-        ("nothing, 1, 2, 3, 4", []),
+        ("nothing, 1, 2 and 3, 4 mm", []),
     ],
 )
 def test_well_formed_boxes(content, boxes):
@@ -149,6 +171,7 @@ def test_well_formed_boxes(content, boxes):
         "[1, 2, 3, 4",
         "1, 2, 3, 4]",
         "[1, 2,, 4]",
+        "nothing, 1, 2, 3, 4",  # was valid: without a lesion a box in this notation scored as nothing found
     ],
 )
 def test_malformed_boxes_are_dropped_and_the_others_kept(bad):
@@ -198,7 +221,8 @@ def test_without_reasoning_the_grammar_is_one_answer_block(text, status):
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)), st.booleans(), st.booleans())
 def test_total_and_consistent_on_any_text(text, seg, reasoning):
     prediction = parse(text, require_seg=seg, require_reasoning=reasoning)
-    assert prediction.text == text
+    assert prediction.text in (text, strip_end_tokens(text))
+    assert strip_end_tokens(prediction.text) == strip_end_tokens(text)
     assert np.isfinite(prediction.boxes).all()
     assert (prediction.boxes >= 0).all()
     assert (prediction.boxes <= [100, 80, 100, 80]).all()

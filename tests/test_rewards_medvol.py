@@ -48,7 +48,7 @@ def test_known_values():
 
 def test_a_slice_outside_the_volume_or_without_foreground():
     assert score_of(says(1, LEFT)) == (1.0, 0.0, 0.0)
-    assert score_of(says(1)) == (1.0, 0.0, 0.0)  # no box where no box is, but in a volume that has some
+    assert score_of(says(1)) == (0.0, 0.0, 0.0)  # no box where no box is, but in a volume that has some
     assert score_of(says(6, LEFT)) == (1.0, 0.0, 0.0)
     assert score_of(says(10**5, LEFT)) == (1.0, 0.0, 0.0)
     assert score_of(says(0, LEFT)) == (0.0, 0.0, 0.0)
@@ -65,9 +65,39 @@ def test_no_slice():
 
 def test_a_volume_without_foreground():
     assert score_of(NOTHING, EMPTY) == (1.0, 1.0, 1.0)
-    assert score_of(says(3), EMPTY) == (1.0, 0.0, 0.0)
+    assert score_of(says(3), EMPTY) == (0.0, 0.0, 0.0)
     assert score_of(says(3, LEFT), EMPTY) == (1.0, 0.0, 0.0)
     assert score_of(read(in_answer(json.dumps({"bbox_2d": LEFT}))), EMPTY) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ('{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14]]}', 1.0),
+        ('{"slice": 9999, "bbox_2d_list": [[4, 4, 16, 14]]}', 1.0),  # the other rewards see that there is none
+        ('```json\n{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14]]}\n```', 1.0),
+        ('[{"slice": 3, "bbox_2d_list": [[4, 4, 16, 14]]}, {"point_2d": [5, 5]}]', 1.0),
+        ('{"slice": 3}', 0.0),
+        ('{"slice": 3, "bbox_2d_list": []}', 0.0),
+        ('{"slice": 3, "bbox_2d": [4, 4, 16, 14]}', 0.0),
+        ('{"slice": 3, "bbox_2d_list": [[4, 4, 16]]}', 0.0),
+        ('{"bbox_2d_list": [[4, 4, 16, 14]]}', 0.0),
+        ('{"point_2d": [5, 5]}', 0.0),
+        ('{"slice": 3, "bbox_2d_list": [], "boxes": [[4, 4, 16, 14]]}', 0.0),
+    ],
+)
+def test_the_format_asks_for_a_slice_and_a_box(answer, score):
+    for allow_empty in (True, False):
+        assert slice_format(read(in_answer(answer)), VOLUME, allow_empty=allow_empty) == score
+
+
+@pytest.mark.parametrize("answer", ["{}", "[]", '{"bbox_2d_list": []}'])
+def test_the_answer_for_nothing_found_is_a_setting(answer):
+    prediction = read(in_answer(answer))
+    assert slice_format(prediction, EMPTY) == slice_format(prediction, VOLUME) == 1.0
+    assert slice_format(prediction, EMPTY, allow_empty=False) == 0.0
+    strict = make_reward("medvol_r1", allow_empty=False).parts[0][0]
+    assert (strict.name, strict.settings) == ("slice_format", {"allow_empty": False})
 
 
 @pytest.mark.parametrize("target", [VOLUME, EMPTY], ids=["lesions", "no lesion"])
@@ -101,7 +131,7 @@ def test_scores_follow_from_the_areas_and_boxes_of_the_slice(number, boxes):
     areas = [int(mask.sum()) for mask in SLICES]
     area = areas[number - 1] if number <= DEPTH else 0
     on_slice = box_hungarian(says(number, *boxes), VOLUME.at(number - 1)) if area else 0.0
-    assert found == (1.0, pytest.approx(area / max(areas)), pytest.approx(on_slice))
+    assert found == (float(bool(boxes)), pytest.approx(area / max(areas)), pytest.approx(on_slice))
 
 
 def test_a_plain_trainer_can_call_them():
@@ -138,7 +168,7 @@ def test_a_slice_that_was_not_shown():
         assert score_of(shown, target) == (1.0, nothing, nothing)
         assert propagated_dice(shown.with_mask(target.mask), target) == 0.0
         without_boxes = read_shown('{"slice": 3, "bbox_2d_list": []}', (0, 2))
-        assert score_of(without_boxes, target) == (1.0, nothing, nothing)
+        assert score_of(without_boxes, target) == (0.0, nothing, nothing)
         assert propagated_dice(without_boxes.with_mask(target.mask & False), target) == 0.0
 
 

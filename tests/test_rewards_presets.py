@@ -180,9 +180,10 @@ def test_medvol_r1():
     assert volume(best) == 4.0
     assert volume('{"slice": 2, "bbox_2d_list": [[4, 4, 16, 14]]}') == 3.5
     assert volume(best, mask=nothing) == 3.0
-    assert volume('{"slice": 1, "bbox_2d_list": []}', mask=nothing) == 1.0
+    assert volume('{"slice": 1, "bbox_2d_list": []}', mask=nothing) == 0.0
     assert volume("{}", EMPTY_VOLUME, nothing) == 4.0
-    assert volume('{"slice": 1, "bbox_2d_list": []}', EMPTY_VOLUME, nothing) == 1.0
+    assert volume("{}", EMPTY_VOLUME, nothing, make_reward("medvol_r1", allow_empty=False)) == 3.0
+    assert volume('{"slice": 1, "bbox_2d_list": []}', EMPTY_VOLUME, nothing) == 0.0
     assert volume("none", mask=nothing) == 0.0
 
     left_out = volume(best, mask=nothing, reward=make_reward("medvol_r1", weights=[1, 1, 1, 0]))

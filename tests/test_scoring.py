@@ -180,11 +180,11 @@ def test_records_of_a_run_on_volumes(tmp_path):
     path = write(tmp_path / "predictions_00010.jsonl", volume_records(4))
     columns = score_file(make_reward("medvol_r1"), path).columns
     assert columns == {
-        "slice_format": [1.0, 1.0, 1.0, 0.0],
+        "slice_format": [1.0, 0.0, 0.0, 0.0],
         "slice_visibility": [1.0, 0.0, 0.0, 0.0],
         "slice_boxes": [1.0, 0.0, 0.0, 0.0],
         "propagated_dice": [pytest.approx(2 / 3), 0.0, 0.0, 0.0],
-        "total": [pytest.approx(3 + 2 / 3), 1.0, 1.0, 0.0],
+        "total": [pytest.approx(3 + 2 / 3), 0.0, 0.0, 0.0],
     }
     assert score_file(make_reward("propagated_dice", delta=0), path).columns["propagated_dice"][0] == 1.0
 

@@ -219,6 +219,15 @@ def test_json_completions_reach_points_confidences_and_slices():
     assert seen == {(None, 0)}
 
 
+@formats
+def test_completions_reach_every_notation_and_end_tokens(completion_format):
+    marks = ("](", "[", "),(", "<|box_start|>", "```", "<|im_end|>")
+    texts = strategies.completions(FRAME, empty=False, completion_format=completion_format)
+    seen = reached(texts, lambda text: tuple(mark in text for mark in marks))
+    expected = {"[", "```", "<|im_end|>"} if completion_format.answer_format == "json" else {"[", *marks[2:4], marks[5]}
+    assert {mark for found in seen for mark, there in zip(marks, found, strict=True) if there} >= expected
+
+
 def test_completions_in_another_frame():
     frame = Frame("relative_1000", (40, 30))
 

@@ -84,7 +84,7 @@ def target_completion(
     if status is not Status.VALID:
         token = f" and {settings.seg_token!r}" if settings.seg_token else ""
         raise DataError(
-            f"{name}: the completion {text[:200]!r} parses as {status.value!r}, expected 'valid'; remove tags{token} "
-            "from the reasoning column"
+            f"{name}: the completion {text[:200]!r} parses as {status.value!r} ({status.reason}), expected 'valid'; "
+            f"remove tags{token} from the reasoning column, or write text into it"
         )
     return [{"role": "assistant", "content": text}]

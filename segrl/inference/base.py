@@ -147,7 +147,7 @@ class SegmenterBase:
         """
         task, head = self.task, find_mask_head(self.model)
         completions, texts = self._answer(conversations, generation, head)
-        reading = self.settings.completion_format
+        reading = self.settings.completion_format.for_tokenizer(self.processor.tokenizer)
         reading = replace(reading, require_seg=reading.require_seg and head is not None)
         predictions = [reading.parse(text, row.frame) for text, row in zip(texts, rows, strict=True)]
         inputs = task.seg_inputs(rows, predictions)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from segrl.errors import FrameError
+from segrl.errors import DataError, FrameError
 from segrl.predictions.frames import Frame, FrameKind
 from segrl.predictions.parsing import SEG_TOKEN, AnswerFormat, parse_completion
 from segrl.predictions.prediction import Prediction
@@ -24,9 +25,12 @@ class CompletionFormat:
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block.
         answer_format: "text" or "json".
+        end_tokens: Tokens that a framework may leave behind a completion, besides `segrl.predictions.END_TOKENS`; the
+            trainers and inference add the tokenizer's own.
 
     Raises:
         FrameError: For a frame kind that does not exist, or that needs a processor.
+        DataError: For another answer format, or end tokens that are not a list.
 
     Example:
         >>> text = "<answer>At [500, 0, 1000, 500].</answer>"
@@ -41,8 +45,12 @@ class CompletionFormat:
     require_seg: bool = True
     require_reasoning: bool = True
     answer_format: AnswerFormat = "text"
+    end_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.end_tokens, str):
+            raise DataError(f"end_tokens={self.end_tokens!r}; expected a list of texts, such as ['<|im_end|>']")
+        object.__setattr__(self, "end_tokens", tuple(self.end_tokens))  # from YAML it is a list
         if self.frame == "resized_px":
             raise FrameError(
                 "frame='resized_px' depends on the processor; pass frame=functools.partial(frame_for, processor)"
@@ -60,6 +68,16 @@ class CompletionFormat:
         """
         return self.frame(shown, original) if callable(self.frame) else Frame(self.frame, original)
 
+    def for_tokenizer(self, tokenizer: Any) -> CompletionFormat:
+        """Return the format with the tokenizer's own end-of-text and padding tokens among the end tokens.
+
+        Args:
+            tokenizer: A tokenizer of transformers; its `eos_token` and `pad_token` are read.
+        """
+        own = [getattr(tokenizer, name, None) for name in ("eos_token", "pad_token")]
+        found = [token for token in own if token and token != self.seg_token]
+        return replace(self, end_tokens=tuple(dict.fromkeys([*self.end_tokens, *map(str, found)])))
+
     def parse(self, text: str, frame: Frame) -> Prediction:
         """Parse a completion in this format."""
         return parse_completion(
@@ -69,4 +87,5 @@ class CompletionFormat:
             require_seg=self.require_seg,
             require_reasoning=self.require_reasoning,
             answer_format=self.answer_format,
+            end_tokens=self.end_tokens,
         )

@@ -1,17 +1,23 @@
 """Answers written as JSON: boxes, points, confidences and a key slice. A bad value never hides the good ones.
 
-The schema: one object, or a list of objects, each with any of these keys (other keys are ignored)::
+The schema: one object, or a list of objects, each with any of these keys::
 
     {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y], "score": 0.9}
     {"slice": 12, "bbox_2d_list": [[x1, y1, x2, y2], ...]}
+
+Other keys, such as "label", are ignored unless they hold coordinates: those are malformed, since an answer must not say
+where something is in a way that is not read.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from segrl.predictions.coordinates import names_coordinates
 
 __all__ = ["Answer", "read_json_answer"]
 
@@ -19,6 +25,12 @@ BOX_KEYS = frozenset({"bbox_2d", "bbox"})
 POINT_KEYS = frozenset({"point_2d", "point", "points_1", "points_2"})
 SCORE_KEYS = frozenset({"score", "confidence"})
 BOX_LIST_KEY, SLICE_KEY = "bbox_2d_list", "slice"
+KNOWN_KEYS = BOX_KEYS | POINT_KEYS | SCORE_KEYS | {BOX_LIST_KEY, SLICE_KEY}
+# Names under which a number, or two of them, are a place.
+_AXIS_KEY = re.compile(r"(?i)[xy](?:[-_]?(?:\d|min|max|c(?:ent(?:er|re))?))?|c[xy]|(?:min|max)[-_]?[xy]|top|bottom")
+_PLACE_KEY = re.compile(r"(?i)box|bound|coord|corner|cent(?:er|re)|point|rect|poly|contour|locat|posit|region")
+_FENCE = "```"
+_LANGUAGE = re.compile(r"[\w+-]{0,20}")  # of a fence, such as json
 
 
 @dataclass
@@ -49,11 +61,12 @@ class Answer:
 def read_json_answer(text: str, largest: float) -> Answer:
     """Read an answer. Never raises, and takes linear time.
 
-    An object is bad if it holds a key twice, none of the known keys, a value that the schema does not allow, or both a
-    box and a list of boxes. Bad values are dropped and the others are kept.
+    An object is bad if it holds a key twice, none of the known keys, a value that the schema does not allow, both a box
+    and a list of boxes, or coordinates under another key. Bad values are dropped and the others are kept.
 
     Args:
-        text: The answer without the segmentation token. `[]` and `{}` are well formed: nothing was found.
+        text: The answer without the segmentation token; one code fence around the whole of it is taken off. `[]` and
+            `{}` are well formed: nothing was found.
         largest: Coordinates beyond this are bad.
 
     Returns:
@@ -66,7 +79,7 @@ def read_json_answer(text: str, largest: float) -> Answer:
     """
     answer = Answer()
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(_unfenced(text), object_pairs_hook=_object)
     except (ValueError, RecursionError):
         answer.well_formed = False
         return answer
@@ -84,6 +97,16 @@ def read_json_answer(text: str, largest: float) -> Answer:
     elif slices:
         answer.slice_index = slices.pop()
     return answer
+
+
+def _unfenced(text: str) -> str:
+    """Return the inside of a code fence around a whole text, or else the text."""
+    body = text.strip()
+    if not body.startswith(_FENCE) or not body.endswith(_FENCE) or len(body) < 2 * len(_FENCE):
+        return text
+    inside = body[len(_FENCE) : -len(_FENCE)]
+    language = _LANGUAGE.match(inside)
+    return inside[language.end() :] if language else inside
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | None:
@@ -112,8 +135,42 @@ def _read_object(item: dict[str, Any], answer: Answer, slices: set[int], largest
             slices.add(index - 1)
         else:
             good = False
+    good = good and not _hides_a_place(item)
     bad_scores = any(score is None or score < 0 for score in read_scores)
     return good and None not in read_boxes and None not in read_points and not bad_scores
+
+
+def _hides_a_place(item: dict[str, Any]) -> bool:
+    """Return whether keys that the schema does not know hold coordinates."""
+    for key, value in item.items():
+        if key in KNOWN_KEYS:
+            continue
+        texts, numbers, nested_keys = _leaves(value)
+        is_place = bool(_PLACE_KEY.search(key)) and not isinstance(value, int | float)
+        if (
+            numbers >= (2 if is_place else 4)
+            or (numbers and any(_AXIS_KEY.fullmatch(name) for name in (key, *nested_keys)))
+            or any(map(names_coordinates, texts))
+        ):
+            return True
+    return False
+
+
+def _leaves(value: Any) -> tuple[list[str], int, list[str]]:
+    """Return the texts, the number of numbers, and the keys inside a value, without recursion: JSON may be deep."""
+    texts, keys, numbers, left = [], [], 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            keys += item
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+        elif isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            numbers += 1
+    return texts, numbers, keys
 
 
 def _numbers(value: Any, count: int, largest: float) -> list[float] | None:

@@ -4,25 +4,28 @@ The grammar, over the whole stripped text::
 
     <think>reasoning</think> <answer>The cyst is located at [x1, y1, x2, y2], [x1, y1, x2, y2].<seg></answer>
 
-or, with `answer_format="json"`, an answer in the schema of `segrl.predictions.json_answers`.
+with boxes in a notation of `segrl.predictions.text_answers`, or, with `answer_format="json"`, an answer in the schema
+of `segrl.predictions.json_answers`. End tokens behind the text are left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from segrl.errors import DataError
+from segrl.predictions.characters import is_blank, strip_end_tokens
+from segrl.predictions.coordinates import names_coordinates
 from segrl.predictions.frames import Frame
-from segrl.predictions.json_answers import Answer, read_json_answer
+from segrl.predictions.json_answers import read_json_answer
 from segrl.predictions.prediction import Prediction, Status
+from segrl.predictions.text_answers import MAX_COORDINATE, read_text_answer
 
 __all__ = [
-    "MAX_COORDINATE",
     "SEG_TOKEN",
     "AnswerFormat",
     "completion_text",
@@ -33,13 +36,8 @@ __all__ = [
 
 AnswerFormat = Literal["text", "json"]
 SEG_TOKEN = "<seg>"
-MAX_COORDINATE = 1e6
-_MAX_DIGITS = 32
-
-# No pattern below backtracks, so each takes linear time on any text.
+_NO_NUMBER = "\ufffc"  # stands for the segmentation token
 _TAG = re.compile(r"<(/?)(think|answer)>")
-_BRACKET = re.compile(r"[\[\]]")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 def completion_text(completion: Any) -> str:
@@ -73,15 +71,19 @@ def parse_completion(
     require_seg: bool = True,
     require_reasoning: bool = True,
     answer_format: AnswerFormat = "text",
+    end_tokens: Collection[str] = (),
 ) -> Prediction:
     """Parse a completion (without its prompt).
 
     Boxes are read only from the one answer block: every innermost bracket must hold four numbers with x1 <= x2 and
-    y1 <= y2 (JSON such as ``[{"bbox_2d": [1, 2, 3, 4]}]`` is fine, an empty bracket is no box). Bad boxes are dropped
-    and make the status MALFORMED_BOXES; the others are converted to original pixels and clipped to the image, where a
-    box outside of it keeps zero area. Duplicates are kept, so that a reward can penalise them. No box at all is valid.
+    y1 <= y2 (JSON such as ``[{"bbox_2d": [1, 2, 3, 4]}]`` is fine, an empty bracket is no box), and so must Qwen's
+    ``(x1,y1),(x2,y2)``. Bad boxes are dropped and make the status MALFORMED_BOXES, and so do coordinates in any other
+    notation, see `segrl.predictions.text_answers`; the good ones are converted to original pixels and clipped to the
+    image, where a box outside of it keeps zero area. Duplicates are kept, so that a reward can penalise them. No box at
+    all is valid.
 
-    The status is the first of these that applies:
+    The status is the first of these that applies. A block is blank if it shows nothing: spaces and invisible characters
+    are no text.
 
     1. NO_ANSWER: no closed, non-blank answer block outside of the reasoning.
     2. NO_REASONING: no closed, non-blank reasoning block (with `require_reasoning`).
@@ -100,7 +102,8 @@ def parse_completion(
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block. Without it the grammar is the answer block
             alone, and a reasoning block before it stays allowed.
-        answer_format: "text" reads boxes in brackets from any sentence, "json" reads JSON.
+        answer_format: "text" reads boxes from any sentence, "json" reads JSON, also in one code fence.
+        end_tokens: Tokens that may stand behind the text, besides `segrl.predictions.END_TOKENS`.
 
     Returns:
         The prediction, without a mask.
@@ -118,7 +121,8 @@ def parse_completion(
     """
     if answer_format not in get_args(AnswerFormat):
         raise DataError(f"answer_format={answer_format!r}; expected one of {', '.join(get_args(AnswerFormat))}")
-    body = text.strip()
+    body = strip_end_tokens(text, end_tokens, keep=seg_token)
+    text = text if len(body) == len(text.strip()) else body
     blocks, closed = _blocks(body)
     reasonings = [block.content for block in blocks if block.kind == "think"]
     answers = [block.content for block in blocks if block.kind == "answer"]
@@ -129,12 +133,12 @@ def parse_completion(
     if answer_format == "json":
         found = read_json_answer((answer or "").removesuffix(token), MAX_COORDINATE)
     else:
-        found = _read_brackets((answer or "").replace(token, "|"))  # the token may hold brackets
+        found = read_text_answer((answer or "").replace(token, _NO_NUMBER))  # the token may hold brackets
 
     ordered = [block.kind for block in blocks] in (["think", "answer"], ["answer"])
-    if not any(answers):
+    if all(map(is_blank, answers)):
         status = Status.NO_ANSWER
-    elif require_reasoning and not any(reasonings):
+    elif require_reasoning and all(map(is_blank, reasonings)):
         status = Status.NO_REASONING
     elif not (closed and ordered) or _text_outside(body, blocks) or (seg_token and body.count(seg_token) > 1):
         status = Status.EXTRA_TEXT
@@ -170,7 +174,7 @@ def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str
         The sentence, which `parse_completion` reads back up to the rounding of the frame.
 
     Raises:
-        DataError: If the name holds brackets or the token, which would not be read back.
+        DataError: If the name holds brackets, coordinates or the token, which would not be read back.
         SegRLError: If the boxes are not valid.
 
     Example:
@@ -181,6 +185,8 @@ def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str
         raise DataError(
             f"lesion {lesion!r} holds a bracket or the segmentation token; expected a plain name, rename it"
         )
+    if names_coordinates(lesion):
+        raise DataError(f"lesion {lesion!r} names coordinates, which would not be read; expected a plain name")
     boxes = ", ".join(str(box) for box in frame.from_original(boxes_px).tolist())
     return (f"The {lesion} is located at {boxes}." if boxes else f"No {lesion} is visible.") + seg_token
 
@@ -235,39 +241,9 @@ def _text_outside(body: str, blocks: list[_Block]) -> bool:
     return any(body[end:start].strip() for end, start in zip(ends, starts, strict=True))
 
 
-def _read_brackets(answer: str) -> Answer:
-    """Read boxes in brackets, in the model's frame; well formed if each bracket is a box, a list of boxes or empty."""
-    found = Answer()
-    depth, start = 0, None  # start of the innermost open bracket's content
-    for bracket in _BRACKET.finditer(answer):
-        if bracket.group() == "[":
-            depth, start = depth + 1, bracket.end()
-            continue
-        depth -= 1
-        content = "" if start is None else answer[start : bracket.start()]
-        start = None
-        if depth < 0:
-            depth, found.well_formed = 0, False
-        elif content.strip():
-            box = _box(content)
-            found.well_formed = found.well_formed and box is not None
-            if box is not None:
-                found.boxes.append(box)
-    found.well_formed = found.well_formed and depth == 0
-    return found
-
-
 def _to_pixels(numbers: list[list[float]], width: int, frame: Frame) -> np.ndarray:
     """Convert boxes (N, 4) or points (N, 2) of the model's frame to original pixels, clipped to the image."""
     size = np.array(frame.original_size, dtype=np.float64)
     corners = np.array(numbers, dtype=np.float64).reshape(-1, width)
     boxes = frame.to_original(np.concatenate([corners, corners], axis=1) if width == 2 else corners)
     return np.clip(boxes, 0, np.concatenate([size, size]))[:, :width]
-
-
-def _box(content: str) -> list[float] | None:
-    words = [word.strip() for word in content.split(",", maxsplit=4)]
-    if len(words) != 4 or not all(len(word) <= _MAX_DIGITS and _NUMBER.fullmatch(word) for word in words):
-        return None
-    x1, y1, x2, y2 = box = [float(word) for word in words]
-    return box if x1 <= x2 and y1 <= y2 and max(map(abs, box)) <= MAX_COORDINATE else None

@@ -6,6 +6,7 @@ points are (x, y) in original pixels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -15,7 +16,7 @@ from segrl.errors import DataError
 from segrl.geometry.boxes import validate_boxes
 from segrl.predictions.target import check_mask
 
-__all__ = ["Prediction", "Status"]
+__all__ = ["Prediction", "Status", "invalid_text"]
 
 
 class Status(StrEnum):
@@ -36,13 +37,49 @@ class Status(StrEnum):
     MALFORMED_BOXES = "malformed_boxes"
     NO_SEG_TOKEN = "no_seg_token"
 
+    @property
+    def reason(self) -> str:
+        """The rule that a text of this status breaks, in words; "" for a valid one."""
+        return _REASONS.get(self.value, "")
+
+
+_REASONS = {
+    "no_reasoning": "no closed <think> block with text in it",
+    "no_answer": "no closed <answer> block with text in it",
+    "extra_text": "text outside the blocks, or a block or the segmentation token repeated, nested or misplaced",
+    "malformed_json": "the answer is not JSON in the schema",
+    "malformed_boxes": "a bad box, or coordinates in a notation that is not read",
+    "no_seg_token": "no segmentation token in the answer",
+}
+
+
+def invalid_text(statuses: Mapping[str, int]) -> str:
+    """Say which share of answers is invalid, and why.
+
+    Args:
+        statuses: Number of answers by the value of their `Status`.
+
+    Example:
+        >>> invalid_text({"valid": 3, "no_answer": 1})
+        '1 of 4 answers is invalid (25.0 %): 1 no_answer (no closed <answer> block with text in it)'
+        >>> invalid_text({"valid": 3})
+        '0 of 3 answers are invalid'
+    """
+    bad = {Status(name): count for name, count in statuses.items() if name != Status.VALID.value and count}
+    n, total = sum(bad.values()), sum(statuses.values())
+    text = f"{n} of {total} answers {'is' if n == 1 else 'are'} invalid"
+    if not bad:
+        return text
+    reasons = "; ".join(f"{count} {status.value} ({status.reason})" for status, count in bad.items())
+    return f"{text} ({n / total:.1%}): {reasons}".replace("%)", " %)", 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """One completion, parsed once by `segrl.predictions.parse_completion`; a mask head adds the mask.
 
     Attributes:
-        text: The unchanged completion.
+        text: The completion, unchanged apart from end tokens behind it, which are left out.
         reasoning: Text of the reasoning block, or None without one.
         answer: Text of the answer block, or None when there is none or more than one.
         boxes: (N, 4) float64, clipped to the image; (0, 4) when nothing was predicted. Duplicates are kept.

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP = "segrl.rewards"
-FORMAT_SETTINGS = frozenset({"frame", "seg_token", "require_seg", "require_reasoning", "answer_format"})
+FORMAT_SETTINGS = frozenset({"frame", "seg_token", "require_seg", "require_reasoning", "answer_format", "end_tokens"})
 CLAIMS = {"invariant": ("box_order", "flip", "rescale"), "monotone": ("boxes", "mask")}
 EMPTY_SIDES = ("both", "prediction", "target")
 

@@ -169,7 +169,7 @@ def to_dict(reward: Reward) -> dict[str, Any]:
         data["steps"] = [{step.key: _step_values(step)} for step in reward.steps]
     usual = usual_format(reward.source, reward.steps)
     changed = {
-        option.name: getattr(reward.completion_format, option.name)
+        option.name: _thawed(getattr(reward.completion_format, option.name))
         for option in fields(CompletionFormat)
         if usual is None or getattr(reward.completion_format, option.name) != getattr(usual, option.name)
     }

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from segrl.errors import DataError, RewardError, SegRLError
-from segrl.predictions.prediction import Prediction
+from segrl.predictions.prediction import Prediction, invalid_text
 from segrl.predictions.records import (
     TARGET_COLUMNS,
     read_answer,
@@ -100,13 +100,18 @@ class Scores:
         ]
 
     def summary(self, rows: int = 0) -> dict[str, Any]:
-        """Return plain values: number of rows, statuses, statistics and histograms by column, the first `rows` rows."""
+        """Return plain values, for JSON.
+
+        These are the number of rows, the statuses, the share of invalid answers with the reasons in words, statistics
+        and histograms by column, and the first `rows` rows.
+        """
         bounds = self.bounds
         columns = [(name, scores, bounds[name]) for name, scores in self.columns.items()]
         return {
             "reward": self.reward.name,
             "n": len(self.rows),
             "statuses": self.statuses,
+            "invalid": invalid_text(self.statuses),
             "columns": {
                 name: {
                     "range": None if limits is None else [end if math.isfinite(end) else None for end in limits],

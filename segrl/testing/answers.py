@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,13 +19,34 @@ from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_answer, format_completion
 
-__all__ = ["HOSTILE", "PROMPT", "broken_completions", "write_answer", "write_completion"]
+__all__ = ["HOSTILE", "NOTATIONS", "PROMPT", "UNREAD", "broken_completions", "write_answer", "write_completion"]
 
 PROMPT = (
     "Segment the lesion in this image. Write <think> reasoning </think><answer>The lesion is located at "
     "[x1, y1, x2, y2].<seg></answer>"
 )
 REASONING = "One region differs from the tissue around it."
+Notation = Literal["brackets", "corners", "tokens", "fence"]
+NOTATIONS: dict[str, tuple[Notation, ...]] = {"text": ("brackets", "corners", "tokens"), "json": ("brackets", "fence")}
+"""Notations that are read, by answer format: Qwen's corners, those between its tokens, and JSON in a code fence."""
+_PLACES = {
+    "brackets": "[{}, {}, {}, {}]",
+    "corners": "({},{}),({},{})",
+    "tokens": "<|object_ref_start|>it<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>",
+}
+UNREAD = (
+    "({}, {}, {}, {})",
+    "{{{}, {}, {}, {}}}",
+    "{}, {}, {}, {}",
+    "x1={}, y1={}, x2={}, y2={}",
+    "xmin: {}, ymin: {}, xmax: {}, ymax: {}",
+    "<box>{} {} {} {}</box>",
+    "<|box_start|>{},{},{},{}<|box_end|>",
+    "<loc{}><loc{}><loc{}><loc{}>",
+    "({}, {}) to ({}, {})",
+    "left: {}, top: {}, right: {}, bottom: {}",
+)
+"""Notations of a box that are not read and make an answer in words malformed, as templates of x1, y1, x2, y2."""
 
 
 def write_answer(
@@ -38,6 +59,7 @@ def write_answer(
     slice_index: int | None = None,
     lesion: str = "lesion",
     rounding: bool = True,
+    notation: Notation = "brackets",
 ) -> str:
     """Write what an answer block holds, segmentation token included.
 
@@ -51,6 +73,7 @@ def write_answer(
         slice_index: Slice that the answer names, counted from 0.
         lesion: Name used in words.
         rounding: Round to whole numbers of the frame, as models write them.
+        notation: One of `NOTATIONS` of the answer format.
 
     Returns:
         The answer, which `segrl.predictions.parse_completion` reads back.
@@ -62,9 +85,10 @@ def write_answer(
     """
     completion_format = completion_format or CompletionFormat()
     if completion_format.answer_format == "text":
-        if rounding:
+        if rounding and notation == "brackets":
             return format_answer(lesion, boxes_px, frame, completion_format.seg_token)
-        places = ", ".join(json.dumps(_plain(box)) for box in frame.from_original(boxes_px, rounding=False))
+        boxes = [_plain(box) for box in frame.from_original(boxes_px, rounding=rounding)]
+        places = ", ".join(_PLACES[notation].format(*map(json.dumps, box)) for box in boxes)
         text = f"The {lesion} is located at {places}." if places else f"No {lesion} is visible."
         return text + completion_format.seg_token
     corners = np.asarray(points_px, dtype=np.float64).reshape(-1, 2)
@@ -80,7 +104,8 @@ def write_answer(
         for box, point, score in zip_longest(boxes, points, scores if scores is not None else ()):
             item = {"bbox_2d": box, "point_2d": point, "score": score}
             value.append({key: found for key, found in item.items() if found is not None})
-    return json.dumps(value) + completion_format.seg_token
+    text = json.dumps(value)
+    return (f"```json\n{text}\n```" if notation == "fence" else text) + completion_format.seg_token
 
 
 def write_completion(
@@ -142,6 +167,7 @@ def broken_completions(
         "no tags": f"{reasoning} {answer}",
         "only reasoning": think,
         "blank answer": f"{think}<answer> \n</answer>",
+        "invisible answer": f"{think}<answer>\u200b\u2060\u115f</answer>",
         "empty": "",
         "blank": " \n\t",
         "capital tags": f"<THINK>{reasoning}</THINK><ANSWER>{answer}</ANSWER>",
@@ -159,6 +185,7 @@ def broken_completions(
     if completion_format.require_reasoning:
         texts["no reasoning"] = block
         texts["blank reasoning"] = f"<think> </think>{block}"
+        texts["invisible reasoning"] = f"<think>\u200b\x00\u3164\ufe0f\u00ad\u0301</think>{block}"
     for name, content in _BROKEN_ANSWERS[completion_format.answer_format].items():
         texts[name] = f"{think}<answer>{content}{token}</answer>"
     return texts
@@ -179,10 +206,21 @@ _BROKEN_ANSWERS = {
         "bracket never opened": "At 1, 2, 9, 8].",
         "good and bad box": "At [1, 2, 9, 8], [9, 8, 1, 2].",
         "full-width commas": "At [1，2，9，8].",
+        "full-width brackets": "At ［1, 2, 9, 8］.",
+        "good box and one in words": "At [1, 2, 9, 8] and x1=3, y1=4, x2=5, y2=6.",
+        "three corners": "At (1,2),(9,8),(3,4).",
+        "a point": "At (5, 6).",
+        **{f"unread box {n}": f"At {template.format(1, 2, 9, 8)}." for n, template in enumerate(UNREAD)},
     },
     "json": {
         "a sentence": "The lesion is located at [1, 2, 9, 8].",
-        "code fence": '```json\n[{"bbox_2d": [1, 2, 9, 8]}]\n```',
+        "code fence and a sentence": '```json\n[{"bbox_2d": [1, 2, 9, 8]}]\n```\nThat is all.',
+        "two code fences": '```json\n[{"bbox_2d": [1, 2, 9, 8]}]\n```\n```json\n[]\n```',
+        "code fence left open": '```json\n[{"bbox_2d": [1, 2, 9, 8]}]',
+        "box under another key": '{"bbox_2d_list": [], "box": [1, 2, 9, 8]}',
+        "corners under other keys": '{"bbox_2d_list": [], "x1": 1, "y1": 2, "x2": 9, "y2": 8}',
+        "box in a label": '{"bbox_2d_list": [], "label": "lesion at (1,2),(9,8)"}',
+        "box as a text": '[{"bbox_2d": "[1, 2, 9, 8]"}]',
         "two JSON values": '[{"bbox_2d": [1, 2, 9, 8]}] [{"bbox_2d": [3, 4, 5, 6]}]',
         "JSON cut off": '[{"bbox_2d": [1, 2, 9',
         "trailing comma": '[{"bbox_2d": [1, 2, 9, 8]},]',
@@ -235,6 +273,9 @@ HOSTILE: dict[str, Callable[[int, CompletionFormat], str]] = {
     "open square brackets": lambda size, form: f"<think>a</think><answer>{'[' * size}</answer>",
     "nested objects": lambda size, form: '<think>a</think><answer>{"a":' + '{"a":' * (size // 5) + "</answer>",
     "digits and commas": lambda size, form: f"<think>a</think><answer>[{'1,' * (size // 2)}</answer>",
+    "points": lambda size, form: f"<think>a</think><answer>{'(1,2),' * (size // 6)}(</answer>",
+    "numbers": lambda size, form: f"<think>a</think><answer>{'1 ' * (size // 2)}mm</answer>",
+    "end tokens": lambda size, form: "<|im_end|>\n" * (size // 11) + ".",
     "one number": lambda size, form: f"<think>a</think><answer>[{'1' * size}]</answer>",
     "quotes and backslashes": lambda size, form: '<think>a</think><answer>["' + '\\"' * (size // 2) + "</answer>",
 }

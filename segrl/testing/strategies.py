@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from segrl.predictions.characters import is_blank
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import Frame
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
-from segrl.testing.answers import REASONING, broken_completions, write_answer, write_completion
+from segrl.testing.answers import NOTATIONS, REASONING, broken_completions, write_answer, write_completion
 from segrl.testing.shapes import MAX_SIZE, boxes, masks, points, st, volumes
 
 __all__ = [
@@ -52,6 +53,10 @@ _DECOYS = (
     "Dark spot. " * 5,
     "看 \u202e \U0001f9ff",
 )
+
+
+def _is_shown(text: str) -> bool:
+    return not is_blank(text)
 
 
 def targets(*, max_size: int = MAX_SIZE, empty: bool | None = None) -> st.SearchStrategy[Target]:
@@ -94,7 +99,8 @@ def completions(
 ) -> str:
     """Draw completions in the grammar of `segrl.predictions.parsing`, or broken as published systems have accepted.
 
-    Valid ones may reason in any script, also with boxes in the reasoning; in JSON they may hold points and confidences.
+    Valid ones may reason in any script, also with boxes in the reasoning, write boxes in any notation that is read, and
+    end in end tokens; in JSON they may hold points and confidences.
     Broken ones: text around the blocks, two answers, an answer in the reasoning, blocks left open, a token that is
     missing, repeated or in the wrong place, boxes with x2 < x1 or with NaN, malformed JSON, a copy of the prompt, and
     more; see `segrl.testing.answers.broken_completions`.
@@ -115,6 +121,7 @@ def completions(
     width, height = frame.original_size
     found = draw(boxes(width, height, near=near, min_boxes=int(empty is False), max_boxes=0 if empty else 4))
     said: dict[str, Any] = {"rounding": frame.kind != "original_px"}
+    said["notation"] = draw(st.sampled_from(NOTATIONS[completion_format.answer_format]))
     if completion_format.answer_format == "json" and not empty:
         if depth is not None:
             said["slice_index"] = draw(st.integers(0, depth if empty is None else depth - 1))
@@ -123,7 +130,7 @@ def completions(
             said["points_px"] = draw(points(width, height, near=centres, max_points=4))
         elif draw(st.booleans()):
             said["scores"] = [draw(st.sampled_from(_SCORES)) for _ in found]
-    reasoning = draw(st.one_of(st.just(REASONING), st.sampled_from(_DECOYS), _FREE_TEXT).filter(str.strip))
+    reasoning = draw(st.one_of(st.just(REASONING), st.sampled_from(_DECOYS), _FREE_TEXT.filter(_is_shown)))
     if valid is None:
         valid = draw(st.sampled_from([True, True, True, False]))
     if not valid:
@@ -134,7 +141,7 @@ def completions(
     text = write_completion(found, frame, completion_format, reasoning=reasoning, **said)
     if not completion_format.require_reasoning and draw(st.booleans()):
         text = text.partition("</think>")[2]
-    return draw(st.sampled_from(["{}", "\n{}\n"])).format(text)
+    return draw(st.sampled_from(["{}", "\n{}\n", "{}<|im_end|>\n<|endoftext|>"])).format(text)
 
 
 @st.composite

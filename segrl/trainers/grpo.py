@@ -135,7 +135,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
                 prompt_boxes=getattr(args, "prompt_boxes", "matched"),
             )
             self.task.check(rewards, self._tokenizer)
-            self.completion_format = common_format(rewards, self.task.settings)
+            self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
         if propagator is not None:

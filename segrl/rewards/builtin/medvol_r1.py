@@ -1,7 +1,8 @@
 """The rewards of MedVol-R1: the answer names a key slice and gives the boxes on it; a frozen segmenter propagates them.
 
 R = slice_format + slice_visibility + slice_boxes + propagated_dice, weight 1.0 each. The paper is silent on volumes
-without foreground: there the right answer names no slice and no box (`{}`). A slice that does not exist, or that was
+without foreground: there the right answer names no slice and no box (`{}`), which `slice_format` accepts unless
+`allow_empty=False`. A slice that does not exist, or that was
 not shown (`segrl.predictions.NOT_SHOWN`), scores like none.
 """
 
@@ -16,7 +17,7 @@ from segrl.metrics import overlap as metrics
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import VolumeTarget
 from segrl.rewards.builtin.boxes import box_hungarian
-from segrl.rewards.builtin.rules import ALL_INVARIANCES, BOTH_OR_NOTHING, JSON_ANSWERS, check_setting
+from segrl.rewards.builtin.rules import ALL_INVARIANCES, BOTH_OR_NOTHING, JSON_ANSWERS, check_setting, json_answer
 from segrl.rewards.registry import register_reward
 
 __all__ = ["propagated_dice", "slice_boxes", "slice_format", "slice_visibility"]
@@ -29,21 +30,23 @@ __all__ = ["propagated_dice", "slice_boxes", "slice_format", "slice_visibility"]
     volume=True,
     range=(0.0, 1.0),
     invariant=ALL_INVARIANCES,
-    equation="[valid text whose answer names a slice, or nothing at all]",
+    equation="[valid text whose answer names a slice and a box in bbox_2d_list; or, with allow_empty, nothing at all]",
     source="MedVol-R1, R_f",
 )
-def slice_format(prediction: Prediction, target: Any) -> float:
-    """Return 1.0 for a valid text whose answer names a key slice, else 0.0.
+def slice_format(prediction: Prediction, target: Any, *, allow_empty: bool = True) -> float:
+    """Return 1.0 for a valid text whose answer names a key slice and at least one box in `bbox_2d_list`, else 0.0.
 
     The answer is JSON, see `segrl.predictions.json_answers`. Whether the slice exists is not checked here: the other
     rewards score 0.0 for one that does not exist or was not shown.
 
     Args:
-        prediction: Its status and slice are read.
+        prediction: Its status, slice and answer are read.
         target: Not read.
+        allow_empty: Accept an answer that names neither a slice nor boxes (`{}`), the right one for a volume without
+            foreground. The paper is silent on such volumes; False scores the answer 0.0.
 
     Returns:
-        1.0 for a valid text that names a slice, or neither a slice nor boxes; else 0.0, also for boxes without a slice.
+        0.0 or 1.0; a slice without boxes, boxes without a slice, and boxes under another key 0.0.
 
     Example:
         >>> from segrl.predictions import CompletionFormat, read_answer
@@ -51,7 +54,12 @@ def slice_format(prediction: Prediction, target: Any) -> float:
         >>> slice_format(read_answer(text, CompletionFormat(require_seg=False, answer_format="json")), None)
         1.0
     """
-    return float(prediction.valid and (prediction.slice_index is not None or _says_nothing(prediction)))
+    if not prediction.valid:
+        return 0.0
+    if _says_nothing(prediction):
+        return float(allow_empty)
+    boxes = any(item is not None and item.get("bbox_2d_list") for item in json_answer(prediction).objects)
+    return float(boxes and prediction.slice_index is not None)
 
 
 @register_reward(

@@ -66,11 +66,12 @@ def core_seg(
 
 
 @register_preset("medvol_r1", equation="R_f + R_a + R_s + R_c", source="MedVol-R1")
-def medvol_r1(*, delta: int = 5, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Reward:
+def medvol_r1(*, delta: int = 5, allow_empty: bool = True, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Reward:
     """MedVol-R1: format, visibility of the named slice, boxes on it, and the mask that is propagated from them.
 
     Args:
         delta: See `propagated_dice`; 2, 5, 10 and 15 are the ablation of the paper.
+        allow_empty: See `slice_format`; the paper is silent on volumes without foreground.
         weights: Of format, visibility, boxes, propagated mask; one of them 0 is an ablation of the paper. Without the
             propagated mask no masks are needed.
 
@@ -78,7 +79,8 @@ def medvol_r1(*, delta: int = 5, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
         >>> [part.name for part, _ in medvol_r1(delta=2).parts]
         ['slice_format', 'slice_visibility', 'slice_boxes', 'propagated_dice']
     """
-    parts = [make_reward(part) for part in (slice_format, slice_visibility, slice_boxes)]
+    form = make_reward(slice_format, allow_empty=allow_empty)
+    parts = [form, make_reward(slice_visibility), make_reward(slice_boxes)]
     return _sum("medvol_r1", [*parts, make_reward(propagated_dice, delta=delta)], weights, JSON)
 
 

@@ -19,7 +19,9 @@ from numpy.typing import ArrayLike
 from segrl.errors import RewardError
 from segrl.geometry.masks import empty_score
 from segrl.geometry.matching import match
+from segrl.predictions.json_answers import Answer, read_json_answer
 from segrl.predictions.prediction import Prediction
+from segrl.predictions.text_answers import MAX_COORDINATE
 
 __all__ = [
     "ALL_INVARIANCES",
@@ -27,6 +29,7 @@ __all__ = [
     "JSON_ANSWERS",
     "check_setting",
     "drop_duplicates",
+    "json_answer",
     "max_assignment",
     "trivial_score",
 ]
@@ -65,6 +68,21 @@ def trivial_score(
         return lowest
     agreement = empty_score(len(prediction.boxes) + len(prediction.points) == 0, true_count == 0)
     return None if agreement is None else lowest + (highest - lowest) * agreement
+
+
+def json_answer(prediction: Prediction) -> Answer:
+    """Read the answer of a prediction as JSON again, for rewards that look at its keys.
+
+    Example:
+        >>> from segrl.predictions import CompletionFormat, read_answer
+        >>> answer = read_answer('<answer>{"slice": 3}<seg></answer>', CompletionFormat())
+        >>> json_answer(answer).objects
+        [{'slice': 3}]
+    """
+    text = prediction.answer or ""
+    if text.endswith(">"):  # the segmentation token: JSON never ends like this
+        text = text[: max(text.rfind("<"), 0)]
+    return read_json_answer(text, MAX_COORDINATE)
 
 
 def drop_duplicates(pred: np.ndarray, true: np.ndarray, worth: np.ndarray | None = None) -> np.ndarray:

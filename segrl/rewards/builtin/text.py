@@ -1,6 +1,8 @@
 """Rewards for the text alone: format, length and repetitions. None of them reads the ground truth.
 
-Each runs in time linear in the text. A format reward scores form only and belongs beside a reward for the content.
+Each runs in time linear in the text. Invisible characters are no text: a block of them is blank, and they count neither
+as words nor as a difference between sentences. A format reward scores form only and belongs beside a reward for the
+content.
 """
 
 from __future__ import annotations
@@ -9,10 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from segrl.predictions.json_answers import read_json_answer
-from segrl.predictions.parsing import MAX_COORDINATE
+from segrl.predictions.characters import is_blank, visible_text
 from segrl.predictions.prediction import Prediction
-from segrl.rewards.builtin.rules import ALL_INVARIANCES, JSON_ANSWERS, check_setting
+from segrl.rewards.builtin.rules import ALL_INVARIANCES, JSON_ANSWERS, check_setting, json_answer
 from segrl.rewards.registry import register_reward
 
 __all__ = ["json_format", "length_budget", "non_repeat", "repetition", "think_answer_format"]
@@ -63,7 +64,7 @@ def think_answer_format(prediction: Prediction, target: Any, *, graded: bool = F
         if names.count(opening) == names.count(closing) == 1:
             first = names.index(opening)
             is_block = names[first : first + 2] == [opening, closing]
-            kept += is_block and bool(body[tags[first].end() : tags[first + 1].start()].strip())
+            kept += is_block and not is_blank(body[tags[first].end() : tags[first + 1].start()])
     if kept == 2:
         outside = body[: tags[0].start()], body[tags[1].end() : tags[2].start()], body[tags[3].end() :]
         kept += (names == _GRAMMAR) + (not any(text.strip() for text in outside))
@@ -84,8 +85,9 @@ def json_format(
 ) -> float:
     """Return 1.0 for an answer in the JSON schema of `segrl.predictions.json_answers` with all keys, else 0.0.
 
-    The answer must be JSON as a whole, up to a token in angle brackets at its end; text around it, two answers or two
-    JSON values score 0.0. An object that repeats the values of an earlier one counts as malformed.
+    The answer must be JSON as a whole, in a code fence or not, up to a token in angle brackets at its end; text around
+    it, two answers or two JSON values score 0.0. An object that repeats the values of an earlier one counts as
+    malformed.
 
     Args:
         prediction: Only its one answer is read; `think_answer_format` scores the rest of the text.
@@ -107,10 +109,7 @@ def json_format(
     """
     wanted = [] if isinstance(keys, str) else list(keys)
     check_setting(bool(wanted) and all(isinstance(key, str) for key in wanted), "keys", keys, 'a list as ["bbox_2d"]')
-    text = prediction.answer or ""
-    if text.endswith(">"):  # the segmentation token: JSON never ends like this
-        text = text[: max(text.rfind("<"), 0)]
-    answer = read_json_answer(text, MAX_COORDINATE)
+    answer = json_answer(prediction)
     if not answer.objects:
         return float(answer.well_formed)
     seen: set[str] = set()
@@ -277,7 +276,8 @@ def non_repeat(
 
 def _part(prediction: Prediction, part: str) -> str:
     check_setting(part in ("text", "reasoning", "answer"), "part", part, "'text', 'reasoning' or 'answer'")
-    return getattr(prediction, part) or ""
+    text = getattr(prediction, part) or ""
+    return "" if is_blank(text) else visible_text(text)
 
 
 def _is_words(unit: str) -> bool:
