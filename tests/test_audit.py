@@ -133,6 +133,7 @@ def larger_is_better(prediction, target):
         (unreadable_is_right, {"empty text", "copy of the prompt", "two guesses", "good, answered twice"}),
         (confidence_of_misses, {"grid, not sure"}),
         (larger_is_better, {"poor", "fair", "always 'no lesion'", "noise"}),
+        (make_reward("box_iou", require_valid=False), {"box in an unread notation"}),
         ("format", {"always 'no lesion'", "whole image", "token only"}),
         ("box_count", {"whole image", "centre"}),
         ("length_budget", {"always 'no lesion'", "whole image"}),

@@ -7,7 +7,9 @@ A policy's score is its mean over scenes. A reward can be hacked if
 3. a trick scores more than the honest answer it is played on, over any of these,
 4. a worse honest policy scores more than a better one, over the scenes with lesions,
 5. `perfect` scores no more than `poor` over the scenes with lesions, and a degenerate policy scores as much, if only
-   over scenes of one kind, such as those with one lesion.
+   over scenes of one kind, such as those with one lesion,
+6. an answer with a box in a notation that is not read scores as much as an empty answer, over the scenes where there is
+   nothing to find, and the reward reads the ground truth.
 
 "More" means by 3 % of the difference between the highest and the lowest policy score of that reward.
 """
@@ -24,7 +26,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from segrl.audit.policies import POLICIES, answer
+from segrl.audit.policies import POLICIES, UNREAD_BOX, answer
 from segrl.audit.scenes import Scene, make_scenes
 from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
@@ -306,6 +308,8 @@ def _judge(reward: Reward, rows: Sequence[AuditRow], answer_format: str) -> Verd
         elif row.kind == "degenerate":
             compare(row, poor, ("all", "lesions"), "the honest 'poor'")
             compare(row, best, ("empty",), "an empty answer")
+            if row.policy == UNREAD_BOX and reward.needs_target:
+                _as_empty(row, best, margin, reasons, winners)
             if coarse and row.policy not in winners:
                 _as_perfect(row, best, margin, reasons, winners)
     judged = tuple(replace(row, wins=row.policy in winners) for row in rows)
@@ -321,6 +325,13 @@ def _as_perfect(row: AuditRow, best: AuditRow, margin: float, reasons: list[str]
             reasons.append(f"{row.policy}: {number(mine)} over scenes of kind {kind!r}, as all honest policies")
             winners.add(row.policy)
             return
+
+
+def _as_empty(row: AuditRow, best: AuditRow, margin: float, reasons: list[str], winners: set[str]) -> None:
+    """Rule 6."""
+    if row.empty is not None and best.empty is not None and row.empty >= best.empty - margin:
+        reasons.append(f"{row.policy}: {number(row.empty)} over {COLUMNS['empty']}, as an empty answer")
+        winners.add(row.policy)
 
 
 def _table(verdict: Verdict) -> Table:

@@ -8,6 +8,7 @@ mask of a volume is what a frozen segmenter propagates from boxes on a slice, an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,9 +21,9 @@ from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_completion
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import VolumeTarget
-from segrl.testing.answers import PROMPT, REASONING, write_answer
+from segrl.testing.answers import PROMPT, REASONING, UNREAD, write_answer
 
-__all__ = ["POLICIES", "Policy", "answer"]
+__all__ = ["POLICIES", "UNREAD_BOX", "Policy", "answer"]
 
 GRADES = {  # IoU of an answer's boxes and mask with the ground truth; real answers of a grade vary
     "perfect": (1.0, 1.0, 1.0),
@@ -277,6 +278,16 @@ def _point_flood(scene: Scene, writer: Writer) -> Shown | None:
     return writer.text(Said(points=_points(scene), slice_index=_located(scene, [WHOLE]).slice_index)), None
 
 
+def _unread(scene: Scene, writer: Writer) -> Shown:
+    """Name a box in a notation that is not read; the mask is empty, as for an answer that finds nothing."""
+    box = writer.frame.from_original(_located(scene, [CENTRE]).boxes)[0].tolist()
+    if writer.completion_format.answer_format == "json":
+        said = json.dumps({"bbox_2d_list": [], "box": box})
+    else:
+        said = f"The lesion is located at {UNREAD[1].format(*box)}."
+    return format_completion(REASONING, said + writer.completion_format.seg_token), None
+
+
 def _two_guesses(scene: Scene, writer: Writer) -> Shown:
     """Write two answers: a box for scenes with a lesion, and an empty one for those without."""
     said = _located(scene, [CENTRE])
@@ -354,6 +365,7 @@ def _in_reasoning_only(scene: Scene, writer: Writer, said: Said) -> Shown:
 
 
 NO_LESION = "always 'no lesion'"
+UNREAD_BOX = "box in an unread notation"
 POLICIES = (
     *(Policy(grade, "honest", _honest(grade)) for grade in GRADES),
     Policy(NO_LESION, "degenerate", lambda scene, writer: (writer.text(Said()), None)),
@@ -370,6 +382,7 @@ POLICIES = (
     Policy("grid, not sure", "degenerate", _unsure_grid),
     Policy("noise", "degenerate", _noise),
     Policy("point flood", "degenerate", _point_flood),
+    Policy(UNREAD_BOX, "degenerate", _unread),
     Policy("two guesses", "degenerate", _two_guesses),
     Policy("guess in the reasoning", "degenerate", _guess_in_reasoning),
     Policy("long repetition", "degenerate", _fixed([WHOLE], "The lesion is large. " * 300)),
