@@ -82,6 +82,19 @@ def test_only_the_trainers_import_trl():
     assert {top_level(module) for module in users} == {"trainers"}
 
 
+def test_one_function_prints():
+    """`say` escapes what is not printable; whatever prints past it could send control characters to a terminal."""
+    trees = {**TREES, **{where: ast.parse(text) for where, text in OUTSIDE.items() if where.endswith(".py")}}
+    printing = {
+        module
+        for module, tree in trees.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout.write", "sys.stderr.write"))
+    }
+    assert printing == {"segrl.reports.terminal"}
+
+
 def has_list_after_imports(tree: ast.Module) -> bool:
     """Return whether the first statement after docstring and imports (guarded ones too) binds `__all__`."""
     for node in tree.body:

@@ -272,7 +272,8 @@ def test_score_prints_rows_statistics_and_histograms(run):
     assert (status, err) == (0, "")
     lines = [" ".join(line.replace("│", " ").split()) for line in out.splitlines()]
     assert lines[0] == "total: 3 completions (2 valid, 1 no_answer)"
-    assert lines[1] == "first 2 of 3 rows"
+    assert lines[1] == "1 of 3 answers is invalid (33.3 %): 1 no_answer (no closed <answer> block with text in it)"
+    assert lines[2] == "first 2 of 3 rows"
     assert any(line.startswith("line 2 scan_7.png valid 1 1 2 <think>Two dark") for line in lines)
     assert not any(line.startswith("line 3") for line in lines)
     assert "format 0 to 1 3 3 0.6667 0.4714 0 0.5 1 1 1" in lines
@@ -330,6 +331,34 @@ def test_model_text_is_escaped(run):
     assert (status, out) == (2, "")
     assert r"column 'mask': \x1b[31mred" in err
     assert "\x1b" not in err
+
+
+TYPED = HOSTILE.replace("\ud800", "\udcff")  # a byte that is no UTF-8, as Python reads it from a shell
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (TYPED,),
+        ("rewards", TYPED),
+        ("rewards", "list", TYPED),
+        ("rewards", "describe", TYPED),
+        ("rewards", "describe", f"{TYPED}.yaml"),
+        ("rewards", "score", "--rewards", "format", "p.jsonl", "--rows", TYPED),
+        ("rewards", "score", "--rewards", "format", f"{TYPED}.jsonl"),
+        ("rewards", "score", "--rewards", "format", "p.jsonl", "--ground-truth", f"{TYPED}.csv"),
+        ("rewards", "score", "--rewards", "format", "p.jsonl", "--output", TYPED),
+        ("rewards", "check", TYPED),
+        ("rewards", "audit", TYPED),
+        ("parts", "describe", TYPED),
+        ("rewards", "list", "--import", TYPED),
+    ],
+)
+def test_what_was_typed_is_escaped(arguments, run):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(err)
+    assert r"\x1b[31mred" in err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Command lines of training scripts: what a flag, a preset and a default give, and every wrong one in one line."""
 
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from segrl import SegGRPOConfig, SegSFTConfig
 from segrl.errors import SegRLError, UnknownNameError
+from segrl.reports import say
 from segrl.scripts import (
     MACHINE_FLAGS,
     EvaluationArguments,
@@ -240,6 +243,40 @@ def test_errors_and_interruptions(capsys, monkeypatch):
     assert outcome(fail, capsys) == (2, "")
     assert outcome(lambda argv: fail, capsys) == (2, "error on rank 1: broken\n")
     assert outcome(lambda argv: interrupt, capsys) == (130, "")
+
+
+HOSTILE = "scan\x1b[2J\x07\x9b1m\u202e\udcff.nii"
+ESCAPED = r"scan\x1b[2J\x07\x9b1m\u202e\udcff.nii"
+
+
+def test_names_in_errors_and_warnings_are_escaped(capsys):
+    def work() -> None:
+        warnings.warn(f"{HOSTILE} is empty", stacklevel=1)
+        say(f"reading {HOSTILE}\n  {HOSTILE}")
+        raise SegRLError(f"{HOSTILE}: no such file\nand {HOSTILE}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = shown_by_python
+        with pytest.raises(SystemExit):
+            run_script(lambda argv: work, [])
+    out, err = capsys.readouterr()
+    assert out == f"reading {ESCAPED}\n  {ESCAPED}\n"
+    assert err.endswith(f"error: {ESCAPED}: no such file\nand {ESCAPED}\n")
+    assert f"{ESCAPED} is empty" in err
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(out + err)
+
+
+def shown_by_python(message, category, filename, lineno, file=None, line=None):
+    """As Python shows a warning outside of pytest, which collects them."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def test_flags_in_errors_are_escaped(capsys):
+    for argv in ([f"--{HOSTILE}"], [HOSTILE], ["--eval_limit", HOSTILE]):
+        code, said = outcome(lambda _, argv=argv: Parser(RunArguments).read(argv), capsys)
+        assert (code, ESCAPED[:20] in said) == (2, True)
+        assert "\x1b" not in said
 
 
 def test_bugs_keep_their_traceback():

@@ -193,3 +193,47 @@ def test_logged_predictions_can_be_scored_again(tmp_path):
         assert len(set(scores.columns["box_giou"])) > 2
     best = score_file(make_reward(BoxesFound).group_relative("best"), tmp_path / "completions")
     assert best.columns["test_in_trainer_class"] == [0.0, 0.0, 1.0, 0.0] * 4
+
+
+def test_the_first_log_says_what_is_invalid_and_why(tmp_path, capsys):
+    """End tokens that are kept do no harm; a box in an unread notation is invalid, and the run says so once."""
+    unread = GOOD.replace("[1, 2, 30, 40]", "{1, 2, 30, 40}")
+    corners = GOOD.replace("[1, 2, 30, 40]", "(1,2),(30,40)")
+    collect = Collect()
+    model, processor = tiny_model()
+    trainer = SegGRPOTrainer(
+        model,
+        ["format", collect],
+        grpo_args(tmp_path),
+        train_dataset=tiny_rows(4, processor, completions=False),
+        processing_class=processor,
+        rollout_func=written_rollout([GOOD + "</s>", unread, "no tags", corners]),
+    )
+    capsys.readouterr()
+    trainer.train()
+    assert [prediction.status.value for prediction in collect.joined("prediction")[:4]] == [
+        "valid",
+        "malformed_boxes",
+        "no_answer",
+        "valid",
+    ]
+    first, *_, last = collect.joined("prediction")[:4]
+    assert first.boxes.tolist() == last.boxes.tolist() != []
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first rollouts")]
+    assert lines == [
+        "first rollouts: 2 of 4 answers are invalid (50.0 %): 1 malformed_boxes (a bad box, or coordinates in a "
+        "notation that is not read); 1 no_answer (no closed <answer> block with text in it)"
+    ]
+
+
+def test_a_run_whose_answers_are_all_valid_says_so(tmp_path, capsys):
+    model, processor = tiny_model()
+    SegGRPOTrainer(
+        model,
+        "format",
+        grpo_args(tmp_path, max_steps=1),
+        train_dataset=tiny_rows(4, processor, completions=False),
+        processing_class=processor,
+        rollout_func=written_rollout([GOOD]),
+    ).train()
+    assert "first rollouts: 0 of 4 answers are invalid\n" in capsys.readouterr().out

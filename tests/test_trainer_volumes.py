@@ -329,6 +329,19 @@ class TestGrpo:
         assert all(prediction.mask is None for prediction in collect.joined("prediction"))
         assert trainer.state.log_history[0]["rewards/slice_visibility/mean"] == 0.5
 
+    def test_the_first_log_says_what_is_invalid_and_why(self, one, tmp_path, capsys):
+        fenced = text(2, NEAR).replace("<answer>", "<answer>```json\n").replace("</answer>", "\n```</answer>")
+        hidden = text(2).replace("[]}", '[], "box": [4, 1, 14, 5]}')
+        collect = Collect()
+        texts = [fenced + "</s>", hidden, text(2).replace("<think>a", "<think>\u200b"), text(2)]
+        trainer = trainer_of(one, ["slice_format", collect], tmp_path, texts=texts, max_steps=1)
+        trainer.train()
+        kinds = [prediction.status.value for prediction in collect.joined("prediction")]
+        assert kinds == ["valid", "malformed_json", "no_reasoning", "valid"]
+        assert trainer.state.log_history[0]["rewards/slice_format/mean"] == 0.25
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first rollouts")]
+        assert line.startswith("first rollouts: 2 of 4 answers are invalid (50.0 %): 1 malformed_json (")
+
     def test_a_function_of_the_user_alone(self, one, tmp_path):
         """No segrl reward says how answers are read: with a propagator they are JSON that names a slice."""
         collect = Collect()

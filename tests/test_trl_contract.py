@@ -291,6 +291,7 @@ def test_backbone_of_a_family(family):
 def test_every_override_exists_in_trl():
     """What `SegGRPOTrainer` defines under a private name is either its own or a name that TRL still has."""
     own = {
+        "_first_statuses",
         "_keep_records",
         "_log_predictions",
         "_needs_probability",

@@ -14,7 +14,7 @@ from recipe import EvaluationFlags, MedVolRun
 from segrl.data import read_grey, uniform_slices, write_mask
 from segrl.errors import SegRLError
 from segrl.inference import VolumeSegmenter
-from segrl.reports import printable, volume_picture
+from segrl.reports import printable, say, volume_picture
 from segrl.scripts import Parser, run_script
 
 
@@ -75,10 +75,10 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
             "mask": options.output,
         }
         if options.json:
-            print(json.dumps(found))
+            say(json.dumps(found))
             return
         for name, value in found.items():
-            print(f"{name:12} {printable(str(value))}")
+            say(f"{name:12} {printable(str(value))}")
 
     return work
 

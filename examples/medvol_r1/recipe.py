@@ -44,6 +44,7 @@ from segrl.hub import reraise_as
 from segrl.inference import SegmenterBase, VolumeSegmenter
 from segrl.models import load_vlm, tiny_qwen3_vl
 from segrl.predictions import VolumePromptSettings
+from segrl.reports import say
 from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
 from segrl.segmenters import SEGMENTER_CONFIG, Sam2Segmenter, VolumePropagator, sam2_config
 
@@ -309,7 +310,7 @@ class MedVolRun(TwoStageRun):
         if not seen:
             raise DataError(f"no lesion of {len(rows)} rows is on one of the {slices} slices shown")
         if len(seen) < len(rows) and PartialState().is_main_process:
-            print(f"stage 1: {len(rows) - len(seen)} of {len(rows)} rows left out, no slice shown has the lesion")
+            say(f"stage 1: {len(rows) - len(seen)} of {len(rows)} rows left out, no slice shown has the lesion")
         return rows.select(seen)
 
     # ---- the segmenter -----------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ class MedVolRun(TwoStageRun):
         more = self.train_rows if self.arguments.data is not None else ()
         losses = train_segmenter(segmenter, lesions_of([*rows, *more]), seed=self.seed, **settings)
         last = losses[-min(20, len(losses)) :]
-        print(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}", flush=True)
+        say(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}")
         return segmenter
 
     def _shortened(self, steps: int) -> int:
@@ -366,7 +367,7 @@ class MedVolRun(TwoStageRun):
             size = self.recipe.prompt.size
             right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
             if PartialState().is_main_process:
-                print(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices", flush=True)
+                say(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices")
         return model, processor
 
     def _saved_first(self, model: Any, processor: Any) -> tuple[Any, Any]:

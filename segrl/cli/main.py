@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segrl._version import __version__
-from segrl.cli.output import BAD, complain, count, import_modules, positive, share
+from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
 from segrl.errors import SegRLError
@@ -31,9 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = _parser().parse_args(argv)
+    from segrl.reports.terminal import escaped_warnings
+
     try:
-        import_modules(arguments.modules)
-        status = arguments.run(arguments)
+        with escaped_warnings():
+            import_modules(arguments.modules)
+            status = arguments.run(arguments)
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return status
     except SegRLError as error:
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="segrl", description="Reasoning segmentation with reinforcement learning.")
+    parser = CommandParser(prog="segrl", description="Reasoning segmentation with reinforcement learning.")
     parser.add_argument("--version", action="version", version=f"segrl {__version__}")
     areas = parser.add_subparsers(metavar="AREA", required=True)
     rewards = areas.add_parser("rewards", help="list, describe, score, audit and check rewards")

@@ -17,6 +17,7 @@ __all__ = [
     "BAD",
     "OK",
     "WRONG",
+    "CommandParser",
     "complain",
     "count",
     "import_modules",
@@ -27,6 +28,16 @@ __all__ = [
 ]
 
 OK, BAD, WRONG = 0, 1, 2
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors escape what was typed."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> Any:
+        """Leave with a status, after a message."""
+        from segrl.reports.terminal import printable_lines
+
+        super().exit(status, None if message is None else printable_lines(message))
 
 
 def import_modules(modules: Sequence[str]) -> None:
@@ -49,14 +60,16 @@ def search_here() -> None:
 
 
 def complain(message: str) -> int:
-    from segrl.reports.terminal import console, printable_lines
+    from segrl.reports.terminal import say
 
-    console(stderr=True).print(f"segrl: error: {printable_lines(message)}", soft_wrap=True)
+    say(f"segrl: error: {message}", stderr=True)
     return WRONG
 
 
 def print_json(value: Any) -> int:
-    print(json.dumps(value, indent=2, allow_nan=False))
+    from segrl.reports.terminal import say
+
+    say(json.dumps(value, indent=2, allow_nan=False))
     return OK
 
 

@@ -133,7 +133,7 @@ def audit_command(arguments: argparse.Namespace) -> int:
 
 
 def check_command(arguments: argparse.Namespace) -> int:
-    from segrl.reports.terminal import console, printable_lines
+    from segrl.reports.terminal import say
 
     try:
         from segrl.testing.checks import check_reward
@@ -146,7 +146,7 @@ def check_command(arguments: argparse.Namespace) -> int:
             outcome = str(check_reward(_reward(name), **settings))
         except RewardCheckError as error:
             outcome, status = str(error), BAD
-        console().print(printable_lines(outcome), soft_wrap=True)
+        say(outcome)
     return status
 
 

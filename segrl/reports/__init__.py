@@ -4,7 +4,7 @@ from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.drawing import draw_overlay
 from segrl.reports.results_file import versions, write_results
 from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES, Column, results_table
-from segrl.reports.terminal import printable
+from segrl.reports.terminal import printable, say
 from segrl.reports.volume_pictures import volume_picture
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "draw_overlay",
     "printable",
     "results_table",
+    "say",
     "versions",
     "volume_picture",
     "write_results",

@@ -1,13 +1,19 @@
-"""Print text of models and plugins to a terminal: escaped, never interpreted."""
+"""Print to a terminal: text of models, data sets, files and plugins is escaped, never interpreted.
+
+`say` prints all lines of commands and scripts, and `console` all tables.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 
-__all__ = ["console", "excerpt", "limits", "number", "printable", "printable_lines"]
+__all__ = ["console", "escaped_warnings", "excerpt", "limits", "number", "printable", "printable_lines", "say"]
 
 PLAIN_WIDTH = 120  # columns if the output is not a terminal
 
@@ -25,6 +31,31 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Escape all characters that are not printable, except line breaks."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def say(text: str, *, stderr: bool = False) -> None:
+    """Print lines at once; characters that are not printable are escaped, also in names of files and in queries.
+
+    Args:
+        text: One or several lines, without markup.
+        stderr: Print to standard error.
+
+    Example:
+        >>> say("found scan\\x1b[2J.nii")
+        found scan\\x1b[2J.nii
+    """
+    print(printable_lines(text), file=_stream(stderr), flush=True)
+
+
+@contextmanager
+def escaped_warnings() -> Iterator[None]:
+    """Escape what Python prints of warnings, whose messages may name files, while a command runs."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable_lines(before(*args, **kwargs))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def excerpt(text: str, max_characters: int) -> str:
@@ -58,10 +89,16 @@ def limits(bounds: Sequence[float | None] | None) -> str:
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console that interprets no markup, and does not fail on characters that the output cannot show."""
-    stream = sys.stderr if stderr else sys.stdout
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    _stream(stderr)
     made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if made.is_terminal:
         return made
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=PLAIN_WIDTH)
+
+
+def _stream(stderr: bool) -> TextIO:
+    """Return an output that does not fail on characters that it cannot show."""
+    stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    return stream

@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from segrl.predictions.prediction import invalid_text
 from segrl.reports.terminal import console, excerpt, limits, number, printable
 from segrl.scoring.scores import Scores
 
@@ -31,7 +30,7 @@ def print_scores(scores: Scores, rows: int = 10, out: Console | None = None) -> 
     summary = scores.summary(rows)
     statuses = ", ".join(f"{count} {status}" for status, count in summary["statuses"].items())
     out.print(Text(f"{printable(scores.reward.name)}: {summary['n']} completions ({statuses})"))
-    out.print(Text(invalid_text(summary["statuses"])))
+    out.print(Text(summary["invalid"]), soft_wrap=True)
     if rows:
         out.print(_rows(scores, summary["rows"], out.width))
     out.print(_statistics(summary))

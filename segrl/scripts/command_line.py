@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 
 from segrl.errors import SegRLError, UnknownNameError, unknown_name
+from segrl.reports.terminal import escaped_warnings, say
 from segrl.rewards.factory import make_reward
 from segrl.scripts.arguments import check_numbers
 
@@ -185,18 +186,19 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
     rank = int(os.environ.get("RANK", "0"))
     working = False
     if (warning := missing_processes(os.environ)) is not None:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        say(f"warning: {warning}", stderr=True)
     try:
-        work = check(sys.argv[1:] if argv is None else argv)
-        working = True
-        work()
+        with escaped_warnings():
+            work = check(sys.argv[1:] if argv is None else argv)
+            working = True
+            work()
     except SegRLError as error:
         if rank == 0 or working:
-            print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+            say(f"error{f' on rank {rank}' if rank else ''}: {error}", stderr=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted; checkpoints written so far stay in the output directory", file=sys.stderr, flush=True)
+            say("interrupted; checkpoints written so far stay in the output directory", stderr=True)
         raise SystemExit(130) from None
 
 

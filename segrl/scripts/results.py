@@ -17,6 +17,7 @@ from segrl.metrics.summary import paired_bootstrap_ci, summarise
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.results_file import versions, write_results
 from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES, results_table
+from segrl.reports.terminal import say
 from segrl.reports.volume_pictures import volume_picture
 
 __all__ = ["ImageResults", "VolumeResults", "results_for"]
@@ -58,9 +59,9 @@ class ImageResults:
         write_results(self.folder / "predictions.json", records)  # pyright: ignore[reportArgumentType]
         for name, gain in results.get("gain", {}).items():
             mean, low, high = (100 * value for value in gain)
-            print(f"stage 2 - stage 1, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
+            say(f"stage 2 - stage 1, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
         results_table(results, **self.table)
-        print(f"Written to {self.folder}: results.json, predictions.json, {self.pictures_name}")
+        say(f"Written to {self.folder}: results.json, predictions.json, {self.pictures_name}")
 
     def gain(self, after: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, list[float]]:
         """Return the mean difference of each score over the same rows, with its paired 95 % bootstrap interval."""

@@ -10,7 +10,8 @@ What is overridden, and why (each calls `super()`):
 - `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
 - `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
 - `_compute_loss`: adds the dense losses on masks decoded inside TRL's own forward.
-- `log`: with `log_completions`, writes the predictions and their ground truth beside TRL's table of completions.
+- `log`: the first time, says which share of the answers is invalid, and why; with `log_completions`, writes the
+  predictions and their ground truth beside TRL's table of completions.
 
 What differs between images and volumes is in `segrl.tasks`. With `share_prompt` a prompt is computed once for the
 completions that answer it: see `shared_prompt`.
@@ -19,6 +20,7 @@ completions that answer it: see `shared_prompt`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,9 +35,10 @@ from segrl.heads.decoding import Completions, append_tokens
 from segrl.heads.dense import DenseLoss
 from segrl.heads.probes import query_tokens
 from segrl.predictions.completion_format import CompletionFormat
-from segrl.predictions.prediction import Prediction
+from segrl.predictions.prediction import Prediction, invalid_text
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.predictions.records import answer_record
+from segrl.reports.terminal import say
 from segrl.rewards.reward import Reward
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.tasks import Task, check_columns, make_task, rollout_metrics
@@ -99,6 +102,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     _needs_probability = False
     _rollout: Rollout | None = None
     _records: Sequence[dict[str, Any]] = ()
+    _first_statuses: Counter[str] | None = None  # of the answers before the first log
 
     def __init__(
         self,
@@ -135,6 +139,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
                 prompt_boxes=getattr(args, "prompt_boxes", "matched"),
             )
             self.task.check(rewards, self._tokenizer)
+            self._first_statuses = Counter()
             self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
@@ -279,6 +284,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
                 self._log_metric(f"rollout/{name}", value)
         for name, value in task.log().items():
             self._log_metric(f"rollout/{name}", value)
+        if self._first_statuses is not None and self._mode() == "train":
+            self._first_statuses.update(gather_object([prediction.status.value for prediction in predictions]))
 
     def _keep_records(self, predictions: list[Prediction], rows: list[Any]) -> None:
         """Keep the batch of all processes for `log`; the answers to one prompt have one group number."""
@@ -292,6 +299,10 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
+        if self._first_statuses:
+            if self.accelerator.is_main_process:
+                say(f"first rollouts: {invalid_text(dict(self._first_statuses.most_common()))}")
+            self._first_statuses = None  # on all processes, since they gather together
         if self._records and self.log_completions and self.accelerator.is_main_process:
             path = Path(str(self.args.output_dir), "completions", f"predictions_{self.state.global_step:05d}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
