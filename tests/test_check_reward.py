@@ -73,7 +73,7 @@ def test_a_plain_function():
     assert {"scores", "pickles", "YAML", "invalid text", "honest about nothing", "hostile text"} <= set(report.passed)
     assert report.examples > 40
     assert re.search(r"^quality: \d+ examples", str(report))
-    assert "  hostile text          passed" in str(report)
+    assert re.search(r"^  hostile text +passed$", str(report), re.MULTILINE)
 
 
 class Vectorised:
@@ -205,7 +205,7 @@ def one_for_all(completions, **columns):
     ],
 )
 def test_scores(reward, found):
-    error = failure(reward, "scores")
+    error = failure(reward, "scores", seed=1)
     assert found in error.found
     assert error.expected == "one finite number or None per row, and no exception, whatever the model says"
 
@@ -568,8 +568,10 @@ def test_honest_about_nothing():
     error = failure(any_box_is_a_start, "honest about nothing")
     assert error.found == "0 for the right answer, 0.5 for the hallucination"
     assert "needs_target=False" in error.expected
-    register_reward("any_box", needs_target=False)(any_box_is_a_start)
+    register_reward("any_box", needs_target=False)(lambda prediction, target: float(len(prediction.boxes) > 0))
     assert check_reward("any_box").outcomes["honest about nothing"].startswith("not applicable")
+    register_reward("no_truth", needs_target=False)(any_box_is_a_start)  # but it reads it
+    assert "no attribute 'empty'" in failure("no_truth", "reads what it declares").found
 
 
 def unreadable_is_empty(prediction, target):
@@ -612,3 +614,186 @@ def test_a_claim_may_depend_on_the_settings():
     assert make_reward("box_iou", several="hull").info.monotone == ()
     report = check_reward("box_iou", several="hull", threshold=0.3)
     assert report.outcomes["monotone in boxes"] == "not declared"
+
+
+# --- a passing check must have seen something
+
+
+def share(prediction, target):
+    """Share of the true pixels that are found; None without a mask."""
+    if prediction.mask is None or target.empty:
+        return None
+    return float(prediction.mask[target.mask].mean())
+
+
+def undeclared_mask(prediction, target):
+    return 0.0 if prediction.mask is None else float(prediction.mask.any())
+
+
+def mask_taken_for_granted(prediction, target):
+    return float(prediction.mask.any())
+
+
+def undeclared_probability(prediction, target):
+    return 0.0 if prediction.probability is None else float(prediction.probability.max())
+
+
+def undeclared_truth(prediction, target):
+    return float(target is not None and len(prediction.boxes) > 0)
+
+
+def nan_without_overlap(prediction, target):
+    if prediction.mask is None or not prediction.mask.any() or target.empty:
+        return 0.0
+    return float("nan") if not (prediction.mask & target.mask).any() else 1.0
+
+
+def nan_on_an_empty_truth(prediction, target):
+    if prediction.mask is None or not prediction.mask.any():
+        return 1.0
+    return float("nan") if target.empty else 0.5
+
+
+def nan_only_if_all_is_found(prediction, target):
+    if prediction.mask is None or not prediction.mask.all():
+        return 0.0
+    return float("nan") if target.mask.any() and not target.mask.all() else 1.0
+
+
+def boxes_taken_for_granted(prediction, target):
+    return 1.0 if target.empty else float(prediction.boxes[0, 0] >= 0)
+
+
+def modality_taken_for_granted(prediction, target):
+    return float(target.modality[0].isupper())
+
+
+def reasoning_taken_for_granted(prediction, target):
+    return float(len(prediction.reasoning) > 3)
+
+
+def writes_into_an_undeclared_mask(prediction, target):
+    if prediction.mask is not None:
+        prediction.mask[..., 0] = True
+    return float(len(prediction.boxes))
+
+
+def coin_of_the_global_state(prediction, target):
+    return float(np.random.random())
+
+
+def seeds_the_global_state(prediction, target):
+    np.random.seed(0)
+    return float(len(prediction.boxes)) + float(np.random.random())
+
+
+def never_applies(prediction, target):
+    return None
+
+
+def always_half(prediction, target):
+    return 0.5
+
+
+class Ranks:
+    """A row scores more than the row before it."""
+
+    def score_batch(self, predictions, targets):
+        return [float(row) for row in range(len(predictions))]
+
+
+class Longest:
+    """The longest text so far."""
+
+    def __init__(self):
+        self.longest = 1
+
+    def score_batch(self, predictions, targets):
+        self.longest += sum(len(prediction.text) for prediction in predictions)
+        return [len(prediction.text) / self.longest for prediction in predictions]
+
+
+PLANTED = [
+    (undeclared_mask, {}, "reads what it declares"),
+    (mask_taken_for_granted, {}, "scores"),
+    (mask_taken_for_granted, {"needs_mask": True}, "scores"),
+    (undeclared_probability, {"needs_mask": True}, "reads what it declares"),
+    (undeclared_truth, {"needs_target": False}, "reads what it declares"),
+    (nan_without_overlap, {"needs_mask": True}, "scores"),
+    (nan_without_overlap, {}, "scores"),
+    (nan_on_an_empty_truth, {"needs_mask": True}, "scores"),
+    (nan_only_if_all_is_found, {"needs_mask": True}, "scores"),
+    (boxes_taken_for_granted, {}, "scores"),
+    (modality_taken_for_granted, {}, "scores"),
+    (reasoning_taken_for_granted, {}, "scores"),
+    (writes_into_an_undeclared_mask, {}, "input unchanged"),
+    (coin_of_the_global_state, {}, "deterministic"),
+    (seeds_the_global_state, {}, "random state"),
+    (never_applies, {}, "numbers"),
+    (Ranks, {}, "batch equals single"),
+    (Longest, {}, "deterministic"),
+]
+
+
+@pytest.mark.parametrize("volume", [False, True], ids=["image", "volume"])
+@pytest.mark.parametrize(("reward", "declared", "name"), PLANTED)
+def test_planted_faults_are_found(reward, declared, name, volume):
+    """Also where random examples are few, since corner cases are always among them."""
+    register_reward("planted", volume=volume, **declared)(reward)
+    failure("planted", name, max_examples=1)
+
+
+def slice_taken_for_granted(prediction, target):
+    return float(prediction.slice_index + 1)
+
+
+def test_a_volume_whose_slice_is_not_named():
+    register_reward("planted", volume=True)(slice_taken_for_granted)
+    failure("planted", "scores", max_examples=1)
+
+
+@pytest.mark.parametrize("volume", [False, True], ids=["image", "volume"])
+def test_a_constant_is_a_warning(volume):
+    register_reward("planted", volume=volume, range=(0, 1))(always_half)
+    with pytest.warns(UserWarning, match=r"reward 'planted' returned 0\.5 for all \d+ answers that it scored"):
+        report = check_reward("planted", max_examples=5)
+    assert (report.constant, report.nones) == (0.5, 0)
+    assert "WARNING: always the number 0.5" in str(report)
+
+
+@pytest.mark.parametrize("volume", [False, True], ids=["image", "volume"])
+def test_the_report_says_how_often_there_was_a_number(volume):
+    register_reward("planted", volume=volume, needs_mask=True, range=(0, 1))(share)
+    report = check_reward("planted", max_examples=5)
+    assert report.numbers > 100
+    assert report.nones > 100
+    assert report.constant is None
+    assert f"returned {report.numbers} numbers and {report.nones} times None" in str(report)
+
+
+@pytest.mark.parametrize("needs_mask", [False, True])
+@pytest.mark.parametrize("volume", [False, True])
+def test_examples_are_with_and_without_each_optional_part(needs_mask, volume):
+    seen = set()
+
+    def looks(prediction, target):
+        seen.add(("mask", prediction.mask is not None))
+        seen.add(("probability", prediction.probability is not None))
+        seen.add(("boxes", len(prediction.boxes) > 0))
+        seen.add(("reasoning", prediction.reasoning is not None))
+        seen.add(("answer", prediction.answer is not None))
+        seen.add(("slice", prediction.slice_index is not None))
+        seen.add(("ground truth", not target.empty))
+        seen.add(("valid", prediction.valid))
+        seen.update((column, bool(text)) for column, text in target.to_dict().items())
+        if volume:
+            seen.add(("cubic", len(set(target.spacing_mm)) == 1))
+        return float(len(prediction.boxes))
+
+    register_reward("planted", volume=volume, needs_mask=needs_mask)(looks)
+    with pytest.raises(RewardCheckError):  # it counts boxes, wherever they are
+        check_reward("planted", max_examples=30)
+    names = {name for name, _ in seen}
+    assert {(name, there) for name in names for there in (True, False)} - seen == (
+        set() if volume else {("slice", True)}
+    )

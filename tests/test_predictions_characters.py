@@ -83,7 +83,7 @@ def test_invisible_characters_do_not_make_words_or_sentences_different():
     honest = thinks("Look again. Look again. Look again.")
     evasive = thinks("Look again. Lo\u200bok again. \u2060Look aga\xadin.")
     for reward in (make_reward("repetition", n=2), make_reward("non_repeat")):
-        assert reward.score(evasive, None) == reward.score(honest, None) < 1.0
+        assert reward.score(evasive, None) == reward.score(honest, None) != 1.0
     padded = thinks("Dark." + " \u200b" * 50)
     assert make_reward("length_budget", part="reasoning", minimum=10).score(padded, None) == 0.1
 

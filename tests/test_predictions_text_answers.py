@@ -1,14 +1,30 @@
 """Boxes in words: Qwen's notations are read, coordinates in any other are malformed, and numbers of prose are prose."""
 
+import json
+from typing import Any
+
+import numpy as np
 import pytest
 from growth import grows_linearly
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segrl.errors import DataError
-from segrl.predictions import Frame, Status, format_answer, format_completion, parse_completion
+from segrl.geometry import mask_to_rle
+from segrl.predictions import (
+    Frame,
+    Status,
+    Target,
+    VolumeTarget,
+    format_answer,
+    format_completion,
+    parse_completion,
+    read_answer,
+)
 from segrl.predictions.coordinates import names_coordinates
 from segrl.predictions.text_answers import read_text_answer
+from segrl.rewards import easyr1_compute_score, make_reward, swift_orm, verl_compute_score
+from segrl.scoring import score_file
 from segrl.testing.answers import UNREAD
 
 FRAME = Frame("original_px", (1000, 1000))
@@ -180,3 +196,41 @@ def test_a_lesion_is_not_named_by_coordinates():
 )  # fmt: skip
 def test_work_is_linear_in_the_text(unit):
     assert grows_linearly(lambda n: lambda: read_text_answer("1, 2" + unit * (n // len(unit)) + "x"), 20_000)
+
+
+# --- an image or a volume without a lesion must not score an answer with a box
+
+IN_WORDS = {"frame": "original_px", "require_seg": False}
+IN_JSON = {**IN_WORDS, "answer_format": "json"}
+NOTHING = np.zeros((32, 40), dtype=bool)
+CASES = [
+    *(("box_f1", IN_WORDS, f"At {template.format(4, 4, 16, 14)}.", "Nothing.") for template in UNREAD),
+    ("box_f1", IN_WORDS, "(4,4),(16,14)", "Nothing."),
+    ("box_f1", IN_JSON, '{"bbox_2d_list": [], "box": [4, 4, 16, 14]}', "[]"),
+    ("box_f1", IN_JSON, '[{"label": "at (4,4),(16,14)", "bbox_2d_list": []}]', "[]"),
+    ("slice_boxes", IN_JSON, '{"slice": 2, "bbox_2d_list": [], "boxes": [[4, 4, 16, 14]]}', "{}"),
+    ("slice_boxes", IN_JSON, '{"bbox_2d_list": [], "x1": 4, "y1": 4, "x2": 16, "y2": 14}', "{}"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "answer", "nothing"), CASES)
+def test_without_a_lesion_a_box_in_any_notation_scores_nothing_at_every_door(name, options, answer, nothing, tmp_path):
+    reward = make_reward(name, **options)
+    volume = reward.volume
+    mask = np.stack([NOTHING] * 3) if volume else NOTHING
+    target = VolumeTarget.from_mask(mask) if volume else Target.from_mask(mask)
+    truth = {"volume" if volume else "mask": mask_to_rle(mask)}
+    for said, score in ((answer, 0.0), (nothing, 1.0)):
+        text = format_completion("Dark.", said)
+        frame = Frame("original_px", (40, 32))
+        assert reward.score(reward.completion_format.parse(text, frame), target) == score
+        assert reward.score(read_answer(text, reward.completion_format, target), target) == score
+        columns: dict[str, Any] = {"volume" if volume else "mask": [mask]}
+        assert reward(completions=[text], **columns) == [score]
+        assert verl_compute_score(reward)("lesions", text, json.dumps(truth)) == score
+        assert verl_compute_score(reward, batch=True)(["lesions"], [text], [truth]) == [score]
+        assert easyr1_compute_score(reward)([{"response": text, "ground_truth": truth}]) == [{"overall": score}]
+        assert swift_orm(reward)()([text], **{name: [value] for name, value in truth.items()}) == [score]
+        path = tmp_path / "answers.jsonl"
+        path.write_text(json.dumps({"completion": text, **truth}), encoding="utf-8")
+        assert score_file(reward, path).columns[name] == [score]

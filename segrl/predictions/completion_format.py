@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class CompletionFormat:
     require_seg: bool = True
     require_reasoning: bool = True
     answer_format: AnswerFormat = "text"
-    end_tokens: tuple[str, ...] = ()
+    end_tokens: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.end_tokens, str):

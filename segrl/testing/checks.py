@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
 from segrl.rewards.factory import make_reward
 from segrl.rewards.reward import Reward
-from segrl.testing import strategies  # noqa: F401  first: its error names what to install if hypothesis is missing
+from segrl.testing import strategies  # first: its error names what to install if hypothesis is missing
 from segrl.testing.claims import CLAIMS
-from segrl.testing.conformance import CONFORMANCE, check_hostile_text
+from segrl.testing.conformance import CONFORMANCE, any_batch, check_hostile_text
+from segrl.testing.corners import check_corners
 from segrl.testing.subject import Property, Rows, Subject, Violation
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings  # isort: skip
@@ -50,6 +52,9 @@ class CheckReport:
         outcomes: "passed", "not declared" or "not applicable: reason", by property.
         examples: Number of examples.
         seconds: Duration.
+        numbers: How often the reward returned a number, over the examples.
+        nones: How often it returned None.
+        constant: The number, if it was always the same one.
 
     Example:
         >>> report = CheckReport("mine", {"scores": "passed", "range": "not declared"}, examples=50, seconds=1.0)
@@ -61,6 +66,9 @@ class CheckReport:
     outcomes: Mapping[str, str]
     examples: int
     seconds: float
+    numbers: int = 0
+    nones: int = 0
+    constant: float | None = None
 
     @property
     def passed(self) -> tuple[str, ...]:
@@ -70,7 +78,10 @@ class CheckReport:
     def __str__(self) -> str:
         width = max(map(len, self.outcomes))
         lines = [f"  {name:{width}}  {outcome}" for name, outcome in self.outcomes.items()]
-        return "\n".join([f"{self.reward}: {self.examples} examples, {self.seconds:.1f} s", *lines])
+        scores = f"  returned {self.numbers} numbers and {self.nones} times None"
+        if self.constant is not None:
+            scores += f"; WARNING: always the number {self.constant:g}, so nothing was tested but that"
+        return "\n".join([f"{self.reward}: {self.examples} examples, {self.seconds:.1f} s", scores, *lines])
 
 
 def check_reward(
@@ -86,7 +97,11 @@ def check_reward(
     Every reward must
 
     - return one finite number or None per row, whatever the text, in its declared range, and the same each time;
-    - not depend on the other rows or their order (a group-relative one: on other groups), nor change its input;
+    - not depend on the other rows or their order (a group-relative one: on other groups), nor change its input or the
+      global random state;
+    - read masks, probabilities and the ground truth only if it declares that: examples are with and without each of
+      them, whatever it declares;
+    - return a number for some example. A reward that always returns the same one passes with a warning;
     - work when TRL calls it, with columns that it does not know; survive pickle and YAML;
     - score texts of 1 MB in time that grows linearly with their length;
     - if it reads the ground truth, not score an invalid text higher than a valid one with the same content, nor a
@@ -140,12 +155,43 @@ def check_reward(
     examples = 0
     for (kind, limit), items in batches.items():
         examples += _search(subject, kind(subject), items, min(max_examples, limit), seed)
+        if kind is any_batch and limit > max_examples:
+            examples += _check_corners(subject, items)
     try:
         check_hostile_text(subject)
     except Violation as violation:
         raise _error(subject, HOSTILE_TEXT, violation) from violation.__cause__
     outcomes[HOSTILE_TEXT] = "passed"
-    return CheckReport(made.name, outcomes, examples, time.perf_counter() - start)
+    report = CheckReport(made.name, outcomes, examples, time.perf_counter() - start, **_returned(subject))
+    if report.constant is not None:
+        warnings.warn(
+            f"reward {made.name!r} returned {report.constant:g} for all {report.numbers} answers that it scored: a "
+            "constant teaches nothing; does it read a column or a text that the examples do not have?",
+            stacklevel=2,
+        )
+    return report
+
+
+def _check_corners(subject: Subject, items: list[Property]) -> int:
+    tried, failed = check_corners(subject, items)
+    if failed is not None:
+        name, violation = failed
+        raise _error(subject, name, violation) from violation.__cause__
+    return tried
+
+
+def _returned(subject: Subject) -> dict[str, Any]:
+    """Return how often the reward returned what; raise if it never returned a number."""
+    counts = dict(subject.returned)
+    nones = counts.pop(None, 0)
+    if not counts:
+        found = f"None for all {nones} answers"
+        raise _error(subject, "numbers", Violation("a number for at least one example", found))
+    return {
+        "numbers": sum(counts.values()),
+        "nones": nones,
+        "constant": next(iter(counts)) if len(counts) == 1 else None,
+    }
 
 
 def _search(subject: Subject, examples: Any, items: Sequence[Property], count: int, seed: int) -> int:
@@ -215,10 +261,14 @@ def _prediction_lines(prediction: Prediction) -> list[str]:
 
 
 def _target_lines(target: Any) -> list[str]:
+    if target is None:
+        return ["  no ground truth"]
+    given = {column: text for column, text in target.to_dict().items() if text}
+    texts = [] if given == {"query": strategies.QUERY} else [f"  texts: {given}"]
     if isinstance(target, Target):
-        return [f"  true boxes: {target.boxes.tolist()}", *_drawn("true mask", target.mask)]
+        return [f"  true boxes: {target.boxes.tolist()}", *_drawn("true mask", target.mask), *texts]
     assert isinstance(target, VolumeTarget)
-    return _drawn("true mask", target.mask)
+    return [*_drawn("true mask", target.mask), *texts]
 
 
 def _drawn(name: str, mask: np.ndarray) -> list[str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import pickle
+import random
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -32,6 +35,7 @@ SLOWDOWN = 10.0  # limit for a text four times as long: 4 is linear, 16 quadrati
 NOTICEABLE = 0.05  # seconds; shorter times are not compared
 REPEATS = 3  # measurements of a text that seems too slow
 ENDLESS = 5.0  # seconds; a longer measurement is not repeated
+UNUSUAL = 730_451_129  # a seed that no reward uses
 EDGE = 32  # pixels of the image that hostile texts are about
 
 
@@ -39,8 +43,8 @@ def any_batch(subject: Subject) -> st.SearchStrategy[Rows]:
     """Return the strategy for batches that the reward must be able to score."""
     batch = strategies.batches(
         volume=subject.info.volume,
-        mask=subject.info.needs_mask,
-        probability=subject.info.needs_mask,
+        mask=None,  # whatever the reward declares: it may read what it does not declare
+        probability=True,
         group_size=subject.group_size,
         formats=subject.formats,
     )
@@ -80,6 +84,45 @@ def _deterministic(subject: Subject, rows: Rows) -> None:
     first, second = subject.scores_of(rows), subject.score(rows)
     if first != second:
         raise Violation("the same scores for the same rows", f"{first}, then {second}", rows)
+
+
+def _reads_what_it_declares(subject: Subject, rows: Rows) -> None:
+    """Leave out what the reward does not declare; scores must not change, and nothing may fail."""
+    info = subject.info
+    changes: dict[str, Callable[[Prediction, Any], tuple[Prediction, Any]]] = {}
+    if not info.needs_mask:
+        changes["needs_mask"] = lambda said, target: (replace(said, mask=None, probability=None), target)
+    elif not info.needs_probability:
+        changes["needs_probability"] = lambda said, target: (replace(said, probability=None), target)
+    if not info.needs_target and not subject.has_trl_function:
+        changes["needs_target"] = lambda said, target: (said, None)
+    for need, change in changes.items():
+        part = {"needs_target": "the ground truth"}.get(need, "a predicted " + need.removeprefix("needs_"))
+        first, second = subject.scores_of(rows), subject.score(rows.changed(change))
+        if not same(first, second):
+            expected = f"the same scores with and without {part}, as it does not declare {need}=True"
+            raise Violation(expected, f"{first} with, {second} without", rows)
+
+
+def _leaves_random_state_alone(subject: Subject, rows: Rows) -> None:
+    kept = random.getstate(), np.random.get_state()
+    try:
+        random.seed(UNUSUAL)
+        np.random.seed(UNUSUAL)
+        before = random.random(), np.random.random()
+        random.seed(UNUSUAL)
+        np.random.seed(UNUSUAL)
+        subject.score(rows)
+        after = random.random(), np.random.random()
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+    if after != before:
+        raise Violation(
+            "the global state of random and numpy.random left alone, since training draws from it",
+            "it was seeded or drawn from; make a numpy.random.default_rng of your own",
+            rows,
+        )
 
 
 def _batch_equals_single(subject: Subject, rows: Rows) -> None:
@@ -184,6 +227,8 @@ CONFORMANCE = (
     Property("input unchanged", any_batch, _leaves_input_alone),
     Property("range", any_batch, _in_range, _undeclared_range),
     Property("deterministic", any_batch, _deterministic),
+    Property("reads what it declares", any_batch, _reads_what_it_declares),
+    Property("random state", any_batch, _leaves_random_state_alone),
     Property("batch equals single", any_batch, _batch_equals_single),
     Property("any order of rows", any_batch, _any_order),
     Property("called by TRL", any_batch, _called_by_trl),

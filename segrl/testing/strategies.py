@@ -59,20 +59,32 @@ def _is_shown(text: str) -> bool:
     return not is_blank(text)
 
 
+QUERY = "Where is the lesion?"
+
+
+def _texts() -> st.SearchStrategy[dict[str, str]]:
+    """Draw the texts of a row, each of which may be missing."""
+    examples = {"query": QUERY, "modality": "MRI", "anatomy": "liver", "lesion": "cyst", "name": "scan_7"}
+    some = st.fixed_dictionaries({column: st.sampled_from(["", text]) for column, text in examples.items()})
+    return st.one_of(st.just({"query": QUERY}), some)
+
+
 def targets(*, max_size: int = MAX_SIZE, empty: bool | None = None) -> st.SearchStrategy[Target]:
-    """Draw ground truths of images; their boxes are those of the mask's components.
+    """Draw ground truths of images, with and without texts; their boxes are those of the mask's components.
 
     Args:
         max_size: Largest edge, pixels.
         empty: True for images without a lesion, False for images with one or more; None for both.
     """
-    return masks(max_size=max_size, empty=empty).map(lambda mask: Target.from_mask(mask, query="Where is the lesion?"))
+    return st.builds(
+        lambda mask, texts: Target.from_mask(mask, **texts), masks(max_size=max_size, empty=empty), _texts()
+    )
 
 
 def volume_targets(
     *, max_depth: int = 4, max_size: int = MAX_SIZE, empty: bool | None = None
 ) -> st.SearchStrategy[VolumeTarget]:
-    """Draw ground truths of volumes, with cubic and with flat voxels.
+    """Draw ground truths of volumes, with cubic and with flat voxels, with and without texts.
 
     Args:
         max_depth: Largest number of slices.
@@ -80,9 +92,10 @@ def volume_targets(
         empty: True for volumes without foreground, False for volumes with some; None for both.
     """
     return st.builds(
-        lambda mask, spacing: VolumeTarget.from_mask(mask, spacing, query="Where is the lesion?"),
+        lambda mask, spacing, texts: VolumeTarget.from_mask(mask, spacing, **texts),
         volumes(max_depth=max_depth, max_size=max_size, empty=empty),
         st.sampled_from([(1.0, 1.0, 1.0), (5.0, 0.5, 0.5)]),
+        _texts(),
     )
 
 
@@ -110,7 +123,8 @@ def completions(
         frame: The frame in which the model writes.
         valid: False for broken completions; None mixes them in.
         near: (M, 4) boxes in original pixels; many boxes are these or near them.
-        depth: Number of slices of a volume: a JSON answer names one of them, or one too many, with a list of boxes.
+        depth: Number of slices of a volume: a JSON answer names one of them, or one too many, with a list of boxes, or
+            rarely none.
         completion_format: How they will be parsed; its `frame` is not used.
         empty: True for answers that find nothing, False for answers with at least one box; None for both.
 
@@ -123,7 +137,7 @@ def completions(
     said: dict[str, Any] = {"rounding": frame.kind != "original_px"}
     said["notation"] = draw(st.sampled_from(NOTATIONS[completion_format.answer_format]))
     if completion_format.answer_format == "json" and not empty:
-        if depth is not None:
+        if depth is not None and (empty is False or draw(st.sampled_from([True, True, True, False]))):
             said["slice_index"] = draw(st.integers(0, depth if empty is None else depth - 1))
         elif draw(st.booleans()):
             centres = (found[:, :2] + found[:, 2:] - 1) / 2
@@ -150,7 +164,7 @@ def predictions(
     target: Target | VolumeTarget,
     *,
     valid: bool | None = None,
-    mask: bool = False,
+    mask: bool | None = False,
     probability: bool = False,
     completion_format: CompletionFormat | None = None,
     empty: bool | None = None,
@@ -163,7 +177,8 @@ def predictions(
         valid: As in `completions`; None mixes broken ones in.
         mask: Whether a mask is decoded. As in training, an answer without the segmentation token has none. The mask of
             a volume is propagated from boxes on a slice instead, so it is empty without either, and only invalid texts
-            may have none.
+            may have none. None mixes predictions in that have none, and some whose mask does not follow from the text,
+            as files may hold them.
         probability: Whether half of the masks have probabilities, which exceed 0.5 just inside the mask.
         completion_format: As in `completions`; the frame is always original pixels.
         empty: True for answers that find nothing, False for answers with a box and foreground; None for both.
@@ -184,9 +199,12 @@ def predictions(
         completions(frame, valid=valid, near=shown.boxes, depth=depth, completion_format=completion_format, empty=empty)
     )
     prediction = completion_format.parse(text, frame)
-    if not mask:
+    kind = draw(st.sampled_from(["none", "decoded", "any"])) if mask is None else "decoded" if mask else "none"
+    if kind == "none":
         return prediction
-    if isinstance(target, VolumeTarget):
+    if kind == "any":
+        decoded = draw((volumes if isinstance(target, VolumeTarget) else masks)(near=target.mask, empty=empty))
+    elif isinstance(target, VolumeTarget):
         if not prediction.valid and draw(st.booleans()):
             return prediction
         decoded = draw(volumes(near=target.mask, empty=empty if _can_propagate(prediction, target) else True))
@@ -211,7 +229,7 @@ def batches(
     draw: Draw,
     *,
     volume: bool = False,
-    mask: bool = False,
+    mask: bool | None = False,
     probability: bool = False,
     max_groups: int = 2,
     group_size: int | None = None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,8 @@ class Rows:
     scores: list[float | None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.before = [array_fields(record, copied=True) for record in (*self.predictions, *self.targets)]
+        records = [record for record in (*self.predictions, *self.targets) if record is not None]
+        self.before = [array_fields(record, copied=True) for record in records]
 
     def some(self, rows: Sequence[int]) -> Rows:
         """Return these rows, in this order."""
@@ -102,10 +104,12 @@ class Subject:
     Attributes:
         reward: The reward.
         columns: Values of the other data set columns that its TRL functions read, the same for all rows.
+        returned: How often it returned each score, over the examples.
     """
 
     reward: Reward
     columns: Mapping[str, Any] = field(default_factory=dict)
+    returned: Counter[float | None] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.info = self.reward.info
@@ -149,6 +153,7 @@ class Subject:
         """Return the scores of the first evaluation of this example."""
         if rows.scores is None:
             rows.scores = self.score(rows)
+            self.returned.update(rows.scores)
         return rows.scores
 
     def score_group(self, pairs: Sequence[tuple[Prediction, Any]]) -> list[float | None]:
