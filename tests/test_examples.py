@@ -322,7 +322,7 @@ BAD_FLAGS = [
     (["--rewards", "format", "format"], "--rewards format format: a reward is named twice"),
     (["--data", "no_such_folder"], "--data 'no_such_folder': no such folder"),
     (["--data", "no_such_owner/name"], "--data 'no_such_owner/name' cannot be loaded"),
-    (["--resume_from_checkpoint", "no/checkpoint-1"], "--resume_from_checkpoint 'no/checkpoint-1': no checkpoint"),
+    (["--resume_from_checkpoint", "no/checkpoint-1"], "--resume_from_checkpoint 'no/checkpoint-1': no such folder"),
     (["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
     (["--segmenter", "no_such.pt"], "SAM 2 checkpoint 'no_such.pt' does not exist"),
     (["--per_device_train_batch_size", "5000"], "training rows, expected at least 1250"),
@@ -618,13 +618,12 @@ def test_missing_weights_stop_the_published_preset(published, tmp_path):
 def test_the_numbers_of_the_published_preset():
     recipe: Any = KINDS[0].runs.recipes["core_seg_3b"]
     assert recipe.lora == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
-    processes = 2
-    batches = [
-        stage["per_device_train_batch_size"] * stage["gradient_accumulation_steps"] * processes
-        for stage in (recipe.sft, recipe.grpo)
-    ]
-    assert (batches[0], recipe.sft["learning_rate"], recipe.sft["num_train_epochs"]) == (32, 1e-4, 1)
-    assert batches[1] / recipe.grpo["num_generations"] == 16  # prompts of one update
+    assert (recipe.sft["global_batch_size"], recipe.sft["learning_rate"], recipe.sft["num_train_epochs"]) == (
+        32,
+        1e-4,
+        1,
+    )
+    assert recipe.grpo["global_batch_size"] == 16  # prompts of one update
     grpo = [recipe.grpo[name] for name in ("num_generations", "learning_rate", "num_train_epochs")]
     assert grpo == [4, 5e-6, 2]
     assert list(recipe.rewards) == ["format", "box_f1", "dual_granularity_mask"]

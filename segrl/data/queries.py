@@ -45,7 +45,7 @@ class Queries:
         ({'liver': ('Produces bile',)}, 1)
         >>> rows = Dataset.from_list([{"name": "a", "lesion": "liver", "query": "Segment the liver in this scan."}])
         >>> queries.ask(rows)["query"][:]
-        ['Find and segment what is described here: Produces bile.']
+        ['Description: Produces bile. Segment what it describes.']
     """
 
     texts: Mapping[str, tuple[str, ...]]

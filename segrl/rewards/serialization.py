@@ -113,7 +113,7 @@ def dump_reward(reward: Reward, path: str | Path | None = None) -> str:
 
 
 def from_dict(data: Any, where: str = "reward", *, allow_imports: bool = True) -> Reward:
-    """Build a reward from plain values; `where` is their location, named in errors, and the rest as in `load_reward`."""
+    """Build a reward from plain values; `where` is their location in errors, the rest as in `load_reward`."""
     if isinstance(data, str):
         return _located(where, _named, data, {}, allow_imports)
     if not isinstance(data, Mapping):

@@ -7,7 +7,7 @@ missing returns the lowest value of the reward, so that no text gains by not ans
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from segrl.rewards.registry import register_reward
 __all__ = ["box_f1", "dual_granularity_mask", "format_reward"]
 
 LOWEST_GIOU = -1.0
+MeanOver = Literal["matched", "true_positives"]
 
 
 @register_reward("format", needs_target=False, range=(0.0, 1.0), invariant=("box_order", "flip", "rescale"),
@@ -55,7 +56,7 @@ def box_f1(
     target: Target,
     *,
     min_iou: float = 0.5,
-    mean_over: Literal["matched", "true_positives"] = "matched",
+    mean_over: MeanOver = "matched",
     require_valid: bool = True,
 ) -> float:
     """Return the mean IoU of the matched boxes times the F1 score of the boxes (CORE-Seg, r_bbox, Eq. 8).
@@ -88,6 +89,7 @@ def box_f1(
         (0.25, 0.375)
     """
     check_setting(0 <= min_iou < 1, "min_iou", min_iou, "a number in [0, 1), such as 0.5")
+    check_setting(mean_over in get_args(MeanOver), "mean_over", mean_over, "matched or true_positives")
     if require_valid and not prediction.valid:
         return 0.0
     n_pred, n_true = len(prediction.boxes), len(target.boxes)
