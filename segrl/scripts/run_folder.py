@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from accelerate import PartialState
 from segrl.errors import CheckpointError, DataError, SegRLError
 from segrl.models.saved_files import read_object
 from segrl.reports.results_file import versions, write_results
-from segrl.reports.terminal import printable
+from segrl.reports.terminal import say
 from segrl.trainers.checkpoints import checkpoint_problem, newest_checkpoint
 
 __all__ = ["Progress", "check_batches", "check_output", "claim_output", "find_stage1", "is_finished", "train_and_save"]
@@ -266,7 +265,7 @@ def _newest(folder: Path) -> str | None:
     if skipped and PartialState().is_main_process:
         reasons = "; ".join(f"{name} ({problem})" for name, problem in skipped.items())
         goes_on = f"goes on from {Path(checkpoint).name}" if checkpoint else "none is complete"
-        print(printable(f"{folder}: left out {reasons}; {goes_on}"), file=sys.stderr, flush=True)
+        say(f"{folder}: left out {reasons}; {goes_on}", stderr=True)
     return checkpoint
 
 
