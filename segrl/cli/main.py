@@ -53,15 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     rewards = areas.add_parser("rewards", help="list, describe, score, audit and check rewards")
     commands = rewards.add_subparsers(metavar="COMMAND", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = CommandParser(add_help=False)
     common.add_argument("--import", dest="modules", metavar="MODULE", action="append", default=[],
                         help="import a module with rewards or parts; the current folder is searched too")  # fmt: skip
-    as_json = argparse.ArgumentParser(add_help=False)
+    as_json = CommandParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
     add_parts_commands(areas, common, as_json)
 
-    def command(name: str, run: Any, text: str, *parents: argparse.ArgumentParser, **more: Any):
+    def command(name: str, run: Any, text: str, *parents: CommandParser, **more: Any):
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
                                    parents=[common, *parents], **more)  # fmt: skip
         made.set_defaults(run=run)

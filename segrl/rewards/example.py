@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def example_pair(volume: bool, completion_format: CompletionFormat) -> tuple[Pre
     """
     lesion = np.zeros((_HEIGHT, _WIDTH), dtype=bool)
     lesion[_BOX[1] : _BOX[3], _BOX[0] : _BOX[2]] = True
-    texts = {"name": "example", "query": "Where is the lesion?", "lesion": "lesion"}
+    texts: dict[str, Any] = {"name": "example", "query": "Where is the lesion?", "lesion": "lesion"}
     target: Target | VolumeTarget
     if volume:
         mask = np.zeros((_DEPTH, _HEIGHT, _WIDTH), dtype=bool)

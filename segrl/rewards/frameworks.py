@@ -311,7 +311,7 @@ def _key(ground_truth: Any) -> str:
     """Return a text that is equal for equal ground truths."""
     if isinstance(ground_truth, Mapping):
         return repr(sorted((str(key), _key(value)) for key, value in ground_truth.items()))
-    if getattr(ground_truth, "dtype", None) == object:  # whose bytes are addresses
+    if getattr(getattr(ground_truth, "dtype", None), "hasobject", False):  # whose bytes are addresses
         ground_truth = ground_truth.tolist()
     if hasattr(ground_truth, "tobytes"):  # an image or an array, which repr shortens
         return repr((getattr(ground_truth, "shape", None) or ground_truth.size, ground_truth.tobytes()))

@@ -83,7 +83,7 @@ class SegGRPOConfig(GRPOConfig):
         size = self.global_batch_size
         if size is None:
             return super().__post_init__()
-        rows = size * (self.num_generations if self.batch_unit == "prompts" else 1)
+        rows = size * ((self.num_generations or 1) if self.batch_unit == "prompts" else 1)
         unit = f"global_batch_size={size} {self.batch_unit} ({rows} completions)"
         processes = fit_accumulation(self, rows, unit)
         super().__post_init__()
