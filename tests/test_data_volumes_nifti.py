@@ -530,3 +530,42 @@ def test_every_real_file_is_read_written_and_read_again(tmp_path):
         np.testing.assert_array_equal(written.affine, label.affine)
         for code in ("sform_code", "qform_code"):
             assert written.header[code] == label.header[code]
+
+
+# ---- damage inside a compressed file ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [read_volume, lambda path: read_label(path, None)])
+def test_damage_inside_a_compressed_file_is_found(read, tmp_path):
+    """A flipped bit or a lost end: nibabel alone reads other voxels, or all of them."""
+    whole, damaged = tmp_path / "whole.nii.gz", tmp_path / "damaged.nii.gz"
+    rng = np.random.default_rng(0)
+    voxels = (rng.random((24, 20, 12)) > 0.5).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])), whole)
+    expected = np.asarray(read(whole).voxels if read is read_volume else read(whole))
+    content, unseen = whole.read_bytes(), 0
+    for _ in range(150):
+        position, bit = int(rng.integers(18, len(content))), int(rng.integers(8))  # behind gzip's own header
+        changed = bytearray(content)
+        changed[position] ^= 1 << bit
+        damaged.write_bytes(changed)
+        try:
+            found = read(damaged)
+        except DataError:
+            continue
+        unseen += not np.array_equal(np.asarray(getattr(found, "voxels", found)), expected)
+    assert unseen == 0
+    for lost in (1, 4, 9, 100):
+        damaged.write_bytes(content[:-lost])
+        with pytest.raises(DataError, match=r"damaged\.nii\.gz: .*cut off"):
+            read(damaged)
+
+
+def test_dimensions_that_fit_into_no_memory(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[42:48] = np.array([32767] * 3, dtype="<i2").tobytes()
+    path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(DataError, match=r"scan\.nii\.gz: the voxels cannot be read"):
+        read_volume(path)

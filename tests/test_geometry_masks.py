@@ -137,7 +137,7 @@ def test_constant_masks():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (np.array([[0, 254, 255]]), r"a\.png: .*got 3 values \(0, 254, 255\); save it losslessly"),
+        (np.array([[0, 254, 255]]), r"a\.png: .*got 3 values \(0, 254, 255\); threshold it first"),
         (np.arange(100).reshape(10, 10), r"got 100 values \(0, 1, 2, 3, 4, \.\.\.\)"),
         (np.array([[1, 2]]), r"got 2 values \(1, 2\); .*background 0"),
         (np.array([[0.0, np.nan]]), r"got 2 values \(0.0, nan\)"),

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from segrl import DenseLoss, ReasoningSegmenter, SegSFTConfig, SegSFTTrainer
 from segrl.data import prepare
+from segrl.data.images.prompts import shown_image
 from segrl.errors import CheckpointError, DataError
 from segrl.heads import SegInput, find_mask_head
 from segrl.heads.decoding import masks_at
@@ -207,8 +208,8 @@ class TestImages:
         limited: Any = ReasoningSegmenter(segmenter.model, segmenter.processor, settings)
         image = picture((224, 112))
         answer = limited.predict(image, "Find it.")
-        assert limited._shown(image).size == (112, 56)
-        assert limited._shown(picture((40, 30))).size == (40, 30)
+        assert shown_image(image, 112).size == (112, 56)
+        assert shown_image(picture((40, 30)), 112).size == (40, 30)
         assert answer.mask.shape == (112, 224)
         assert np.allclose(answer.boxes, [[8, 10, 60, 82]])  # twice the written numbers
 

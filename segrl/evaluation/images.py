@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
@@ -79,4 +78,4 @@ def read_image_target(row: dict[str, Any]) -> Target:
         DataError: The mask is not binary; names the row.
     """
     texts = Target.texts_of(row)
-    return Target.from_mask(binarize(np.asarray(row["mask"]), texts["name"] or "row"), **texts)
+    return Target.from_mask(binarize(row["mask"], texts["name"] or "row"), **texts)

@@ -104,4 +104,7 @@ def _whole(image: Image.Image) -> Image.Image:
         raise DataError(f"expected a PIL image, got {type(image).__name__}")
     if image.mode == "F" or image.mode.startswith("I"):
         raise DataError(f"image of mode {image.mode!r}: expected 8 bits a channel; scale it to 0..255 first")
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise DataError(f"image of {pages} pages: expected one; pass each page as an image of its own")
     return ImageOps.exif_transpose(image).convert("RGB")

@@ -33,7 +33,7 @@ from PIL import Image
 from segrl.errors import DataError, SegRLError
 from segrl.geometry.boxes import validate_boxes
 from segrl.geometry.masks import MAX_RLE_PIXELS as MAX_PIXELS
-from segrl.geometry.masks import binarize, foreground, mask_to_rle, rle_to_mask
+from segrl.geometry.masks import binarize, foreground, mask_to_rle, mask_values, rle_to_mask
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import completion_text
@@ -353,7 +353,7 @@ def _load_npy(path: Path, name: str) -> np.ndarray:
 def _pixels(source: Path | io.BytesIO, name: str) -> np.ndarray:
     try:
         with Image.open(source) as image:
-            return np.asarray(image)
+            return mask_values(image, name)
     except _BAD_FILE as error:
         raise _unreadable(name, error) from error
 

@@ -94,7 +94,7 @@ class Target(Metadata):
             >>> Target.from_mask(mask, lesion="cyst").boxes.tolist()
             [[2.0, 1.0, 5.0, 3.0]]
         """
-        foreground = binarize(np.asarray(mask), fields.get("name") or "mask")
+        foreground = binarize(mask, fields.get("name") or "mask")
         return cls(mask=foreground, boxes=boxes_from_mask(foreground), **fields)
 
     @property

@@ -13,7 +13,7 @@ from PIL import Image
 from segrl.caching.content import content_key
 from segrl.data.images.prompts import FULL_IMAGE, open_image
 from segrl.errors import DataError, SegRLError
-from segrl.geometry.masks import binarize, soft_target
+from segrl.geometry.masks import binarize, mask_values, soft_target
 from segrl.heads.decoding import Completions, add_masks, check_token
 from segrl.heads.mask_head import MaskHead
 from segrl.heads.requests import SegInput
@@ -172,4 +172,4 @@ def _mask(row: Mapping[str, Any], name: str) -> np.ndarray:
     mask = row.get("mask")
     if mask is None:
         raise DataError(f"{name}: no mask; expected a PIL image or array in the column 'mask' (columns: {sorted(row)})")
-    return np.asarray(mask)
+    return mask_values(mask, name)

@@ -54,7 +54,7 @@ def augment(dataset: Dataset, copies: int, *, seed: int = 0) -> Dataset:
                     f"{row['name']}: has its own reasoning, which a turned image would contradict; use copies=0"
                 )
             image = ImageOps.exif_transpose(row["image"]).convert("RGB")
-            mask = PILImage.fromarray(binarize(np.asarray(row["mask"]), str(row["name"])).astype(np.uint8) * 255)
+            mask = PILImage.fromarray(binarize(row["mask"], str(row["name"])).astype(np.uint8) * 255)
             yield {**row, "image": _png(image), "mask": _png(mask)}
             for copy in range(1, copies + 1):
                 rng = np.random.default_rng((seed, index, copy))

@@ -20,7 +20,7 @@ from PIL import ImageOps
 
 from segrl.data.manifest import check_dataset, raise_all, read_manifest
 from segrl.errors import DataError
-from segrl.geometry.masks import binarize
+from segrl.geometry.masks import binarize, mask_values
 from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["check_rows", "load_folder"]
@@ -109,7 +109,7 @@ def _problems(dataset: Dataset, locations: Iterable[str]) -> Iterator[str]:
         arrays: list[np.ndarray] = []
         for column in ("image", "mask"):
             try:
-                arrays.append(_decode(row[column]))
+                arrays.append(_decode(row[column], mask=column == "mask"))
                 if column == "mask":
                     binarize(arrays[-1], "mask")
             except (DataError, *_BAD_FILE) as error:
@@ -122,16 +122,19 @@ def _problems(dataset: Dataset, locations: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _decode(value: dict[str, Any] | None) -> np.ndarray:
+def _decode(value: dict[str, Any] | None, *, mask: bool) -> np.ndarray:
     """Decode an encoded image, upright: (H, W) or (H, W, C)."""
     if value is None:
         raise DataError("is missing (None); give a file or delete the row")
     source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
     with PILImage.open(source) as image:
-        if image.mode[0] in "IF":
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            raise DataError(f"has {pages} pages, expected one; save each page as a file of its own")
+        if image.mode[0] in "IF" and not mask:
             raise DataError(f"has {image.mode} pixels, expected 8 bits per channel; window it and scale it to 0-255")
         upright = ImageOps.exif_transpose(image)
-        return np.asarray(upright)
+        return mask_values(upright) if mask else np.asarray(upright)
 
 
 def _reason(error: Exception, value: dict[str, Any] | None) -> str:

@@ -8,7 +8,6 @@ import functools
 import io
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -157,7 +156,7 @@ def _row_columns(
             columns |= {"image": {"bytes": buffer.getvalue(), "path": None}, FULL_IMAGE: row["image"]}
     if not completions:
         return columns
-    mask = binarize(np.asarray(row["mask"]), f"mask of {row['name']}")
+    mask = binarize(row["mask"], f"mask of {row['name']}")
     if mask.shape[::-1] != original_size:
         raise DataError(
             f"{row['name']}: the mask is {mask.shape[1]} x {mask.shape[0]} px, the image {original_size[0]} x "

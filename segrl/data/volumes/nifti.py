@@ -9,6 +9,7 @@ and qform of the scan's file, so any viewer shows it on its scan.
 
 from __future__ import annotations
 
+import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
@@ -30,7 +32,11 @@ from segrl.geometry.masks import foreground
 __all__ = ["Volume", "label_values", "read_label", "read_volume", "write_mask", "write_volume"]
 
 # nibabel and gzip raise these for broken files; a truncated .nii.gz gives EOFError, zlib.error or OSError.
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+# Dimensions that a damaged header invents do not fit into memory, or not into an integer.
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError),
+    *(MemoryError, OverflowError),
+)
 _PATIENT_AXES = axcodes2ornt(("L", "P", "S"))  # of (W, H, D)
 _MAX_SHIFT = 0.05  # largest distance of label and scan in voxels, where they are furthest apart: headers are rounded
 _MAX_ROUNDING = 1e-4  # largest distance of a value in a scaled label file from a whole number
@@ -313,11 +319,26 @@ def _must_exist(path: Path, role: str) -> None:
 def _read(path: Path, array: Any, dtype: Any = None) -> np.ndarray:
     """Read the voxels (X, Y, Z), scaled by the header, in the narrowest type or in `dtype`."""
     try:
-        return np.asarray(array, dtype=dtype).reshape(array.shape[:3])
+        return _voxels(path, array, dtype).reshape(array.shape[:3])
     except _UNREADABLE as error:
         raise DataError(
             f"{path}: the voxels cannot be read ({error}); the file is damaged or cut off, replace it"
         ) from error
+
+
+def _voxels(path: Path, array: Any, dtype: Any) -> np.ndarray:
+    """Read a file's array; a compressed one to the end of its stream, where length and checksum are.
+
+    nibabel stops at the last voxel, and so accepts voxels that are not those that were written.
+    """
+    if not isinstance(array, ArrayProxy) or path.suffix != ".gz":
+        return np.asarray(array, dtype=dtype)
+    header = (array.shape, array.dtype, array.offset, array.slope, array.inter)
+    with gzip.open(path, "rb") as stream:
+        values = np.asarray(ArrayProxy(stream, header, mmap=False), dtype=dtype)
+        while stream.read(2**20):
+            pass
+    return values
 
 
 def _whole_numbers(path: Path, values: np.ndarray) -> np.ndarray:
