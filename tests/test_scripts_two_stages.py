@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from builders import tiny_model
+from builders import tiny_headed_model, tiny_model
 from datasets import Dataset
 from marks import slow_to_build
 from safetensors.torch import load_file
@@ -183,6 +183,20 @@ def test_stage2_alone(tmp_path):
     run(BoxRun.check_grpo, "--skip_stage1", "--max_steps", 1, "--output_dir", tmp_path / "run")
     assert set(read_json(tmp_path / "run" / "results.json")) == {"baseline", "stage2", "config", "versions"}
     assert not (tmp_path / "run" / "stage1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [False, True])
+def test_stage2_alone_with_a_reference_of_a_model_from_no_folder(head, tmp_path):
+    """TRL loads the reference model of the KL term by the policy's name, which a new model does not have."""
+
+    class Headed(BoxRun):
+        def build(self) -> Any:
+            return tiny_headed_model() if head else super().build()
+
+    run(Headed.check_grpo, "--skip_stage1", "--max_steps", 1, "--beta", 0.04, "--output_dir", tmp_path / "run")
+    assert all("kl" in entry for entry in steps_of(tmp_path / "run"))
+    assert (tmp_path / "run" / "mask_head.json").is_file() is head
 
 
 def test_evaluation_repeats_what_training_found(whole, tmp_path):

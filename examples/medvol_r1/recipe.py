@@ -376,26 +376,14 @@ class MedVolRun(TwoStageRun):
     # ---- the language model ------------------------------------------------------------------------------------------
 
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
-        if self.arguments.skip_stage1:
-            return self._saved_first(model, processor)
-        if self.recipe.vision_warmup is not None and self.arguments.model is None:
+        wanted = self.recipe.vision_warmup is not None and self.arguments.model is None
+        if wanted and not self.arguments.skip_stage1:
             settings = {**self.recipe.vision_warmup, "steps": self._shortened(self.recipe.vision_warmup["steps"])}
             size = self.recipe.prompt.size
             right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
             if PartialState().is_main_process:
                 say(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices")
         return model, processor
-
-    def _saved_first(self, model: Any, processor: Any) -> tuple[Any, Any]:
-        """The same model, loaded from a folder if it came from none: TRL loads the reference of its KL term again."""
-        if model.config._name_or_path:
-            return model, processor
-        folder = self.folder / "start"
-        if PartialState().is_main_process:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-        PartialState().wait_for_everyone()
-        return load_vlm(str(folder))
 
     def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
         loaded = super().load_run(folder, segmenter=self.segmenter, **settings)

@@ -18,10 +18,10 @@ from transformers import set_seed
 
 from segrl.data.queries import Queries
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
-from segrl.heads.attach import find_mask_head
+from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
 from segrl.hub import check_source, reraise_as
 from segrl.inference.base import SegmenterBase
-from segrl.models.loading import language_model_lora
+from segrl.models.loading import language_model_lora, load_vlm
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, check_numbers, first_stage_settings
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, given_flags, parse
@@ -170,7 +170,7 @@ class TwoStageRun:
                 run._enter("grpo")
                 rows = run.prepare(model, processor, completions=False)
             elif start is None:
-                model, processor = run.warm_up(model, processor)
+                model, processor = run._from_a_folder(*run.warm_up(model, processor))
             set_seed(run.seed)
             run.train_grpo(config, model, processor, rows)
             run._report(stages, settings)
@@ -388,6 +388,18 @@ class TwoStageRun:
         for split, rows in self.rows.items():
             self.rows[split] = self._asked(self.synthesize(split)) if rows is None else rows
         self.make_parts()
+
+    def _from_a_folder(self, model: Any, processor: Any) -> Model:
+        """Return a model that TRL can load again, for the reference of its KL term: saved first if it has no folder."""
+        if not self.config.beta or model.config._name_or_path:
+            return model, processor
+        folder, head = self.folder / "start", detach_mask_head(model)
+        if PartialState().is_main_process:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        PartialState().wait_for_everyone()
+        model, processor = load_vlm(str(folder))
+        return (model if head is None else attach_mask_head(model, head)), processor
 
     def _fit_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
         self._enter("sft")
