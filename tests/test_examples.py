@@ -27,6 +27,7 @@ from test_models_loading import hub_key, write_hub_folder
 
 from segrl import SegGRPOConfig, SegSFTConfig
 from segrl.data import load_volumes, make_synthetic, write_folder
+from segrl.errors import SegRLError
 from segrl.evaluation import evaluate, evaluate_volumes
 from segrl.inference import ReasoningSegmenter, load
 from segrl.models import tiny_qwen2_5_vl
@@ -355,6 +356,27 @@ OWN_BAD_FLAGS = {
         ("evaluate", ["--model", "x", "--m3d_seg", "KiTS23"], "pass --data with the folder of M3D-Seg too"),
     ],
 }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--adapter", "lineer"), "unknown adapter 'lineer'; did you mean 'linear'?"),
+        (("--probe", "seg"), "unknown probe 'seg'"),
+        (("--segmenter", "nothing.pt"), "SAM 2 checkpoint 'nothing.pt' does not exist"),
+        (("--model", "no_such_run"), "--model 'no_such_run': no such folder"),
+    ],
+)
+def test_wrong_parts_are_refused_before_data_is_made(flags, message, tmp_path, monkeypatch):
+    """3,000 images used to be drawn first."""
+
+    def load(self: Any, split: str) -> Any:
+        raise AssertionError("data is made")
+
+    monkeypatch.setattr(CORE_SEG.modules["recipe"].CoreSegRun, "load", load)
+    with pytest.raises(SegRLError, match=re.escape(message)):
+        CORE_SEG.modules["recipe"].CoreSegRun.check_grpo([*flags, "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=lambda value: str(value)[:40])

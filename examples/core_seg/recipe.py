@@ -238,13 +238,13 @@ class CoreSegRun(TwoStageRun):
         )
         return attach_mask_head(model, head), processor
 
-    def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
+    def check_run(self, folder: str | Path) -> None:
         if Path(folder).is_dir() and not (Path(folder) / "mask_head.json").is_file():
             raise CheckpointError(
                 f"--model {str(folder)!r} has no mask head (no mask_head.json); train stage 1 with train_sft.py, or "
                 "pass --skip_stage1 to train_grpo.py"
             )
-        return super().load_run(folder, **settings)
+        super().check_run(folder)
 
     def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
         head = find_mask_head(model)

@@ -376,9 +376,9 @@ class MedVolRun(TwoStageRun):
     # ---- the language model ------------------------------------------------------------------------------------------
 
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
-        wanted = self.recipe.vision_warmup is not None and self.arguments.model is None
-        if wanted and not self.arguments.skip_stage1:
-            settings = {**self.recipe.vision_warmup, "steps": self._shortened(self.recipe.vision_warmup["steps"])}
+        warmup = self.recipe.vision_warmup
+        if warmup is not None and self.arguments.model is None and not self.arguments.skip_stage1:
+            settings = {**warmup, "steps": self._shortened(warmup["steps"])}
             size = self.recipe.prompt.size
             right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
             if PartialState().is_main_process:

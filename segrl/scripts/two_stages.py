@@ -18,7 +18,9 @@ from transformers import set_seed
 
 from segrl.data.queries import Queries
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
+from segrl.heads.adapters import ADAPTERS
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
+from segrl.heads.probes import PROBES
 from segrl.hub import check_source, reraise_as
 from segrl.inference.base import SegmenterBase
 from segrl.models.loading import language_model_lora, load_vlm
@@ -36,6 +38,7 @@ from segrl.scripts.run_folder import (
     find_stage1,
     train_and_save,
 )
+from segrl.segmenters.sam2 import check_sam2_source
 from segrl.trainers.config import SegGRPOConfig, SegSFTConfig
 from segrl.trainers.grpo import SegGRPOTrainer
 from segrl.trainers.sft import SegSFTTrainer
@@ -242,13 +245,31 @@ class TwoStageRun:
         Raises:
             CheckpointError: No run, or one that does not fit; names `--model`.
         """
+        self.check_run(folder)
+        with reraise_as(f"--model {str(folder)!r}", CheckpointError):
+            return self.results.segmenter_class.from_pretrained(Path(folder), **settings)
+
+    def check_sources(self) -> None:
+        """Refuse a model, a part or weights that cannot be there, before data is read or made."""
+        arguments = self.arguments
+        if arguments.model is not None and (isinstance(self.config, SegSFTConfig) or arguments.skip_stage1):
+            check_source("--model", arguments.model, "model", CheckpointError)
+        elif arguments.model is not None:
+            self.check_run(arguments.model)
+        for flag, registry in (("adapter", ADAPTERS), ("probe", PROBES)):
+            if (name := getattr(arguments, flag, None)) is not None:
+                registry.get(name)
+        if arguments.segmenter is not None:
+            with reraise_as(f"--segmenter {arguments.segmenter!r}", CheckpointError):
+                check_sam2_source(arguments.segmenter)
+
+    def check_run(self, folder: str | Path) -> None:
+        """Refuse a folder that holds no trained model, by a look at its files."""
         path = Path(folder)
         if not path.is_dir():
             raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
-        with reraise_as(f"--model {str(folder)!r}", CheckpointError):
-            return self.results.segmenter_class.from_pretrained(path, **settings)
 
     def find_parts(self, stage1: Path | None) -> None:
         """Find what training needs beside the model, before anything is written; nothing by default.
@@ -335,6 +356,7 @@ class TwoStageRun:
         )
         config.resume_from_checkpoint = run.progress.checkpoint
         run.config = config
+        run.check_sources()
         run.rows = {split: run._asked(run.load(split)) for split in ("train", "test")}
         if run.rows["train"] is not None:
             run.prompt = run.prompt.for_rows(run.rows["train"])

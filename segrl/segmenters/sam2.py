@@ -28,7 +28,7 @@ from segrl.models.saved_files import ShapesOnly, check_counts, read_object, read
 from segrl.segmenters.base import ImageFeatures
 from segrl.segmenters.registry import register_segmenter
 
-__all__ = ["Sam2Config", "Sam2Segmenter", "build_sam2", "sam2_config"]
+__all__ = ["Sam2Config", "Sam2Segmenter", "build_sam2", "check_sam2_source", "sam2_config"]
 
 SEGMENTER_CONFIG, SEGMENTER_WEIGHTS = "segmenter.json", "segmenter.safetensors"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -456,16 +456,30 @@ class Sam2Segmenter(nn.Module):
         return cls(Sam2Config(**config))
 
 
-def _fetch(checkpoint: str | Path) -> Path:
-    path = Path(checkpoint)
-    if path.is_file():
-        return path
-    if ":" in str(checkpoint) and not path.exists():
-        from huggingface_hub import hf_hub_download
+def check_sam2_source(checkpoint: str | Path) -> None:
+    """Refuse what is neither a file, nor a folder of `save_pretrained`, nor a file's name on the hub.
 
-        repository, filename = str(checkpoint).split(":", 1)
-        return Path(hf_hub_download(repository, filename))
+    Raises:
+        CheckpointError: It is none of them.
+
+    Example:
+        >>> check_sam2_source("wanglab/MedSAM2:MedSAM2_latest.pt")
+    """
+    path = Path(checkpoint)
+    if path.is_file() or (path / SEGMENTER_CONFIG).is_file() or (":" in str(checkpoint) and not path.exists()):
+        return
     raise CheckpointError(
         f"SAM 2 checkpoint {str(checkpoint)!r} does not exist. Pass the path of a .pt file, or 'owner/repo:file.pt' "
         "for the hub."
     )
+
+
+def _fetch(checkpoint: str | Path) -> Path:
+    check_sam2_source(checkpoint)
+    path = Path(checkpoint)
+    if not path.exists():
+        from huggingface_hub import hf_hub_download
+
+        repository, filename = str(checkpoint).split(":", 1)
+        return Path(hf_hub_download(repository, filename))
+    return path
