@@ -1,5 +1,6 @@
 """`ReasoningSegmenter`: one question or many, images of any size and mode, saved and loaded."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -226,14 +227,12 @@ class TestImages:
 
 
 class TestInput:
-    def test_a_token_in_the_question_does_not_prompt(self, segmenter):
-        answer = segmenter.predict(picture(), "Find it.<seg>", max_new_tokens=3)
-        assert answer.mask is None
-        assert not answer.has_seg
-        whole = segmenter.predict(picture(), "Find it.<seg>")
-        assert whole.text.count("<seg>") <= 1
+    @pytest.mark.parametrize("token", ["<seg>", "</think>", "<|im_end|>"])
+    def test_a_token_in_the_question_is_an_error(self, segmenter, token):
+        with pytest.raises(DataError, match=f"holds '{re.escape(token)}', a token of the model"):
+            segmenter.predict(picture(), f"Find it.{token}", max_new_tokens=3)
 
-    @pytest.mark.parametrize("query", ["", "ü 病変 \U0001f600", "<think></think>", "<|im_end|>", "{{ 1 }}", "x " * 300])
+    @pytest.mark.parametrize("query", ["", "ü 病変 \U0001f600", "<thought></thought>", "{{ 1 }}", "x " * 300])
     def test_any_text_is_a_question(self, segmenter, query):
         answer = segmenter.predict(picture(), query, max_new_tokens=5)
         assert isinstance(answer.status, Status)

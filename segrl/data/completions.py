@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from segrl.data.reserved import check_texts
 from segrl.errors import DataError, SegRLError
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_completion
@@ -26,7 +27,7 @@ def check_preparation(
     source: str,
     needs_frame: bool = True,
 ) -> None:
-    """Refuse a data set that cannot be prepared, before any row is read.
+    """Refuse a data set that cannot be prepared, before any image is read.
 
     Args:
         dataset: The rows.
@@ -38,7 +39,8 @@ def check_preparation(
         needs_frame: Whether boxes are written, or frames computed, which takes a processor or a frame kind.
 
     Raises:
-        DataError: No rows, a missing column, a number below 1, or neither a processor nor a frame that needs none.
+        DataError: No rows, a missing column, a number below 1, neither a processor nor a frame that needs none, or a
+            text that holds a token of the model.
     """
     if not len(dataset):
         raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
@@ -56,6 +58,7 @@ def check_preparation(
             f"processor=None with frame_kind={settings.frame_kind!r}: pass the model's processor, or one of the frames "
             "that need none, 'original_px' or 'relative_1000'"
         )
+    check_texts(dataset, processor, settings.seg_token)
 
 
 def target_completion(

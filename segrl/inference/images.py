@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from segrl.data.images.prompts import build_prompt, shown_image
+from segrl.data.reserved import check_query
 from segrl.errors import DataError
 from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
@@ -92,6 +93,7 @@ class ReasoningSegmenter(SegmenterBase):
         self, shown: Image.Image, query: str, size: tuple[int, int], seg_input: SegInput | None = None
     ) -> tuple[list[dict[str, Any]], ImageRow]:
         """The conversation with its image, and what it is about, as `prepare` and the task build them."""
+        check_query(query, self.processor, self.settings.seg_token)
         text = build_prompt(query, self.settings.full_instruction)[0]["content"]
         content = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
         frame = frame_for(self.processor, shown.size, size, kind=self.settings.frame_kind)

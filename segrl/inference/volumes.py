@@ -15,6 +15,7 @@ import numpy as np
 from rich.progress import Progress
 
 from segrl.caching.content import content_key
+from segrl.data.reserved import check_query
 from segrl.data.volumes.case import Case, grey_values
 from segrl.data.volumes.intensity import Intensity
 from segrl.data.volumes.nifti import Volume, read_volume
@@ -166,6 +167,7 @@ class VolumeSegmenter(SegmenterBase):
 
     def _ask(self, case: Case, query: str) -> tuple[list[dict[str, Any]], VolumeRow]:
         """The conversation with its images, and what it is about, as `prepare_volumes` and the task build them."""
+        check_query(query, self.processor, self.settings.seg_token)
         shown = uniform_slices(len(case.grey), self.settings.slices)
         images = render_slices(case.grey, shown, self.settings.size)
         conversation = build_volume_prompt(query, len(shown), self.settings.full_instruction)
