@@ -228,7 +228,7 @@ class CoreSegRun(TwoStageRun):
         adapter = self.arguments.adapter or "semantic_guided"
         head = MaskHead.build(
             model,
-            self.build_segmenter(self.arguments.segmenter),
+            self.segmenter or self.build_segmenter(None),
             token_id=ensure_seg_token(model, processor),
             adapter=adapter,
             probe=self.arguments.probe or "seg_token",

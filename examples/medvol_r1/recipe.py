@@ -270,8 +270,6 @@ class MedVolRun(TwoStageRun):
 
     def load(self, split: str) -> Dataset | None:
         arguments = self.arguments
-        if arguments.m3d_seg is not None and arguments.data is None:
-            raise SegRLError(f"--m3d_seg {arguments.m3d_seg}: pass --data with the folder of M3D-Seg too")
         if arguments.data is None:
             self.check_synthetic(split)
             return None
@@ -331,6 +329,11 @@ class MedVolRun(TwoStageRun):
 
     # ---- the segmenter -----------------------------------------------------------------------------------------------
 
+    def check_parts(self) -> None:
+        if self.arguments.m3d_seg is not None and self.arguments.data is None:
+            raise SegRLError(f"--m3d_seg {self.arguments.m3d_seg}: pass --data with the folder of M3D-Seg too")
+        super().check_parts()
+
     def find_parts(self, stage1: Path | None) -> None:
         weights = self.arguments.segmenter
         homes = [self.folder] if self.progress.inside else []
@@ -338,7 +341,7 @@ class MedVolRun(TwoStageRun):
         homes += [stage1, stage1.parent] if stage1 is not None else []
         if weights is None:
             weights = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
-        if weights is not None or self.recipe.segmenter_training is None:
+        if self.segmenter is None and (weights is not None or self.recipe.segmenter_training is None):
             self.segmenter = self.build_segmenter(weights)
 
     def make_parts(self) -> None:

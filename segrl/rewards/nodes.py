@@ -19,7 +19,12 @@ from segrl.rewards.columns import check_target
 from segrl.rewards.forms import accepted, filled_in, form_of
 from segrl.rewards.registry import RewardInfo, info_of, merged_needs
 
-__all__ = ["Leaf", "Sum"]
+__all__ = ["TRL_COLUMNS", "Leaf", "Sum"]
+
+# what a TRL reward function is given without a trainer
+TRL_COLUMNS = frozenset(
+    (*METADATA_COLUMNS, "mask", "boxes", "prompts", "completions", "prediction", "target", "log_metric")
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from inspect import Parameter
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,6 +54,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Return whether a value is of a simple annotated type; other annotations are the function's own business."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint is type(None):

@@ -15,10 +15,13 @@ from segrl.scripts.run_folder import (
     check_batches,
     check_output,
     claim_output,
+    claimed,
     find_stage1,
     is_finished,
+    save_start,
     train_and_save,
 )
+from segrl.scripts.trainer_settings import check_counts, check_trainer
 from segrl.scripts.two_stages import TwoStageRun
 
 __all__ = [
@@ -31,10 +34,13 @@ __all__ = [
     "TwoStageArguments",
     "TwoStageRun",
     "check_batches",
+    "check_counts",
     "check_numbers",
     "check_output",
     "check_rewards",
+    "check_trainer",
     "claim_output",
+    "claimed",
     "find_preset",
     "find_stage1",
     "first_stage_settings",
@@ -43,5 +49,6 @@ __all__ = [
     "parse",
     "run_script",
     "sam2_builder",
+    "save_start",
     "train_and_save",
 ]

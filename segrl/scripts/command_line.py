@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -18,7 +19,9 @@ from transformers import HfArgumentParser
 from segrl.errors import SegRLError, UnknownNameError, unknown_name
 from segrl.reports.terminal import escaped_warnings, say
 from segrl.rewards.factory import make_reward
+from segrl.rewards.trial import try_reward
 from segrl.scripts.arguments import check_numbers
+from segrl.scripts.trainer_settings import check_counts
 
 __all__ = ["Parser", "check_rewards", "find_preset", "given_flags", "missing_processes", "parse", "run_script"]
 
@@ -60,7 +63,11 @@ class Parser(HfArgumentParser):
             *objects, unknown = self.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
         except SegRLError:
             raise
-        except (ValueError, NotImplementedError) as error:  # settings of TRL or transformers that contradict each other
+        except (
+            ValueError,
+            NotImplementedError,
+            ImportError,
+        ) as error:  # settings of TRL or transformers that contradict each other
             raise SegRLError(" ".join(str(error).split())) from error
         if unknown:
             raise _unexpected(unknown[0], self._option_string_actions)
@@ -111,6 +118,8 @@ def parse(
             if name not in known:  # argparse would keep it and nobody would read it
                 raise unknown_name(f"setting of {config_class.__name__}", name, known)
         parser.set_defaults(**settings)
+    read = vars(parser.parse_known_args(list(argv))[0])
+    check_counts(SimpleNamespace(**{item.name: read.get(item.name) for item in fields(config_class)}))  # type: ignore[arg-type]
     arguments, config = parser.read(argv)
     check_numbers(arguments, least)
     return arguments, config, given_flags(argv)
@@ -127,7 +136,9 @@ def given_flags(argv: Sequence[str]) -> set[str]:
 
 
 def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:
-    """Refuse rewards that cannot be made now, rather than after hours of stage 1.
+    """Refuse rewards that cannot be made or do not score now, rather than after hours of stage 1.
+
+    Each scores one made-up answer, see `segrl.rewards.trial.try_reward`.
 
     Args:
         names: Registered names, `module:attribute`, or YAML files.
@@ -137,7 +148,7 @@ def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:
         The names that are left.
 
     Raises:
-        SegRLError: A reward is named twice or cannot be made, or none is left.
+        SegRLError: A reward is named twice, cannot be made or fails on the answer, or none is left.
         UnknownNameError: An unknown reward, or one to leave out that is not among the names; the closest is suggested.
 
     Example:
@@ -152,7 +163,7 @@ def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:
     if drop and not left:
         raise SegRLError(f"--drop_rewards {' '.join(drop)}: no reward is left")
     for name in left:
-        make_reward(name)
+        try_reward(make_reward(name))
     if len(set(left)) < len(left):
         raise SegRLError(f"--rewards {' '.join(left)}: a reward is named twice, expected each once")
     return left

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,19 @@ from segrl.models.saved_files import read_object
 from segrl.reports.results_file import versions, write_results
 from segrl.reports.terminal import say
 from segrl.trainers.checkpoints import checkpoint_problem, newest_checkpoint
+from segrl.trainers.mask_head_mixin import head_detached
 
-__all__ = ["Progress", "check_batches", "check_output", "claim_output", "find_stage1", "is_finished", "train_and_save"]
+__all__ = [
+    "Progress",
+    "check_batches",
+    "check_output",
+    "claim_output",
+    "claimed",
+    "find_stage1",
+    "is_finished",
+    "save_start",
+    "train_and_save",
+]
 
 MARKER, HISTORY, STAGE1 = "segrl_run.json", "log_history.json", "stage1"
 
@@ -135,6 +147,38 @@ def claim_output(folder: Path, arguments: Mapping[str, Any], progress: Progress 
     state.wait_for_everyone()
 
 
+@contextmanager
+def claimed(folder: Path, arguments: Mapping[str, Any], progress: Progress | None = None) -> Iterator[None]:
+    """Claim a folder as `claim_output` does, and take the claim back if the work fails before it has written a file.
+
+    Args:
+        folder: The run's `output_dir`.
+        arguments: As in `claim_output`.
+        progress: As in `claim_output`.
+
+    Raises:
+        SegRLError: The folder cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as home:
+        ...     try:
+        ...         with claimed(Path(home, "run"), {}):
+        ...             raise SegRLError("too late")
+        ...     except SegRLError:
+        ...         Path(home, "run").exists()
+        False
+    """
+    claim_output(folder, arguments, progress)
+    try:
+        yield
+    except BaseException:
+        own = PartialState().is_main_process and not (progress is not None and progress.inside)
+        if own and [path.name for path in folder.rglob("*") if not path.is_dir()] == [MARKER]:
+            shutil.rmtree(folder)
+        raise
+
+
 def check_batches(config: Any, rows: Sized) -> None:
     """Refuse a data set smaller than one batch of GRPO's questions.
 
@@ -180,6 +224,36 @@ def train_and_save(trainer: Any) -> None:
         history: Any = [{key: _finite(value) for key, value in entry.items()} for entry in trainer.state.log_history]
         write_results(folder / HISTORY, history)  # last: `is_finished` looks for it
     trainer.accelerator.wait_for_everyone()
+
+
+def save_start(model: Any, processor: Any, folder: Path) -> None:
+    """Save a model that was loaded from nowhere, in `<output_dir>/start`, and name this folder in its config.
+
+    TRL loads the reference model of its KL term by that name. A model that was loaded has one, and is left alone.
+
+    Args:
+        model: The language model; a mask head on it is left out, since no reference model has one.
+        processor: Its processor.
+        folder: The run's `output_dir`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> model, processor = tiny_qwen2_5_vl()
+        >>> with TemporaryDirectory() as home:
+        ...     save_start(model, processor, Path(home))
+        ...     Path(model.config._name_or_path).name, Path(home, "start", "config.json").is_file()
+        ('start', True)
+    """
+    if model.config._name_or_path:
+        return
+    state, start = PartialState(), folder / "start"
+    if state.is_main_process:
+        with head_detached(model):
+            model.save_pretrained(start)
+        processor.save_pretrained(start)
+    state.wait_for_everyone()
+    model.config._name_or_path = str(start)
 
 
 def is_finished(folder: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,12 +18,14 @@ from transformers import set_seed
 from segrl.data.queries import Queries
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
 from segrl.heads.adapters import ADAPTERS
-from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
+from segrl.heads.attach import find_mask_head
 from segrl.heads.probes import PROBES
 from segrl.hub import check_source, reraise_as
 from segrl.inference.base import SegmenterBase
-from segrl.models.loading import language_model_lora, load_vlm
+from segrl.models.loading import language_model_lora
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.rewards.factory import make_reward
+from segrl.rewards.reward import Reward
 from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, check_numbers, first_stage_settings
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, given_flags, parse
 from segrl.scripts.recipe import Recipe
@@ -34,11 +35,12 @@ from segrl.scripts.run_folder import (
     Progress,
     check_batches,
     check_output,
-    claim_output,
+    claimed,
     find_stage1,
+    save_start,
     train_and_save,
 )
-from segrl.segmenters.sam2 import check_sam2_source
+from segrl.scripts.trainer_settings import check_trainer
 from segrl.trainers.config import SegGRPOConfig, SegSFTConfig
 from segrl.trainers.grpo import SegGRPOTrainer
 from segrl.trainers.sft import SegSFTTrainer
@@ -74,6 +76,7 @@ class TwoStageRun:
         seed: Of everything that is drawn.
         folder: Where the run goes.
         progress: How far the run has come that is continued.
+        segmenter: The segmenter of `--segmenter`; None without that flag.
         rows: The splits as `load` gave them; None until synthetic files are written.
     """
 
@@ -91,6 +94,7 @@ class TwoStageRun:
     recipe: Any
     prompt: PromptSettings
     config: Any = None
+    segmenter: Any = None
 
     def __init__(self, arguments: Any, seed: int, folder: Path, given: set[str] | None = None) -> None:
         self.arguments, self.seed, self.folder, self.given = arguments, seed, folder, given or set()
@@ -126,13 +130,12 @@ class TwoStageRun:
         ready = None if done else run._ready(None, completions=True)
 
         def work() -> None:
-            run._claim()
             if not done:
                 model, processor, rows = ready or run._ready(None, completions=True)  # type: ignore[misc]
                 run._fit_sft(config, model, processor, rows)
             run._report({"stage1": run.folder}, {"sft": config.to_dict()})
 
-        return work
+        return lambda: run._claimed(work)
 
     @classmethod
     def check_grpo(cls, argv: Sequence[str]) -> Callable[[], None]:
@@ -143,8 +146,6 @@ class TwoStageRun:
         """
         run, config = cls._begin(argv, SegGRPOConfig, "grpo", f"runs/{cls.name}")
         arguments = run.arguments
-        if config.use_vllm and find_spec("vllm") is None:
-            raise SegRLError("--use_vllm: vLLM is not installed; pip install 'trl[vllm]', or drop the flag")
         progress, done = run.progress, run.progress.finished
         home = run.folder if progress.inside else progress.checkpoint and Path(progress.checkpoint).parent
         begun = done or progress.checkpoint is not None
@@ -156,13 +157,13 @@ class TwoStageRun:
             stage1 = run.folder / STAGE1
             first = SegSFTConfig(**first_stage_settings(run.recipe.sft, config, run.given, arguments, str(stage1)))
             first.resume_from_checkpoint = progress.stage1
+            check_trainer(first)
             settings["sft"] = first.to_dict()
         check_batches(config, range(run.count("train") * run.copies()))
         stages = {"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1})
         ready = None if done else run._ready(start, completions=first is not None)
 
         def work() -> None:
-            run._claim()
             if done:
                 return run._report(stages, settings)
             model, processor, rows = ready or run._ready(start, completions=first is not None)  # type: ignore[misc]
@@ -173,12 +174,14 @@ class TwoStageRun:
                 run._enter("grpo")
                 rows = run.prepare(model, processor, completions=False)
             elif start is None:
-                model, processor = run._from_a_folder(*run.warm_up(model, processor))
+                model, processor = run.warm_up(model, processor)
+                if config.beta and not run.recipe.lora:
+                    save_start(model, processor, run.folder)
             set_seed(run.seed)
             run.train_grpo(config, model, processor, rows)
             run._report(stages, settings)
 
-        return work
+        return lambda: run._claimed(work)
 
     @classmethod
     def check_evaluation(cls, argv: Sequence[str]) -> Callable[[], None]:
@@ -195,6 +198,7 @@ class TwoStageRun:
         folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
         run = cls(arguments, arguments.seed, folder)
         check_output(folder, overwrite=arguments.overwrite, inputs=arguments.inputs())
+        run.check_parts()
         run.rows[arguments.split] = run._asked(run.load(arguments.split))
         for split in cls.baseline_splits:
             try:
@@ -203,11 +207,7 @@ class TwoStageRun:
                 continue
         segmenter = run.load_run(arguments.model, device=str(PartialState().device))
 
-        def work() -> None:
-            run._claim()
-            run._report({"model": segmenter})
-
-        return work
+        return lambda: run._claimed(lambda: run._report({"model": segmenter}))
 
     # ---- what an example has -----------------------------------------------------------------------------------------
 
@@ -229,8 +229,6 @@ class TwoStageRun:
     def build(self) -> Model:
         """Return the preset's model, or that of `--model`, and its processor."""
         path = self.arguments.model
-        if path is not None:
-            check_source("--model", path, "model", CheckpointError)
         with reraise_as(f"--model {path!r}" if path else self.arguments.preset, CheckpointError):
             return self.recipe.build(self.train_rows, path)
 
@@ -238,6 +236,18 @@ class TwoStageRun:
         """Return the preset's segmenter, or the one whose weights are given."""
         with reraise_as(f"--segmenter {weights!r}" if weights else self.arguments.preset, CheckpointError):
             return self.recipe.segmenter(weights)
+
+    def check_run(self, folder: str | Path) -> None:
+        """Refuse a folder that holds no trained model, by a look at its files.
+
+        Raises:
+            CheckpointError: Names `--model`.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
 
     def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
         """Return the trained model of a run; `settings` go to `from_pretrained` of its segmenter.
@@ -249,27 +259,25 @@ class TwoStageRun:
         with reraise_as(f"--model {str(folder)!r}", CheckpointError):
             return self.results.segmenter_class.from_pretrained(Path(folder), **settings)
 
-    def check_sources(self) -> None:
-        """Refuse a model, a part or weights that cannot be there, before data is read or made."""
+    def check_parts(self) -> None:
+        """Refuse a `--model`, `--segmenter`, `--adapter` or `--probe` that is not there, before data is read or made.
+
+        Raises:
+            SegRLError: Names the flag.
+        """
         arguments = self.arguments
-        if arguments.model is not None and (isinstance(self.config, SegSFTConfig) or arguments.skip_stage1):
-            check_source("--model", arguments.model, "model", CheckpointError)
-        elif arguments.model is not None:
-            self.check_run(arguments.model)
+        if isinstance(arguments, EvaluationArguments) and arguments.data is None and self.recipe.synthetic:
+            self.check_synthetic(arguments.split)
+        if arguments.model is not None:
+            if isinstance(self.config, SegSFTConfig) or getattr(arguments, "skip_stage1", False):
+                check_source("--model", arguments.model, "model", CheckpointError)
+            else:
+                self.check_run(arguments.model)
         for flag, registry in (("adapter", ADAPTERS), ("probe", PROBES)):
             if (name := getattr(arguments, flag, None)) is not None:
                 registry.get(name)
-        if arguments.segmenter is not None:
-            with reraise_as(f"--segmenter {arguments.segmenter!r}", CheckpointError):
-                check_sam2_source(arguments.segmenter)
-
-    def check_run(self, folder: str | Path) -> None:
-        """Refuse a folder that holds no trained model, by a look at its files."""
-        path = Path(folder)
-        if not path.is_dir():
-            raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
+        if isinstance(arguments, TwoStageArguments) and arguments.segmenter is not None and self.recipe.segmenter:
+            self.segmenter = self.build_segmenter(arguments.segmenter)
 
     def find_parts(self, stage1: Path | None) -> None:
         """Find what training needs beside the model, before anything is written; nothing by default.
@@ -285,6 +293,10 @@ class TwoStageRun:
         """Return the model as training begins with it, after whatever comes before; unchanged by default."""
         return model, processor
 
+    def make_rewards(self) -> list[Reward]:
+        """Return the rewards of stage 2."""
+        return [make_reward(name) for name in self.arguments.rewards]
+
     def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
         """Return more arguments of a stage's trainer; the place to freeze parts of the model, too."""
         return {}
@@ -296,7 +308,7 @@ class TwoStageRun:
 
     def train_grpo(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
         """Train stage 2 and save it in the config's `output_dir`."""
-        more = {"reward_funcs": list(self.arguments.rewards), **self.trainer_arguments(model, "grpo")}
+        more = {"reward_funcs": self.make_rewards(), **self.trainer_arguments(model, "grpo")}
         common = self._common(model, processor, rows)
         if not self.arguments.skip_stage1:
             common["peft_config"] = None  # the model has its adapter from stage 1
@@ -356,7 +368,9 @@ class TwoStageRun:
         )
         config.resume_from_checkpoint = run.progress.checkpoint
         run.config = config
-        run.check_sources()
+        run.check_parts()
+        rewards = run.make_rewards() if stage == "grpo" else []
+        check_trainer(config, rewards, run.prompt)
         run.rows = {split: run._asked(run.load(split)) for split in ("train", "test")}
         if run.rows["train"] is not None:
             run.prompt = run.prompt.for_rows(run.rows["train"])
@@ -405,23 +419,13 @@ class TwoStageRun:
             start = self.build()
         return *start, self.prepare(*start, completions=completions)
 
-    def _claim(self) -> None:
-        claim_output(self.folder, asdict(self.arguments), self.progress)
-        for split, rows in self.rows.items():
-            self.rows[split] = self._asked(self.synthesize(split)) if rows is None else rows
-        self.make_parts()
-
-    def _from_a_folder(self, model: Any, processor: Any) -> Model:
-        """Return a model that TRL can load again, for the reference of its KL term: saved first if it has no folder."""
-        if not self.config.beta or model.config._name_or_path:
-            return model, processor
-        folder, head = self.folder / "start", detach_mask_head(model)
-        if PartialState().is_main_process:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-        PartialState().wait_for_everyone()
-        model, processor = load_vlm(str(folder))
-        return (model if head is None else attach_mask_head(model, head)), processor
+    def _claimed(self, work: Callable[[], None]) -> None:
+        """Claim the folder, make what is made there, and work."""
+        with claimed(self.folder, asdict(self.arguments), self.progress):
+            for split, rows in self.rows.items():
+                self.rows[split] = self._asked(self.synthesize(split)) if rows is None else rows
+            self.make_parts()
+            work()
 
     def _fit_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
         self._enter("sft")

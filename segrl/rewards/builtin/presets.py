@@ -216,9 +216,11 @@ def med_reasoner(
         make_reward(box_iou),
         make_reward(point_in_mask),
     ]
-    if mode == "hard":
-        parts.append(make_reward(box_l1, within_px=box_px, graded=True))
-        parts.append(make_reward(point_distance, within_px=point_px, graded=True))
+    distances = [
+        make_reward(box_l1, within_px=box_px, graded=True),
+        make_reward(point_distance, within_px=point_px, graded=True),
+    ]
+    parts += distances if mode == "hard" else []
     return _sum("med_reasoner", parts, (1.0,) * len(parts) if weights is None else weights, JSON)
 
 
