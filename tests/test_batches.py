@@ -40,7 +40,7 @@ def test_core_seg_takes_the_published_batches_on_any_number_of_gpus(processes, w
     processes(world)
     sft = SegSFTConfig("x", **{**CORE_SEG.sft, **CPU})
     assert rows_of_a_step(sft, world) == 32
-    grpo = SegGRPOConfig("x", **{**CORE_SEG.grpo, **CPU})
+    grpo: Any = SegGRPOConfig("x", **{**CORE_SEG.grpo, **CPU})
     assert rows_of_a_step(grpo, world) == grpo.generation_batch_size == 64
     assert (grpo.generation_batch_size, grpo.num_generations) == (64, 4)  # 16 prompts
     if world <= 2:  # the other reading: 16 completions

@@ -248,12 +248,17 @@ def test_the_same_seed_gives_the_same_run(kind, data, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_finish(kind, data, tmp_path):
-    flags = ("--data", data, *kind.quick, "--per_device_train_batch_size", 8, "--max_completion_length", 48)
+    """With a global batch of 4 prompts: 16 completions, of which two processes take 4 each in two steps."""
+    flags = ("--data", data, *kind.quick, "--per_device_train_batch_size", 4, "--max_completion_length", 48)
+    flags += ("--global_batch_size", 4)
     done = kind.example.launch("train_grpo", *flags, "--output_dir", tmp_path / "run", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to") == 1
     rows = 4 if kind.baseline == "baseline" else 2
-    check_summary(kind, read_json(tmp_path / "run" / "results.json")["stage2"], n=rows)
+    results = read_json(tmp_path / "run" / "results.json")
+    check_summary(kind, results["stage2"], n=rows)
+    sizes = [results["config"]["grpo"][name] for name in ("gradient_accumulation_steps", "generation_batch_size")]
+    assert sizes == [2, 16]
     done = kind.example.launch("train_grpo", "--data", data, "--output_dir", tmp_path / "run", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: output_dir") == 1

@@ -85,13 +85,16 @@ def test_structures_without_a_text_are_named(tmp_path):
         Queries.from_files(None, "no_such.json")
 
 
-def test_scripts_ask_for_every_split(tmp_path):
+def test_scripts_ask_for_every_split(tmp_path, capsys):
     """The synthetic lesions of CORE-Seg, which its own questions name."""
     kinds = {row["lesion"] for row in Example("core_seg").modules["recipe"].make_synthetic(60, size=32)}
-    terms = written(tmp_path, {kind: [f"What an expert calls number {n}."] for n, kind in enumerate(sorted(kinds))})
+    terms = written(
+        tmp_path, {kind: [f"What an expert calls number {n}.", f"A {kind}."] for n, kind in enumerate(sorted(kinds))}
+    )
     runs = Example("core_seg").modules["recipe"].CoreSegRun
     flags = ["--descriptions", terms, "--train_limit", "4", "--eval_limit", "2", "--use_cpu", "true"]
     run, _ = runs._begin([*flags, "--output_dir", str(tmp_path / "run")], SegGRPOConfig, "grpo", "x")
+    assert f"{len(kinds)} texts left out, they name their structure" in capsys.readouterr().out
     for split in ("train", "test"):
         assert all("What an expert calls number" in query for query in run.rows[split]["query"])
     said = Example("core_seg").refused("train_grpo", *flags[2:6], "--descriptions", "no.json")

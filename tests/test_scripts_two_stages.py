@@ -251,6 +251,25 @@ def test_the_run_of_the_documentation(tmp_path, monkeypatch):
     assert set(read_json(Path("runs/mine/results.json"))) == {"stage1", "stage2", "config", "versions"}
 
 
+@pytest.mark.slow
+def test_stage1_on_answers_alone_before_stage2_with_reasoning(tmp_path):
+    """The rows of stage 1 have no think block, those of stage 2 ask for one, and each stage saves its own settings."""
+    seen = []
+
+    class Watched(BoxRun):
+        def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
+            rows = super().prepare(model, processor, completions=completions)
+            seen.append((self.prompt.reasoning, rows[0].get("completion", [{"content": None}])[0]["content"]))
+            return rows
+
+    run(Watched.check_grpo, "--sft_reasoning", "false", "--max_steps", 1, "--output_dir", tmp_path / "run")
+    (first, answer), (second, nothing) = seen
+    assert (first, second, nothing) == (False, True, None)
+    assert answer.startswith("<answer>")
+    assert settings_of(tmp_path / "run" / "stage1")["reasoning"] is False
+    assert settings_of(tmp_path / "run")["reasoning"] is True
+
+
 # ---- refusals: before anything is written ----------------------------------------------------------------------------
 
 REFUSED: list[tuple[str, Sequence[object], str]] = [

@@ -24,6 +24,7 @@ from segrl.hub import check_source, reraise_as
 from segrl.inference.base import SegmenterBase
 from segrl.models.loading import language_model_lora
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.reports.terminal import say
 from segrl.rewards.factory import make_reward
 from segrl.rewards.reward import Reward
 from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, check_numbers, first_stage_settings
@@ -108,6 +109,8 @@ class TwoStageRun:
             if arguments.lora_scope is not None and self.recipe.lora is None:
                 raise SegRLError(f"--lora_scope: preset {arguments.preset!r} trains the whole model; drop the flag")
         self.queries = Queries.from_files(arguments.descriptions, arguments.paraphrases)
+        if self.queries is not None and self.queries.left_out and PartialState().is_main_process:
+            say(f"{self.queries.source}: {self.queries.left_out} texts left out, they name their structure")
         self.progress = Progress()
         self.rows: dict[str, Dataset | None] = {}
         self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
