@@ -36,6 +36,7 @@ BOTH = [  # flags of either stage
     (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_strategy steps: training gets no evaluation data"),
     (["--eval_on_start", "true"], "--eval_on_start True: training gets no evaluation data"),
     (["--loss_type", "gpro"], "loss_type"),
+    (["--global_batch_size", "0"], "--global_batch_size 0: expected 1 or more"),
     (["--use_liger_kernel", "true"], "--use_liger_kernel: liger_kernel is not installed"),
 ]
 STAGE2 = [

@@ -358,7 +358,7 @@ def resolve_reward(reference: AnyReward, settings: Mapping[str, Any] | None = No
             raise type(error)(f"reward {info.name!r}: {error}") from error
         return resolve_reward(made.named(info.name), given)
     completion_format = CompletionFormat(**{**info.completion_format, **given})
-    if info.form == "function" and info.origin.startswith("segrl "):
+    if info.form == "function" and info.function.__module__.startswith("segrl.rewards.builtin."):
         _check_by_scoring(info, settings, completion_format)
     return build(info.name, Leaf(info.function, settings, info.name), (), completion_format)
 

@@ -25,7 +25,12 @@ def try_reward(reward: Reward) -> None:
 
     Example:
         >>> from segrl.rewards import make_reward
+        >>> def broken(prediction, target, *, weight=1.0):
+        ...     return weight / 0
         >>> try_reward(make_reward("box_f1"))
+        >>> try_reward(make_reward(broken))
+        Traceback (most recent call last):
+        segrl.errors.RewardError: a first try on a made-up answer failed: reward 'broken' (example): ...
     """
     if _needs_more_columns(reward):
         return

@@ -63,11 +63,7 @@ class Parser(HfArgumentParser):
             *objects, unknown = self.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
         except SegRLError:
             raise
-        except (
-            ValueError,
-            NotImplementedError,
-            ImportError,
-        ) as error:  # settings of TRL or transformers that contradict each other
+        except (ValueError, NotImplementedError, ImportError) as error:  # of TRL or transformers, about settings
             raise SegRLError(" ".join(str(error).split())) from error
         if unknown:
             raise _unexpected(unknown[0], self._option_string_actions)

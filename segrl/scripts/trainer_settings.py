@@ -38,7 +38,8 @@ _LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AttributeEr
 _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("num_generations", "num_generations_eval"), 2),
-    **dict.fromkeys(("generation_batch_size", "steps_per_generation", "num_iterations", "max_completion_length"), 1),
+    **dict.fromkeys(("generation_batch_size", "global_batch_size", "steps_per_generation", "num_iterations"), 1),
+    "max_completion_length": 1,
     **dict.fromkeys(("max_length", "save_total_limit", "ref_model_sync_steps", "dataloader_prefetch_factor"), 1),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "max_grad_norm", "weight_decay", "beta"), 0),
     **dict.fromkeys(("learning_rate", "head_learning_rate", "epsilon", "text_weight", "policy_weight"), 0),
@@ -49,7 +50,6 @@ _GRPO_CHOICES: Mapping[str, Sequence[str]] = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
 }
-_SFT_CHOICES: Mapping[str, Sequence[str]] = {"loss_type": ("nll", "dft")}
 _PACKAGES = {"use_vllm": ("vllm", "trl[vllm]"), "use_liger_kernel": ("liger_kernel", "liger-kernel")}
 _SAMPLING: Mapping[str, Callable[[Any], Any]] = {
     "temperature": TemperatureLogitsWarper,
@@ -109,7 +109,7 @@ def check_trainer(config: Any, rewards: Sequence[Reward] = (), prompt: PromptSet
     samples = hasattr(config, "num_generations")  # GRPO
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise SegRLError(f"--num_train_epochs {config.num_train_epochs}: expected more than 0, or --max_steps")
-    for name, choices in (_GRPO_CHOICES if samples else _SFT_CHOICES).items():
+    for name, choices in _GRPO_CHOICES.items() if samples else ():  # the parser knows those of SFT
         if getattr(config, name, choices[0]) not in choices:
             raise SegRLError(f"--{name} {getattr(config, name)}: expected one of {', '.join(map(str, choices))}")
     for name, (package, source) in _PACKAGES.items():
