@@ -220,10 +220,10 @@ def test_a_mask_of_another_volume_is_refused():
     ("row", "message"),
     [
         ({"mask": "lost.png"}, r"column 'mask': .*lost\.png: no such file; relative paths start from the folder"),
-        ({"mask": "."}, r"column 'mask': .*: cannot be read"),
-        ({"mask": "cut.png"}, r"column 'mask': .*cut\.png: cannot be read"),
+        ({"mask": "."}, r"column 'mask': .*: cannot be decoded \(a directory\)"),
+        ({"mask": "cut.png"}, r"column 'mask': .*cut\.png: cannot be decoded"),
         ({"mask": "volume.npy"}, r"column 'mask': .*volume\.npy: expected a mask of shape"),
-        ({"mask": "pickled.npy"}, r"pickled\.npy: cannot be read: Object arrays cannot be loaded"),
+        ({"mask": "pickled.npy"}, r"pickled\.npy: cannot be read: .*Python objects"),
         ({"target_mask": "three.png"}, r"column 'target_mask': .*three\.png: a mask may hold 0 and one positive value"),
         ({"mask": '{"size": [2'}, r"column 'mask': .* is not valid JSON"),
         ({"mask": "[" * 100_000}, "is not valid JSON"),
@@ -277,7 +277,7 @@ def test_wrong_truths_name_column_value_and_fix(row, message, folder):
 
 def test_a_bomb_of_a_png_is_refused(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"mask\.png: cannot be read: .*decompression bomb"):
+    with pytest.raises(DataError, match=r"mask\.png: declares too many pixels .*decompression bomb"):
         read_mask("mask.png", folder=folder)
 
 

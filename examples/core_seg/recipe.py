@@ -208,7 +208,8 @@ class CoreSegRun(TwoStageRun):
 
     def load(self, split: str) -> Dataset:
         if self.arguments.data is not None:
-            return self.arguments.limited(load_split(self.arguments.data, split), split)
+            rows = load_split(self.arguments.data, split, **self.reading())
+            return self.arguments.limited(rows, split)
         self.check_synthetic(split)
         return make_synthetic(self.count(split), size=self.recipe.synthetic["size"], seed=self.seed + (split == "test"))
 

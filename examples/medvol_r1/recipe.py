@@ -274,8 +274,8 @@ class MedVolRun(TwoStageRun):
             self.check_synthetic(split)
             return None
         if arguments.m3d_seg is not None:
-            return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split), split)
-        rows = load_split(arguments.data, split, folder=load_volumes, check=check_volumes)
+            return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split, **self.reading()), split)
+        rows = load_split(arguments.data, split, folder=load_volumes, check=check_volumes, **self.reading())
         for column, default in (("label_value", 0), ("intensity", "")):  # a data set on disk need not have them
             if column not in rows.column_names:
                 rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]

@@ -4,6 +4,7 @@ Images: image, mask, query, modality, anatomy, lesion, name, [reasoning]. Volume
 intensity instead of image and mask.
 """
 
+from segrl.data.contents import SplitContents
 from segrl.data.coordinates import find_coordinates, strip_coordinates
 from segrl.data.images.augmentation import augment
 from segrl.data.images.folder import check_rows, load_folder
@@ -13,6 +14,7 @@ from segrl.data.manifest import write_manifest
 from segrl.data.queries import Queries
 from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
+from segrl.data.text_columns import name_classes
 from segrl.data.volumes.case import Case, CaseReader, grey_values, read_case, read_grey
 from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.data.volumes.intensity import CT_WINDOW, Intensity, intensity_for, scale_intensity
@@ -32,6 +34,7 @@ __all__ = [
     "Intensity",
     "Queries",
     "Scene",
+    "SplitContents",
     "SyntheticVolume",
     "Volume",
     "augment",
@@ -54,6 +57,7 @@ __all__ = [
     "make_synthetic",
     "make_synthetic_volumes",
     "make_volume",
+    "name_classes",
     "prepare",
     "prepare_volumes",
     "read_case",

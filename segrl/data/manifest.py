@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from segrl.data.csv_files import CsvFile, read_csv
+from segrl.data.listed_files import find_file
 from segrl.data.reasoning import build_query
+from segrl.data.text_columns import check_texts, name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["ManifestRows", "check_dataset", "raise_all", "read_manifest", "write_manifest"]
+__all__ = ["ManifestRows", "check_dataset", "parts_of", "raise_all", "read_manifest", "write_manifest"]
 
 _LISTED = 10  # problems named in one error
+
+
+_PARTS = "\0"  # between the files of one cell; no path holds it
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,19 @@ class ManifestRows:
 
 
 def read_manifest(
-    folder: Path, files: tuple[str, str], split: str | None, limit: int | None, *, noun: str
+    folder: Path,
+    files: tuple[str, str],
+    split: str | None,
+    limit: int | None,
+    *,
+    noun: str,
+    merged: Sequence[str] = (),
+    allow_outside: bool = False,
 ) -> ManifestRows:
     """Read `<folder>/manifest.csv`.
+
+    Cells are read as spreadsheets write them, see `segrl.data.csv_files.read_csv`; a split is found whatever its
+    capitals; paths may be written with another separator or Unicode form, see `segrl.data.listed_files.find_file`.
 
     Args:
         folder: The files are relative to it.
@@ -49,43 +65,41 @@ def read_manifest(
         split: Keep only rows with this value in the split column; None keeps all.
         limit: Keep only the first rows, after the split; None keeps all.
         noun: "image" or "scan", for errors and built queries.
+        merged: Columns of files whose cells may name several, as in "a.png;a_1.png"; see `parts_of`.
+        allow_outside: Whether files may be outside the folder.
 
     Returns:
         The rows, each with `files`, the metadata columns (a missing query is built, a missing name is the first file,
         other missing ones are empty) and the manifest's other columns.
 
     Raises:
-        DataError: For a missing or unreadable manifest, a missing column, an unknown split, no rows, a limit below 1.
+        DataError: For a missing or unreadable manifest, a missing column, an unknown split, rows without a split where
+            one is asked for, no rows, a limit below 1.
     """
     manifest = folder / "manifest.csv"
-    header, lines = _read(manifest, files, noun)
+    table = read_csv(manifest, files, (*files, *METADATA_COLUMNS, "split", "reasoning", "label_value", "intensity"))
+    lines = _lines(manifest, table, noun)
+    found = ManifestRows([], [], [], 0, str(manifest))
     if split is not None:
-        lines = _of_split(manifest, header, lines, split)
+        lines = _of_split(manifest, table, split, found.problems)
     if limit is not None:
         if limit < 1:
             raise DataError(f"limit={limit}: expected 1 or more rows, or None for all")
         lines = lines[:limit]
-    first = files[0]
-    needed = [*files, "query" if "query" in header else "lesion"]
-    order = list(dict.fromkeys([*files, *METADATA_COLUMNS, *header]))
-    found = ManifestRows([], [], [], len(lines), str(manifest))
+    found = replace(found, total=len(lines) + len(found.problems))
     for number, cells in lines:
-        line = f"line {number} ({cells[header.index(first)] if header.index(first) < len(cells) else ''})"
-        if len(cells) != len(header):
-            found.problems.append(f"{line}: {len(cells)} cells, expected {len(header)}; quote cells that hold commas")
-            continue
-        row = dict.fromkeys(order, "") | dict(zip(header, cells, strict=True))
-        row["name"] = row["name"] or row[first]
-        empty = [column for column in needed if not row[column].strip()]
-        if empty:
-            found.problems.append(f"{line}: column {empty[0]!r} is empty; fill the cell or delete the row")
-            continue
-        if "query" not in header:
-            row["query"] = build_query(row["lesion"], row["anatomy"], row["modality"], row["name"], noun=noun)
-        row |= {column: str(folder / row[column]) for column in files}
-        found.rows.append(row)
-        found.locations.append(line)
+        location = _location(table, number, cells, files[0])
+        try:
+            found.rows.append(_row(folder, table, cells, files, noun, merged, allow_outside))
+            found.locations.append(location)
+        except DataError as error:
+            found.problems.append(f"{location}: {error}")
     return found
+
+
+def parts_of(path: str) -> list[str]:
+    """Return the paths of the files that are merged into one, of a column of `ManifestRows.rows`."""
+    return path.split(_PARTS)
 
 
 def raise_all(problems: Sequence[str], total: int, source: str) -> None:
@@ -108,17 +122,21 @@ def check_dataset(
 
     Args:
         dataset: Any data set; the column name is optional.
-        columns: Required columns, one of them query.
+        columns: Required columns, one of them query. Columns of classes count as the names of the classes.
         file_problems: Yields the problems with the files, given the data set and the location of each row.
 
     Raises:
-        DataError: For a missing column, for no rows, and for bad rows, see `raise_all`.
+        DataError: For a missing column, a column of texts that holds something else, for no rows, and for bad rows, see
+            `raise_all`.
     """
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise DataError(
             f"dataset lacks the columns {missing}: expected {', '.join(columns)}, found {dataset.column_names}"
+            f"{_rename_advice(dataset, missing)}"
         )
+    check_texts(dataset)
+    dataset = name_classes(dataset)
     if not len(dataset):
         raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
     names = dataset["name"] if "name" in dataset.column_names else [""] * len(dataset)
@@ -129,6 +147,15 @@ def check_dataset(
         if not (query or "").strip()
     ]
     raise_all([*problems, *file_problems(dataset, locations)], len(dataset), "dataset")
+
+
+def _rename_advice(dataset: Dataset, missing: Sequence[str]) -> str:
+    """Name the column that may hold the questions under another name."""
+    if "query" not in missing:
+        return ""
+    likely = [name for name in ("text", "question", "prompt", "caption", "sentence") if name in dataset.column_names]
+    found = likely[0] if likely else "..."
+    return f"; the question to ask is the column query: dataset.rename_column({found!r}, 'query')"
 
 
 def write_manifest(folder: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -168,38 +195,72 @@ def write_manifest(folder: str | Path, rows: Sequence[Mapping[str, Any]]) -> Pat
     return unfinished.replace(manifest)
 
 
-def _read(manifest: Path, files: tuple[str, str], noun: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header, and (line number in the file, cells) of every row that is not blank."""
-    columns = " and ".join(files)
-    if not manifest.is_file():
-        raise DataError(f"{manifest}: no such file; expected a CSV file with at least the columns {columns}")
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = [column.strip() for column in next(reader, [])]
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{manifest}: not a UTF-8 CSV file ({error}); save it as CSV in UTF-8") from error
-    missing = [column for column in files if column not in header]
-    if missing:
-        raise DataError(f"{manifest}: no column {missing}; expected {columns} in the first line, found {header}")
-    if len(set(header)) < len(header):
-        raise DataError(f"{manifest}: a column is named twice in {header}; expected different names, rename one")
-    if "query" not in header and "lesion" not in header:
-        raise DataError(f"{manifest}: neither a query nor a lesion column in {header}; add one, to say what to segment")
-    if not lines:
+def _lines(manifest: Path, table: CsvFile, noun: str) -> list[tuple[int, list[str]]]:
+    if "query" not in table.header and "lesion" not in table.header:
+        raise DataError(
+            f"{manifest}: neither a query nor a lesion column in {table.header}; add one, to say what to segment"
+        )
+    if not table.lines:
         raise DataError(f"{manifest}: no rows under the header; expected one line per {noun}")
-    return header, lines
+    return table.lines
 
 
-def _of_split(manifest: Path, header: list[str], lines: list[tuple[int, list[str]]], split: str):
-    if "split" not in header:
+def _location(table: CsvFile, number: int, cells: Sequence[str], first: str) -> str:
+    at = table.header.index(first)
+    return f"line {number} ({cells[at] if at < len(cells) else ''})"
+
+
+def _of_split(manifest: Path, table: CsvFile, split: str, problems: list[str]) -> list[tuple[int, list[str]]]:
+    """Return the rows of a split, and add the rows that name none to `problems`: they would be in no split at all."""
+    if "split" not in table.header:
         raise DataError(
             f"{manifest}: split={split!r} was asked for, but there is no split column; add it or drop split="
         )
-    at = header.index("split")
-    known = dict.fromkeys(cells[at] for _, cells in lines if len(cells) == len(header))
-    if split not in known:
+    at = table.header.index("split")
+    whole = [(number, cells) for number, cells in table.lines if table.problem(cells) is None]
+    known = dict.fromkeys(cells[at] for _, cells in whole if cells[at])
+    wanted = split.strip().casefold()
+    if wanted not in map(str.casefold, known):
         raise unknown_name(f"split of {manifest}", split, known)
+    problems += [
+        f"{_location(table, number, cells, table.header[0])}: column 'split' is empty; fill the cell or delete the row"
+        for number, cells in whole
+        if not cells[at]
+    ]
     # Rows with a wrong number of cells are kept, so that they are reported.
-    return [(number, cells) for number, cells in lines if len(cells) != len(header) or cells[at] == split]
+    return [
+        (number, cells)
+        for number, cells in table.lines
+        if table.problem(cells) is not None or cells[at].casefold() == wanted
+    ]
+
+
+def _row(
+    folder: Path,
+    table: CsvFile,
+    cells: Sequence[str],
+    files: tuple[str, str],
+    noun: str,
+    merged: Sequence[str],
+    allow_outside: bool,
+) -> dict[str, str]:
+    """Return a row with every column of `ManifestRows.rows`; raise for one that is not whole."""
+    if problem := table.problem(cells):
+        raise DataError(problem)
+    order = dict.fromkeys([*files, *METADATA_COLUMNS, *table.header], "")
+    row = order | dict(zip(table.header, cells, strict=True))
+    row["name"] = row["name"] or row[files[0]]
+    for column in (*files, "query" if "query" in table.header else "lesion"):
+        if not row[column]:
+            raise DataError(f"column {column!r} is empty; fill the cell or delete the row")
+    if "query" not in table.header:
+        row["query"] = build_query(row["lesion"], row["anatomy"], row["modality"], row["name"], noun=noun)
+    for column in files:
+        names = [row[column]]
+        if column in merged and ";" in row[column] and not (folder / row[column]).exists():
+            names = [name.strip() for name in row[column].split(";") if name.strip()]
+        try:
+            row[column] = _PARTS.join(str(find_file(folder, name, allow_outside=allow_outside)) for name in names)
+        except DataError as error:
+            raise DataError(f"{column}: {error}") from error
+    return row

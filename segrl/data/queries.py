@@ -17,6 +17,7 @@ from typing import Any, Self
 from datasets import Dataset
 
 from segrl.data.reasoning import pick_by_hash
+from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, SegRLError
 
 __all__ = ["Queries"]
@@ -115,6 +116,7 @@ class Queries:
         Raises:
             DataError: Structures of the rows that have no text.
         """
+        rows = name_classes(rows)
         if missing := sorted({str(name) for name in rows["lesion"] if self._of(name) is None}):
             raise DataError(
                 f"{self.source}: no text for {', '.join(map(repr, missing[:5]))}, found in the column lesion; it "

@@ -7,7 +7,7 @@ processes or machines. No coordinate is written (CORE-Seg strips them from its r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from segrl.errors import DataError
 from segrl.geometry.masks import boxes_from_mask
 
-__all__ = ["build_query", "build_reasoning", "pick_by_hash"]
+__all__ = ["build_query", "build_reasoning", "is_built", "pick_by_hash"]
 
 Option = TypeVar("Option")
 
@@ -61,10 +61,26 @@ def build_query(lesion: str, anatomy: str, modality: str, key: str, *, noun: str
     """
     if not lesion.strip():
         raise DataError(f"lesion={lesion!r} of {key!r}: expected a name; fill the lesion column or give a query column")
+    return pick_by_hash(_queries(lesion, anatomy, modality, noun), key)
+
+
+def is_built(texts: Mapping[str, str]) -> bool:
+    """Return whether `build_query` made the query of a row with these metadata columns, whatever its key was.
+
+    Example:
+        >>> texts = {"lesion": "cyst", "anatomy": "Breast", "modality": ""}
+        >>> is_built({"query": build_query(**texts, key="a"), **texts})
+        True
+    """
+    built = (_queries(texts["lesion"], texts["anatomy"], texts["modality"], noun) for noun in ("image", "scan"))
+    return any(texts["query"] in queries for queries in built)
+
+
+def _queries(lesion: str, anatomy: str, modality: str, noun: str) -> list[str]:
     place = f"this {_lower(modality)} {noun}" if modality.strip() else f"this {noun}"
     if anatomy.strip():
         place += f" of the {_lower(anatomy)}"
-    return pick_by_hash(_QUERIES, key).format(lesion=lesion.strip(), place=place)
+    return [template.format(lesion=lesion.strip(), place=place) for template in _QUERIES]
 
 
 def build_reasoning(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from segrl.data.contents import SplitContents
 from segrl.data.images.folder import check_rows, load_folder
+from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.hub import check_source, reraise_as
 from segrl.predictions.target import METADATA_COLUMNS
@@ -20,8 +23,10 @@ def load_split(
     source: str,
     split: str,
     *,
-    folder: Callable[[str, str], Dataset] = load_folder,
-    check: Callable[[Dataset], None] = check_rows,
+    folder: Callable[..., Dataset] = load_folder,
+    check: Callable[..., None] = check_rows,
+    contents: SplitContents | None = None,
+    allow_outside: bool = False,
     texts: Sequence[str] = METADATA_COLUMNS,
     argument: str = "--data",
 ) -> Dataset:
@@ -34,6 +39,9 @@ def load_split(
         folder: Function `folder(source, split)` that loads and checks a split of a folder of files; by default images
             and masks with a manifest.
         check: Function that raises for bad rows of any other source; by default for images and masks.
+        contents: Collects what the splits of `source` hold, to warn of what they share; passed on to `folder` and
+            `check` (there with `split=`) where it is given.
+        allow_outside: Whether a manifest may name files outside its folder; passed on to `folder` where it is set.
         texts: Text columns that are added to such a data set if they are missing: empty, but `name` is `row <index>`.
         argument: Name of `source` in errors, as the user knows it.
 
@@ -53,6 +61,10 @@ def load_split(
         ['row 0', 'row 1']
     """
     path = Path(source)
+    if contents is not None:
+        folder, check = partial(folder, contents=contents), partial(check, contents=contents, split=split)
+    if allow_outside:
+        folder = partial(folder, allow_outside=True)
     if (path / "dataset_dict.json").is_file():
         return _of_columns(_load(load_from_disk, source, argument), source, split, check, texts)
     if (path / "dataset_info.json").is_file():
@@ -74,10 +86,17 @@ def _load(load: Any, source: str, argument: str) -> DatasetDict:
 def _of_columns(
     splits: DatasetDict, source: str, split: str, check: Callable[[Dataset], None], texts: Sequence[str]
 ) -> Dataset:
+    alike = [str(name) for name in splits if str(name).strip().casefold() == split.strip().casefold()]
+    if split not in splits and len(alike) == 1:
+        split = alike[0]  # only its capitals differ
     if split not in splits:
         raise unknown_name(f"split of {source}", split, map(str, splits))
     rows = splits[split]
-    check(rows)
+    try:
+        check(rows)
+    except DataError as error:
+        raise DataError(f"split {split!r} of {source}: {error}") from error
+    rows = name_classes(rows)
     for column in texts:
         given = rows[column] if column in rows.column_names else [None] * len(rows)
         values = [str(text) if text is not None else "" for text in given]

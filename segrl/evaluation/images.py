@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
-from segrl.geometry.masks import binarize
+from segrl.geometry.mask_images import binarize
 from segrl.inference.images import ReasoningSegmenter
 from segrl.metrics.registry import Metric
 from segrl.predictions.target import Target

@@ -1,15 +1,15 @@
-"""Boxes, masks and matching: pure functions on arrays."""
+"""Boxes, masks and matching, functions on arrays; and the readers of image and mask files."""
 
 from segrl.geometry.boxes import area, giou, pairwise_giou, pairwise_iou, validate_boxes
+from segrl.geometry.image_files import open_image, read_image
+from segrl.geometry.mask_images import binarize, mask_values, read_mask_file
 from segrl.geometry.masks import (
-    binarize,
     boxes_from_mask,
     deepest_points,
     empty_score,
     foreground,
     mask_to_box,
     mask_to_rle,
-    mask_values,
     resize_mask,
     rle_to_mask,
     soft_target,
@@ -30,8 +30,11 @@ __all__ = [
     "mask_values",
     "match",
     "match_boxes",
+    "open_image",
     "pairwise_giou",
     "pairwise_iou",
+    "read_image",
+    "read_mask_file",
     "resize_mask",
     "rle_to_mask",
     "soft_target",

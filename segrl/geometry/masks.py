@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
 from scipy import ndimage
 
 from segrl.errors import DataError
@@ -28,14 +27,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BOTH_EMPTY_SCORE",
     "ONE_EMPTY_SCORE",
-    "binarize",
     "boxes_from_mask",
     "deepest_points",
     "empty_score",
     "foreground",
     "mask_to_box",
     "mask_to_rle",
-    "mask_values",
     "resize_mask",
     "rle_to_mask",
     "soft_target",
@@ -94,101 +91,6 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
             f"{name}: expected a bool or integer mask, got {array.dtype}; threshold it first, as in mask > 0"
         )
     return array != 0
-
-
-def mask_values(mask: Any, name: str = "mask") -> np.ndarray:
-    """Return the values of a mask as an array, for `binarize`.
-
-    Of an image with a palette the colours count: an index is a position in a list whose order the writing program
-    chose, and 0 may be white.
-
-    Args:
-        mask: A PIL image, or an array, which is returned as it is.
-        name: File or row named in the error message.
-
-    Returns:
-        (H, W) or (H, W, C). Of a palette: bool, True where the colour is not black.
-
-    Raises:
-        DataError: An image with several pages or with transparent pixels, or a palette with more than two colours in
-            use, or two of which none is black.
-
-    Example:
-        >>> from PIL import Image
-        >>> image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
-        >>> image.putpalette([255, 255, 255, 0, 0, 0])
-        >>> mask_values(image).tolist()
-        [[True, False]]
-    """
-    if not isinstance(mask, Image.Image):
-        return np.asarray(mask)
-    pages = getattr(mask, "n_frames", 1)
-    if pages > 1:
-        raise DataError(f"{name}: the mask has {pages} pages, expected one; save each page as a file of its own")
-    palette = mask.mode in ("P", "PA")
-    if palette:
-        mask = mask.convert("RGBA")
-    if mask.mode in ("RGBA", "LA"):
-        values = np.asarray(mask)
-        if (values[..., -1] != 255).any():
-            raise DataError(
-                f"{name}: the mask has transparent pixels, and what is under them is not known; save it without an "
-                "alpha channel, or save that channel itself as the mask"
-            )
-        if not palette:
-            return values[..., 0] if mask.mode == "LA" else values[..., :3]
-        colours = np.unique(values[..., :3].reshape(-1, 3), axis=0)
-        if len(colours) > 2 or (len(colours) == 2 and colours[0].any()):
-            listed = ", ".join(str(tuple(map(int, colour))) for colour in colours[:5])
-            raise DataError(
-                f"{name}: the mask has a palette with {len(colours)} colours in use ({listed}); expected black and one "
-                "other colour; save one mask per lesion type"
-            )
-        return np.asarray(values[..., :3].any(axis=2))
-    return np.asarray(mask)
-
-
-def binarize(array: Any, name: str = "mask") -> np.ndarray:
-    """Return a mask read from a file as bool; raise if it is not a binary mask.
-
-    Args:
-        array: A PIL image, see `mask_values`, or (H, W), (H, W, 1) or (H, W, 3) with equal channels. Values {0, v} for
-            one positive v; a constant zero mask is empty and a constant positive mask is all foreground.
-        name: File or row named in the error message.
-
-    Returns:
-        (H, W) bool.
-
-    Raises:
-        DataError: More than two values, a background that is not 0, NaN, differing channels, or no pixels.
-
-    Example:
-        >>> binarize([[0, 255]]).tolist(), binarize([[7, 7]]).tolist()
-        ([[False, True]], [[True, True]])
-    """
-    values = mask_values(array, name)
-    if values.ndim == 3 and values.shape[2] in (1, 3):
-        if (values != values[:, :, :1]).any():
-            raise DataError(f"{name}: the 3 channels of the mask differ; save it as an 8-bit mask with one channel")
-        values = values[:, :, 0]
-    if values.ndim != 2 or values.size == 0:
-        raise DataError(f"{name}: expected a mask of shape (H, W) with at least one pixel, got shape {values.shape}")
-    if values.dtype == np.bool_:
-        return values
-    if not np.issubdtype(values.dtype, np.number):
-        raise DataError(f"{name}: expected numbers, got {values.dtype}")
-    high = values.max()
-    inside = values == high
-    # NaN fails both comparisons, so it is refused here as well.
-    if not (inside | (values == 0)).all() or high < 0:
-        found = np.unique(values)
-        listed = ", ".join(str(value) for value in found[:5]) + (", ..." if found.size > 5 else "")
-        raise DataError(
-            f"{name}: a mask may hold 0 and one positive value, got {found.size} values ({listed}); "
-            "threshold it first, as in mask > 127 (a JPEG has grey edges, also when it is saved as PNG), then save it "
-            "as PNG with background 0 and one mask per lesion type"
-        )
-    return inside if high > 0 else np.zeros(values.shape, dtype=bool)
 
 
 def boxes_from_mask(mask: ArrayLike, min_area: int = 1) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from segrl.data.images.prompts import build_prompt, shown_image
 from segrl.data.reserved import check_query
 from segrl.errors import DataError
+from segrl.geometry.image_files import read_image
 from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
 from segrl.inference.base import SegmenterBase
@@ -68,7 +69,8 @@ class ReasoningSegmenter(SegmenterBase):
             Predictions in order; boxes and masks in pixels of `sizes`.
 
         Raises:
-            DataError: Lengths differ, something is not an image of 8 bits a channel, or several beams are asked for.
+            DataError: Lengths differ, something is not an image of 8 bits a channel, see
+                `segrl.geometry.read_image`, or several beams are asked for.
         """
         images, queries = list(images), list(queries)  # a lazy column makes a new object at every access
         if len(images) != len(queries):
@@ -104,9 +106,4 @@ def _whole(image: Image.Image) -> Image.Image:
     """Return an image upright, in RGB and its own size, as the segmenter sees it."""
     if not isinstance(image, Image.Image):
         raise DataError(f"expected a PIL image, got {type(image).__name__}")
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise DataError(f"image of mode {image.mode!r}: expected 8 bits a channel; scale it to 0..255 first")
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1:
-        raise DataError(f"image of {pages} pages: expected one; pass each page as an image of its own")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return read_image(image)

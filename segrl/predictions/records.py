@@ -19,7 +19,6 @@ None and "" are missing values.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -32,13 +31,15 @@ from PIL import Image
 
 from segrl.errors import DataError, SegRLError
 from segrl.geometry.boxes import validate_boxes
+from segrl.geometry.image_files import check_file
+from segrl.geometry.mask_images import binarize, read_mask_file
 from segrl.geometry.masks import MAX_RLE_PIXELS as MAX_PIXELS
-from segrl.geometry.masks import binarize, foreground, mask_to_rle, mask_values, rle_to_mask
+from segrl.geometry.masks import foreground, mask_to_rle, rle_to_mask
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import completion_text
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget, text_of
 
 __all__ = [
     "TARGET_COLUMNS",
@@ -52,7 +53,7 @@ __all__ = [
 
 TARGET_COLUMNS = ("mask", "target_mask", "boxes", "size", "volume", "spacing_mm")
 UNKNOWN_SIZE = (1000, 1000)  # px, of an image without ground truth; only boxes in pixels depend on it
-_BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # raised by PIL and numpy
+_BAD_FILE = (OSError, ValueError, EOFError, OverflowError, MemoryError)  # raised by numpy
 
 
 def answer_record(prediction: Prediction, target: Target | VolumeTarget, frame: Frame) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def read_target(value: Any, folder: Path | None = None) -> Target | VolumeTarget
         np.int64(8)
     """
     row = _row(value)
-    texts = {key: str(row[key]) for key in METADATA_COLUMNS if _given(row, key)}
+    texts = {key: text_of(row[key], key) for key in METADATA_COLUMNS if _given(row, key)}
     if _given(row, "volume"):
         spacing = _numbers(row["spacing_mm"], "spacing_mm", (3,)) if _given(row, "spacing_mm") else np.ones(3)
         volume = read_mask(row["volume"], "column 'volume'", folder, volume=True)
@@ -176,7 +177,7 @@ def read_mask(value: Any, name: str = "mask", folder: Path | None = None, *, vol
     if volume:
         return _volume(value, name, folder)
     if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return binarize(_pixels(io.BytesIO(value["bytes"]), name), name)
+        return read_mask_file(value, name)
     if isinstance(value, Mapping) and "counts" not in value and value.get("path"):
         value = value["path"]
     if isinstance(value, Mapping):
@@ -184,12 +185,12 @@ def read_mask(value: Any, name: str = "mask", folder: Path | None = None, *, vol
     if isinstance(value, str | os.PathLike):
         path = Path(folder or "", value)
         name = f"{name}: {path}"
-        return binarize(_load_npy(path, name) if path.suffix == ".npy" else _pixels(path, name), name)
+        if path.suffix == ".npy":
+            return binarize(_load_npy(path, name), name)
+        _must_exist(path, name)
+        return read_mask_file(path, name)
     if isinstance(value, Image.Image | np.ndarray | list):
-        try:
-            return binarize(np.asarray(value), name)
-        except ValueError as error:
-            raise error if isinstance(error, SegRLError) else DataError(f"{name}: not an array: {error}") from error
+        return binarize(value, name)
     raise DataError(f"{name}: {value!r:.100}; expected a path, run lengths, an image or an array")
 
 
@@ -341,27 +342,20 @@ def _size_text(shape: tuple[int, ...]) -> str:
 
 
 def _load_npy(path: Path, name: str) -> np.ndarray:
-    try:
-        loaded = np.load(path, allow_pickle=False)
+    _must_exist(path, name)
+    try:  # mapped, because the header may declare more than the file holds, and more than fits into memory
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     except _BAD_FILE as error:
-        raise _unreadable(name, error) from error
+        raise DataError(f"{name}: cannot be read: {error}") from error
     if not isinstance(loaded, np.ndarray):
         raise DataError(f"{name}: holds several arrays; expected one, saved by numpy.save")
     return loaded
 
 
-def _pixels(source: Path | io.BytesIO, name: str) -> np.ndarray:
-    try:
-        with Image.open(source) as image:
-            return mask_values(image, name)
-    except _BAD_FILE as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: BaseException) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{name}: no such file; relative paths start from the folder of the file that names them")
-    return DataError(f"{name}: cannot be read: {error}")
+def _must_exist(path: Path, name: str) -> None:
+    if not os.path.lexists(path):
+        raise DataError(f"{name}: no such file; relative paths start from the folder of the file that names them")
+    check_file(path, name)
 
 
 def _inside(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 
 from segrl.errors import DataError
 from segrl.geometry.boxes import validate_boxes
-from segrl.geometry.masks import binarize, boxes_from_mask, deepest_points, foreground, mask_to_box
+from segrl.geometry.mask_images import binarize
+from segrl.geometry.masks import boxes_from_mask, deepest_points, foreground, mask_to_box
 
 __all__ = ["METADATA_COLUMNS", "Metadata", "Target", "VolumeTarget", "check_mask"]
 
@@ -44,7 +45,7 @@ class Metadata:
     @staticmethod
     def texts_of(row: Mapping[str, Any], **defaults: str) -> dict[str, str]:
         """The metadata columns of a data set row as texts; a missing or empty one gets its default, else ""."""
-        return {column: str(row.get(column) or defaults.get(column, "")) for column in METADATA_COLUMNS}
+        return {column: text_of(row.get(column), column) or defaults.get(column, "") for column in METADATA_COLUMNS}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], **defaults: str) -> Metadata:
@@ -54,6 +55,22 @@ class Metadata:
     def to_dict(self) -> dict[str, str]:
         """The texts by column."""
         return {column: getattr(self, column) for column in METADATA_COLUMNS}
+
+
+def text_of(value: Any, column: str) -> str:
+    """Return the text in a metadata column; "" for None.
+
+    Raises:
+        DataError: Something else than a text, such as the number of a class; a name may be a number.
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    if column == "name":
+        return str(value)
+    raise DataError(
+        f"column {column!r}: {value!r:.100}, expected a text; write the name in place of a class number, as "
+        "segrl.data.name_classes does for datasets.ClassLabel"
+    )
 
 
 METADATA_COLUMNS = tuple(item.name for item in fields(Metadata))

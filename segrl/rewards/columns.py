@@ -12,7 +12,7 @@ from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.parsing import completion_text
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
+from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget, text_of
 
 __all__ = ["AnyTarget", "check_target", "position", "read_rows", "same_target"]
 
@@ -91,7 +91,7 @@ def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarg
     try:
         for column in reversed(METADATA_COLUMNS):
             if call.get(column) is not None:
-                texts[column] = str(call[column][row] or "")
+                texts[column] = text_of(call[column][row], column)
         where = position(name, row, texts.get("name", ""))
         column = source
         if source == "volume":

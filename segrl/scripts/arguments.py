@@ -42,6 +42,10 @@ class RunArguments:
         default=None,
         metadata={"help": "Folder, DatasetDict saved to disk, or hub data set owner/name, with splits train and test."},
     )
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Let manifest.csv name files outside its folder, by .., absolute paths or links."},
+    )
     descriptions: str | None = field(
         default=None,
         metadata={

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
+from segrl.data.contents import SplitContents
 from segrl.data.queries import Queries
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
 from segrl.heads.adapters import ADAPTERS
@@ -79,6 +80,7 @@ class TwoStageRun:
         progress: How far the run has come that is continued.
         segmenter: The segmenter of `--segmenter`; None without that flag.
         rows: The splits as `load` gave them; None until synthetic files are written.
+        contents: What the splits hold, to warn of what they share.
     """
 
     name: ClassVar[str]
@@ -113,6 +115,7 @@ class TwoStageRun:
             say(f"{self.queries.source}: {self.queries.left_out} texts left out, they name their structure")
         self.progress = Progress()
         self.rows: dict[str, Dataset | None] = {}
+        self.contents = SplitContents()
         self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
 
     # ---- the three scripts -------------------------------------------------------------------------------------------
@@ -220,6 +223,10 @@ class TwoStageRun:
         None stands for synthetic data in files: `synthesize` writes them when the run's folder is claimed.
         """
         raise NotImplementedError
+
+    def reading(self) -> dict[str, Any]:
+        """Return the settings with which `load` reads `--data`: all splits are compared, and flags hold."""
+        return {"contents": self.contents, "allow_outside": self.arguments.allow_outside}
 
     def synthesize(self, split: str) -> Dataset:
         """Write a split of synthetic data into the run's folder and return it."""

@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from segrl.caching.content import content_key
-from segrl.data.images.prompts import FULL_IMAGE, open_image
+from segrl.data.images.prompts import FULL_IMAGE
 from segrl.errors import DataError, SegRLError
-from segrl.geometry.masks import binarize, mask_values, soft_target
+from segrl.geometry.image_files import read_image
+from segrl.geometry.mask_images import binarize, mask_values
+from segrl.geometry.masks import soft_target
 from segrl.heads.decoding import Completions, add_masks, check_token
 from segrl.heads.mask_head import MaskHead
 from segrl.heads.requests import SegInput
@@ -120,7 +122,7 @@ class ImageTask:
         dense = soft_target(target.mask, (segmenter.mask_size, segmenter.mask_size), quantised=True)
 
         def pixels() -> Any:  # called only if the image has to be encoded
-            return segmenter.preprocess(image if full is None else open_image(full))
+            return segmenter.preprocess(image if full is None else read_image(full, target.name))
 
         return SegInput(pixels, target=dense, same_image=same, key=key)
 
@@ -157,7 +159,7 @@ def _image(row: Mapping[str, Any], name: str, *, needed: bool) -> Image.Image | 
         raise DataError(
             f"{name}: no image; expected a PIL image in the column 'image' (or a list in 'images'), got {image!r}"
         )
-    return image.convert("RGB")
+    return read_image(image, name)
 
 
 def _file_key(value: dict[str, Any]) -> str:

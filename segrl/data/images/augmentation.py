@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 from segrl.errors import DataError
-from segrl.geometry.masks import binarize
+from segrl.geometry.image_files import read_image
+from segrl.geometry.mask_images import binarize
 
 __all__ = ["augment"]
 
@@ -53,7 +53,7 @@ def augment(dataset: Dataset, copies: int, *, seed: int = 0) -> Dataset:
                 raise DataError(
                     f"{row['name']}: has its own reasoning, which a turned image would contradict; use copies=0"
                 )
-            image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+            image = read_image(row["image"], f"image of {row['name']}")
             mask = PILImage.fromarray(binarize(row["mask"], str(row["name"])).astype(np.uint8) * 255)
             yield {**row, "image": _png(image), "mask": _png(mask)}
             for copy in range(1, copies + 1):

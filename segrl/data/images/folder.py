@@ -9,39 +9,49 @@ of training and all bad files can be fixed at once.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from PIL import ImageOps
 
-from segrl.data.manifest import check_dataset, raise_all, read_manifest
+from segrl.caching.content import content_key
+from segrl.data.contents import SplitContents
+from segrl.data.manifest import check_dataset, parts_of, raise_all, read_manifest
 from segrl.errors import DataError
-from segrl.geometry.masks import binarize, mask_values
+from segrl.geometry.image_files import image_orientation, open_image, read_image
+from segrl.geometry.mask_images import binarize, read_mask_file
 from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["check_rows", "load_folder"]
 
-_BAD_FILE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # PIL raises these for broken files
-
 
 def load_folder(
-    path: str | Path, split: str | None = None, *, validate: bool = True, limit: int | None = None
+    path: str | Path,
+    split: str | None = None,
+    *,
+    validate: bool = True,
+    limit: int | None = None,
+    allow_outside: bool = False,
+    contents: SplitContents | None = None,
 ) -> Dataset:
     """Load the pairs of image and mask that `<path>/manifest.csv` lists.
 
     The manifest has the columns image and mask (paths relative to the folder) and optionally split, query, reasoning,
     modality, anatomy, lesion and name; any other column is kept as text. Without a query column the query is built from
-    lesion, anatomy and modality. Pixels are decoded when a row is read.
+    lesion, anatomy and modality. Pixels are decoded when a row is read. Several masks of one image and question are
+    merged if one cell names them all, as in `masks/a.png;masks/a_1.png`. Cells may be separated by commas, semicolons
+    or tabs.
 
     Args:
         path: The folder.
         split: Keep only rows with this value in the split column; None keeps all.
         validate: Open every file now (see `check_rows`), so that a broken one does not stop the training.
         limit: Keep only the first rows, after the split.
+        allow_outside: Whether the manifest may name files outside the folder, by `..`, absolute paths or links.
+        contents: Collects what the split holds, so that it is compared with the others (see `check_rows`).
 
     Returns:
         A data set with the columns image, mask, query, modality, anatomy, lesion, name (the image path, unless the
@@ -60,26 +70,49 @@ def load_folder(
         >>> rows["name"][:], rows["lesion"][:]
         (['synthetic_0_00000', 'synthetic_0_00002'], ['ring abscess', 'dark cyst'])
     """
-    found = read_manifest(Path(path), ("image", "mask"), split, limit, noun="image")
+    found = read_manifest(
+        Path(path), ("image", "mask"), split, limit, noun="image", merged=["mask"], allow_outside=allow_outside
+    )
+    rows, locations, problems = [], [], list(found.problems)
+    for row, location in zip(found.rows, found.locations, strict=True):
+        try:
+            image = {"path": row["image"], "bytes": None}
+            rows.append({**row, "image": image, "mask": _merged(parts_of(row["mask"]))})
+            locations.append(location)
+        except DataError as error:
+            problems.append(f"{location}: {error}")
     names = list(found.rows[0]) if found.rows else ["image", "mask", *METADATA_COLUMNS]
-    columns = {name: [row[name] for row in found.rows] for name in names}
     features = {name: Image() if name in ("image", "mask") else Value("string") for name in names}
-    dataset = Dataset.from_dict(columns, features=Features(features))
-    problems = [*found.problems, *(_problems(dataset, found.locations) if validate else ())]
+    dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(features))
+    contents = contents or SplitContents()
+    if validate:
+        problems += _problems(dataset, locations, contents, split or "")
     raise_all(problems, found.total, found.source)
+    contents.warn(found.source)
     return dataset
 
 
-def check_rows(dataset: Dataset) -> None:
+def check_rows(dataset: Dataset, *, contents: SplitContents | None = None, split: str = "") -> None:
     """Check every row of a data set with the columns image, mask and query, reading one row at a time.
 
-    A row is bad if its image or mask is missing, corrupt or not 8-bit, if the two differ in size after EXIF rotation,
-    if the mask holds more than two values, or if the query is empty. An empty mask is accepted: there is nothing to
-    find.
+    A row is bad if its image or mask is missing or corrupt, holds several pages or transparent pixels, or declares more
+    than `PIL.Image.MAX_IMAGE_PIXELS` pixels, if the image is not 8-bit, if the two differ in size after EXIF rotation
+    or are equal, if the mask holds more than two values, if the query is empty, or if an earlier row asks the same of
+    the same image and has another mask. An empty mask is accepted: there is nothing to find.
+
+    Args:
+        dataset: Columns of classes (`datasets.ClassLabel`) count as the names of the classes.
+        contents: Collects what the split holds. Pass the same object for all splits to be warned of images that two of
+            them share.
+        split: Name of the split, for warnings; "" takes it from a column split, if there is one.
 
     Raises:
         DataError: For a missing or wrongly typed column, for no rows, and for bad rows: the first ten with row number,
             name and fix, and their total number.
+
+    Warns:
+        UserWarning: Images that two splits share, masks that are all empty or all full, and a split with one lesion
+            beside one with several.
 
     Example:
         >>> from segrl.data import make_synthetic
@@ -90,57 +123,111 @@ def check_rows(dataset: Dataset) -> None:
           row 0 (synthetic_0_00000): the query is empty; write what to segment
           row 1 (synthetic_0_00001): the query is empty; write what to segment
     """
-    check_dataset(dataset, ("image", "mask", "query"), _problems)
+    contents = contents or SplitContents()
+    check_dataset(
+        dataset,
+        ("image", "mask", "query"),
+        lambda rows, locations: _problems(rows, locations, contents, split),
+    )
+    contents.warn("dataset")
 
 
-def _problems(dataset: Dataset, locations: Iterable[str]) -> Iterator[str]:
+def _problems(dataset: Dataset, locations: Iterable[str], contents: SplitContents | None, split: str) -> Iterator[str]:
     """Yield every problem with the files of a data set, row by row; at most one per file and one per pair."""
     for column in ("image", "mask"):
         if not isinstance(dataset.features[column], Image):
             raise DataError(
                 f"column {column!r} has the type {dataset.features[column]}: expected datasets.Image; "
-                f"use dataset.cast_column({column!r}, datasets.Image())"
+                f"use dataset.cast_column({column!r}, datasets.Image()) for paths or bytes, and fill polygons with "
+                "PIL.ImageDraw.Draw(image).polygon first"
             )
-    encoded = dataset.select_columns(["image", "mask"])
+    contents = contents or SplitContents()
+    encoded = dataset
     for column in ("image", "mask"):
         encoded = encoded.cast_column(column, Image(decode=False))
     for location, row in zip(locations, encoded, strict=True):
         assert isinstance(row, dict)
-        arrays: list[np.ndarray] = []
-        for column in ("image", "mask"):
+        pair = _Pair()
+        for column, read in (("image", pair.read_image), ("mask", pair.read_mask)):
             try:
-                arrays.append(_decode(row[column], mask=column == "mask"))
-                if column == "mask":
-                    binarize(arrays[-1], "mask")
-            except (DataError, *_BAD_FILE) as error:
-                yield f"{location}: {column}: {_reason(error, row[column])}"
-        if len(arrays) == 2 and arrays[0].shape[:2] != arrays[1].shape[:2]:
-            (height, width), (mask_height, mask_width) = (array.shape[:2] for array in arrays)
-            yield (
-                f"{location}: the mask is {mask_width} x {mask_height} px, the image {width} x {height}; expected the "
-                "same size after EXIF rotation; resize the mask with nearest neighbour"
+                read(row[column])
+            except DataError as error:
+                yield f"{location}: {error}{_path(error, row[column])}"
+        problem = pair.problem()
+        if problem is None and pair.image is not None and pair.mask is not None:
+            name = split or str(row.get("split") or "")
+            keys = {"image": content_key(pair.image), "mask": content_key(pair.mask)}
+            problem = contents.add(name, location, row, **keys, share=float(pair.mask.mean()))
+        if problem is not None:
+            yield f"{location}: {problem}"
+
+
+class _Pair:
+    """An image and its mask, upright, and how their files store them."""
+
+    def __init__(self) -> None:
+        self.image: np.ndarray | None = None  # (H, W, 3) uint8
+        self.mask: np.ndarray | None = None  # (H, W) bool
+        self.stored: dict[str, tuple[int, tuple[int, int]]] = {}  # EXIF orientation, (width, height) before it
+
+    def read_image(self, value: Any) -> None:
+        with open_image(value, "image") as image:
+            self.stored["image"] = image_orientation(image), image.size
+            self.image = np.asarray(read_image(image, "image"))
+
+    def read_mask(self, value: Any) -> None:
+        with open_image(value, "mask") as image:
+            self.stored["mask"] = image_orientation(image), image.size
+            self.mask = binarize(image, "mask")
+
+    def problem(self) -> str | None:
+        """Say why the two do not belong together; None if they do, or if one of them was not read."""
+        if self.image is None or self.mask is None:
+            return None
+        (height, width), (mask_height, mask_width) = self.image.shape[:2], self.mask.shape
+        (turned, stored), (mask_turned, mask_stored) = self.stored["image"], self.stored["mask"]
+        if (height, width) != (mask_height, mask_width):
+            advice = "resize the mask with nearest neighbour"
+            if mask_stored == stored:
+                advice = (
+                    "only one of the two has an EXIF rotation: turn the mask as the image is shown, or save the image "
+                    "as it is stored, without the EXIF tag"
+                )
+            return (
+                f"the mask is {mask_width} x {mask_height} px, the image {width} x {height}; expected the same size "
+                f"after EXIF rotation; {advice}"
             )
+        if turned != mask_turned and stored == mask_stored:
+            return (
+                f"the EXIF orientation of the image is {turned}, that of the mask {mask_turned}, and their sizes do "
+                "not tell whether the mask is turned already; save both upright, without the EXIF tag"
+            )
+        grey = self.image[..., 0]
+        if 0 < self.mask.mean() < 1 and (self.image == grey[..., None]).all():
+            inside = grey == grey.max()
+            if np.array_equal(inside, self.mask) and not grey[~inside].any():
+                return "the image is the mask itself; give the picture that the mask belongs to"
+        return None
 
 
-def _decode(value: dict[str, Any] | None, *, mask: bool) -> np.ndarray:
-    """Decode an encoded image, upright: (H, W) or (H, W, C)."""
-    if value is None:
-        raise DataError("is missing (None); give a file or delete the row")
-    source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
-    with PILImage.open(source) as image:
-        pages = getattr(image, "n_frames", 1)
-        if pages > 1:
-            raise DataError(f"has {pages} pages, expected one; save each page as a file of its own")
-        if image.mode[0] in "IF" and not mask:
-            raise DataError(f"has {image.mode} pixels, expected 8 bits per channel; window it and scale it to 0-255")
-        upright = ImageOps.exif_transpose(image)
-        return mask_values(upright) if mask else np.asarray(upright)
+def _merged(paths: Sequence[str]) -> dict[str, Any]:
+    """Merge the masks of one row into one; a single file stays a path.
+
+    Raises:
+        DataError: A file that is no mask, or masks of different sizes.
+    """
+    if len(paths) == 1:
+        return {"path": paths[0], "bytes": None}
+    masks = [read_mask_file(path, f"mask {path}") for path in paths]
+    if len({mask.shape for mask in masks}) > 1:
+        sizes = ", ".join(f"{mask.shape[1]} x {mask.shape[0]}" for mask in masks)
+        raise DataError(f"the masks of one row have the sizes {sizes} px, expected one size")
+    buffer = io.BytesIO()
+    PILImage.fromarray(np.logical_or.reduce(masks)).save(buffer, format="PNG")
+    return {"path": None, "bytes": buffer.getvalue()}
 
 
-def _reason(error: Exception, value: dict[str, Any] | None) -> str:
+def _path(error: DataError, value: dict[str, Any] | None) -> str:
+    """Return the path of a file, for an error that does not name it."""
     path = (value or {}).get("path") or ""
-    if isinstance(error, DataError):
-        return str(error).removeprefix("mask: ") + (f" [{path}]" if path else "")
-    if isinstance(error, FileNotFoundError):
-        return f"no such file {path}; copy it there or delete the row"
-    return f"cannot be decoded ({error}); replace the file {path}"
+    return f" [{path}]" if path and path not in str(error) else ""

@@ -10,19 +10,21 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 from segrl.data.completions import check_preparation, target_completion
 from segrl.data.coordinates import CoordinatePolicy, check_coordinates, given_reasoning
 from segrl.data.reasoning import build_reasoning
+from segrl.data.text_columns import check_lesions, check_texts, lesion_name, name_classes
 from segrl.errors import DataError
-from segrl.geometry.masks import binarize, boxes_from_mask
+from segrl.geometry.image_files import image_orientation, open_image, read_image
+from segrl.geometry.mask_images import binarize
+from segrl.geometry.masks import boxes_from_mask
 from segrl.predictions.frames import Frame, frame_for, shrunk_size
 from segrl.predictions.parsing import format_answer
 from segrl.predictions.prompt_settings import ImagePromptSettings
 from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["FULL_IMAGE", "build_prompt", "open_image", "prepare", "shown_image"]
+__all__ = ["FULL_IMAGE", "build_prompt", "prepare", "shown_image"]
 
 FULL_IMAGE = "full_image"  # column of the original, as a file, where the image that the model sees is smaller
 
@@ -79,7 +81,8 @@ def prepare(
         `full_image`, the original as a file where `image` was scaled down: the segmenter of a mask head sees that.
 
     Raises:
-        DataError: There are no rows, a column is missing, a limit is below 1, there is neither processor nor frame,
+        DataError: There are no rows, a column is missing or holds no texts, a row has no lesion although its query asks
+            for something (completions only), a limit is below 1, there is neither processor nor frame,
             given reasoning holds coordinates, a mask is not binary or has another size than its image, or a row's texts
             give a completion that does not parse.
 
@@ -92,11 +95,15 @@ def prepare(
         True
     """
     settings = settings or ImagePromptSettings()
+    check_texts(dataset)
+    dataset = name_classes(dataset)
     columns = ("image", "mask", *METADATA_COLUMNS) if completions else ("image", "query")
     limits = {"max_boxes": max_boxes}
     check_preparation(
         dataset, processor, settings, columns, limits, source="segrl.data.load_folder", needs_frame=completions
     )
+    if completions:
+        check_lesions(dataset)
     if completions and settings.reasoning:
         check_coordinates(dataset, coordinates)
     row_columns = functools.partial(
@@ -120,14 +127,14 @@ def prepare(
 
 
 def shown_image(image: PILImage.Image, max_edge: int | None) -> PILImage.Image:
-    """Return the image as the model sees it: upright, the longest edge at most `max_edge` pixels, aspect kept.
+    """Return the image as the model sees it: upright, in RGB, the longest edge at most `max_edge` pixels, aspect kept.
 
     Example:
         >>> from PIL import Image
         >>> shown_image(Image.new("RGB", (1024, 512)), 512).size
         (512, 256)
     """
-    upright = ImageOps.exif_transpose(image)
+    upright = read_image(image)
     size = shrunk_size(upright.size, max_edge)
     return upright if size == upright.size else upright.resize(size, PILImage.Resampling.BICUBIC)
 
@@ -147,7 +154,7 @@ def _row_columns(
         columns[FULL_IMAGE] = None
     elif not completions:
         return columns
-    with _open(row["image"]) as image:
+    with open_image(row["image"], f"image of {row.get('name', '')}") as image:
         original_size = _upright_size(image)
         image_size = shrunk_size(original_size, settings.max_edge)
         if image_size != original_size:
@@ -176,26 +183,12 @@ def _row_columns(
 
     def answer() -> str:
         boxes = boxes_from_mask(mask)[:max_boxes]
-        return format_answer(row["lesion"] or "lesion", boxes, frame, seg_token=settings.seg_token)
+        return format_answer(lesion_name(row), boxes, frame, seg_token=settings.seg_token)
 
     return columns | {"completion": target_completion(row["name"], reasoning, answer, frame, settings)}
 
 
-def open_image(value: dict[str, Any]) -> PILImage.Image:
-    """Decode an image as `datasets.Image(decode=False)` gives it; upright, in RGB.
-
-    Args:
-        value: `bytes` of a file, or its `path` where `bytes` is None.
-    """
-    with _open(value) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _open(value: dict[str, Any]) -> PILImage.Image:
-    return PILImage.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-
-
 def _upright_size(image: PILImage.Image) -> tuple[int, int]:
     """(width, height) after the EXIF rotation, without decoding the pixels."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    turned = image_orientation(image) >= 5
     return (image.height, image.width) if turned else (image.width, image.height)

@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from segrl.caching.content import content_key
+from segrl.data.contents import SplitContents
 from segrl.data.manifest import check_dataset, raise_all, read_manifest
 from segrl.data.volumes.intensity import Intensity
 from segrl.data.volumes.nifti import Volume, read_label, read_volume
@@ -26,6 +28,8 @@ def load_volumes(
     validate: bool = True,
     limit: int | None = None,
     allow_empty: bool = False,
+    allow_outside: bool = False,
+    contents: SplitContents | None = None,
 ) -> Dataset:
     """Load the scans and labels that `<path>/manifest.csv` lists.
 
@@ -40,6 +44,8 @@ def load_volumes(
         validate: Read every file now (see `check_volumes`), so that a broken one does not stop the training.
         limit: Keep only the first rows, after the split.
         allow_empty: Whether a label without foreground is accepted: there is nothing to find.
+        allow_outside: Whether the manifest may name files outside the folder, by `..`, absolute paths or links.
+        contents: Collects what the split holds, so that it is compared with the others (see `check_volumes`).
 
     Returns:
         A data set with the columns scan and label (paths), label_value (int; 0, the default, takes every voxel that is
@@ -63,7 +69,7 @@ def load_volumes(
         segrl.errors.DataError: ...manifest.csv: 1 problems in 2 rows, expected none:
           line 3 (...): column 'lesion' is empty; fill the cell or delete the row
     """
-    found = read_manifest(Path(path), ("image", "label"), split, limit, noun="scan")
+    found = read_manifest(Path(path), ("image", "label"), split, limit, noun="scan", allow_outside=allow_outside)
     problems, locations, rows = list(found.problems), [], []
     for location, row in zip(found.locations, found.rows, strict=True):
         if "scan" in row:
@@ -78,21 +84,29 @@ def load_volumes(
         rows.append({"scan": row.pop("image"), **row, "label_value": value, "intensity": intensity})
         locations.append(location)
     dataset = volume_dataset(rows)
+    contents = contents or SplitContents()
     if validate:
-        problems += file_problems(dataset, locations, allow_empty)
+        problems += file_problems(dataset, locations, allow_empty, contents, split or "")
     raise_all(problems, found.total, found.source)
+    contents.warn(found.source)
     return dataset
 
 
-def check_volumes(dataset: Dataset, *, allow_empty: bool = False) -> None:
+def check_volumes(
+    dataset: Dataset, *, allow_empty: bool = False, contents: SplitContents | None = None, split: str = ""
+) -> None:
     """Check every row of a data set with the columns scan, label and query, reading one scan at a time.
 
     A row is bad if its scan or label cannot be read (see `read_volume` and `read_label`), if the label does not fit the
-    scan or holds no foreground (with the row's label_value), or if intensity or query are wrong.
+    scan or holds no foreground (with the row's label_value), if intensity or query are wrong, or if an earlier row asks
+    the same of the same scan and has another label.
 
     Args:
         dataset: The columns label_value, intensity and name are optional.
         allow_empty: Whether a label without foreground is accepted.
+        contents: Collects what the split holds. Pass the same object for all splits to be warned of scans that two of
+            them share.
+        split: Name of the split, for warnings; "" takes it from a column split, if there is one.
 
     Raises:
         DataError: For a missing column, for no rows, and for bad rows: the first ten with row number, name and fix, and
@@ -105,9 +119,13 @@ def check_volumes(dataset: Dataset, *, allow_empty: bool = False) -> None:
           row 0: .: is a folder, expected a scan file; convert a DICOM series with dcm2niix
           row 0: the label is missing; give a file or delete the row
     """
+    contents = contents or SplitContents()
     check_dataset(
-        dataset, ("scan", "label", "query"), lambda rows, locations: file_problems(rows, locations, allow_empty)
+        dataset,
+        ("scan", "label", "query"),
+        lambda rows, locations: file_problems(rows, locations, allow_empty, contents, split),
     )
+    contents.warn("dataset")
 
 
 def volume_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
@@ -117,16 +135,24 @@ def volume_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(features))
 
 
-def file_problems(dataset: Dataset, locations: Iterable[str], allow_empty: bool) -> Iterator[str]:
+def file_problems(
+    dataset: Dataset,
+    locations: Iterable[str],
+    allow_empty: bool,
+    contents: SplitContents | None = None,
+    split: str = "",
+) -> Iterator[str]:
     """Yield every problem with the files of a data set, row by row; neighbouring rows read a common scan once."""
     volume: Volume | DataError | None = None
-    last = ""
+    last = key = ""
+    contents = contents or SplitContents()
     for location, row in zip(locations, dataset, strict=True):
         assert isinstance(row, dict)
         if row["scan"] != last or volume is None:
             try:
                 volume, last = None, row["scan"] or ""  # the old scan makes room for the new one
                 volume = read_volume(last)
+                key = content_key(volume.voxels)
             except DataError as error:
                 volume = error
         if isinstance(volume, DataError):
@@ -138,9 +164,15 @@ def file_problems(dataset: Dataset, locations: Iterable[str], allow_empty: bool)
             if row.get("intensity"):
                 Intensity.parse(row["intensity"])
             scan = volume if isinstance(volume, Volume) else None
-            read_label(row["label"], scan, label_value(row.get("label_value")), allow_empty=allow_empty)
+            mask = read_label(row["label"], scan, label_value(row.get("label_value")), allow_empty=allow_empty)
         except DataError as error:
             yield f"{location}: {error}"
+            continue
+        if scan is not None:
+            name = split or str(row.get("split") or "")
+            keys = {"image": key, "mask": content_key(mask)}
+            if problem := contents.add(name, location, row, **keys, share=float(mask.mean())):
+                yield f"{location}: {problem}"
 
 
 def label_value(value: Any) -> int:

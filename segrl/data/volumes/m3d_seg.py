@@ -19,6 +19,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from segrl.data.contents import SplitContents
+from segrl.data.listed_files import refuse_outside
 from segrl.data.manifest import raise_all
 from segrl.data.reasoning import build_query
 from segrl.data.volumes.folder import file_problems, volume_dataset
@@ -47,6 +49,8 @@ def load_m3d_seg(
     validate: bool = True,
     limit: int | None = None,
     intensity: str = "percentile:0:100",
+    allow_outside: bool = False,
+    contents: SplitContents | None = None,
 ) -> Dataset:
     """Load a data set of M3D-Seg, one row per case and present structure; a case without any gives no row.
 
@@ -61,6 +65,8 @@ def load_m3d_seg(
         validate: Read every file now; the three data sets are tens of gigabytes.
         limit: Keep only the first rows, after the split.
         intensity: Intensity scaling of every row, see `segrl.data.Intensity`.
+        allow_outside: Whether the JSON file may name files outside `path`, by `..` or links.
+        contents: Collects what the split holds, so that it is compared with the others (see `check_volumes`).
 
     Returns:
         A data set with the columns of `load_volumes`, where label_value is the number of the structure in the JSON file
@@ -110,6 +116,8 @@ def load_m3d_seg(
         total += 1
         try:
             scan, label = (_resolve(case, key, listing, code) for key in ("image", "label"))
+            for file in () if allow_outside else (scan, label):
+                refuse_outside(Path(path), file, str(file))
             values = label_values(label)
             if values and values[-1] > len(structures):
                 raise DataError(
@@ -130,8 +138,10 @@ def load_m3d_seg(
             locations.append(f"{location}: {texts[0]}")
     made = volume_dataset(rows[:limit])
     if validate:
-        problems += file_problems(made, locations[:limit], allow_empty=False)
+        problems += file_problems(made, locations[:limit], allow_empty=False, contents=contents)
     raise_all(problems, total, str(listing))
+    if contents is not None:
+        contents.warn(str(listing))
     if not rows:
         raise DataError(
             f"{listing}: no structure in any case of {list(chosen)}; expected at least one; check the split"

@@ -21,6 +21,7 @@ from PIL import Image as PILImage
 from segrl.data.completions import check_preparation, target_completion
 from segrl.data.coordinates import CoordinatePolicy, check_coordinates, given_reasoning
 from segrl.data.reasoning import build_reasoning, pick_by_hash
+from segrl.data.text_columns import check_texts, lesion_name, name_classes
 from segrl.data.volumes.case import read_case
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.errors import DataError
@@ -114,7 +115,8 @@ def prepare_volumes(
         and, if asked for, `completion` and `key_slice` (the index in the volume of the answer's slice).
 
     Raises:
-        DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
+        DataError: There are no rows, a column is missing or holds no texts, a row that needs template reasoning has no
+            lesion although its query asks for something, a number is below 1, a file cannot be read, or, for
             completions, given reasoning holds coordinates, a row has no label or a lesion that no shown slice holds;
             names the row or file.
 
@@ -127,6 +129,8 @@ def prepare_volumes(
         ([0, 2, 5, 7], True, 4)
     """
     settings = settings or VolumePromptSettings()
+    check_texts(dataset)
+    dataset = name_classes(dataset)
     limits = {"top_k": top_k, "max_boxes": max_boxes}
     check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes")
     if completions and settings.reasoning:
@@ -199,7 +203,7 @@ def _key_position(shown: np.ndarray, top_k: int, key: str, row: dict[str, Any]) 
 def _reasoning(row: dict[str, Any], mask: np.ndarray, height: float, brief: bool, policy: CoordinatePolicy) -> str:
     if written := given_reasoning(row, policy, volume=True):
         return written
-    texts = {name: row[name] for name in ("lesion", "anatomy", "modality", "query")}
+    texts = {name: row[name] for name in ("anatomy", "modality", "query")} | {"lesion": lesion_name(row)}
     position = f"It is best seen in the {_THIRDS[min(2, int(3 * height))]} third of the slices."
     return f"{build_reasoning(mask=mask, key=row['name'], brief=brief, **texts)} {position}"
 
