@@ -7,6 +7,7 @@ share, masks that are all empty or all full, and a split with one class beside a
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,14 @@ from segrl.predictions.target import Metadata
 __all__ = ["SplitContents"]
 
 _LISTED = 3  # images named in one warning
+_CHANCE = 1e-3  # rows that are all of one lesion are warned of if drawing them at random is less likely
 
 
 @dataclass
 class _Split:
     images: dict[str, str] = field(default_factory=dict)  # key of the content, where it was seen first
     asked: dict[tuple[str, Any], tuple[str, str]] = field(default_factory=dict)  # image and question: mask, location
-    lesions: set[str] = field(default_factory=set)
+    lesions: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     empty: int = 0
     full: int = 0
@@ -67,7 +69,7 @@ class SplitContents:
         known.images.setdefault(image, location)
         texts = Metadata.texts_of(row)
         if texts["lesion"]:
-            known.lesions.add(texts["lesion"].casefold())
+            known.lesions[texts["lesion"].casefold()] += 1
         other, where = known.asked.setdefault((image, _question(texts)), (mask, location))
         if other == mask:
             return None
@@ -110,10 +112,14 @@ class SplitContents:
                 f"{more}): scores on images that were trained on say little"
             )
         for name, single, other, several in ((first, one, second, two), (second, two, first, one)):
-            if len(single.lesions) == 1 and len(several.lesions) > 1 and single.rows > 1:
+            if len(single.lesions) != 1 or len(several.lesions) < 2:
+                continue
+            lesion = next(iter(single.lesions))
+            share = several.lesions[lesion] / several.lesions.total()
+            if share**single.rows < _CHANCE:
                 yield (
-                    f"split {name!r} has one lesion only ({next(iter(single.lesions))!r}), split {other!r} has "
-                    f"{len(several.lesions)}; was a sorted table cut in two?"
+                    f"split {name!r} has one lesion only ({lesion!r}), split {other!r} has {len(several.lesions)}; was "
+                    "a sorted table cut in two?"
                 )
 
 

@@ -33,9 +33,9 @@ def name_classes(dataset: Dataset) -> Dataset:
         kind = dataset.features.get(column)
         if isinstance(kind, ClassLabel):
             names = ["" if n is None or n < 0 else str(kind.int2str(n)) for n in dataset[column]]
-            order = dataset.column_names
-            changed = dataset.remove_columns(column).add_column(column, names)  # type: ignore[call-arg]
-            dataset = changed.select_columns(order)
+            order, numbers = dataset.column_names, f"{column} as numbers"
+            named = dataset.rename_column(column, numbers).add_column(column, names)  # type: ignore[call-arg]
+            dataset = named.select_columns(order)
     return dataset
 
 

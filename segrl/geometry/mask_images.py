@@ -52,7 +52,7 @@ def mask_values(mask: Any, name: str = "mask") -> np.ndarray:
 
     Raises:
         DataError: An image with several pages or with transparent pixels, or a palette with more than two colours in
-            use, or two of which none is black; or lists of different lengths.
+            use, or two of which none is black; or a list of corners (a polygon).
 
     Example:
         >>> image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
@@ -62,9 +62,13 @@ def mask_values(mask: Any, name: str = "mask") -> np.ndarray:
     """
     if not isinstance(mask, Image.Image):
         try:
-            return np.asarray(mask)
+            values = np.asarray(mask)
         except ValueError as error:  # lists of different lengths
             raise DataError(f"{name}: not an array: {error}; {_FILL}") from error
+        # Corners can look like a mask of two values; arrays are taken at their word.
+        if isinstance(mask, list | tuple) and _corners(values) and values.max() not in (0, 1, 255):
+            raise DataError(f"{name}: {mask!r:.80} looks like the corners of a polygon; {_FILL}")
+        return values
     with open_image(mask, name):
         if not opaque(mask):
             raise DataError(
@@ -90,16 +94,14 @@ def binarize(array: Any, name: str = "mask") -> np.ndarray:
         (H, W) bool.
 
     Raises:
-        DataError: More than two values, a background that is not 0, NaN, differing channels, no pixels, or a list of
-            corners (a polygon).
+        DataError: More than two values, a background that is not 0, NaN, differing channels, or no pixels; and as
+            `mask_values`.
 
     Example:
         >>> binarize([[0, 255]]).tolist(), binarize([[7, 7]]).tolist()
         ([[False, True]], [[True, True]])
     """
     values = mask_values(array, name)
-    if not isinstance(array, np.ndarray | Image.Image) and _corners(values) and values.max() not in (0, 1, 255):
-        raise DataError(f"{name}: {array!r:.80} looks like the corners of a polygon; {_FILL}")
     if values.ndim == 3 and values.shape[2] in (1, 3):
         if (values != values[:, :, :1]).any():
             raise DataError(f"{name}: the 3 channels of the mask differ; save it as an 8-bit mask with one channel")
