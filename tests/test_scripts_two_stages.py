@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from builders import tiny_headed_model, tiny_model
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from marks import slow_to_build
 from safetensors.torch import load_file
 from script_modules import ROOT, contents, read_json
@@ -58,7 +58,7 @@ class BoxRun(TwoStageRun):
 
     def load(self, split: str) -> Dataset | None:
         if self.arguments.data is not None:
-            return self.arguments.limited(load_split(self.arguments.data, split), split)
+            return self.arguments.limited(load_split(self.arguments.data, split, **self.reading()), split)
         self.check_synthetic(split)
         return None if getattr(self.arguments, "late", False) else self.made(split)
 
@@ -322,3 +322,27 @@ def test_settings_of_another_task_are_refused(whole, tmp_path):
     (run_folder / "segrl.json").write_text(json.dumps({**settings_of(whole), "task": "volumes", "max_edge": 3}))
     said = refused(BoxRun.check_grpo, "--model", run_folder, "--output_dir", tmp_path / "run")
     assert "segrl.json: unknown key 'max_edge'" in said
+
+
+# ---- what the data holds ---------------------------------------------------------------------------------------------
+
+
+def test_files_outside_the_folder_need_a_flag(tmp_path):
+    folder = write_folder(make_synthetic(8, size=64), tmp_path / "data", split=["train"] * 4 + ["test"] * 4)
+    image = next((folder / "images").iterdir())
+    image.rename(tmp_path / image.name)
+    image.symlink_to(tmp_path / image.name)
+    flags = ("--data", folder, "--output_dir", tmp_path / "run")
+    for check in (BoxRun.check_sft, BoxRun.check_grpo):
+        assert "(--allow_outside) if you trust the table" in refused(check, *flags)
+        check([*map(str, flags), "--allow_outside"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_splits_that_share_images_are_said_before_training(tmp_path):
+    rows = make_synthetic(8, size=64)
+    splits: Any = {"train": rows, "test": rows.select([1, 2])}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
+    for check in (BoxRun.check_sft, BoxRun.check_grpo):
+        with pytest.warns(UserWarning, match="2 images are in the splits 'train' and 'test'"):
+            check(["--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")])
