@@ -23,6 +23,7 @@ from segrl.data import (
 from segrl.errors import DataError, RewardError
 from segrl.predictions import ImagePromptSettings, Target, VolumePromptSettings, read_target
 from segrl.rewards import make_reward
+from segrl.tasks import ImageTask
 
 SETTINGS = ImagePromptSettings(frame_kind="original_px", reasoning=True)
 VOLUME_SETTINGS = VolumePromptSettings(slices=4, size=32, frame_kind="original_px", reasoning=True)
@@ -151,6 +152,8 @@ def test_numbers_in_rows_of_batches_and_records_are_refused(column):
         with pytest.raises(kind, match=rf"column '{column}'.*[03], expected a text"):
             read()
     assert Target.texts_of({"name": 3, "lesion": None})["name"] == "3"
+    with pytest.raises(DataError, match=rf"^row 7: column '{column}': 2, expected a text"):
+        ImageTask(None, SETTINGS).read([{"mask": mask, "name": "row 7", column: 2}])
 
 
 # ---- rows that name no lesion ----------------------------------------------------------------------------------------

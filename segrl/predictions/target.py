@@ -44,8 +44,17 @@ class Metadata:
 
     @staticmethod
     def texts_of(row: Mapping[str, Any], **defaults: str) -> dict[str, str]:
-        """The metadata columns of a data set row as texts; a missing or empty one gets its default, else ""."""
-        return {column: text_of(row.get(column), column) or defaults.get(column, "") for column in METADATA_COLUMNS}
+        """The metadata columns of a data set row as texts; a missing or empty one gets its default, else "".
+
+        Raises:
+            DataError: A number or another value in place of a text; names the row.
+        """
+        try:
+            texts = {column: text_of(row.get(column), column) for column in METADATA_COLUMNS}
+        except DataError as error:
+            name = row.get("name")
+            raise error if name is None else DataError(f"{name}: {error}") from error
+        return {column: text or defaults.get(column, "") for column, text in texts.items()}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], **defaults: str) -> Metadata:
