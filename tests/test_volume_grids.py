@@ -142,7 +142,7 @@ class TestWhatAFileSays:
         rows = load_volumes(tmp_path)
         spacing = None if given is None else (5.0, 1.0, 0.5)
         assert read_case(rows[0]).scan.spacing_mm == spacing
-        (prepared,) = prepare_volumes(rows, None, SETTINGS, completions=False)
+        (prepared,) = list[Any](prepare_volumes(rows, None, SETTINGS, completions=False))
         assert prepared["images"][0].size == ((57, 64) if given is None else (28, 64))
         (read,) = VolumeTask(None, SETTINGS).read([prepared])
         assert read.target is not None
@@ -212,7 +212,9 @@ class TestNear45Degrees:
         for scan in (volume, folder / "scan.nii", str(folder / "scan.nii")):
             assert np.array_equal(read_label(folder / "label.nii", scan), volume.voxels > 0)
         row = {"scan": str(folder / "scan.nii"), "label": str(folder / "label.nii")}
-        assert np.array_equal(CaseReader()(row).mask, volume.voxels > 0)
+        mask = CaseReader()(row).mask
+        assert mask is not None
+        assert np.array_equal(mask, volume.voxels > 0)
         write_mask(folder / "mask.nii", volume.voxels > 0, volume)
         assert np.array_equal(np.asanyarray(nib.load(folder / "mask.nii").dataobj), voxels)
 
@@ -314,9 +316,10 @@ class TestShownAspect:
         assert (case.grey.shape, case.scan.spacing_mm) == ((4, 32, 12), pytest.approx((0.8, 0.8, 3.9)))
         model, processor = tiny_model("qwen2_5_vl")  # which writes boxes in pixels of the resized picture
         asked = VolumePromptSettings(slices=4, size=112)
-        (prepared,) = prepare_volumes(Dataset.from_list([row]), processor, asked, completions=True)
+        (prepared,) = list[Any](prepare_volumes(Dataset.from_list([row]), processor, asked, completions=True))
         assert [image.size for image in prepared["images"]] == [(112, 61)] * 4  # 46.8 x 25.6 mm
         (read,) = VolumeTask(processor, asked).read([prepared])
+        assert read.target is not None
         conversation, mine = VolumeSegmenter(model, processor, asked)._ask(read_case(row, label=False), row["query"])
         shown = [block["image"] for block in conversation[0]["content"] if block["type"] == "image"]
         assert [image.tobytes() for image in shown] == [image.tobytes() for image in prepared["images"]]

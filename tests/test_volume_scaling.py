@@ -73,7 +73,7 @@ def test_liver_and_tumour_are_as_far_apart_in_inference_as_in_training(row, mode
     assert contrast(expected) == (32 if intensity == "" else 64)
     by_percentiles = read_case({**row, "modality": "", "intensity": ""}).grey
     assert contrast(by_percentiles) < 10  # what a scan of no known modality gets
-    segmenter = Seen(*model, settings)
+    segmenter = Seen(model[0], model[1], settings)
     segmenter.save_pretrained(tmp_path / "run")
     loaded = load(tmp_path / "run", device="cpu")
     assert loaded.settings == settings
@@ -90,7 +90,7 @@ def test_liver_and_tumour_are_as_far_apart_in_inference_as_in_training(row, mode
 @pytest.mark.parametrize("given", ["CT", "CT scan", ""])
 def test_an_evaluated_row_without_intensity_is_scaled_as_the_training_rows(row, model, given):
     settings, pictures = trained({**row, "intensity": "window:0:200"})
-    segmenter, seen = Seen(*model, settings), []
+    segmenter, seen = Seen(model[0], model[1], settings), []
     rows = Dataset.from_list([{**row, "modality": given}])
     evaluate_volumes(segmenter, rows, progress=False, on_answer=lambda *answer: seen.append(answer))
     assert all(map(np.array_equal, segmenter.pictures, pictures))
@@ -106,7 +106,7 @@ def test_an_evaluated_row_without_intensity_is_scaled_as_the_training_rows(row, 
 
 def test_a_row_that_several_scalings_fit_is_named(row, model):
     settings, _ = trained({**row, "intensity": "window:0:200"}, {**row, "intensity": "window:0:80"})
-    segmenter = VolumeSegmenter(*model, settings)
+    segmenter = VolumeSegmenter(model[0], model[1], settings)
     message = r"ct_1: modality 'CT scan': the run was trained with several scalings \(.*\); fill its column 'intensity'"
     with pytest.raises(DataError, match=message):
         evaluate_volumes(segmenter, Dataset.from_list([{**row, "modality": "CT scan"}]), progress=False)

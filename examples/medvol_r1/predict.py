@@ -100,7 +100,7 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
 def named_slice(case: Case, index: int | None, count: int) -> dict[str, Any]:
     """Return the numbers of the slice that the answer names, each None where there is none; see `NUMBERS`."""
     shown = uniform_slices(len(case.grey), count).tolist()
-    if index not in shown:
+    if index is None or index not in shown:
         return {"slice": index, "shown_slice": None, "file_slice": None, "file_axis": None, "z_mm": None}
     axis, in_file = case.scan.file_slice(index)
     numbers = {"slice": index, "shown_slice": shown.index(index) + 1, "file_slice": in_file, "file_axis": axis}

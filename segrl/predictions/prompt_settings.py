@@ -162,7 +162,7 @@ class VolumePromptSettings(PromptSettings):
 
     Attributes:
         slices: Slices shown, at equal distances; a volume with fewer shows all of them. MedVol-R1: 64.
-        size: Longest edge of a shown slice, in pixels. MedVol-R1: 256.
+        size: Longest edge of a shown slice, in pixels; the aspect is that of its millimetres. MedVol-R1: 256.
         scaling: (modality, intensity) of the training rows, each pair once: inference scales a scan as training did.
             An intensity is the text form of `segrl.data.Intensity`; "" leaves the choice to `segrl.data.intensity_for`.
         postprocessing: Of the `VolumePropagator` that turns boxes into masks.

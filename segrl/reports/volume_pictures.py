@@ -137,7 +137,7 @@ def volume_picture(
         ...     path = volume_picture(volume, prediction, None, Path(folder, "answer.png"), spacing_mm=(3, 1, 1))
         ...     with Image.open(path) as picture:
         ...         picture.size
-        (508, 666)
+        (508, 665)
     """
     name = name or (target.name if target is not None else "") or "volume"
     scan = _scan(volume, prediction, target, spacing_mm, name)
