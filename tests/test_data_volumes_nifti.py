@@ -395,7 +395,7 @@ def test_numpy_arrays(tmp_path):
     voxels = np.random.default_rng(0).normal(size=SHAPE)
     np.save(tmp_path / "scan.npy", voxels)
     volume = read_volume(tmp_path / "scan.npy")
-    assert volume.spacing_mm == (1, 1, 1)
+    assert (volume.spacing_mm, volume.oriented, volume.edges) == (None, False, None)
     assert volume.voxels.dtype == np.float32
     np.testing.assert_array_equal(volume.affine, np.eye(4))
     np.testing.assert_array_equal(volume.voxels, voxels.astype(np.float32)[::-1, ::-1].transpose(2, 1, 0))

@@ -26,7 +26,15 @@ from safetensors.torch import load_file
 from script_modules import ROOT, Example, read_json
 
 from segrl import dump_reward, make_reward, weighted_sum
-from segrl.data import load_volumes, make_synthetic_volumes, read_grey, read_label, read_volume, write_manifest
+from segrl.data import (
+    load_volumes,
+    make_synthetic_volumes,
+    read_case,
+    read_grey,
+    read_label,
+    read_volume,
+    write_manifest,
+)
 from segrl.errors import DataError
 from segrl.evaluation import evaluate_volumes
 from segrl.inference import VolumeSegmenter
@@ -310,6 +318,9 @@ def test_prediction_on_a_scan_in_another_orientation(grpo_run, data, scan, tmp_p
     assert expected.mask is not None
     assert expected.mask.any()
     assert found["slice"] == expected.slice_index == found["shown_slice"] - 1  # all 6 slices are shown
+    assert (found["file_axis"], found["file_slice"]) == (0, 5 - found["slice"])  # the file's first axis goes down
+    centre = nib.affines.apply_affine(load(scan).affine, (found["file_slice"], 15.5, 15.5))  # type: ignore[attr-defined]
+    assert found["z_mm"] == pytest.approx(centre[2], abs=1e-4)
     assert found["boxes"] == expected.boxes.tolist()
     assert found["voxels"] == expected.mask.sum()
     assert (found["status"], found["reasoning"], found["mask"]) == ("valid", HOSTILE, str(mask))
@@ -322,11 +333,41 @@ def test_prediction_on_a_scan_in_another_orientation(grpo_run, data, scan, tmp_p
         assert drawn.format == "PNG"
 
 
+def test_the_three_numbers_of_a_slice(tmp_path):
+    """What the answer calls 4 is slice 8 of the volume, and 11 in a file whose slices go from the top down."""
+    affine = np.diag([1.0, 1.0, -2.5, 1.0])
+    affine[:3, 3] = 5, 6, 100
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(5, 6, 20)), affine), tmp_path / "scan.nii")
+    np.save(tmp_path / "scan.npy", np.random.default_rng(0).normal(size=(5, 6, 20)))
+    named = MEDVOL.modules["predict"].named_slice
+    case = read_case({"scan": str(tmp_path / "scan.nii")}, label=False)
+    found = {"slice": 8, "shown_slice": 4, "file_slice": 11, "file_axis": 2}
+    assert named(case, 8, 8) == {**found, "z_mm": 72.5}
+    array = read_case({"scan": str(tmp_path / "scan.npy")}, label=False)
+    assert named(array, 8, 8) == {**found, "file_slice": 8, "z_mm": None}
+    for index in (None, -1, 9):  # no slice, or one that was not shown
+        assert named(case, index, 8) == {"slice": index, **dict.fromkeys([*list(found)[1:], "z_mm"])}
+
+
+def test_a_scan_without_spacing_may_be_given_one(grpo_run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("scan.npy", load(data / load_volumes(data, "test")[0]["scan"]).get_fdata())  # type: ignore[index]
+    flags = ("scan.npy", query_of(data), "--model", grpo_run, "--picture", "one.png", "--overwrite", "--json")
+    for spacing in ((), ("--spacing_mm", "[3, 1, 1]")):
+        found = json.loads(MEDVOL.done("predict", *flags, *spacing))
+        assert (found["z_mm"], found["file_slice"]) == (None, found["slice"])
+    assert "spacing_mm: '3x1x1'; expected millimetres" in MEDVOL.refused("predict", *flags, "--spacing_mm", "3x1x1")
+
+
 def test_printed_predictions_escape_what_the_model_says(grpo_run, data, scan, tmp_path):
     mask = tmp_path / "mask.nii"
     flags = (scan, query_of(data), "--model", grpo_run, "-o", mask)
     shown = MEDVOL.done("predict", *flags)
     assert r"\x1b[31m spot" in shown
+    assert re.search(r"^slice +\d+ +\(index in the volume .*counted from 0\)$", shown, re.M)
+    assert re.search(r"^shown_slice +\d+ +\(number in the answer, .*counted from 1\)$", shown, re.M)
+    assert re.search(r"^file_slice +\d+ +\(index in the file, counted from 0\)$", shown, re.M)
+    assert re.search(r"^z_mm +-?\d+\.\d+ +\(height", shown, re.M)
     assert "\x1b[31m" not in shown
     before = mask.read_bytes()
     mask.write_bytes(b"precious")

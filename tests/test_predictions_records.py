@@ -129,7 +129,13 @@ def test_volume(folder):
     assert (target.spacing_mm, target.name, target.slice_areas.tolist()) == ((5, 1, 1), "v", [0, 24, 24])
     alone = read_target({"volume": np.zeros((2, 3, 4), dtype=bool)})
     assert isinstance(alone, VolumeTarget)
-    assert alone.spacing_mm == (1, 1, 1)
+    assert alone.spacing_mm is None
+    frame = Frame("original_px", (4, 3))
+    record = json.loads(json.dumps(answer_record(JSON_FORMAT.parse("", frame), alone, frame)))
+    assert record["spacing_mm"] is None
+    again = read_target(record)
+    assert isinstance(again, VolumeTarget)
+    assert again.spacing_mm is None
 
 
 VOLUME = np.stack([~MASK & False, MASK, MASK[::-1], ~MASK & False])

@@ -185,6 +185,36 @@ def test_a_truth_that_is_not_known_is_not_named(tmp_path):
     assert box_of(draw(tmp_path, answer(0), truth, shape=(1, 20, 20)), drawing.TARGET) is not None
 
 
+SIDES = ("R", "L", "A", "P")
+
+
+def test_the_sides_of_the_patient_are_at_the_edges_of_the_key_slice(tmp_path):
+    plain, lettered = (key_slice(draw(tmp_path, answer(4), LESION, edges=edges)) for edges in (None, SIDES))
+    changed = (plain != lettered).any(axis=2)
+    middle, near = slice(KEY // 2 - 20, KEY // 2 + 20), 40
+    parts = (changed[middle, :near], changed[middle, -near:], changed[:near, middle], changed[-near:, middle])
+    assert all(part.any() for part in parts)
+    assert changed.sum() == sum(part.sum() for part in parts)  # and nothing else
+    swapped = key_slice(draw(tmp_path, answer(4), LESION, edges=("L", "R", "A", "P")))
+    differs = (swapped != lettered).any(axis=2)
+    assert differs[middle, :near].any()
+    assert differs[middle, -near:].any()
+    assert not differs[:near, middle].any()
+
+
+def test_what_is_known_is_said_and_what_is_not_is_not_claimed(tmp_path):
+    known = module._known((5.0, 0.78125, 1), SIDES, "window:-160:240")
+    assert known == "grey values: window:-160:240   voxel: 5 x 0.781 x 1 mm (z, y, x)   orientation: from the file"
+    assert module._known(None, None, "") == "grey values: as given   voxel: unknown   orientation: unknown"
+    assert module._offset(-5, 11, None) == "slice 11  (-5)"
+    unknown = draw(tmp_path, answer(0), shape=(1, 10, 20), spacing_mm=None)
+    assert box_of(key_slice(unknown), (GREY, GREY, GREY)) == [0, 120, 480, 360]  # square pixels
+    one, other = (draw(tmp_path, answer(4), LESION, **{"name": name}) for name in ("", "another scan.nii.gz"))
+    top = slice(MARGIN, MARGIN + module.TITLE)
+    assert (one[top] != other[top]).any()  # the title is the name of the scan
+    assert (one[MARGIN + module.TITLE + module.LEADING :] == other[MARGIN + module.TITLE + module.LEADING :]).all()
+
+
 def test_query_and_texts_make_the_picture_longer(tmp_path):
     height = draw(tmp_path, answer(4), LESION).shape[0]
     assert draw(tmp_path, answer(4), LESION, query="Where?").shape[0] == height + module.TEXT + module.LEADING
@@ -217,6 +247,7 @@ def test_errors_name_the_scan_and_write_nothing(tmp_path):
     refused(r"scan_3: the predicted mask has shape \(1, 20, 20\)", prediction=answer(4, mask=LESION.mask[:1]))
     for spacing in ((1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("nan"), 1.0)):
         refused("scan_3: spacing_mm=.* three positive millimetres", spacing_mm=spacing)
+    refused(r"scan_3: edges=\('R', 'L'\); expected four texts", edges=("R", "L"))
     refused("neighbours=-1, reach=None; expected 0 or more", neighbours=-1)
     refused("neighbours=2, reach=-1; expected 0 or more", reach=-1)
     assert not path.exists()

@@ -1,7 +1,9 @@
 """Scores of answers about volumes, against every pair of surface elements measured."""
 
+import io
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from builders import tiny_model, tiny_segmenter
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from volume_builders import blocks, row_of
 
 from segrl.data import read_grey
@@ -19,7 +22,7 @@ from segrl.evaluation import evaluate_oracle_boxes, evaluate_volumes, summarise_
 from segrl.inference import VolumeSegmenter
 from segrl.metrics import bootstrap_ci
 from segrl.predictions import Prediction, Status, VolumePromptSettings, VolumeTarget
-from segrl.reports import write_results
+from segrl.reports import VOLUME_COLUMNS, results_table, write_results
 from segrl.segmenters import PropagationRequest, VolumePropagator
 from segrl.testing.strategies import volume_targets
 
@@ -94,6 +97,9 @@ def test_masks_equal_a_slow_recomputation(case):
     record = volume_record(answer(mask), target)
     assert record["dice"] == pytest.approx(references.dice(mask, target.mask))
     assert record["iou"] == pytest.approx(references.iou(mask, target.mask))
+    if target.spacing_mm is None:
+        assert (record["hd95_mm"], record["nsd"]) == (None, None)
+        return
     there = references.directed_distances(mask, target.mask, target.spacing_mm)
     back = references.directed_distances(target.mask, mask, target.spacing_mm)
     if not there and not back:
@@ -108,7 +114,7 @@ def test_masks_equal_a_slow_recomputation(case):
 
 
 def test_empty_masks():
-    nothing = VolumeTarget.from_mask(np.zeros((3, 4, 5), dtype=bool))
+    nothing = VolumeTarget.from_mask(np.zeros((3, 4, 5), dtype=bool), (1.0, 1.0, 1.0))
     none = volume_record(answer(), nothing)  # no slice, no mask, nothing to find
     assert (none["dice"], none["iou"], none["hd95_mm"], none["nsd"], none["fail"]) == (1.0, 1.0, 0.0, 1.0, False)
     assert (none["slice_visibility"], none["slice_boxes"], none["slice_index"], none["boxes"]) == (1.0, 1.0, None, [])
@@ -118,6 +124,23 @@ def test_empty_masks():
     invented = volume_record(answer(np.ones((3, 4, 5), dtype=bool), 1, [[0, 0, 5, 4]]), nothing)
     assert (invented["dice"], invented["hd95_mm"], invented["nsd"], invented["fail"]) == (0.0, None, 0.0, True)
     assert (invented["slice_visibility"], invented["slice_boxes"]) == (0.0, 0.0)
+
+
+def test_without_a_spacing_nothing_has_millimetres():
+    """Three slices too far up are 15 mm if they are 5 mm apart, and nobody knows how much if not."""
+    up, wrong = answer(block(4, 5), 4, [[2, 2, 6, 5]]), VolumeTarget.from_mask(block(1, 2), (5.0, 1.0, 0.5))
+    assert volume_record(up, wrong)["hd95_mm"] == 15.0
+    unknown = VolumeTarget.from_mask(block(1, 2), lesion="cyst")
+    record = volume_record(up, unknown)
+    assert (record["dice"], record["hd95_mm"], record["nsd"]) == (0.0, None, None)
+    assert volume_record(answer(block(1, 2), 1), unknown)["hd95_mm"] is None  # not even 0 of an unknown unit
+    summary = summarise_volumes([record, volume_record(up, wrong)])
+    assert (summary["hd95_mm"], summary["n_scored"]) == (15.0, {"hd95_mm": 1, "nsd": 1})
+    alone = summarise_volumes([record])
+    assert (alone["hd95_mm"], alone["nsd"], alone["n_scored"]) == (None, None, {"hd95_mm": 0, "nsd": 0})
+    shown = io.StringIO()
+    results_table({"stage1": alone}, Console(file=shown, width=200), columns=VOLUME_COLUMNS, groupings=())
+    assert re.search(r"│ +- │ +- │", shown.getvalue())
 
 
 def test_an_invalid_text_fails_whatever_the_mask():
@@ -144,7 +167,7 @@ def test_errors_name_the_volume():
 
 
 def test_the_summary_says_over_how_many_volumes_a_distance_is(tmp_path):
-    other = VolumeTarget.from_mask(block(0, 1), lesion="tumour")
+    other = VolumeTarget.from_mask(block(0, 1), (1.0, 1.0, 1.0), lesion="tumour")
     records = [
         volume_record(answer(block(2, 3, 4), 3, [[2, 2, 6, 5]]), TARGET),
         volume_record(answer(), TARGET),
@@ -152,7 +175,7 @@ def test_the_summary_says_over_how_many_volumes_a_distance_is(tmp_path):
     ]
     summary = summarise_volumes(records)
     assert summary["n"] == 3
-    assert summary["n_scored"] == {"hd95_mm": 2}
+    assert summary["n_scored"] == {"hd95_mm": 2, "nsd": 3}
     assert summary["hd95_mm"] == 2.5
     assert summary["ci95"]["hd95_mm"] == list(bootstrap_ci([5.0, 0.0]))
     for name, key in {
@@ -169,7 +192,11 @@ def test_the_summary_says_over_how_many_volumes_a_distance_is(tmp_path):
     assert list(summarise_volumes(records, groupings=["modality"])["groups"]) == ["modality"]
     write_results(tmp_path / "results.json", {"stage2": summarise_volumes(records[1:2])})
     written = json.loads((tmp_path / "results.json").read_text())["stage2"]
-    assert (written["hd95_mm"], written["ci95"]["hd95_mm"], written["n_scored"]) == (None, None, {"hd95_mm": 0})
+    assert (written["hd95_mm"], written["ci95"]["hd95_mm"], written["n_scored"]) == (
+        None,
+        None,
+        {"hd95_mm": 0, "nsd": 1},
+    )
 
 
 # ---- whole data sets -------------------------------------------------------------------------------------------------
@@ -207,7 +234,8 @@ class TestEvaluate:
         )
         assert [record["name"] for record in records] == list(rows["name"])
         assert [number for number, *_ in answers] == [0, 1, 2, 3]
-        for row, record, (_, grey, prediction, target) in zip(rows, records, answers, strict=True):
+        for row, record, (_, case, prediction, target) in zip(rows, records, answers, strict=True):
+            grey = case.grey
             assert np.array_equal(grey, read_grey(row["scan"], modality="MRI", intensity=row["intensity"])[1])
             assert target.query == record["query"] == row["query"]
             assert target.spacing_mm == (3.0, 1.0, 1.0)
@@ -251,12 +279,12 @@ class TestOracle:
         assert [record["slice_index"] for record in records] == [2, 2, 0, None]
         boxes = [[[5, 2, 13, 3], [7, 10, 8, 11]], [[5, 2, 8, 3], [7, 10, 8, 11]], [[5, 2, 9, 3], [7, 10, 8, 11]], []]
         assert [record["boxes"] for record in records] == boxes
-        for record, (_, grey, prediction, target) in zip(records, answers, strict=True):
+        for record, (_, case, prediction, target) in zip(records, answers, strict=True):
             assert (record["status"], record["slice_visibility"], record["slice_boxes"]) == ("valid", 1.0, 1.0)
             assert record == volume_record(prediction, target)
             expected = np.zeros_like(target.mask)
             if record["boxes"]:
-                request = PropagationRequest(grey, "", record["slice_index"], np.array(record["boxes"]))
+                request = PropagationRequest(case.grey, "", record["slice_index"], np.array(record["boxes"]))
                 expected = propagator([request])[0]
             assert np.array_equal(prediction.mask, expected)
             assert record["dice"] == pytest.approx(references.dice(expected, target.mask))

@@ -11,11 +11,20 @@ from typing import Any
 from accelerate import PartialState
 from recipe import EvaluationFlags, MedVolRun
 
-from segrl.data import read_grey, uniform_slices, write_mask
+from segrl.data import Case, read_case, uniform_slices, write_mask
 from segrl.errors import SegRLError
 from segrl.inference import VolumeSegmenter
 from segrl.reports import printable, say, volume_picture
 from segrl.scripts import Parser, run_script
+
+NUMBERS = {
+    "slice": "index in the volume as segrl reads it, from the lowest slice, counted from 0",
+    "shown_slice": "number in the answer, among the slices that were shown, counted from 1",
+    "file_slice": "index in the file, counted from 0",
+    "file_axis": "axis of the file that this index counts along, from 0",
+    "z_mm": "height of the slice in the file's world, millimetres; None if the file does not say it",
+    "boxes": "x1, y1, x2, y2 in pixels of the slice as segrl reads it",
+}
 
 
 def parser() -> Parser:
@@ -29,6 +38,9 @@ def parser() -> Parser:
     made.add_argument("--picture", help="also draw the answer into this PNG")
     made.add_argument("--modality", default="", help='such as "CT", where training knew several')
     made.add_argument("--intensity", default="", help='another scaling than in training, such as "window:-160:240"')
+    made.add_argument(
+        "--spacing_mm", default="", help='of a scan whose file does not say it, as "[5.0, 0.7, 0.7]": z, y, x'
+    )
     made.add_argument("--segmenter", help="SAM 2 weights; default: the run's")
     made.add_argument("--json", action="store_true", help="print the answer as JSON")
     made.add_argument("--overwrite", action="store_true", help="replace files that are there")
@@ -55,19 +67,20 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
     assert isinstance(segmenter, VolumeSegmenter)
     settings = segmenter.settings
     modality, intensity = settings.scaling_for(options.modality, options.intensity)
-    volume, grey = read_grey(options.scan, modality=modality, intensity=intensity)
+    asked = {"scan": options.scan, "modality": modality, "intensity": intensity, "spacing_mm": options.spacing_mm}
+    case = read_case(asked, label=False)
 
     def work() -> None:
-        answer = segmenter.predict(grey, options.query, progress=not options.json)
+        answer = segmenter.predict(case, options.query, progress=not options.json)
         assert answer.mask is not None
-        write_mask(options.output, answer.mask, volume)
+        write_mask(options.output, answer.mask, case.scan)
         if options.picture:
-            volume_picture(grey, answer, None, options.picture, spacing_mm=volume.spacing_mm, query=options.query)
-        shown = uniform_slices(len(grey), settings.slices).tolist()
+            known = {"spacing_mm": case.scan.spacing_mm, "edges": case.scan.edges, "intensity": case.intensity}
+            scan = Path(options.scan).name
+            volume_picture(case.grey, answer, None, options.picture, **known, query=options.query, name=scan)
         found: dict[str, Any] = {
             "status": answer.status.value,
-            "slice": answer.slice_index,
-            "shown_slice": shown.index(answer.slice_index) + 1 if answer.slice_index in shown else None,
+            **named_slice(case, answer.slice_index, settings.slices),
             "boxes": answer.boxes.tolist(),
             "voxels": int(answer.mask.sum()),
             "reasoning": answer.reasoning,
@@ -78,9 +91,20 @@ def check(argv: Sequence[str]) -> Callable[[], None]:
             say(json.dumps(found))
             return
         for name, value in found.items():
-            say(f"{name:12} {printable(str(value))}")
+            meaning = f"   ({NUMBERS[name]})" if name in NUMBERS else ""
+            say(f"{name:12} {printable(str(value))}{meaning}")
 
     return work
+
+
+def named_slice(case: Case, index: int | None, count: int) -> dict[str, Any]:
+    """Return the numbers of the slice that the answer names, each None where there is none; see `NUMBERS`."""
+    shown = uniform_slices(len(case.grey), count).tolist()
+    if index is None or index not in shown:
+        return {"slice": index, "shown_slice": None, "file_slice": None, "file_axis": None, "z_mm": None}
+    axis, in_file = case.scan.file_slice(index)
+    numbers = {"slice": index, "shown_slice": shown.index(index) + 1, "file_slice": in_file, "file_axis": axis}
+    return {**numbers, "z_mm": case.scan.z_mm(index)}
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ class MedVolRun(TwoStageRun):
     def _with_shown_lesions(self, rows: Dataset) -> Dataset:
         """Rows of which a slice that is shown has the lesion: no answer can name the others."""
         slices = self.recipe.prompt.slices
-        masks = (read_label(row["label"], None, row["label_value"], allow_empty=True) for row in map(dict, rows))  # type: ignore[call-overload]
+        masks = (read_label(row["label"], row["scan"], row["label_value"], allow_empty=True) for row in map(dict, rows))  # type: ignore[call-overload]
         seen = [n for n, mask in enumerate(masks) if mask[uniform_slices(len(mask), slices)].any()]
         if not seen:
             raise DataError(f"no lesion of {len(rows)} rows is on one of the {slices} slices shown")
@@ -429,6 +429,7 @@ class MedVolRun(TwoStageRun):
         """The ceiling of the frozen segmenter, prompted with the true boxes on the best slice, and what it has done."""
         assert isinstance(segmenter, VolumeSegmenter)
         assert segmenter.propagator is not None
-        records = evaluate_oracle_boxes(segmenter.propagator, rows, batch_size=self.arguments.eval_batch_size)
+        asked = {"batch_size": self.arguments.eval_batch_size, "settings": segmenter.settings}
+        records = evaluate_oracle_boxes(segmenter.propagator, rows, **asked)
         encoded = {} if self.propagator is None else {"encoded_slices": self.propagator.encoded_slices}
         return {"oracle": summarise_volumes(records), **encoded}

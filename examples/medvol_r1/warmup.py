@@ -122,7 +122,7 @@ def _slices(processor: Any, rows: Dataset, size: int) -> tuple[Tensor, Tensor, T
     for row in _dicts(rows):
         case = read_case(row)
         assert case.mask is not None
-        images = render_slices(case.grey, np.arange(len(case.grey)), size)
+        images = render_slices(case.grey, np.arange(len(case.grey)), size, case.scan.spacing_mm)
         images = [image.resize((size, size)) for image in images]  # volumes of any aspect, in one batch
         batch = processor.image_processor(images=images, return_tensors="pt")
         grid = batch["image_grid_thw"][0]

@@ -19,10 +19,11 @@ from segrl.data.volumes.case import Case, CaseReader, grey_values, read_case, re
 from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.data.volumes.intensity import CT_WINDOW, Intensity, intensity_for, scale_intensity
 from segrl.data.volumes.m3d_seg import M3D_SEG_DATASETS, load_m3d_seg
-from segrl.data.volumes.nifti import Volume, label_values, read_label, read_volume, write_mask, write_volume
+from segrl.data.volumes.nifti import label_values, read_label, read_volume, write_mask, write_volume
 from segrl.data.volumes.prompts import build_volume_prompt, format_slice_answer, prepare_volumes
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.data.volumes.synthetic import VOLUME_LESIONS, SyntheticVolume, make_synthetic_volumes, make_volume
+from segrl.data.volumes.volume import Volume
 
 __all__ = [
     "CT_WINDOW",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from segrl.data.volumes.case import CaseReader
+from segrl.data.volumes.case import Case, CaseReader
 from segrl.data.volumes.prompts import format_slice_answer
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
 from segrl.inference.volumes import VolumeSegmenter
@@ -26,6 +26,7 @@ from segrl.metrics.surfaces import hausdorff, surface_dice
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_completion, parse_completion
 from segrl.predictions.prediction import Prediction
+from segrl.predictions.prompt_settings import VolumePromptSettings
 from segrl.predictions.target import VolumeTarget
 from segrl.rewards.factory import make_reward
 from segrl.segmenters.propagated_masks import add_volume_masks
@@ -50,7 +51,7 @@ VOLUME_METRICS = {
     "slice_boxes": "slice_boxes",
 }
 VOLUME_GROUPINGS = ("lesion",)  # the structure: a data set of organs names them in this column
-_UNDEFINED = ("hd95_mm",)
+_UNDEFINED = ("hd95_mm", "nsd")
 
 
 def volume_record(
@@ -60,7 +61,7 @@ def volume_record(
 
     Args:
         prediction: Its (D, H, W) mask is compared with the ground truth; its slice and boxes with that slice of it.
-        target: Ground truth, spacing in millimetres and texts.
+        target: Ground truth, spacing in millimetres, None if it is not known, and texts.
         nsd_tolerance_mm: Distance up to which two surfaces agree, millimetres; at least 0.
         metrics: More metrics, see `segrl.metrics.register_metric`.
 
@@ -68,7 +69,8 @@ def volume_record(
         What `segrl.evaluation.overlap_record` says of the voxels, and
 
         - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None,
-        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0,
+        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0; both distances are None
+          without a spacing, since nobody knows the millimetres,
         - "slice_visibility", "slice_boxes": the rewards of these names, 0.0 for an invalid text,
         - "slice_index" of the prediction.
 
@@ -87,11 +89,14 @@ def volume_record(
     """
     record = overlap_record(prediction, target, metrics)
     mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
-    distance = hausdorff(mask, target.mask, spacing=target.spacing_mm)
+    distance = nsd = None
+    if target.spacing_mm is not None:
+        distance = hausdorff(mask, target.mask, spacing=target.spacing_mm)
+        nsd = surface_dice(mask, target.mask, nsd_tolerance_mm, target.spacing_mm)
     return {
         **record,
-        "hd95_mm": distance if math.isfinite(distance) else None,
-        "nsd": surface_dice(mask, target.mask, nsd_tolerance_mm, target.spacing_mm),
+        "hd95_mm": distance if distance is not None and math.isfinite(distance) else None,
+        "nsd": nsd,
         "slice_visibility": make_reward("slice_visibility").score(prediction, target),
         "slice_boxes": make_reward("slice_boxes").score(prediction, target),
         "slice_index": prediction.slice_index,
@@ -104,7 +109,8 @@ def summarise_volumes(
     """Compute means, 95 % bootstrap intervals and a breakdown by structure of `volume_record`s.
 
     A mean of "hd95_mm" leaves out the volumes in which exactly one mask was empty, so a model that often finds nothing
-    may look good by it: read it beside "n_scored", the number of volumes that it is over, and beside "fail".
+    may look good by it: read it beside "n_scored", the number of volumes that it is over, and beside "fail". "hd95_mm"
+    and "nsd" leave out volumes whose spacing is not known.
 
     Args:
         records: At least one record of `volume_record`.
@@ -112,7 +118,8 @@ def summarise_volumes(
 
     Returns:
         As `segrl.metrics.summarise`: "mdice", "miou", "fail", "nsd", "slice_visibility" and "slice_boxes" in [0, 1],
-        "hd95_mm" in millimetres (None if it applies to no volume), "n", "n_scored": {"hd95_mm": ...}, "ci95", "groups".
+        "hd95_mm" in millimetres (it and "nsd" None if they apply to no volume), "n", "n_scored": {"hd95_mm": ...,
+        "nsd": ...}, "ci95", "groups".
 
     Raises:
         DataError: As `segrl.metrics.summarise`.
@@ -122,7 +129,7 @@ def summarise_volumes(
         >>> records = [{**scores, "fail": False, "hd95_mm": distance, "lesion": "cyst"} for distance in (4.0, None)]
         >>> summary = summarise_volumes(records)
         >>> summary["mdice"], summary["hd95_mm"], summary["n_scored"]
-        (0.5, 4.0, {'hd95_mm': 1})
+        (0.5, 4.0, {'hd95_mm': 1, 'nsd': 2})
     """
     return summarise(records, metrics=VOLUME_METRICS, groupings=groupings, optional=_UNDEFINED)
 
@@ -141,13 +148,14 @@ def evaluate_volumes(
 
     Args:
         segmenter: The model with its frozen segmenter.
-        dataset: Rows of `segrl.data.load_volumes`.
+        dataset: Rows of `segrl.data.load_volumes`. A row without an intensity is scaled as the training rows of its
+            modality were. A column `spacing_mm`, [z, y, x], gives the spacing of scans whose files do not say it.
         batch_size: Rows per generation; so many volumes are in memory at once.
         nsd_tolerance_mm: See `volume_record`.
         metrics: See `volume_record`.
         progress: Show a progress bar.
-        on_answer: Called for every row with its number, the grey values (D, H, W), the prediction and the target; to
-            draw or keep what the records do not hold.
+        on_answer: Called for every row with its number, the `segrl.data.Case`, the prediction and the target; to draw
+            or keep what the records do not hold.
 
     Returns:
         One `volume_record` per row, in order.
@@ -166,11 +174,11 @@ def evaluate_volumes(
         (True, 0.0, None)
     """
 
-    def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
-        return segmenter.predict_batch([grey for grey, _ in batch], [target.query for _, target in batch])
+    def answer(batch: list[tuple[Case, VolumeTarget]]) -> list[Prediction]:
+        return segmenter.predict_batch([case for case, _ in batch], [target.query for _, target in batch])
 
     record = partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics)
-    return _scored("evaluate", dataset, answer, record, batch_size, progress, on_answer)
+    return _scored("evaluate", dataset, answer, record, batch_size, progress, on_answer, segmenter.settings)
 
 
 def evaluate_oracle_boxes(
@@ -182,6 +190,7 @@ def evaluate_oracle_boxes(
     metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
+    settings: VolumePromptSettings | None = None,
 ) -> list[dict[str, Any]]:
     """Score what the frozen segmenter makes of the true boxes on the slice with most foreground.
 
@@ -193,6 +202,7 @@ def evaluate_oracle_boxes(
         metrics: See `volume_record`.
         progress: Show a progress bar.
         on_answer: See `evaluate_volumes`.
+        settings: Of the model that the scores are compared with, so that both see the same grey values.
 
     Returns:
         One `volume_record` per row, in order; a volume without foreground gets the answer that there is none.
@@ -210,12 +220,13 @@ def evaluate_oracle_boxes(
         (1.0, 1.0)
     """
 
-    def answer(batch: list[tuple[np.ndarray, VolumeTarget]]) -> list[Prediction]:
+    def answer(batch: list[tuple[Case, VolumeTarget]]) -> list[Prediction]:
         written = [_true_answer(target) for _, target in batch]
-        return add_volume_masks(propagator, written, [grey for grey, _ in batch], [""] * len(batch))
+        return add_volume_masks(propagator, written, [case.grey for case, _ in batch], [""] * len(batch))
 
     record = partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics)
-    return _scored("oracle", dataset, answer, record, batch_size, progress, on_answer)
+    trained = settings or VolumePromptSettings()
+    return _scored("oracle", dataset, answer, record, batch_size, progress, on_answer, trained)
 
 
 def _true_answer(target: VolumeTarget) -> Prediction:
@@ -236,13 +247,15 @@ def _scored(
     batch_size: int,
     progress: bool,
     on_answer: OnAnswer | None,
+    trained: VolumePromptSettings,
 ) -> list[dict[str, Any]]:
     """Records of all rows, of which one scan is kept in memory beside those of a batch."""
     read_case = CaseReader(0)
 
-    def read(row: dict[str, Any]) -> tuple[np.ndarray, VolumeTarget]:
-        case = read_case(row, allow_empty=True)
-        return case.grey, case.target(row)
+    def read(row: dict[str, Any]) -> tuple[Case, VolumeTarget]:
+        modality, intensity = trained.scaling_of_row(row)
+        case = read_case({**row, "modality": modality, "intensity": intensity}, allow_empty=True)
+        return case, case.target(row)
 
     settings: dict[str, Any] = {"title": title, "batch_size": batch_size, "progress": progress}
     return score_rows(dataset, read, answer, record, **settings, on_answer=on_answer)

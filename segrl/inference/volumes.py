@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,11 +15,12 @@ from rich.progress import Progress
 
 from segrl.caching.content import content_key
 from segrl.data.reserved import check_query
-from segrl.data.volumes.case import Case, grey_values
+from segrl.data.volumes.case import Case, case_of
 from segrl.data.volumes.intensity import Intensity
-from segrl.data.volumes.nifti import Volume, read_volume
+from segrl.data.volumes.nifti import read_volume
 from segrl.data.volumes.prompts import build_volume_prompt
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
+from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
 from segrl.heads.attach import find_mask_head
 from segrl.inference.base import SegmenterBase, find_run
@@ -105,14 +105,14 @@ class VolumeSegmenter(SegmenterBase):
             self.segmenter.save_pretrained(folder)
 
     def predict(
-        self, volume: Volume | np.ndarray | str | Path, query: str, *, progress: bool = False, **settings: Any
+        self, volume: Case | Volume | np.ndarray | str | Path, query: str, *, progress: bool = False, **settings: Any
     ) -> Prediction:
         """Answer one question about one volume; see `predict_batch`."""
         return self.predict_batch([volume], [query], progress=progress, **settings)[0]
 
     def predict_batch(
         self,
-        volumes: Sequence[Volume | np.ndarray | str | Path],
+        volumes: Sequence[Case | Volume | np.ndarray | str | Path],
         queries: Sequence[str],
         *,
         modalities: Sequence[str] | str = "",
@@ -123,8 +123,9 @@ class VolumeSegmenter(SegmenterBase):
         """Answer one question per volume, in one batch; greedy unless `generation` says otherwise.
 
         Args:
-            volumes: Paths of scans, `Volume`s, or grey values (D, H, W) uint8 in the order of
-                `segrl.data.volumes.intensity`. Equal objects are read and encoded once.
+            volumes: Paths of scans, `Volume`s, or what has its grey values already: a `Case`, or an array (D, H, W)
+                uint8 in the order of `segrl.data.volumes.intensity`, whose pixels are shown as squares since nobody
+                knows its spacing. Equal objects are read and encoded once.
             queries: One question each.
             modalities: Such as "CT", one for all or one each. A scan is scaled to grey values as the training rows of
                 its modality were; see `VolumePromptSettings.scaling_for`.
@@ -169,7 +170,7 @@ class VolumeSegmenter(SegmenterBase):
         """The conversation with its images, and what it is about, as `prepare_volumes` and the task build them."""
         check_query(query, self.processor, self.settings.seg_token)
         shown = uniform_slices(len(case.grey), self.settings.slices)
-        images = render_slices(case.grey, shown, self.settings.size)
+        images = render_slices(case.grey, shown, self.settings.size, case.scan.spacing_mm)
         conversation = build_volume_prompt(query, len(shown), self.settings.full_instruction)
         waiting = iter(images)
         for block in conversation[0]["content"]:
@@ -178,8 +179,10 @@ class VolumeSegmenter(SegmenterBase):
         frame = shown_frame(self.processor, case.grey.shape, shown, images[0].size, self.settings.frame_kind)
         return conversation, VolumeRow(None, frame, case)
 
-    def _case(self, volume: Volume | np.ndarray | str | Path, modality: str, intensity: str) -> Case:
+    def _case(self, volume: Case | Volume | np.ndarray | str | Path, modality: str, intensity: str) -> Case:
         """The grey values of a volume, scaled as in training."""
+        if isinstance(volume, Case):
+            return volume
         if isinstance(volume, np.ndarray):
             if volume.dtype != np.uint8 or volume.ndim != 3 or not volume.size:
                 raise DataError(
@@ -189,9 +192,8 @@ class VolumeSegmenter(SegmenterBase):
             return Case(Volume(volume), content_key(volume))
         if not isinstance(volume, Volume | str | Path):
             raise DataError(
-                f"volume: {type(volume).__name__}; expected a path, a Volume or grey values (D, H, W) uint8"
+                f"volume: {type(volume).__name__}; expected a path, a Volume, a Case or grey values (D, H, W) uint8"
             )
         scan = volume if isinstance(volume, Volume) else read_volume(volume)
         modality, intensity = self.settings.scaling_for(modality, intensity)
-        grey = grey_values(scan, modality=modality, intensity=intensity)
-        return Case(replace(scan, voxels=grey), content_key(grey))
+        return case_of(scan, modality=modality, intensity=intensity)

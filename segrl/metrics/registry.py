@@ -81,8 +81,10 @@ def _s_measure(prediction: Any, target: Any) -> float | None:
 
 @register_metric("hd95")
 def _hd95(prediction: Any, target: Any) -> float | None:
-    """95th percentile of the surface distances, in mm where the target has a spacing, else pixels; one empty: None."""
+    """95th percentile of the surface distances, pixels of an image, mm of a volume; one empty or no spacing: None."""
     spacing = getattr(target, "spacing_mm", None)
+    if spacing is None and target.mask.ndim > 2:
+        return None
     distance = surfaces.hausdorff(_mask(prediction, target), target.mask, 95.0, spacing)
     return distance if math.isfinite(distance) else None
 

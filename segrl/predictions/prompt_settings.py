@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self, get_args
 from segrl.errors import CheckpointError, DataError, SegRLError, UnknownNameError, unknown_name
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import FrameKind
+from segrl.predictions.modalities import modality_kind
 from segrl.predictions.parsing import SEG_TOKEN
 
 __all__ = [
@@ -161,7 +162,7 @@ class VolumePromptSettings(PromptSettings):
 
     Attributes:
         slices: Slices shown, at equal distances; a volume with fewer shows all of them. MedVol-R1: 64.
-        size: Longest edge of a shown slice, in pixels. MedVol-R1: 256.
+        size: Longest edge of a shown slice, in pixels; the aspect is that of its millimetres. MedVol-R1: 256.
         scaling: (modality, intensity) of the training rows, each pair once: inference scales a scan as training did.
             An intensity is the text form of `segrl.data.Intensity`; "" leaves the choice to `segrl.data.intensity_for`.
         postprocessing: Of the `VolumePropagator` that turns boxes into masks.
@@ -222,27 +223,54 @@ class VolumePromptSettings(PromptSettings):
     def _comparable(self, key: str, other: PromptSettings) -> Any:
         if key != "scaling" or not isinstance(other, VolumePromptSettings):
             return super()._comparable(key, other)
-        shared = {modality for modality, _ in self.scaling} & {modality for modality, _ in other.scaling}
-        return tuple(pair for pair in self.scaling if pair[0] in shared)  # other data may have other modalities
+        own, others = ({(modality_kind(m), i) for m, i in settings.scaling} for settings in (self, other))
+        shared = {kind for kind, _ in own} & {kind for kind, _ in others}
+        return tuple(sorted(pair for pair in own if pair[0] in shared))  # other data may have other modalities
 
     def scaling_for(self, modality: str = "", intensity: str = "") -> tuple[str, str]:
         """Return (modality, intensity) with which a scan is turned into grey values as in training.
 
         Args:
-            modality: Of the scan, such as "CT"; "" where it is not known.
+            modality: Of the scan, such as "CT" or "CT scan"; "" where it is not known.
             intensity: A scaling that is wanted in any case.
 
         Raises:
             DataError: The run was trained with several scalings, and the arguments do not say which one applies.
         """
+        if intensity:
+            return modality, intensity
         known = [pair for pair in self.scaling if not modality or pair[0].casefold() == modality.casefold()]
-        if intensity or not known:
+        if not known:
+            known = [pair for pair in self.scaling if modality_kind(pair[0]) == modality_kind(modality)]
+        known = list({(modality_kind(name), scaling): (name, scaling) for name, scaling in known}.values())
+        if not known:
             return modality, intensity
         if len(known) > 1:
             listed = ", ".join(f"{m or 'no modality'}: {i or 'by its voxels'}" for m, i in known)
             fix = "intensity=" if modality else "modality= or intensity="
             raise DataError(f"modality {modality!r}: the run was trained with several scalings ({listed}); pass {fix}")
         return known[0]
+
+    def scaling_of_row(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """Return (modality, intensity) with which a data set row is turned into grey values as in training.
+
+        A row with an intensity has its own; so has a row as there were in training. Any other gets `scaling_for`.
+
+        Raises:
+            DataError: As `scaling_for`; names the row.
+
+        Example:
+            >>> VolumePromptSettings(scaling=(("CT", "window:0:80"),)).scaling_of_row({"modality": "CT scan"})
+            ('CT', 'window:0:80')
+        """
+        modality, intensity = (str(row.get(column) or "") for column in ("modality", "intensity"))
+        if (modality, intensity) in self.scaling:
+            return modality, intensity
+        try:
+            return self.scaling_for(modality, intensity)
+        except DataError as error:
+            where = row.get("name") or row.get("scan") or "row"
+            raise DataError(f"{where}: {str(error).partition('; pass ')[0]}; fill its column 'intensity'") from error
 
 
 _TASKS: dict[str, type[PromptSettings]] = {kind.task: kind for kind in (ImagePromptSettings, VolumePromptSettings)}

@@ -6,7 +6,7 @@ Columns of a ground truth:
   an encoded image `{"bytes": ...}`, a PIL image or an array, (H, W);
 - `boxes`: [[x1, y1, x2, y2], ...] in original pixels. With `mask` they replace the boxes of its components. Without it
   `size`, [width, height], is needed, and the inside of the boxes is the mask;
-- `volume`: a path to a .npy file, run lengths or an array, (D, H, W), with `spacing_mm`, [z, y, x];
+- `volume`: a path to a .npy file, run lengths or an array, (D, H, W), with `spacing_mm`, [z, y, x], if it is known;
 - `query`, `modality`, `anatomy`, `lesion`, `name`: texts.
 
 A prediction has the columns `completion`, `predicted_mask` (for a volume in one of the forms of `volume`),
@@ -84,7 +84,7 @@ def answer_record(prediction: Prediction, target: Target | VolumeTarget, frame: 
         "predicted_mask": None if mask is None else mask_to_rle(mask),
         "frame": asdict(frame),
         **(
-            {"volume": true_mask, "spacing_mm": [float(size) for size in target.spacing_mm]}
+            {"volume": true_mask, "spacing_mm": target.spacing_mm and list(map(float, target.spacing_mm))}
             if volume
             else {"target_mask": true_mask, "boxes": target.boxes.tolist()}
         ),
@@ -129,9 +129,10 @@ def read_target(value: Any, folder: Path | None = None) -> Target | VolumeTarget
     row = _row(value)
     texts = {key: text_of(row[key], key) for key in METADATA_COLUMNS if _given(row, key)}
     if _given(row, "volume"):
-        spacing = _numbers(row["spacing_mm"], "spacing_mm", (3,)) if _given(row, "spacing_mm") else np.ones(3)
+        given = _numbers(row["spacing_mm"], "spacing_mm", (3,)).tolist() if _given(row, "spacing_mm") else None
         volume = read_mask(row["volume"], "column 'volume'", folder, volume=True)
-        return _named("column 'volume'", VolumeTarget.from_mask, volume, tuple(spacing.tolist()), **texts)
+        spacing = None if given is None else tuple(given)
+        return _named("column 'volume'", VolumeTarget.from_mask, volume, spacing, **texts)
     column = next((column for column in ("mask", "target_mask") if _given(row, column)), None)
     boxes = _numbers(row["boxes"], "boxes", (-1, 4)) if _given(row, "boxes") else None
     size = _size(row["size"]) if _given(row, "size") else None

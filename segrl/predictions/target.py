@@ -5,6 +5,7 @@ Legend: N boxes, D slices, H/W pixels of the original image. Boxes are xyxy, hal
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,7 +18,7 @@ from segrl.geometry.boxes import validate_boxes
 from segrl.geometry.mask_images import binarize
 from segrl.geometry.masks import boxes_from_mask, deepest_points, foreground, mask_to_box
 
-__all__ = ["METADATA_COLUMNS", "Metadata", "Target", "VolumeTarget", "check_mask"]
+__all__ = ["METADATA_COLUMNS", "Metadata", "Target", "VolumeTarget", "check_mask", "check_spacing", "read_spacing"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,30 +161,26 @@ class VolumeTarget(Metadata):
 
     Attributes:
         mask: (D, H, W) bool in original pixels; the D slices of the whole volume, of which the model may see fewer.
-        spacing_mm: Size of a voxel along D, H and W in millimetres.
+        spacing_mm: Size of a voxel along D, H and W in millimetres; None if it is not known, and then no score has
+            millimetres.
     """
 
     mask: np.ndarray
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    spacing_mm: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         label = f" of {self.name!r}" if self.name else ""
         check_mask(self.mask, f"VolumeTarget.mask{label}", 3)
-        if len(self.spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in self.spacing_mm):
-            raise DataError(
-                f"VolumeTarget.spacing_mm{label}: {self.spacing_mm}; expected three positive millimetres (z, y, x)"
-            )
+        check_spacing(self.spacing_mm, f"VolumeTarget.spacing_mm{label}")
         object.__setattr__(self, "_slices", {})
 
     @classmethod
-    def from_mask(
-        cls, mask: Any, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0), **fields: str
-    ) -> VolumeTarget:
+    def from_mask(cls, mask: Any, spacing_mm: tuple[float, float, float] | None = None, **fields: str) -> VolumeTarget:
         """Build a target from a stored volume.
 
         Args:
             mask: (D, H, W) bool or integer array, nonzero being foreground.
-            spacing_mm: Size of a voxel along D, H and W.
+            spacing_mm: Size of a voxel along D, H and W, millimetres; None if it is not known.
             **fields: Any of `query`, `modality`, `anatomy`, `lesion`, `name`.
 
         Raises:
@@ -237,6 +234,34 @@ class VolumeTarget(Metadata):
         if index not in known:
             known[index] = Target.from_mask(self.mask[index], **self.to_dict())
         return known[index]
+
+
+def check_spacing(spacing_mm: Any, name: str) -> None:
+    """Raise a DataError that begins with `name` unless this is None or three positive numbers."""
+    if spacing_mm is None:
+        return
+    if len(spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in spacing_mm):
+        raise DataError(f"{name}: {spacing_mm}; expected three positive millimetres (z, y, x)")
+
+
+def read_spacing(value: Any, name: str) -> tuple[float, float, float] | None:
+    """Read the size of a voxel from a column: three numbers (z, y, x), also as JSON text; None and "" are None.
+
+    Raises:
+        DataError: It is anything else; begins with `name`.
+
+    Example:
+        >>> read_spacing("[5, 0.7, 0.7]", "spacing_mm"), read_spacing("", "spacing_mm")
+        ((5.0, 0.7, 0.7), None)
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        z, y, x = (float(edge) for edge in (json.loads(value) if isinstance(value, str) else value))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: {value!r:.100}; expected millimetres [z, y, x], as [5.0, 0.7, 0.7]") from error
+    check_spacing((z, y, x), name)
+    return z, y, x
 
 
 def check_mask(mask: object, name: str, ndim: int = 2) -> None:

@@ -52,7 +52,7 @@ class _Scan:
     volume: np.ndarray
     mask: np.ndarray | None
     target: np.ndarray | None
-    spacing_yx: tuple[float, float]
+    spacing_yx: tuple[float, float]  # only their ratio counts
 
     def marked(self, index: int) -> np.ndarray:
         """Return where the slice has a predicted or a ground truth mask, (H, W) bool."""
@@ -87,8 +87,11 @@ def volume_picture(
     target: VolumeTarget | None,
     path: str | os.PathLike[str],
     *,
-    spacing_mm: Sequence[float],
+    spacing_mm: Sequence[float] | None,
     query: str = "",
+    name: str = "",
+    edges: Sequence[str] | None = None,
+    intensity: str = "",
     neighbours: int = 2,
     reach: int | None = None,
 ) -> Path:
@@ -108,8 +111,13 @@ def volume_picture(
         prediction: Its slice, boxes, mask and texts are drawn; the mask may be None.
         target: The ground truth, or None if it is not known.
         path: Path of the picture; its suffix sets the format, missing folders are created.
-        spacing_mm: Size of a voxel along D, H and W, millimetres; slices keep their true proportions.
+        spacing_mm: Size of a voxel along D, H and W, millimetres; slices keep their true proportions. None where it is
+            not known: pixels are square, and distances are in slices only.
         query: The query; by default that of the target.
+        name: Name of the scan, the title; by default that of the target.
+        edges: Sides of the patient at the left, right, top and bottom edge, written on the key slice; see
+            `segrl.data.Volume.edges`. None where they are not known.
+        intensity: Text form of the scaling to grey values, such as "window:-160:240".
         neighbours: Largest number of slices on either side.
         reach: Largest distance of a neighbour in slices, such as the reach of the propagation; None for any.
 
@@ -129,10 +137,12 @@ def volume_picture(
         ...     path = volume_picture(volume, prediction, None, Path(folder, "answer.png"), spacing_mm=(3, 1, 1))
         ...     with Image.open(path) as picture:
         ...         picture.size
-        (508, 646)
+        (508, 665)
     """
-    name = (target.name if target is not None else "") or "volume"
+    name = name or (target.name if target is not None else "") or "volume"
     scan = _scan(volume, prediction, target, spacing_mm, name)
+    if edges is not None and len(edges) != 4:
+        raise DataError(f"{name}: edges={edges!r:.100}; expected four texts: left, right, top, bottom")
     if neighbours < 0 or (reach is not None and reach < 0):
         raise DataError(f"neighbours={neighbours}, reach={reach}; expected 0 or more slices")
     key, caption = _key_slice(scan, prediction)
@@ -148,11 +158,14 @@ def volume_picture(
     if view != whole:
         _frame(picture, view, scan)
         legend.append((ENLARGED, "enlarged on the right"))
+    _letter(picture, edges or ())
     tiles = [(picture, caption, INK if named else PREDICTED)]
-    tiles += [(scan.draw(n, EMPTY, view, TILE), _offset(n - key, n, float(spacing_mm[0])), INK) for n in around]
+    step = None if spacing_mm is None else float(spacing_mm[0])
+    tiles += [(scan.draw(n, EMPTY, view, TILE), _offset(n - key, n, step), INK) for n in around]
     page = _Page(_grid_size(len(around))[0])
     page.write(name, TITLE, INK, 2)
     page.write(query or (target.query if target is not None else ""), TEXT, INK, QUERY_LINES)
+    page.write(_known(spacing_mm, edges, intensity), CAPTION, PALE, 1)
     page.legend(legend)
     page.paste(_grid(tiles))
     page.space()
@@ -170,12 +183,12 @@ def volume_picture(
 
 
 def _scan(
-    volume: Any, prediction: Prediction, target: VolumeTarget | None, spacing_mm: Sequence[float], name: str
+    volume: Any, prediction: Prediction, target: VolumeTarget | None, spacing_mm: Sequence[float] | None, name: str
 ) -> _Scan:
     if not isinstance(volume, np.ndarray) or volume.dtype != np.uint8 or volume.ndim != 3 or volume.size == 0:
         found = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
         raise DataError(f"{name}: expected grey values, uint8 of shape (D, H, W), got {found}")
-    spacing = tuple(map(float, spacing_mm))
+    spacing = (1.0, 1.0, 1.0) if spacing_mm is None else tuple(map(float, spacing_mm))
     if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing):
         raise DataError(f"{name}: spacing_mm={spacing_mm}; expected three positive millimetres (z, y, x)")
     for kind, mask in (("predicted", prediction.mask), ("true", target.mask if target is not None else None)):
@@ -240,8 +253,26 @@ def _frame(picture: Image.Image, view: tuple[slice, slice], scan: _Scan) -> None
     ImageDraw.Draw(picture).rectangle(corners, outline=ENLARGED)
 
 
-def _offset(offset: int, index: int, spacing: float) -> str:
-    return f"slice {index}  ({offset:+d}, {offset * spacing:+.1f} mm)"
+def _offset(offset: int, index: int, spacing: float | None) -> str:
+    return f"slice {index}  ({offset:+d}{'' if spacing is None else f', {offset * spacing:+.1f} mm'})"
+
+
+def _known(spacing_mm: Sequence[float] | None, edges: Sequence[str] | None, intensity: str) -> str:
+    """Return the scaling and the grid in words, with what nobody knows of them."""
+    sizes = (
+        "unknown" if spacing_mm is None else " x ".join(f"{float(edge):.3g}" for edge in spacing_mm) + " mm (z, y, x)"
+    )
+    sides = "unknown" if edges is None else "from the file"
+    return f"grey values: {intensity or 'as given'}   voxel: {sizes}   orientation: {sides}"
+
+
+def _letter(picture: Image.Image, edges: Sequence[str]) -> None:
+    """Write the sides of the patient at the left, right, top and bottom edge of the key slice."""
+    middle, last, font = KEY // 2, KEY - LEADING // 2, ImageFont.load_default(TEXT)
+    at = ((LEADING // 2, middle, "lm"), (last, middle, "rm"), (middle, LEADING // 2, "mt"), (middle, last, "mb"))
+    for letters, (x, y, anchor) in zip(edges, at, strict=False):
+        outline = {"stroke_width": 1, "stroke_fill": GROUND}
+        ImageDraw.Draw(picture).text((x, y), letters, fill=PAPER, font=font, anchor=anchor, **outline)
 
 
 def _grid_size(neighbours: int) -> tuple[int, int]:

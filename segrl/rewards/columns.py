@@ -12,7 +12,7 @@ from segrl.errors import RewardError
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.parsing import completion_text
 from segrl.predictions.prediction import Prediction
-from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget, text_of
+from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget, read_spacing, text_of
 
 __all__ = ["AnyTarget", "check_target", "position", "read_rows", "same_target"]
 
@@ -95,8 +95,8 @@ def _target(call: Mapping[str, Any], row: int, name: str) -> Target | VolumeTarg
         where = position(name, row, texts.get("name", ""))
         column = source
         if source == "volume":
-            z, y, x = call["spacing_mm"][row] if call.get("spacing_mm") is not None else (1.0, 1.0, 1.0)
-            return VolumeTarget.from_mask(call[source][row], (z, y, x), **texts)
+            spacing = None if call.get("spacing_mm") is None else call["spacing_mm"][row]
+            return VolumeTarget.from_mask(call[source][row], read_spacing(spacing, "spacing_mm"), **texts)
         target = Target.from_mask(call[source][row], **texts)
         column = "boxes"
         boxes = None if call.get("boxes") is None else call["boxes"][row]

@@ -95,7 +95,9 @@ class VolumeResults(ImageResults):
         if number < self.pictures:
             path = self.folder / "pictures" / f"{number:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            volume_picture(shown, prediction, target, path, spacing_mm=target.spacing_mm, query=target.query)
+            known = {"spacing_mm": target.spacing_mm, "edges": shown.scan.edges, "intensity": shown.intensity}
+            scan = target.name or Path(shown.scan.name).name
+            volume_picture(shown.grey, prediction, target, path, **known, query=target.query, name=scan)
 
 
 def results_for(task: str) -> type[ImageResults]:

@@ -79,7 +79,7 @@ class VolumeTask:
         ((0, 1, 2, 3), (4, 32, 32), True)
     """
 
-    columns = (*_SCAN_COLUMNS, "key_slice", *METADATA_COLUMNS)
+    columns = (*_SCAN_COLUMNS, "spacing_mm", "key_slice", *METADATA_COLUMNS)
     needed = ("images", *_SCAN_COLUMNS)
 
     def __init__(
@@ -148,7 +148,7 @@ class VolumeTask:
                 "prepare_volumes makes them"
             )
         texts, size = VolumeTarget.texts_of(row), row["images"][0].size
-        key = (*(str(row.get(column)) for column in (*_SCAN_COLUMNS, "key_slice")), size, *texts.values())
+        key = (*(str(row.get(column)) for column in (*_SCAN_COLUMNS, "spacing_mm", "key_slice")), size, *texts.values())
         if key not in self._rows:
             case = self._read_case(row, allow_empty=True)
             if max(row["slices"]) >= len(case.grey):

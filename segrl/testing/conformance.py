@@ -155,7 +155,7 @@ def _called_by_trl(subject: Subject, rows: Rows) -> None:
             column = "volume" if subject.info.volume else "mask"
             columns = {column: [target.mask for target in rows.targets]}
             if subject.info.volume:
-                columns["spacing_mm"] = [list(target.spacing_mm) for target in rows.targets]
+                columns["spacing_mm"] = [target.spacing_mm and list(target.spacing_mm) for target in rows.targets]
             rows = rows.changed(partial(_parsed_again, subject.reward.completion_format))
         expected = subject.score(rows)
         found = subject.called(rows, **columns)

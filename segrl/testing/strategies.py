@@ -84,7 +84,7 @@ def targets(*, max_size: int = MAX_SIZE, empty: bool | None = None) -> st.Search
 def volume_targets(
     *, max_depth: int = 4, max_size: int = MAX_SIZE, empty: bool | None = None
 ) -> st.SearchStrategy[VolumeTarget]:
-    """Draw ground truths of volumes, with cubic and with flat voxels, with and without texts.
+    """Draw ground truths of volumes, with cubic, flat and unknown voxels, with and without texts.
 
     Args:
         max_depth: Largest number of slices.
@@ -94,7 +94,7 @@ def volume_targets(
     return st.builds(
         lambda mask, spacing, texts: VolumeTarget.from_mask(mask, spacing, **texts),
         volumes(max_depth=max_depth, max_size=max_size, empty=empty),
-        st.sampled_from([(1.0, 1.0, 1.0), (5.0, 0.5, 0.5)]),
+        st.sampled_from([(1.0, 1.0, 1.0), (5.0, 0.5, 0.5), None]),
         _texts(),
     )
 

@@ -29,7 +29,7 @@ _SLICES_FIRST = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0,
 
 
 def array_affine(shape: tuple[int, ...]) -> np.ndarray:
-    """Return the (4, 4) affine that an array without one gets; its voxels are 1 mm wide."""
+    """Return the (4, 4) affine that an array without one gets: the order of its axes, with edges of 1."""
     first, second, third = shape
     return (_SLICES_FIRST if second == third != first else _SLICES_LAST).copy()
 

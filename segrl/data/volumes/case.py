@@ -13,11 +13,12 @@ import numpy as np
 
 from segrl.caching.content import content_key
 from segrl.data.volumes.intensity import Intensity, intensity_for, scale_intensity
-from segrl.data.volumes.nifti import Volume, read_label, read_volume
+from segrl.data.volumes.nifti import read_label, read_volume
+from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
-from segrl.predictions.target import VolumeTarget
+from segrl.predictions.target import VolumeTarget, read_spacing
 
-__all__ = ["Case", "CaseReader", "grey_values", "read_case", "read_grey"]
+__all__ = ["Case", "CaseReader", "case_of", "grey_values", "read_case", "read_grey"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Case:
         scan: The scan with its grey values as `voxels`, (D, H, W) uint8.
         key: Content key of the grey values: equal scans have equal keys.
         mask: (D, H, W) bool, the row's structure; all False where the label has none. None if no label was asked for.
+        intensity: Text form of the scaling that made the grey values; "" if it is not known.
 
     Example:
         >>> from segrl.data import Volume
@@ -38,6 +40,7 @@ class Case:
     scan: Volume
     key: str
     mask: np.ndarray | None = None
+    intensity: str = ""
 
     @property
     def grey(self) -> np.ndarray:
@@ -65,7 +68,7 @@ class CaseReader:
 
     def __init__(self, memory_bytes: int = 2**31) -> None:
         self.memory_bytes = memory_bytes
-        self._scans: OrderedDict[tuple[str, ...], tuple[Volume, str]] = OrderedDict()
+        self._scans: OrderedDict[tuple[str, ...], Case] = OrderedDict()
         self._masks: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
 
     def __call__(self, row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
@@ -73,6 +76,7 @@ class CaseReader:
 
         Args:
             row: The columns `scan`, `modality` and `intensity`, for a label also `label` and `label_value`, and `name`.
+                `spacing_mm`, if there, is read for a scan whose file does not say it, see `segrl.data.read_volume`.
             label: Whether the label is read.
             allow_empty: Whether a label without such voxels is an empty mask instead of an error.
 
@@ -86,11 +90,12 @@ class CaseReader:
         path, modality, intensity = (str(row.get(column) or "") for column in ("scan", "modality", "intensity"))
         known = (path, modality, intensity)
         if known not in self._scans:
-            volume, grey = read_grey(path, modality=modality, intensity=intensity)
-            self._scans[known] = replace(volume, voxels=grey), content_key(grey)
+            self._scans[known] = case_of(read_volume(path), modality=modality, intensity=intensity)
         self._scans.move_to_end(known)
-        scan, key = self._scans[known]
-        mask = None
+        case, mask = self._scans[known], None
+        scan = case.scan
+        if scan.spacing_mm is None:
+            scan = replace(scan, spacing_mm=read_spacing(row.get("spacing_mm"), f"{where}: spacing_mm"))
         if label:
             which = (str(row["label"]), row.get("label_value") or 0, path)
             if which not in self._masks:
@@ -100,7 +105,7 @@ class CaseReader:
             if not allow_empty and not mask.any():
                 read_label(which[0], scan, which[1])  # raises, and says which values there are
         self._forget()
-        return Case(scan, key, mask)
+        return replace(case, scan=scan, mask=mask)
 
     def _forget(self) -> None:
         """Keep what fits, the newest in any case."""
@@ -111,7 +116,7 @@ class CaseReader:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(scan.voxels.nbytes for scan, _ in self._scans.values()) + sum(m.nbytes for m in self._masks.values())
+        return sum(case.grey.nbytes for case in self._scans.values()) + sum(m.nbytes for m in self._masks.values())
 
 
 def read_case(row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
@@ -151,6 +156,18 @@ def read_grey(path: str, *, modality: str = "", intensity: str = "") -> tuple[Vo
     return volume, grey_values(volume, modality=modality, intensity=intensity)
 
 
+def case_of(volume: Volume, *, modality: str = "", intensity: str = "") -> Case:
+    """Build the case of a volume in memory, without a label; see `grey_values`.
+
+    Example:
+        >>> from segrl.data import Volume
+        >>> case_of(Volume(np.array([[[-160.0, 40.0, 240.0]]])), intensity="window:-160:240").intensity
+        'window:-160:240'
+    """
+    grey, scaling = _scaled(volume, modality, intensity)
+    return Case(replace(volume, voxels=grey), content_key(grey), intensity=str(scaling))
+
+
 def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> np.ndarray:
     """Scale a volume in memory to grey values, (D, H, W) uint8; see `read_grey`.
 
@@ -163,8 +180,12 @@ def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> n
         >>> grey_values(Volume(np.array([[[-160.0, 40.0, 240.0]]])), intensity="window:-160:240").tolist()
         [[[0, 128, 255]]]
     """
+    return _scaled(volume, modality, intensity)[0]
+
+
+def _scaled(volume: Volume, modality: str, intensity: str) -> tuple[np.ndarray, Intensity]:
     try:
         scaling = Intensity.parse(intensity) if intensity else intensity_for(modality, volume.voxels)
-        return scale_intensity(volume.voxels, scaling)
+        return scale_intensity(volume.voxels, scaling), scaling
     except DataError as error:
         raise DataError(f"{volume.name or 'volume'}: {error}") from error

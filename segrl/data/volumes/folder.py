@@ -12,9 +12,10 @@ from segrl.caching.content import content_key
 from segrl.data.contents import SplitContents
 from segrl.data.manifest import check_dataset, raise_all, read_manifest
 from segrl.data.volumes.intensity import Intensity
-from segrl.data.volumes.nifti import Volume, read_label, read_volume
+from segrl.data.volumes.nifti import read_label, read_volume
+from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
-from segrl.predictions.target import METADATA_COLUMNS
+from segrl.predictions.target import METADATA_COLUMNS, read_spacing
 
 __all__ = ["check_volumes", "file_problems", "label_value", "load_volumes", "volume_dataset"]
 
@@ -35,8 +36,9 @@ def load_volumes(
 
     The manifest has the columns image and label (paths relative to the folder, see `read_volume` and `read_label`) and
     optionally split, label_value, intensity, query, reasoning, modality, anatomy, lesion and name; any other column is
-    kept as text. Several rows may share a scan, one per structure. Without a query column the query is built from
-    lesion, anatomy and modality. Voxels stay in their files.
+    kept as text. `spacing_mm`, as "[5.0, 0.7, 0.7]" (z, y, x), is read for scans whose files do not say it. Several
+    rows may share a scan, one per structure. Without a query column the query is built from lesion, anatomy and
+    modality. Voxels stay in their files.
 
     Args:
         path: The folder.
@@ -155,6 +157,11 @@ def file_problems(
                 key = content_key(volume.voxels)
             except DataError as error:
                 volume = error
+        try:
+            if isinstance(volume, Volume) and volume.spacing_mm is None:
+                read_spacing(row.get("spacing_mm"), "spacing_mm")
+        except DataError as error:
+            yield f"{location}: {error}"
         if isinstance(volume, DataError):
             yield f"{location}: {volume}"
         if not row["label"]:

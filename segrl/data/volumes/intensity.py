@@ -9,7 +9,6 @@ from the patient's right to left. `segrl.data.read_volume` brings files into thi
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from segrl.errors import DataError
+from segrl.predictions.modalities import modality_kind
 
 __all__ = ["CT_WINDOW", "Intensity", "intensity_for", "scale_intensity"]
 
@@ -111,8 +111,7 @@ def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
     """
     volume = _volume(voxels)
     low, high = _range(volume)
-    words = re.split(r"[^a-z]+", modality.lower())
-    if "ct" not in words and "computed tomography" not in " ".join(words):
+    if modality_kind(modality) != "ct":
         return _PERCENTILE
     if low < 0:
         return CT_WINDOW

@@ -56,7 +56,8 @@ def load_m3d_seg(
 
     The images of M3D-Seg are not in Hounsfield units, and their affines are lost: they were clipped to the percentiles
     0.05 and 99.95 of the voxels above their mean and standardised. The default intensity therefore takes their whole
-    range, as M3D's code does; spacing is 1 mm (see `read_volume`), so distances are in voxels, not in millimetres.
+    range, as M3D's code does; neither spacing nor orientation is known (see `read_volume`), so no distance is
+    scored, unless a column `spacing_mm`, [z, y, x], is added.
 
     Args:
         path: The folder of the data sets' folders (`M3D_Seg`), the folder above it, or the folder of the data set.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,27 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import ArrayLike
 
 from segrl.data.volumes.arrays import array_affine, open_npy, sparse_channels, sparse_label
+from segrl.data.volumes.grids import (
+    axes_like,
+    file_spacing,
+    knows_orientation,
+    patient_axes,
+    slice_grid,
+    to_file,
+    to_slices,
+)
+from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
 from segrl.geometry.masks import foreground
+from segrl.predictions.target import read_spacing
 
-__all__ = ["Volume", "label_values", "read_label", "read_volume", "write_mask", "write_volume"]
+__all__ = ["label_values", "read_label", "read_volume", "write_mask", "write_volume"]
 
 # nibabel and gzip raise these for broken files; a truncated .nii.gz gives EOFError, zlib.error or OSError.
 # Dimensions that a damaged header invents do not fit into memory, or not into an integer.
@@ -37,61 +47,23 @@ _UNREADABLE = (
     *(OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError),
     *(MemoryError, OverflowError),
 )
-_PATIENT_AXES = axcodes2ornt(("L", "P", "S"))  # of (W, H, D)
 _MAX_SHIFT = 0.05  # largest distance of label and scan in voxels, where they are furthest apart: headers are rounded
 _MAX_ROUNDING = 1e-4  # largest distance of a value in a scaled label file from a whole number
-_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's unit codes for metre and micron; all others are read as millimetres
 _LISTED = 20  # label values named in one error
 
 
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """A scan in memory, with the grid of its file, on which masks are written.
-
-    Attributes:
-        voxels: (D, H, W) float32.
-        spacing_mm: Size of a voxel along D, H and W in millimetres.
-        name: Path of the file, or another name for errors.
-        affine: (4, 4), voxel of the file to world. A volume without a file gets one that starts at the origin.
-        file_shape: Shape of the file's array, with its trailing axes of length 1. A volume without a file gets (W, H,
-            D).
-        header: NIfTI header of the file; None if there is none.
-
-    Raises:
-        DataError: If the voxels are not (D, H, W), there are none, or the spacing is not three positive numbers.
-
-    Example:
-        >>> volume = Volume(np.zeros((2, 3, 4), dtype=np.float32), spacing_mm=(5.0, 1.0, 1.0))
-        >>> volume.file_shape, np.diag(volume.affine).tolist()
-        ((4, 3, 2), [-1.0, -1.0, 5.0, 1.0])
-    """
-
-    voxels: np.ndarray
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    name: str = ""
-    affine: np.ndarray | None = None
-    file_shape: tuple[int, ...] | None = None
-    header: nib.Nifti1Header | None = None
-
-    def __post_init__(self) -> None:
-        label = f" of {self.name!r}" if self.name else ""
-        if self.voxels.ndim != 3 or not self.voxels.size:
-            raise DataError(f"Volume.voxels{label}: shape {self.voxels.shape}; expected (D, H, W), none of them 0")
-        if len(self.spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in self.spacing_mm):
-            raise DataError(f"Volume.spacing_mm{label}: {self.spacing_mm}; expected three positive numbers (z, y, x)")
-        if self.affine is None:
-            depth, height, width = self.voxels.shape
-            z, y, x = self.spacing_mm
-            object.__setattr__(self, "affine", np.diag([-x, -y, z, 1.0]))
-            object.__setattr__(self, "file_shape", (width, height, depth))
-
-
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, spacing_mm: Any = None) -> Volume:
     """Read a scan from a NIfTI file (`.nii`, `.nii.gz`, `.hdr`/`.img`) or a numpy array (`.npy`).
 
-    Slope and intercept of the header are applied. Trailing axes of length 1 are dropped. An array in `.npy` has no
-    spacing: it gets 1 mm. Its axes are read as those of a NIfTI file, slices last, unless the last two axes are equal
-    and the first one differs: then slices come first. A leading axis of length 1, as in M3D-Seg, is dropped.
+    Slope and intercept of the header are applied. Trailing axes of length 1 are dropped. An array in `.npy` has neither
+    spacing nor orientation, and neither has a NIfTI file whose affine is the unit matrix and that names no unit. The
+    axes of an array are read as those of a NIfTI file, slices last, unless the last two axes are equal and the first
+    one differs: then slices come first. A leading axis of length 1, as in M3D-Seg, is dropped.
+
+    Args:
+        path: The file.
+        spacing_mm: Size of a voxel along D, H and W in millimetres, for a file that does not say it, also as JSON text;
+            None or "" if nobody knows. A file that says it is believed.
 
     Raises:
         DataError: With the file's name and the fix, if the file is missing, truncated or of another format, is not one
@@ -103,7 +75,7 @@ def read_volume(path: str | Path) -> Volume:
         ...     np.save(Path(folder, "scan.npy"), np.arange(24.0).reshape(4, 3, 2))  # (X, Y, Z)
         ...     volume = read_volume(Path(folder, "scan.npy"))
         >>> volume.voxels.shape, volume.spacing_mm
-        ((2, 3, 4), (1.0, 1.0, 1.0))
+        ((2, 3, 4), None)
     """
     path = Path(path)
     array, affine, header = _open(path, "scan")
@@ -115,24 +87,26 @@ def read_volume(path: str | Path) -> Volume:
             f"{path}: {bad} of {voxels.size} voxels are NaN or infinite; fix the conversion, or replace them with "
             "numpy.nan_to_num and save the scan again"
         )
-    unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0) if header is not None else 1.0
-    edges = voxel_sizes(affine) * unit
-    x, y, z = (float(edges[axis]) for axis in _file_axes(affine))
-    return Volume(_to_slices(voxels, affine), (z, y, x), str(path), affine, tuple(array.shape), header)
+    spacing = file_spacing(affine, header) or read_spacing(spacing_mm, f"{path}: spacing_mm")
+    oriented = knows_orientation(affine, header)
+    slices = to_slices(voxels, patient_axes(affine))
+    return Volume(slices, spacing, str(path), affine, tuple(array.shape), header, oriented)
 
 
 def read_label(
-    path: str | Path, volume: Volume | None = None, value: int = 0, *, allow_empty: bool = False
+    path: str | Path, volume: Volume | str | Path | None = None, value: int = 0, *, allow_empty: bool = False
 ) -> np.ndarray:
     """Read the label of a scan: one of its values, or its whole foreground.
 
     The affines of label and scan are compared where the two grids are furthest apart, at their corners, relative to the
-    smallest edge of a voxel.
+    smallest edge of a voxel. The axes of the label are turned as those of its scan, also where slices are near 45
+    degrees and the two affines, each by itself, would be turned differently.
 
     Args:
         path: NIfTI file or `.npy` array of whole numbers, or sparse `.npz` file of M3D-Seg, where the value is the
             number of the channel, from 1.
-        volume: The scan, to check that the label fits it; the order of the file's axes may differ.
+        volume: The scan, or the path of its file, of which only the header is read. The label must fit it; the order of
+            the file's axes may differ. None turns the label by its own affine and checks nothing.
         value: Label value of the foreground; 0 takes every value that is not zero.
         allow_empty: Return an empty mask for a label without such voxels, instead of raising.
 
@@ -160,8 +134,7 @@ def read_label(
         values = _whole_numbers(path, _read(path, array))
         mask = values != 0 if value == 0 else values == value
         present = None if mask.any() else _present(values)
-    if volume is not None:
-        _check_fit(path, mask.shape, affine, volume)
+    axes = patient_axes(affine) if volume is None else _axes_on_scan(path, mask.shape, affine, volume)
     if not (allow_empty or mask.any()):
         listed = ", ".join(str(number) for number in (present or ())[:_LISTED]) or "no foreground"
         wanted = f"has no voxel with the value {value}, only {listed}" if value else "has no foreground"
@@ -170,7 +143,7 @@ def read_label(
             + ("correct label_value, " if value else "")
             + "remove the row or set allow_empty=True"
         )
-    return _to_slices(mask, affine)
+    return to_slices(mask, axes)
 
 
 def label_values(path: str | Path) -> tuple[int, ...]:
@@ -250,8 +223,7 @@ def _write(path: Path, slices: np.ndarray, like: Volume) -> None:
         raise DataError(f"{path}: there is no folder {path.parent}; create it first")
     assert like.affine is not None
     assert like.file_shape is not None
-    axes = ornt_transform(_PATIENT_AXES, io_orientation(like.affine))
-    array = apply_orientation(slices.transpose(2, 1, 0), axes).reshape(like.file_shape)
+    array = to_file(slices, like.affine).reshape(like.file_shape)
     header = None
     if like.header is not None:
         header = like.header.copy()
@@ -263,7 +235,7 @@ def _write(path: Path, slices: np.ndarray, like: Volume) -> None:
         header.set_data_dtype(slices.dtype)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array, like.affine, header)
-    if header is None:
+    if header is None and like.spacing_mm is not None:
         image.header.set_xyzt_units("mm")
     unfinished = path.with_name(f".{path.name}")  # a name that ends in .nii.gz, or it would not be compressed
     nib.save(image, unfinished)
@@ -359,11 +331,18 @@ def _present(values: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) for value in np.unique(values) if value)
 
 
-def _check_fit(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume: Volume) -> None:
-    assert volume.affine is not None
-    assert volume.file_shape is not None
-    own, other = _slice_grid(shape, affine), _slice_grid(volume.file_shape[:3], volume.affine)
-    scan = volume.name or "the scan"
+def _axes_on_scan(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume: Volume | str | Path) -> np.ndarray:
+    """Return the turn of a label's axes to the slices of its scan, which the label must fit."""
+    if isinstance(volume, Volume):
+        scan, scan_shape, scan_affine = volume.name or "the scan", volume.file_shape, volume.affine
+    else:
+        array, scan_affine, _ = _open(Path(volume), "scan")
+        scan, scan_shape = str(volume), array.shape
+    assert scan_shape is not None
+    assert scan_affine is not None
+    other = slice_grid(scan_shape[:3], scan_affine)
+    axes = axes_like(affine, other[1])
+    own = slice_grid(shape, affine, axes)
     if own[0] != other[0]:
         raise DataError(
             f"{path}: the label has the shape {own[0]} as (D, H, W), {scan} has {other[0]}; expected the same; save "
@@ -378,21 +357,4 @@ def _check_fit(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume: V
             f"{path}: the label lies up to {shift:.3g} voxels away from {scan}: their affines differ; expected the "
             "same grid; copy the affine of the scan if only the header is wrong, else resample the label to the scan"
         )
-
-
-def _slice_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Return the shape (D, H, W) of a file's array after reordering, and the affine of (W, H, D)."""
-    axes = ornt_transform(io_orientation(affine), _PATIENT_AXES)
-    turned = tuple(shape[axis] for axis in _file_axes(affine))
-    return turned[::-1], affine @ inv_ornt_aff(axes, shape)
-
-
-def _file_axes(affine: np.ndarray) -> list[int]:
-    """Return the axes of the file that run along W, H and D."""
-    return [int(axis) for axis in np.argsort(io_orientation(affine)[:, 0])]
-
-
-def _to_slices(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Reorder the axes (X, Y, Z) of a file to (D, H, W)."""
-    axes = ornt_transform(io_orientation(affine), _PATIENT_AXES)
-    return np.ascontiguousarray(apply_orientation(array, axes).transpose(2, 1, 0))
+    return axes

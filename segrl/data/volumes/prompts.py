@@ -164,7 +164,7 @@ def _row_columns(
     case = read_case(row, label=completions)
     mask = case.mask
     shown = uniform_slices(len(case.grey), settings.slices)
-    images = render_slices(case.grey, shown, settings.size)
+    images = render_slices(case.grey, shown, settings.size, case.scan.spacing_mm)
     columns: dict[str, Any] = {
         "images": [_png(image) for image in images],
         "slices": shown.tolist(),

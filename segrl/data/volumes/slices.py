@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,23 @@ from segrl.predictions.frames import Frame, FrameKind, frame_for
 
 __all__ = ["render_slices", "shown_frame", "uniform_slices"]
 
+_SQUARE = 1e-3  # relative difference of the edges of a pixel up to which it is square: headers are rounded
 
-def render_slices(grey: np.ndarray, slices: Sequence[int] | np.ndarray, size: int) -> list[PILImage.Image]:
+
+def render_slices(
+    grey: np.ndarray,
+    slices: Sequence[int] | np.ndarray,
+    size: int,
+    spacing_mm: Sequence[float] | None = None,
+) -> list[PILImage.Image]:
     """Render slices as the model sees them.
 
     Args:
         grey: (D, H, W) uint8.
         slices: Indices of the slices to show.
-        size: Longest edge in pixels; smaller slices are enlarged to it. The aspect of the pixels is kept.
+        size: Longest edge in pixels; smaller slices are enlarged to it.
+        spacing_mm: Size of a voxel along D, H and W in millimetres: the picture keeps the aspect of the slice in
+            millimetres. None, or square pixels, keep that of the pixels.
 
     Returns:
         One RGB image per slice.
@@ -29,8 +39,12 @@ def render_slices(grey: np.ndarray, slices: Sequence[int] | np.ndarray, size: in
     Example:
         >>> [image.size for image in render_slices(np.zeros((4, 6, 12), np.uint8), [0, 3], 48)]
         [(48, 24), (48, 24)]
+        >>> render_slices(np.zeros((1, 256, 24), np.uint8), [0], 256, (1.0, 0.8, 3.9))[0].size  # of a sagittal scan
+        (117, 256)
     """
-    height, width = grey.shape[1:]
+    height, width = (float(edge) for edge in grey.shape[1:])
+    if spacing_mm is not None and not math.isclose(spacing_mm[1], spacing_mm[2], rel_tol=_SQUARE):
+        height, width = height * spacing_mm[1], width * spacing_mm[2]
     scale = size / max(width, height)
     shown = max(1, round(width * scale)), max(1, round(height * scale))
     images = [PILImage.fromarray(grey[int(index)]) for index in slices]
