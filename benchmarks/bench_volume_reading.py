@@ -70,10 +70,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=300, help="slices")
     depth = parser.parse_args().depth
-    with tempfile.TemporaryDirectory() as folder:
-        # Also the writing: the highest memory of a process is that of its parent at first.
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            rows = pool.apply(make, (Path(folder), depth))
-            for work in (check_folder, read_rows, read_float64):
-                seconds, peak, kept = pool.apply(measure, (work, rows))
-                print(f"{work.__name__}: {seconds:.1f} s, {peak:.0f} MiB above the start, {kept:.0f} MiB kept")
+    # Also the writing has a process: the highest memory of a process is at first that of its parent.
+    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    with tempfile.TemporaryDirectory() as folder, pool:
+        rows = pool.apply(make, (Path(folder), depth))
+        for work in (check_folder, read_rows, read_float64):
+            seconds, peak, kept = pool.apply(measure, (work, rows))
+            print(f"{work.__name__}: {seconds:.1f} s, {peak:.0f} MiB above the start, {kept:.0f} MiB kept")

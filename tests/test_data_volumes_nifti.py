@@ -489,7 +489,7 @@ def test_a_sparse_label_of_another_size_than_its_name(tmp_path):
         DataError, match=r"the matrix is 2 x 210, but the name says 3 channels of 5 x 6 x 7 voxels; giv"
     ):
         read_label(path)
-    with pytest.raises(DataError, match=r"the matrix has 2 rows, but the name says 3 channels"):
+    with pytest.raises(DataError, match=r"the matrix is 2 x 210, but the name says 3 channels"):
         label_values(path)
 
 
@@ -559,13 +559,3 @@ def test_damage_inside_a_compressed_file_is_found(read, tmp_path):
         damaged.write_bytes(content[:-lost])
         with pytest.raises(DataError, match=r"damaged\.nii\.gz: .*cut off"):
             read(damaged)
-
-
-def test_dimensions_that_fit_into_no_memory(tmp_path):
-    path = tmp_path / "scan.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[42:48] = np.array([32767] * 3, dtype="<i2").tobytes()
-    path.write_bytes(gzip.compress(bytes(content)))
-    with pytest.raises(DataError, match=r"scan\.nii\.gz: the voxels cannot be read"):
-        read_volume(path)

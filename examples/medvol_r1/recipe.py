@@ -277,7 +277,7 @@ class MedVolRun(TwoStageRun):
         if arguments.m3d_seg is not None:
             return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split), split)
         rows = load_split(arguments.data, split, folder=load_volumes, check=check_volumes)
-        for column, default in (("label_value", 0), ("intensity", "")):  # a data set on disk need not have them
+        for column, default in (("label_value", "0"), ("intensity", "")):  # a data set on disk need not have them
             if column not in rows.column_names:
                 rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]
         return arguments.limited(rows, split)

@@ -96,8 +96,8 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
         )
     if np.issubdtype(array.dtype, np.signedinteger) and array.min(initial=0) < 0:
         raise DataError(
-            f"{name}: has negative values, down to {array.min()}; expected 0 for the background; threshold it first, as "
-            "in mask > 0"
+            f"{name}: has negative values, down to {array.min()}; expected 0 for the background; threshold it first, "
+            "as in mask > 0"
         )
     return array != 0
 

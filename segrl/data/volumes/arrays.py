@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["array_affine", "open_npy", "sparse_label"]
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error),
     *(MemoryError, OverflowError, NotImplementedError, RuntimeError),  # zip: another compression, or encrypted
+    *(SyntaxError, tokenize.TokenError),  # the header of an array is Python
 )
 _VOXEL_BYTES = 16  # of a sparse label in memory, at most: structures may overlap
 _SLICES_LAST = np.eye(4)

@@ -148,6 +148,7 @@ def open_voxels(path: str | Path, role: str) -> VoxelFile:
         return VoxelFile(path, array, array_affine(array.shape[:3]), None, path)
     try:
         image = nib.load(path)
+        _read_header_to_end(image)
     except _UNREADABLE as error:
         found = other_format(path)
         raise DataError(
@@ -160,10 +161,20 @@ def open_voxels(path: str | Path, role: str) -> VoxelFile:
         raise DataError(f"{path}: is {type(image).__name__}, expected NIfTI; convert it to .nii.gz")
     proxy: Any = image.dataobj
     _check_shape(path, tuple(proxy.shape), proxy.dtype)
-    source = Path(image.file_map["image"].filename)
+    source = Path(str(image.file_map["image"].filename))
     must_exist(source, role)
     _check_length(path, source, int(proxy.offset) + math.prod(proxy.shape) * proxy.dtype.itemsize)
     return VoxelFile(path, proxy, _usable_affine(path, image.header), image.header, source)
+
+
+def _read_header_to_end(image: Any) -> None:
+    """Compare the checksum of a compressed header in a file of its own; others are read with their voxels."""
+    names = {kind: Path(str(holder.filename)) for kind, holder in image.file_map.items()}
+    header = names.get("header", names.get("image"))
+    if header is not None and header != names.get("image") and _ending(header) == ".gz":
+        with _decompressed(header) as stream:
+            while stream.read(_SECTION_BYTES):
+                pass
 
 
 def must_exist(path: Path, role: str) -> None:
@@ -255,7 +266,7 @@ def _skip(stream: BinaryIO, count: int) -> None:
 
 
 def _fill(stream: BinaryIO, section: np.ndarray) -> None:
-    rest = memoryview(section.view(np.uint8))
+    rest = memoryview(section.view(np.uint8))  # pyright: ignore[reportArgumentType]
     while rest:
         found = stream.readinto(rest)  # type: ignore[attr-defined]
         if not found:
