@@ -154,7 +154,7 @@ def check_intensity(voxels: ArrayLike, intensity: Intensity) -> None:
     Example:
         >>> check_intensity(np.linspace(-1, 1, 99).reshape(1, 9, 11), CT_WINDOW)
         Traceback (most recent call last):
-        segrl.errors.DataError: intensity window:-160:240: leaves 2 grey levels of voxels from -1 to 1; ...
+        segrl.errors.DataError: intensity window:-160:240: leaves 3 grey levels of voxels from -1 to 1; ...
     """
     volume = _volume(voxels)
     if not _enough_levels(volume, intensity):

@@ -36,6 +36,11 @@ class Labels:
         channels: Foreground of each channel of a sparse label, as positions in (X, Y, Z) in C order.
         shape: (X, Y, Z) of a sparse label.
         axes: Turn of the file's axes to (W, H, D).
+
+    Example:
+        >>> labels = Labels("label.nii.gz", np.array([[[0, 1, 2, 2, 7]]], dtype=np.uint8))
+        >>> labels.present, labels.mask("1,7").tolist()
+        ((1, 2, 7), [[[False, True, False, False, True]]])
     """
 
     name: str
@@ -101,8 +106,20 @@ def read_labels(path: str | Path, volume: Volume | str | Path | None = None) -> 
 
     Only one section of the file is in memory beside the values, which take one byte a voxel up to 255.
 
+    Args:
+        path: See `read_label`.
+        volume: See `read_label`.
+
     Raises:
         DataError: As `read_label`, except for absent values.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder, "label.npy"), np.array([[[0, 1]], [[2, 3]]]))
+        ...     labels = read_labels(Path(folder, "label.npy"))
+        >>> labels.present, int(labels.mask([1, 2]).sum())
+        ((1, 2, 3), 2)
     """
     path = Path(path)
     if path.suffix == ".npz":
