@@ -150,9 +150,20 @@ def file_problems(dataset: Dataset, locations: Iterable[str], allow_empty: bool)
 
 
 def rows_by_scan(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the numbers of the rows, those that share a scan and its scaling side by side; else in their order."""
-    first: dict[tuple[str, ...], int] = {}
-    return sorted(range(len(rows)), key=lambda number: first.setdefault(_scan_of(rows[number]), number))
+    """Return the numbers of the rows, those that share a scan side by side; else in their order.
+
+    Example:
+        >>> rows_by_scan([{"scan": "a"}, {"scan": "b"}, {"scan": "a"}])
+        [0, 2, 1]
+    """
+    scans: dict[str, int] = {}
+    scalings: dict[tuple[str, ...], int] = {}
+
+    def place(number: int) -> tuple[int, int]:
+        scan = _scan_of(rows[number])
+        return scans.setdefault(scan[0], number), scalings.setdefault(scan, number)
+
+    return sorted(range(len(rows)), key=place)
 
 
 def _scan_of(row: Mapping[str, Any]) -> tuple[str, ...]:
