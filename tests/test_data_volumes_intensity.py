@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from segrl.data import CT_WINDOW, Intensity, intensity_for, scale_intensity, uniform_slices
+from segrl.data.volumes.intensity import check_intensity, scaling_note
 from segrl.errors import DataError
 
 ENDS = st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)).filter(lambda ends: ends[0] < ends[1])
@@ -163,3 +164,71 @@ def test_uniform_slices_of_known_depths():
 def test_uniform_slices_needs_numbers_above_zero(depth, count, name):
     with pytest.raises(DataError, match=rf"{name}: expected 1 slice or more"):
         uniform_slices(depth, count)
+
+
+# ---- what is left after scaling ------------------------------------------------------------------------------------
+
+HU = np.random.default_rng(0).normal(0, 300, (4, 32, 32)).clip(-1024, 3000).round()
+SPELLINGS = [
+    *("CT", "ct", "CT scan", "Computed tomography", "Computed Tomography (CT)", "computerized tomography"),
+    *("CECT", "contrast-enhanced CT", "NCCT", "CT angiography", "CTA", "CBCT", "HRCT", "LDCT", "PET/CT", "CT_abdomen"),
+]
+NOT_HU = {
+    "z-scored": (HU - HU.mean()) / HU.std(),
+    "-1 to 1": (HU.clip(-160, 240) - 40) / 200,
+    "HU / 1000": HU / 1000,
+    "0 to 2": (HU.clip(-160, 240) + 160) / 200,
+    "only air": HU.clip(-1024, 0) - 400,
+}
+
+
+def levels(voxels, intensity):
+    return len(np.unique(scale_intensity(voxels, intensity)))
+
+
+@pytest.mark.parametrize("case", NOT_HU)
+@pytest.mark.parametrize("modality", [*SPELLINGS, "MRI", "PET", ""])
+def test_no_scan_goes_blank_whatever_its_modality_is_called(modality, case):
+    intensity = intensity_for(modality, NOT_HU[case])
+    assert levels(NOT_HU[case], intensity) > 100
+    note = scaling_note(modality, NOT_HU[case], intensity)
+    assert ("not in Hounsfield units: scaled by percentile:0.5:99.5" in note) == (modality in SPELLINGS)
+
+
+@pytest.mark.parametrize("modality", SPELLINGS)
+def test_hounsfield_units_keep_their_window_without_a_word(modality):
+    assert intensity_for(modality, HU) == CT_WINDOW
+    assert scaling_note(modality, HU, CT_WINDOW) == ""
+
+
+@pytest.mark.parametrize("modality", ["OCT", "SPECT", "MRI", "PET", ""])
+def test_other_modalities_are_no_ct(modality):
+    intensity = intensity_for(modality, HU)
+    assert str(intensity) == "percentile:0.5:99.5"
+    assert scaling_note(modality, HU, intensity) == ""
+
+
+def test_a_scan_of_few_values_keeps_them():
+    """A label map, or two tissues: nothing is lost, so nothing is said."""
+    voxels = np.where(HU > 0, 60.0, -1000.0)
+    assert intensity_for("CT", voxels) == CT_WINDOW
+    check_intensity(voxels, CT_WINDOW)
+    check_intensity(np.full((2, 3, 4), 7.0), CT_WINDOW)
+
+
+def test_a_hot_spot_does_not_blank_the_rest():
+    voxels = np.abs(HU)
+    voxels[0, 0, 0] = 1e9
+    assert levels(voxels, intensity_for("PET", voxels)) > 100
+    with pytest.raises(DataError, match=r"intensity percentile:0:100: leaves 2 grey levels of voxels from 0 to 1e\+09"):
+        check_intensity(voxels, Intensity("percentile", 0, 100))
+
+
+@pytest.mark.parametrize(("case", "left"), [("z-scored", 5), ("-1 to 1", 3), ("HU / 1000", 3)])
+def test_a_given_window_that_blanks_a_scan_is_refused(case, left):
+    with pytest.raises(
+        DataError,
+        match=rf"window:-160:240: leaves {left} grey levels of voxels from .*; expected at least 16",
+    ):
+        check_intensity(NOT_HU[case], CT_WINDOW)
+    check_intensity(HU, CT_WINDOW)

@@ -47,7 +47,7 @@ def test_one_row_per_case_and_structure_present(root):
     assert dataset.column_names == columns.split()
     assert dataset["name"] == ["0012/case 1/liver", "0012/case 1/lungs", "0012/case 2/bladder"]
     assert dataset["lesion"] == ["liver", "lungs", "bladder"]
-    assert dataset["label_value"] == [1, 3, 2]
+    assert dataset["label_value"] == ["1", "3", "2"]
     assert dataset["split"] == ["train", "train", "test"]
     assert set(dataset["source"]) == {"CT-ORG"}
     assert set(dataset["intensity"]) == {"percentile:0:100"}
@@ -63,7 +63,7 @@ def test_scan_and_label_lie_on_each_other(root):
         mask = read_label(row["label"], volume, row["label_value"])
         array = np.load(row["scan"])[0]
         # foreground voxels of the file, in the order of the file, hold the same intensities as those of the volume
-        inside = array[row["label_value"], 2:4, 1]
+        inside = array[int(row["label_value"]), 2:4, 1]
         assert sorted(volume.voxels[mask].tolist()) == sorted(inside.tolist())
         assert volume.voxels.shape == SHAPE[::-1]
 

@@ -88,6 +88,7 @@ def test_the_order_is_inferior_to_superior_anterior_to_posterior_right_to_left(t
         along = np.diff(volume.voxels, axis=axis)
         assert (sign * along > 0).all()
     steps = np.linalg.norm(affine[:3, :3], axis=0)
+    assert volume.spacing_mm is not None
     assert sorted(volume.spacing_mm) == pytest.approx(sorted(steps), rel=1e-5)
     for edge, length in zip(volume.spacing_mm, volume.voxels.shape, strict=True):
         assert edge == pytest.approx(steps[SHAPE.index(length)], rel=1e-5)
@@ -489,7 +490,7 @@ def test_a_sparse_label_of_another_size_than_its_name(tmp_path):
         DataError, match=r"the matrix is 2 x 210, but the name says 3 channels of 5 x 6 x 7 voxels; giv"
     ):
         read_label(path)
-    with pytest.raises(DataError, match=r"the matrix has 2 rows, but the name says 3 channels"):
+    with pytest.raises(DataError, match=r"the matrix is 2 x 210, but the name says 3 channels"):
         label_values(path)
 
 
@@ -518,6 +519,7 @@ def test_every_real_file_is_read_written_and_read_again(tmp_path):
         mask = read_label(VOLUMES3D / row["label"], volume)
         assert mask.shape == volume.voxels.shape
         assert sorted(volume.voxels.shape) == sorted(map(int, row["shape"].split("x")))
+        assert volume.spacing_mm is not None
         assert sorted(volume.spacing_mm) == pytest.approx(sorted(map(float, row["spacing_mm"].split("x"))), abs=1e-3)
         # the axes of these files are x, y, z, so slices are as many as the last number says
         assert len(volume.voxels) == int(row["shape"].split("x")[2])
@@ -559,13 +561,3 @@ def test_damage_inside_a_compressed_file_is_found(read, tmp_path):
         damaged.write_bytes(content[:-lost])
         with pytest.raises(DataError, match=r"damaged\.nii\.gz: .*cut off"):
             read(damaged)
-
-
-def test_dimensions_that_fit_into_no_memory(tmp_path):
-    path = tmp_path / "scan.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[42:48] = np.array([32767] * 3, dtype="<i2").tobytes()
-    path.write_bytes(gzip.compress(bytes(content)))
-    with pytest.raises(DataError, match=r"scan\.nii\.gz: the voxels cannot be read"):
-        read_volume(path)

@@ -224,6 +224,28 @@ def test_run_lengths_of_a_large_volume_are_few():
     assert len(mask_to_rle(volume)["counts"]) == 2 * 3 * 10 + 1
 
 
+def test_what_is_written_of_the_largest_scans_is_read():
+    volume = np.zeros((1059, 512, 512), dtype=bool)
+    volume[100:900:3, 10:400, 30:40] = True
+    again = rle_to_mask(mask_to_rle(volume))
+    assert again.shape == volume.shape
+    assert all((one == other).all() for one, other in zip(again, volume, strict=True))
+
+
+def test_nothing_is_written_that_is_not_read(monkeypatch):
+    monkeypatch.setattr("segrl.geometry.masks.MAX_RLE_PIXELS", 11)
+    with pytest.raises(DataError, match=r"shape \(3, 2, 2\); expected at most 11 pixels, what rle_to_mask reads"):
+        mask_to_rle(np.zeros((3, 2, 2), dtype=bool))
+
+
+@pytest.mark.parametrize("convert", [foreground, mask_to_rle, mask_to_box])
+def test_negative_values_are_no_foreground(convert):
+    with pytest.raises(
+        DataError, match=r"has negative values, down to -1; expected 0 for the background; threshold it"
+    ):
+        convert(np.array([[0, -1], [1, 0]]))
+
+
 def test_other_dimensions_have_no_run_lengths():
     for shape in ((4,), (2, 2, 2, 2)):
         with pytest.raises(DataError, match="expected 2 dimensions, got shape"):
@@ -246,9 +268,9 @@ def test_runs_of_length_0_are_read():
         ({"size": [2, -2], "counts": [4]}, r"size \[2, -2\]"),
         ({"size": [2.0, 2], "counts": [4]}, r"size \[2.0, 2\]"),
         ({"size": [10**20, 2], "counts": [4]}, "two positive whole numbers"),
-        ({"size": [10**6, 10**6], "counts": [10**12]}, "expected at most 268435456 pixels"),
-        ({"size": [10**3, 10**3, 10**3], "counts": [10**9]}, "expected at most 268435456 pixels"),
-        ({"size": [2**25, 2**25, 2**25], "counts": [4]}, "expected at most 268435456 pixels"),
+        ({"size": [10**6, 10**6], "counts": [10**12]}, "expected at most 1073741824 pixels"),
+        ({"size": [2**10, 2**10, 2**10 + 1], "counts": [2**30 + 2**20]}, "expected at most 1073741824 pixels"),
+        ({"size": [2**25, 2**25, 2**25], "counts": [4]}, "expected at most 1073741824 pixels"),
         (
             {"size": [2, 2, 2, 2], "counts": [16]},
             r"expected \[height, width\], .* or for a volume \[slices, height, width",

@@ -80,7 +80,7 @@ class TestKeeping:
         assert found[2] is not found[0]
         assert read([other])[0] is found[2]
         changed = read(
-            [{**first, "query": "Another?"}, {**first, "label_value": 1}, {**first, "intensity": "window:0:9"}]
+            [{**first, "query": "Another?"}, {**first, "label_value": 1}, {**first, "intensity": "window:0:90"}]
         )
         assert all(row is not found[0] for row in changed)
 

@@ -14,6 +14,7 @@ examples/medvol_r1/zero2.json` (ZeRO-2) is our choice for several of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from segrl.data import (
     load_volumes,
     make_synthetic_volumes,
     prepare_volumes,
-    read_label,
+    read_labels,
     uniform_slices,
 )
 from segrl.errors import CheckpointError, DataError, SegRLError
@@ -276,7 +277,7 @@ class MedVolRun(TwoStageRun):
         if arguments.m3d_seg is not None:
             return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split, **self.reading()), split)
         rows = load_split(arguments.data, split, folder=load_volumes, check=check_volumes, **self.reading())
-        for column, default in (("label_value", 0), ("intensity", "")):  # a data set on disk need not have them
+        for column, default in (("label_value", "0"), ("intensity", "")):  # a data set on disk need not have them
             if column not in rows.column_names:
                 rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]
         return arguments.limited(rows, split)
@@ -319,7 +320,9 @@ class MedVolRun(TwoStageRun):
     def _with_shown_lesions(self, rows: Dataset) -> Dataset:
         """Rows of which a slice that is shown has the lesion: no answer can name the others."""
         slices = self.recipe.prompt.slices
-        masks = (read_label(row["label"], row["scan"], row["label_value"], allow_empty=True) for row in map(dict, rows))  # type: ignore[call-overload]
+        read = functools.lru_cache(maxsize=1)(read_labels)  # neighbouring rows may share a label
+        label_rows = map(dict, rows)  # type: ignore[call-overload]
+        masks = (read(row["label"], row["scan"]).mask(row["label_value"], allow_empty=True) for row in label_rows)
         seen = [n for n, mask in enumerate(masks) if mask[uniform_slices(len(mask), slices)].any()]
         if not seen:
             raise DataError(f"no lesion of {len(rows)} rows is on one of the {slices} slices shown")

@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from scipy import ndimage
 
-from segrl.data import read_case
+from segrl.data import CaseReader
 from segrl.segmenters import Sam2Segmenter, track_clip, tracking_loss
 
 Lesion = tuple[np.ndarray, np.ndarray]  # (D, H, W) uint8 grey and bool mask of one lesion
@@ -28,9 +28,9 @@ JITTER = 0.05  # of a box's corners, relative to its edges: a language model's b
 
 def lesions_of(rows: Iterable[Any]) -> list[Lesion]:
     """Return every connected lesion of rows of `load_volumes` that has at least 20 voxels."""
-    found = []
+    found, read = [], CaseReader(0)
     for row in rows:
-        case = read_case(row, allow_empty=True)
+        case = read(row, allow_empty=True)
         parts, count = ndimage.label(case.mask)  # pyright: ignore[reportGeneralTypeIssues]
         found += [(case.grey, parts == n) for n in range(1, count + 1) if np.count_nonzero(parts == n) >= 20]
     return found

@@ -18,7 +18,7 @@ from datasets import Dataset
 from rich.progress import track
 from torch import Tensor, nn
 
-from segrl.data import read_case, render_slices, uniform_slices
+from segrl.data import CaseReader, render_slices, uniform_slices
 from segrl.geometry import mask_to_box
 
 HELD_OUT = 0.1  # share of the slices that only measure
@@ -36,8 +36,9 @@ def add_reasoning(rows: Dataset, slices: int) -> Dataset:
     learned (docs/log.md).
     """
     texts = []
+    read = CaseReader(0)
     for row in _dicts(rows):
-        mask = read_case(row).mask
+        mask = read(row).mask
         assert mask is not None
         shares = mask.mean(axis=(1, 2))
         parts = []
@@ -119,8 +120,9 @@ def _slices(processor: Any, rows: Dataset, size: int) -> tuple[Tensor, Tensor, T
     names = sorted(set(rows["lesion"]))
     patches, kinds, target = [], [], []
     grid = torch.zeros(3, dtype=torch.long)
+    read = CaseReader(0)
     for row in _dicts(rows):
-        case = read_case(row)
+        case = read(row)
         assert case.mask is not None
         images = render_slices(case.grey, np.arange(len(case.grey)), size, case.scan.spacing_mm)
         images = [image.resize((size, size)) for image in images]  # volumes of any aspect, in one batch

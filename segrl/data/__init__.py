@@ -18,8 +18,9 @@ from segrl.data.text_columns import name_classes
 from segrl.data.volumes.case import Case, CaseReader, grey_values, read_case, read_grey
 from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.data.volumes.intensity import CT_WINDOW, Intensity, intensity_for, scale_intensity
+from segrl.data.volumes.labels import Labels, label_values, read_label, read_labels
 from segrl.data.volumes.m3d_seg import M3D_SEG_DATASETS, load_m3d_seg
-from segrl.data.volumes.nifti import label_values, read_label, read_volume, write_mask, write_volume
+from segrl.data.volumes.nifti import read_volume, write_mask, write_volume
 from segrl.data.volumes.prompts import build_volume_prompt, format_slice_answer, prepare_volumes
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.data.volumes.synthetic import VOLUME_LESIONS, SyntheticVolume, make_synthetic_volumes, make_volume
@@ -33,6 +34,7 @@ __all__ = [
     "Case",
     "CaseReader",
     "Intensity",
+    "Labels",
     "Queries",
     "Scene",
     "SplitContents",
@@ -64,6 +66,7 @@ __all__ = [
     "read_case",
     "read_grey",
     "read_label",
+    "read_labels",
     "read_volume",
     "render_slices",
     "scale_intensity",

@@ -41,7 +41,7 @@ __all__ = [
 BOTH_EMPTY_SCORE = 1.0
 ONE_EMPTY_SCORE = 0.0
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
-MAX_RLE_PIXELS = 2**28  # 1,024 slices of 512 x 512 px; a few bytes of text must not ask for all memory
+MAX_RLE_PIXELS = 2**30  # 4,096 slices of 512 x 512 px; a few bytes of text must not ask for all memory
 
 
 def empty_score(pred_empty: bool, true_empty: bool) -> float | None:
@@ -75,7 +75,8 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
         bool array of the same shape; the input itself if it is bool already.
 
     Raises:
-        DataError: Wrong number of dimensions, or a float mask: the foreground of logits or probabilities is a choice.
+        DataError: Wrong number of dimensions, negative values, which mark something else than a foreground, or a float
+            mask: the foreground of logits or probabilities is a choice.
 
     Example:
         >>> foreground([[0, 255], [1, 0]]).tolist()
@@ -89,6 +90,11 @@ def foreground(mask: ArrayLike, name: str = "mask", *, ndim: int | None = 2) -> 
     if not np.issubdtype(array.dtype, np.integer):
         raise DataError(
             f"{name}: expected a bool or integer mask, got {array.dtype}; threshold it first, as in mask > 0"
+        )
+    if np.issubdtype(array.dtype, np.signedinteger) and array.min(initial=0) < 0:
+        raise DataError(
+            f"{name}: has negative values, down to {array.min()}; expected 0 for the background; threshold it first, "
+            "as in mask > 0"
         )
     return array != 0
 
@@ -199,13 +205,15 @@ def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
         `{"size": [H, W], "counts": [...]}` or `{"size": [D, H, W], "counts": [...]}`, which JSON and parquet can hold.
 
     Raises:
-        DataError: Another number of dimensions, or a float mask.
+        DataError: Another number of dimensions, a float mask, negative values, or more than 2**30 pixels.
 
     Example:
         >>> mask_to_rle(np.array([[0, 1, 1], [0, 1, 0]]))
         {'size': [2, 3], 'counts': [2, 3, 1]}
     """
     inside = foreground(mask, ndim=3 if np.ndim(mask) == 3 else 2)
+    if inside.size > MAX_RLE_PIXELS:
+        raise DataError(f"mask: shape {inside.shape}; expected at most {MAX_RLE_PIXELS} pixels, what rle_to_mask reads")
     pixels = inside.swapaxes(-1, -2).ravel()
     starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     counts = np.diff(starts, prepend=0, append=pixels.size).tolist()
@@ -223,7 +231,7 @@ def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
         (H, W) or (D, H, W) bool.
 
     Raises:
-        DataError: A missing key, a size that is not two or three positive integers, more than 2**28 pixels, or counts
+        DataError: A missing key, a size that is not two or three positive integers, more than 2**30 pixels, or counts
             that are not whole numbers of 0 or more with the sum H * W or D * H * W. Compressed counts (a text) are
             not accepted.
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -158,7 +158,7 @@ class VolumeTask:
                 )
             frame = shown_frame(self.processor, case.grey.shape, row["slices"], size, self.settings.frame_kind)
             self._rows[key] = VolumeRow(case.target(row), frame, case, row.get("key_slice"))
-            while len(self._rows) > 1 and sum(map(_nbytes, self._rows.values())) > self._read_case.memory_bytes:
+            while len(self._rows) > 1 and _nbytes(self._rows.values()) > self._read_case.memory_bytes:
                 self._rows.popitem(last=False)
         self._rows.move_to_end(key)
         return self._rows[key]
@@ -238,8 +238,10 @@ def _as_volume(prediction: Prediction, row: VolumeRow) -> Prediction:
     return prediction.with_mask(volume)
 
 
-def _nbytes(row: VolumeRow) -> int:
-    return row.case.grey.nbytes + (0 if row.case.mask is None else row.case.mask.nbytes)
+def _nbytes(rows: Iterable[VolumeRow]) -> int:
+    """Bytes of the rows' scans and masks; a scan that several rows share counts once."""
+    arrays = {id(array): array for row in rows for array in (row.case.grey, row.case.mask) if array is not None}
+    return sum(array.nbytes for array in arrays.values())
 
 
 def _lacks(row: Mapping[str, Any], column: str) -> bool:

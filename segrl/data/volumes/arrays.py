@@ -9,8 +9,9 @@ last. If the last two axes are equal and the first one differs, slices come firs
 
 from __future__ import annotations
 
-import math
+import os
 import re
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,11 +19,17 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from segrl.data.volumes import limits
 from segrl.errors import DataError
 
-__all__ = ["array_affine", "open_npy", "sparse_channels", "sparse_label"]
+__all__ = ["array_affine", "open_npy", "sparse_label"]
 
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error),
+    *(MemoryError, OverflowError, NotImplementedError, RuntimeError),  # zip: another compression, or encrypted
+    *(SyntaxError, tokenize.TokenError),  # the header of an array is Python
+)
+_VOXEL_BYTES = 16  # of a sparse label in memory, at most: structures may overlap
 _SLICES_LAST = np.eye(4)
 # As in KiTS: slices from the top of the patient, rows from the front, columns from the patient's right.
 _SLICES_FIRST = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
@@ -44,65 +51,50 @@ def open_npy(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a numpy array ({error}); replace the file") from error
+    assert isinstance(array, np.memmap)
+    expected, found = array.offset + array.nbytes, os.path.getsize(path)
+    if found != expected:  # too few bytes were found before, by mapping them
+        raise DataError(
+            f"{path}: cannot be read as a numpy array (its header says that the file has {expected} bytes, and it has "
+            f"{found}); replace the file"
+        )
     shape = array.shape
     if array.ndim == 4 and shape[0] == 1:
         array = array[0]
     return array.reshape(array.shape[:3]) if array.ndim > 3 and set(array.shape[3:]) == {1} else array
 
 
-def sparse_label(path: Path, value: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Read one channel of a sparse label, or the union of all channels.
+def sparse_label(path: Path) -> tuple[tuple[int, int, int], sparse.csr_matrix]:
+    """Read a sparse label.
 
     Args:
         path: A `.npz` file of `scipy.sparse.save_npz` with a matrix (C, N); its name ends in the shape `(C, X, Y, Z)`.
-        value: Number of the channel, from 1, or 0 for the union.
 
     Returns:
-        bool (X, Y, Z), and the numbers of the channels that have foreground.
+        (X, Y, Z), and the matrix (C, N).
 
     Raises:
-        DataError: If the file or its name does not have that form.
+        DataError: If the file or its name does not have that form, or it is larger than allowed.
     """
-    channels, *shape = _shape_in_name(path)
+    channels, x, y, z = _shape_in_name(path)
+    limits.check_size(path, (x, y, z))
     try:
         with path.open("rb") as opened:  # numpy leaves a broken file open
+            with zipfile.ZipFile(opened) as members:
+                declared = sum(member.file_size for member in members.infolist())
+            if declared > _VOXEL_BYTES * limits.MAX_VOXELS:
+                raise ValueError(f"its arrays would take {declared} bytes")
             matrix = sparse.csr_matrix(sparse.load_npz(opened))
-        matrix.eliminate_zeros()
+        matrix.check_format(full_check=True)
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a scipy sparse matrix ({error}); replace the file") from error
     rows, columns = matrix.get_shape()
-    if (rows, columns) != (channels, math.prod(shape)):
+    if (rows, columns) != (channels, x * y * z):
         raise DataError(
-            f"{path}: the matrix is {rows} x {columns}, but the name says {channels} channels of "
-            f"{' x '.join(map(str, shape))} voxels; give the file its own name back"
+            f"{path}: the matrix is {rows} x {columns}, but the name says {channels} channels of {x} x {y} x {z} "
+            "voxels; give the file its own name back"
         )
-    present = tuple((np.flatnonzero(np.diff(matrix.indptr)) + 1).tolist())
-    mask = np.zeros(math.prod(shape), dtype=bool)
-    if value > 0:
-        mask[matrix[value - 1].indices if value <= channels else []] = True
-    elif value == 0:
-        mask[matrix.indices] = True
-    return mask.reshape(shape), present
-
-
-def sparse_channels(path: Path) -> tuple[int, ...]:
-    """Return the numbers of the channels with entries, from 1; only the row pointers are read.
-
-    Raises:
-        DataError: If the file or its name does not have the form that `sparse_label` reads.
-    """
-    channels = _shape_in_name(path)[0]
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            rows = np.diff(file["indptr"])
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read as a scipy sparse matrix ({error}); replace the file") from error
-    if len(rows) != channels:
-        raise DataError(
-            f"{path}: the matrix has {len(rows)} rows, but the name says {channels} channels; give the file its own "
-            "name back"
-        )
-    return tuple((np.flatnonzero(rows) + 1).tolist())
+    return (x, y, z), matrix
 
 
 def _shape_in_name(path: Path) -> tuple[int, ...]:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +14,17 @@ from typing import Any
 import numpy as np
 
 from segrl.caching.content import content_key
-from segrl.data.volumes.intensity import Intensity, intensity_for, scale_intensity
-from segrl.data.volumes.nifti import read_label, read_volume
+from segrl.data.volumes.intensity import Intensity, check_intensity, intensity_for, scale_intensity, scaling_note
+from segrl.data.volumes.labels import Labels, read_labels
+from segrl.data.volumes.nifti import read_volume
 from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
+from segrl.predictions.modalities import modality_kind
 from segrl.predictions.target import VolumeTarget, read_spacing
 
-__all__ = ["Case", "CaseReader", "case_of", "grey_values", "read_case", "read_grey"]
+__all__ = ["Case", "CaseReader", "case_of", "choose_scaling", "grey_values", "read_case", "read_grey", "say_note"]
+
+_LOG = logging.getLogger("segrl.data")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ class Case:
 
 
 class CaseReader:
-    """Read rows of `segrl.data.load_volumes`; a scan is read once per path and scaling, a label once per value.
+    """Read rows of `segrl.data.load_volumes`; a scan is read once per path and scaling, a label once.
 
     Args:
         memory_bytes: Scans and labels read last are kept within this budget, the last ones in any case.
@@ -69,7 +75,8 @@ class CaseReader:
     def __init__(self, memory_bytes: int = 2**31) -> None:
         self.memory_bytes = memory_bytes
         self._scans: OrderedDict[tuple[str, ...], Case] = OrderedDict()
-        self._masks: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
+        self._labels: OrderedDict[tuple[str, str], Labels] = OrderedDict()
+        self._said: set[str] = set()
 
     def __call__(self, row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
         """Read one row.
@@ -88,35 +95,37 @@ class CaseReader:
         if missing:
             raise DataError(f"{where}: no {missing[0]}; expected a path in the column {missing[0]!r}")
         path, modality, intensity = (str(row.get(column) or "") for column in ("scan", "modality", "intensity"))
-        known = (path, modality, intensity)
+        known = (path, intensity or modality_kind(modality))
         if known not in self._scans:
-            self._scans[known] = case_of(read_volume(path), modality=modality, intensity=intensity)
+            self._scans[known], note = _scale(read_volume(path), modality, intensity)
+            kind = note.partition(":")[2]
+            if note and kind not in self._said:
+                self._said.add(kind)
+                say_note(f"{path!r}: {note} (other scans of this data set are not named)")
         self._scans.move_to_end(known)
         case, mask = self._scans[known], None
         scan = case.scan
         if scan.spacing_mm is None:
             scan = replace(scan, spacing_mm=read_spacing(row.get("spacing_mm"), f"{where}: spacing_mm"))
         if label:
-            which = (str(row["label"]), row.get("label_value") or 0, path)
-            if which not in self._masks:
-                self._masks[which] = read_label(which[0], scan, which[1], allow_empty=True)
-            self._masks.move_to_end(which)
-            mask = self._masks[which]
-            if not allow_empty and not mask.any():
-                read_label(which[0], scan, which[1])  # raises, and says which values there are
+            pair = str(row["label"]), path
+            if pair not in self._labels:
+                self._labels[pair] = read_labels(pair[0], scan)
+            self._labels.move_to_end(pair)
+            mask = self._labels[pair].mask(row.get("label_value"), allow_empty=allow_empty)
         self._forget()
         return replace(case, scan=scan, mask=mask)
 
     def _forget(self) -> None:
         """Keep what fits, the newest in any case."""
-        for kept in (self._masks, self._scans):
+        for kept in (self._labels, self._scans):
             while len(kept) > 1 and self.nbytes > self.memory_bytes:
                 kept.popitem(last=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(case.grey.nbytes for case in self._scans.values()) + sum(m.nbytes for m in self._masks.values())
+        return sum(case.grey.nbytes for case in self._scans.values()) + sum(n.nbytes for n in self._labels.values())
 
 
 def read_case(row: Mapping[str, Any], *, label: bool = True, allow_empty: bool = False) -> Case:
@@ -164,8 +173,10 @@ def case_of(volume: Volume, *, modality: str = "", intensity: str = "") -> Case:
         >>> case_of(Volume(np.array([[[-160.0, 40.0, 240.0]]])), intensity="window:-160:240").intensity
         'window:-160:240'
     """
-    grey, scaling = _scaled(volume, modality, intensity)
-    return Case(replace(volume, voxels=grey), content_key(grey), intensity=str(scaling))
+    case, note = _scale(volume, modality, intensity)
+    if note:
+        say_note(f"{volume.name or 'volume'!r}: {note}")
+    return case
 
 
 def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> np.ndarray:
@@ -180,12 +191,33 @@ def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> n
         >>> grey_values(Volume(np.array([[[-160.0, 40.0, 240.0]]])), intensity="window:-160:240").tolist()
         [[[0, 128, 255]]]
     """
-    return _scaled(volume, modality, intensity)[0]
+    return case_of(volume, modality=modality, intensity=intensity).grey
 
 
-def _scaled(volume: Volume, modality: str, intensity: str) -> tuple[np.ndarray, Intensity]:
+def choose_scaling(volume: Volume, modality: str = "", intensity: str = "") -> tuple[Intensity, str]:
+    """Return the scaling of a volume, and a note if it is another than its modality suggests, else "".
+
+    Raises:
+        DataError: An intensity that is none or blanks the volume, or voxels that are NaN or infinite; names the volume.
+    """
     try:
-        scaling = Intensity.parse(intensity) if intensity else intensity_for(modality, volume.voxels)
-        return scale_intensity(volume.voxels, scaling), scaling
+        if intensity:
+            given = Intensity.parse(intensity)
+            check_intensity(volume.voxels, given)
+            return given, ""
+        chosen = intensity_for(modality, volume.voxels)
+        return chosen, scaling_note(modality, volume.voxels, chosen)
     except DataError as error:
         raise DataError(f"{volume.name or 'volume'}: {error}") from error
+
+
+@functools.cache
+def say_note(text: str) -> None:
+    """Log a line, once in a process: a remark about files that are read well."""
+    _LOG.warning("%s", text)
+
+
+def _scale(volume: Volume, modality: str, intensity: str) -> tuple[Case, str]:
+    scaling, note = choose_scaling(volume, modality, intensity)
+    grey = scale_intensity(volume.voxels, scaling)
+    return Case(replace(volume, voxels=grey), content_key(grey), intensity=str(scaling)), note

@@ -6,20 +6,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, Value
 
 from segrl.caching.content import content_key
 from segrl.data.contents import SplitContents
 from segrl.data.manifest import check_dataset, raise_all, read_manifest
+from segrl.data.volumes.case import choose_scaling, say_note
 from segrl.data.volumes.intensity import Intensity
-from segrl.data.volumes.nifti import read_label, read_volume
-from segrl.data.volumes.volume import Volume
+from segrl.data.volumes.labels import Labels, label_text, read_labels
+from segrl.data.volumes.nifti import read_volume
 from segrl.errors import DataError
 from segrl.predictions.target import METADATA_COLUMNS, read_spacing
 
-__all__ = ["check_volumes", "file_problems", "label_value", "load_volumes", "volume_dataset"]
+__all__ = ["check_volumes", "file_problems", "load_volumes", "rows_by_scan", "volume_dataset"]
 
-COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
+_READ = ("scan", "label", "label_value", "intensity")
+COLUMNS = (*_READ, *METADATA_COLUMNS)
 
 
 def load_volumes(
@@ -50,10 +53,10 @@ def load_volumes(
         contents: Collects what the split holds, so that it is compared with the others (see `check_volumes`).
 
     Returns:
-        A data set with the columns scan and label (paths), label_value (int; 0, the default, takes every voxel that is
-        not zero), intensity (see `segrl.data.Intensity`; "" leaves the choice to `intensity_for`), query, modality,
-        anatomy, lesion, name (the image path, unless the manifest has names) and the manifest's other columns. Optional
-        columns that are missing are empty strings.
+        A data set with the columns scan and label (paths), label_value (text: "3", or "1,2,3" for the union of several
+        values; "0", the default, takes every voxel that is not zero), intensity (see `segrl.data.Intensity`; "" leaves
+        the choice to `intensity_for`), query, modality, anatomy, lesion, name (the image path, unless the manifest has
+        names) and the manifest's other columns. Optional columns that are missing are empty strings.
 
     Raises:
         DataError: For a missing or unreadable manifest, a missing column, an unknown split, no rows, and, with all
@@ -77,7 +80,7 @@ def load_volumes(
         if "scan" in row:
             raise DataError(f"{found.source}: a column 'scan' beside 'image', which load_volumes calls so; rename it")
         try:
-            value, intensity = label_value(row.get("label_value", "")), row.get("intensity", "").strip()
+            value, intensity = label_text(row.get("label_value", "")), row.get("intensity", "").strip()
             if intensity:
                 Intensity.parse(intensity)
         except DataError as error:
@@ -100,8 +103,9 @@ def check_volumes(
     """Check every row of a data set with the columns scan, label and query, reading one scan at a time.
 
     A row is bad if its scan or label cannot be read (see `read_volume` and `read_label`), if the label does not fit the
-    scan or holds no foreground (with the row's label_value), if intensity or query are wrong, or if an earlier row asks
-    the same of the same scan and has another label.
+    scan or holds no foreground (with the row's label_value), if the intensity leaves few grey levels of the scan (see
+    `intensity_for`), if intensity or query are wrong, or if an earlier row asks the same of the same scan and has
+    another label.
 
     Args:
         dataset: The columns label_value, intensity and name are optional.
@@ -133,8 +137,9 @@ def check_volumes(
 def volume_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """Build a data set of rows with the columns of `COLUMNS` and equal other columns, in this order."""
     names = [*COLUMNS, *(name for name in (rows[0] if rows else ()) if name not in COLUMNS)]
-    features = {name: Value("int64" if name == "label_value" else "string") for name in names}
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(features))
+    columns = {name: [row[name] for row in rows] for name in names}
+    columns["label_value"] = [label_text(value) for value in columns["label_value"]]
+    return Dataset.from_dict(columns, features=Features({name: Value("string") for name in names}))
 
 
 def file_problems(
@@ -144,55 +149,96 @@ def file_problems(
     contents: SplitContents | None = None,
     split: str = "",
 ) -> Iterator[str]:
-    """Yield every problem with the files of a data set, row by row; neighbouring rows read a common scan once."""
-    volume: Volume | DataError | None = None
-    last = key = ""
+    """Yield every problem with the files of a data set, row by row; each scan and label is read once.
+
+    A remark about scans that are not scaled as others of their modality is logged, one line for the data set.
+    """
     contents = contents or SplitContents()
-    for location, row in zip(locations, dataset, strict=True):
-        assert isinstance(row, dict)
-        if row["scan"] != last or volume is None:
-            try:
-                volume, last = None, row["scan"] or ""  # the old scan makes room for the new one
-                volume = read_volume(last)
-                key = content_key(volume.voxels)
-            except DataError as error:
-                volume = error
-        try:
-            if isinstance(volume, Volume) and volume.spacing_mm is None:
-                read_spacing(row.get("spacing_mm"), "spacing_mm")
-        except DataError as error:
-            yield f"{location}: {error}"
-        if isinstance(volume, DataError):
-            yield f"{location}: {volume}"
-        if not row["label"]:
-            yield f"{location}: the label is missing; give a file or delete the row"
-            continue
-        try:
-            if row.get("intensity"):
-                Intensity.parse(row["intensity"])
-            scan = volume if isinstance(volume, Volume) else None
-            mask = read_label(row["label"], scan, label_value(row.get("label_value")), allow_empty=allow_empty)
-        except DataError as error:
-            yield f"{location}: {error}"
-            continue
-        if scan is not None:
+    found: dict[int, list[str]] = {}
+    notes: list[str] = []
+    places = list(locations)
+    wanted = (*COLUMNS, "spacing_mm", "split")  # pictures are not read
+    read = [name for name in dict.fromkeys(wanted) if name in dataset.column_names]
+    rows: list[dict[str, Any]] = [dict(row) for row in dataset.select_columns(read)]  # type: ignore[call-overload]
+    last, scan, key, labels = None, [], "", {}
+    for number in rows_by_scan(rows):
+        row = rows[number]
+        if last is None or _scan_of(row) != last:  # the old scan made room before the new one is read
+            last, labels = _scan_of(row), {}
+            scan, key = _read_scan(row, notes)
+        problems = found.setdefault(number, [])
+        problems += scan
+        mask, wrong = _read_mask(row, labels, allow_empty, fits=not scan)
+        problems += wrong
+        if mask is not None and key:
             name = split or str(row.get("split") or "")
             keys = {"image": key, "mask": content_key(mask)}
-            if problem := contents.add(name, location, row, **keys, share=float(mask.mean())):
-                yield f"{location}: {problem}"
+            if problem := contents.add(name, places[number], row, **keys, share=float(mask.mean())):
+                problems.append(problem)
+    if notes:
+        more = f" (and {len(notes) - 1} more scans)" if len(notes) > 1 else ""
+        say_note(notes[0] + more)
+    for number, place in enumerate(places):
+        yield from (f"{place}: {problem}" for problem in found[number])
 
 
-def label_value(value: Any) -> int:
-    """Read the label value of a manifest or a row: a whole number of 0 or more; None and "" mean 0.
+def rows_by_scan(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the numbers of the rows, those that share a scan side by side; else in their order.
 
-    Raises:
-        DataError: If it is anything else.
+    Example:
+        >>> rows_by_scan([{"scan": "a"}, {"scan": "b"}, {"scan": "a"}])
+        [0, 2, 1]
     """
-    text = str(value if value is not None else "").strip() or "0"
+    scans: dict[str, int] = {}
+    scalings: dict[tuple[str, ...], int] = {}
+
+    def place(number: int) -> tuple[int, int]:
+        scan = _scan_of(rows[number])
+        return scans.setdefault(scan[0], number), scalings.setdefault(scan, number)
+
+    return sorted(range(len(rows)), key=place)
+
+
+def _scan_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(column) or "") for column in ("scan", "intensity", "modality", "spacing_mm"))
+
+
+def _read_scan(row: Mapping[str, Any], notes: list[str]) -> tuple[list[str], str]:
+    """Return the problems of a row's scan and the key of its content, and add a remark to the notes."""
+    path, intensity, modality, spacing = _scan_of(row)
+    key = ""
     try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not (number >= 0 and number.is_integer()):
-        raise DataError(f"label_value {text!r}: expected a whole number, 0 for every voxel that is not zero")
-    return int(number)
+        volume = read_volume(path)
+        key = content_key(volume.voxels)
+        if volume.spacing_mm is None:
+            read_spacing(spacing, "spacing_mm")
+        _, note = choose_scaling(volume, modality, intensity)
+        notes += [f"{path!r}: {note}"] if note else []
+    except DataError as error:
+        return [str(error)], key
+    except MemoryError as error:
+        return [f"{path}: not enough memory ({error}); crop or resample the scan, or leave it out"], key
+    return [], key
+
+
+def _read_mask(
+    row: Mapping[str, Any], labels: dict[str, Labels | DataError], allow_empty: bool, *, fits: bool
+) -> tuple[np.ndarray | None, list[str]]:
+    """Return a row's mask and its problems; a label without a readable scan is judged alone."""
+    path = row["label"]
+    if not path:
+        return None, ["the label is missing; give a file or delete the row"]
+    try:
+        if path not in labels:
+            try:
+                labels[path] = read_labels(path, row["scan"] if fits else None)
+            except DataError as error:
+                labels[path] = error
+        known = labels[path]
+        if isinstance(known, DataError):
+            raise known
+        return known.mask(row.get("label_value"), allow_empty=allow_empty), []
+    except DataError as error:
+        return None, [str(error)]
+    except MemoryError as error:
+        return None, [f"{path}: not enough memory ({error}); crop or resample the label, or leave it out"]

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from segrl.errors import DataError
 from segrl.predictions.modalities import modality_kind
 
-__all__ = ["CT_WINDOW", "Intensity", "intensity_for", "scale_intensity"]
+__all__ = ["CT_WINDOW", "Intensity", "check_intensity", "intensity_for", "scale_intensity", "scaling_note"]
 
 IntensityKind = Literal["window", "percentile"]
 
@@ -89,17 +89,22 @@ CT_WINDOW = Intensity("window", -160, 240)
 _BYTES = Intensity("window", 0, 255)
 _UNIT = Intensity("window", 0, 1)
 _PERCENTILE = Intensity("percentile", 0.5, 99.5)
+_WHOLE = Intensity("percentile", 0, 100)
+_FEW = 16  # grey levels below which a scaling may have blanked a scan
+_SAMPLE = 2**18  # voxels that are looked at first
 
 
 def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
-    """Choose the scaling from the modality and the range of the voxels.
+    """Choose the scaling from the modality and the voxels, by what is left of them.
 
     A CT in Hounsfield units has negative voxels (air is -1000, fat -100) and gets the soft tissue window, `CT_WINDOW`.
     A CT without negative voxels has been windowed before and keeps its range if that is 0 to 1 or 0 to 255. Everything
-    else has no fixed unit and is scaled between the percentiles 0.5 and 99.5.
+    else has no fixed unit and is scaled between the percentiles 0.5 and 99.5. So is a CT of which these ranges would
+    leave fewer than 16 grey levels, although it has more: it was divided by 1000 or standardised, or shows only air.
+    `scaling_note` says in words what was chosen.
 
     Args:
-        modality: For example "CT", "CT scan", "MRI"; may be empty.
+        modality: For example "CT", "CT scan", "Computed tomography", "MRI"; may be empty.
         voxels: (D, H, W), any real type.
 
     Raises:
@@ -108,14 +113,57 @@ def intensity_for(modality: str, voxels: ArrayLike) -> Intensity:
     Example:
         >>> [str(intensity_for(modality, [[[-1000, 60]]])) for modality in ("CT", "MRI")]
         ['window:-160:240', 'percentile:0.5:99.5']
+        >>> str(intensity_for("CT", np.linspace(-1, 3, 99).reshape(1, 9, 11)))
+        'percentile:0.5:99.5'
     """
     volume = _volume(voxels)
     low, high = _range(volume)
-    if modality_kind(modality) != "ct":
-        return _PERCENTILE
-    if low < 0:
-        return CT_WINDOW
-    return _UNIT if high <= 1 else _BYTES if high <= 255 else _PERCENTILE
+    choices = [_PERCENTILE, _WHOLE]
+    if modality_kind(modality) == "ct":
+        choices.insert(0, CT_WINDOW if low < 0 else _UNIT if high <= 1 else _BYTES if high <= 255 else _PERCENTILE)
+    return next((choice for choice in choices if _enough_levels(volume, choice)), choices[0])
+
+
+def scaling_note(modality: str, voxels: ArrayLike, intensity: Intensity) -> str:
+    """Say why a scan that has no scaling of its own is not scaled as others of its modality; "" if it is.
+
+    Args:
+        modality: As in `intensity_for`.
+        voxels: (D, H, W).
+        intensity: What `intensity_for` chose.
+
+    Example:
+        >>> voxels = np.linspace(-1, 3, 99).reshape(1, 9, 11)
+        >>> scaling_note("CT", voxels, intensity_for("CT", voxels))
+        'a CT with voxels from -1 to 3, not in Hounsfield units: scaled by percentile:0.5:99.5'
+    """
+    low, high = _range(_volume(voxels))
+    if modality_kind(modality) == "ct":
+        reason = "" if intensity == CT_WINDOW else f"a CT with voxels from {low:g} to {high:g}, not in Hounsfield units"
+    else:
+        reason = "" if intensity == _PERCENTILE else f"{_PERCENTILE} leaves few grey levels of {low:g} to {high:g}"
+    return reason and f"{reason}: scaled by {intensity}"
+
+
+def check_intensity(voxels: ArrayLike, intensity: Intensity) -> None:
+    """Check that a given scaling does not blank a volume.
+
+    Raises:
+        DataError: It leaves fewer than 16 grey levels, although the volume has more than twice as many.
+
+    Example:
+        >>> check_intensity(np.linspace(-1, 1, 99).reshape(1, 9, 11), CT_WINDOW)
+        Traceback (most recent call last):
+        segrl.errors.DataError: intensity window:-160:240: leaves 3 grey levels of voxels from -1 to 1; ...
+    """
+    volume = _volume(voxels)
+    if not _enough_levels(volume, intensity):
+        low, high = _range(volume)
+        left = _levels(volume, intensity)
+        raise DataError(
+            f"intensity {intensity}: leaves {left} grey levels of voxels from {low:g} to {high:g}; "
+            f"expected at least {_FEW}; give a range of these voxels, such as {str(_PERCENTILE)!r}"
+        )
 
 
 def scale_intensity(voxels: ArrayLike, intensity: Intensity) -> np.ndarray:
@@ -143,13 +191,25 @@ def scale_intensity(voxels: ArrayLike, intensity: Intensity) -> np.ndarray:
     if intensity.kind == "percentile":
         if smallest == largest:
             return grey
-        low, high = (float(end) for end in np.percentile(volume[volume != 0], (low, high)))
+        low, high = (float(end) for end in np.percentile(volume[volume != 0], (low, high), overwrite_input=True))
         if low == high:
             low, high = smallest, largest
     for section, shade in zip(volume, grey, strict=True):
         share = (section.astype(np.float64) - low) / (high - low)
         shade[...] = np.clip(share, 0, 1) * 255 + 0.5
     return grey
+
+
+def _enough_levels(volume: np.ndarray, intensity: Intensity) -> bool:
+    """Return whether a scaling keeps 16 grey levels, or half of those that other scalings keep."""
+    sample = volume.reshape(1, 1, -1)[..., :: max(1, volume.size // _SAMPLE)]
+    if _levels(sample, intensity) >= _FEW:
+        return True
+    return 2 * _levels(volume, intensity) >= max(_levels(volume, choice) for choice in (_PERCENTILE, _WHOLE))
+
+
+def _levels(volume: np.ndarray, intensity: Intensity) -> int:
+    return len(np.unique(scale_intensity(volume, intensity)))
 
 
 def _volume(voxels: ArrayLike) -> np.ndarray:

@@ -25,7 +25,7 @@ from segrl.data.manifest import raise_all
 from segrl.data.reasoning import build_query
 from segrl.data.volumes.folder import file_problems, volume_dataset
 from segrl.data.volumes.intensity import Intensity
-from segrl.data.volumes.nifti import label_values
+from segrl.data.volumes.labels import label_values
 from segrl.errors import DataError, unknown_name
 
 __all__ = ["M3D_SEG_DATASETS", "load_m3d_seg"]

@@ -22,7 +22,8 @@ from segrl.data.completions import check_preparation, target_completion
 from segrl.data.coordinates import CoordinatePolicy, check_coordinates, given_reasoning
 from segrl.data.reasoning import build_reasoning, pick_by_hash
 from segrl.data.text_columns import check_texts, lesion_name, name_classes
-from segrl.data.volumes.case import read_case
+from segrl.data.volumes.case import CaseReader
+from segrl.data.volumes.folder import rows_by_scan
 from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.errors import DataError
 from segrl.geometry.masks import boxes_from_mask
@@ -145,8 +146,14 @@ def prepare_volumes(
         max_boxes=max_boxes,
         seed=seed,
         coordinates=coordinates,
+        read_case=CaseReader(0),
     )
-    return dataset.map(row_columns, num_proc=num_proc, desc="slices").cast_column("images", List(Image()))
+    # Rows of a scan side by side, so that it is read once, and back again.
+    order = rows_by_scan(dataset.select_columns(list(_COLUMNS)).to_list())
+    moved = order != list(range(len(order)))
+    rows = dataset.select(order) if moved else dataset
+    rows = rows.map(row_columns, num_proc=num_proc, desc="slices").cast_column("images", List(Image()))
+    return rows.select(np.argsort(order)) if moved else rows
 
 
 def _row_columns(
@@ -160,6 +167,7 @@ def _row_columns(
     max_boxes: int | None,
     seed: int,
     coordinates: CoordinatePolicy,
+    read_case: CaseReader,
 ) -> dict[str, Any]:
     case = read_case(row, label=completions)
     mask = case.mask

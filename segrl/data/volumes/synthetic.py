@@ -135,7 +135,7 @@ def make_synthetic_volumes(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     (row,) = make_synthetic_volumes(1, folder, depth=4, size=32)
         >>> Path(row["scan"]).name, row["lesion"], row["label_value"]
-        ('synthetic_0_4x32_00000.nii.gz', 'bright nodule', 1)
+        ('synthetic_0_4x32_00000.nii.gz', 'bright nodule', '1')
     """
     import nibabel
 
