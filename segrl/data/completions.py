@@ -7,12 +7,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.data.reserved import check_texts
+from segrl.data.row_texts import texts_of_rows
 from segrl.errors import DataError, SegRLError
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_completion
 from segrl.predictions.prediction import Status
 from segrl.predictions.prompt_settings import PromptSettings
+from segrl.predictions.reserved_text import check_reserved
 
 __all__ = ["check_preparation", "target_completion"]
 
@@ -25,9 +26,10 @@ def check_preparation(
     limits: Mapping[str, int | None],
     *,
     source: str,
+    texts: Sequence[str],
     needs_frame: bool = True,
 ) -> None:
-    """Refuse a data set that cannot be prepared, before any image is read.
+    """Refuse a data set that cannot be prepared, before any image or scan is read.
 
     Args:
         dataset: The rows.
@@ -36,11 +38,12 @@ def check_preparation(
         columns: Columns that must be there.
         limits: Numbers that must be 1 or more, or None, by the names of their arguments.
         source: The loader that gives these columns, for the error.
+        texts: Columns whose text enters a prompt or a completion, where they are there.
         needs_frame: Whether boxes are written, or frames computed, which takes a processor or a frame kind.
 
     Raises:
         DataError: No rows, a missing column, a number below 1, neither a processor nor a frame that needs none, or a
-            text that holds a token of the model.
+            text with a token that has a meaning for the processor (`check_reserved`).
     """
     if not len(dataset):
         raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
@@ -58,7 +61,9 @@ def check_preparation(
             f"processor=None with frame_kind={settings.frame_kind!r}: pass the model's processor, or one of the frames "
             "that need none, 'original_px' or 'relative_1000'"
         )
-    check_texts(dataset, processor, settings.seg_token)
+    instruction = [("prompt settings", "instruction", settings.full_instruction)]
+    check_reserved(instruction, processor, messages=True)
+    check_reserved(texts_of_rows(dataset, texts), processor, seg_token=settings.seg_token)
 
 
 def target_completion(

@@ -22,6 +22,7 @@ from segrl.models.loading import load_vlm, seg_token_id
 from segrl.models.saved_files import check_saved_files
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.predictions.reserved_text import check_reserved
 from segrl.tasks import Task
 
 __all__ = ["SegmenterBase", "find_run"]
@@ -132,6 +133,17 @@ class SegmenterBase:
     def task(self) -> Task:
         """Reads answers and makes masks, as in training."""
         raise NotImplementedError
+
+    def _check_texts(self, queries: Sequence[str]) -> None:
+        """Refuse questions, and an instruction, that hold a token with a meaning for the processor.
+
+        Raises:
+            DataError: Names the question by its number from 0.
+        """
+        instruction = [("prompt settings", "instruction", self.settings.full_instruction)]
+        check_reserved(instruction, self.processor, messages=True)
+        asked = ((f"question {number}", "query", query) for number, query in enumerate(queries))
+        check_reserved(asked, self.processor, seg_token=self.settings.seg_token)
 
     @torch.no_grad()
     def _predict(

@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from segrl.data.images.prompts import build_prompt, shown_image
-from segrl.data.reserved import check_query
 from segrl.errors import DataError
 from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
@@ -68,13 +67,15 @@ class ReasoningSegmenter(SegmenterBase):
             Predictions in order; boxes and masks in pixels of `sizes`.
 
         Raises:
-            DataError: Lengths differ, something is not an image of 8 bits a channel, or several beams are asked for.
+            DataError: Lengths differ, something is not an image of 8 bits a channel, a question holds a token with a
+                meaning for the processor, or several beams are asked for.
         """
         images, queries = list(images), list(queries)  # a lazy column makes a new object at every access
         if len(images) != len(queries):
             raise DataError(f"{len(images)} images for {len(queries)} queries; expected one query per image")
         if sizes is not None and len(sizes) != len(images):
             raise DataError(f"{len(sizes)} sizes for {len(images)} images; expected one (width, height) per image")
+        self._check_texts(queries)
         if not images:
             return []
         head = find_mask_head(self.model)
@@ -93,7 +94,6 @@ class ReasoningSegmenter(SegmenterBase):
         self, shown: Image.Image, query: str, size: tuple[int, int], seg_input: SegInput | None = None
     ) -> tuple[list[dict[str, Any]], ImageRow]:
         """The conversation with its image, and what it is about, as `prepare` and the task build them."""
-        check_query(query, self.processor, self.settings.seg_token)
         text = build_prompt(query, self.settings.full_instruction)[0]["content"]
         content = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
         frame = frame_for(self.processor, shown.size, size, kind=self.settings.frame_kind)

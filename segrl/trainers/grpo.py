@@ -30,6 +30,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from segrl.data.row_texts import check_batch_texts
 from segrl.heads.attach import find_mask_head
 from segrl.heads.decoding import Completions, append_tokens
 from segrl.heads.dense import DenseLoss
@@ -101,6 +102,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     _tag_names = ("trl", "grpo", "segrl")
     _needs_probability = False
     _rollout: Rollout | None = None
+    _texts_checked = True
     _records: Sequence[dict[str, Any]] = ()
     _first_statuses: Counter[str] | None = None  # of the answers before the first log
 
@@ -143,6 +145,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
+        self._texts_checked = self._check_texts()
         if propagator is not None:
             propagator.segmenter.to(self.accelerator.device)
         self._keep_settings(prompt_settings)
@@ -155,6 +158,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     # ---- rollout -----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self._texts_checked:
+            check_batch_texts(inputs, self.processing_class)
         self._rollout = rollout = Rollout()
         try:
             output = super()._generate_and_score_completions(inputs)

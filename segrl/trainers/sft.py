@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
+from segrl.data.row_texts import check_batch_texts
 from segrl.errors import SegRLError
 from segrl.heads.decoding import append_tokens
 from segrl.heads.dense import DenseLoss
@@ -32,6 +33,17 @@ class SegCollator:
         batch = self.collator([{k: v for k, v in row.items() if k not in self.task.columns} for row in examples])
         batch["seg_inputs"] = self.task.seg_inputs(rows)
         return batch
+
+
+class CheckedCollator:
+    """A collator of streamed rows, whose texts cannot be checked before training: they are here."""
+
+    def __init__(self, collator: Any, processor: Any) -> None:
+        self.collator, self.processor = collator, processor
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        check_batch_texts(examples, self.processor)
+        return self.collator(examples)
 
 
 class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
@@ -81,6 +93,8 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
             self.task = make_task(self.processing_class, prompt_settings, head=self.mask_head, columns=columns)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
             self.data_collator = SegCollator(self.data_collator, self.task)
+        if not self._check_texts():
+            self.data_collator = CheckedCollator(self.data_collator, self.processing_class)
         self._keep_settings(prompt_settings)
 
     def _set_signature_columns_if_needed(self) -> None:

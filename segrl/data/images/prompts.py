@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 from typing import Any
@@ -24,6 +25,7 @@ from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["FULL_IMAGE", "build_prompt", "open_image", "prepare", "shown_image"]
 
+_TEXTS = ("query", "modality", "anatomy", "lesion", "reasoning")  # may enter a completion
 FULL_IMAGE = "full_image"  # column of the original, as a file, where the image that the model sees is smaller
 
 
@@ -95,7 +97,14 @@ def prepare(
     columns = ("image", "mask", *METADATA_COLUMNS) if completions else ("image", "query")
     limits = {"max_boxes": max_boxes}
     check_preparation(
-        dataset, processor, settings, columns, limits, source="segrl.data.load_folder", needs_frame=completions
+        dataset,
+        processor,
+        settings,
+        columns,
+        limits,
+        source="segrl.data.load_folder",
+        texts=_TEXTS if completions else ("query",),
+        needs_frame=completions,
     )
     if completions and settings.reasoning:
         check_coordinates(dataset, coordinates)
@@ -113,7 +122,9 @@ def prepare(
     features = {**encoded.features, "prompt": message}
     if completions:
         features["completion"] = message
-    if settings.max_edge is not None:
+    if FULL_IMAGE in features:  # prepared before: from the originals again
+        encoded = encoded.cast_column(FULL_IMAGE, Image(decode=False))
+    if settings.max_edge is not None or FULL_IMAGE in features:
         features[FULL_IMAGE] = Image(decode=False)
     made = encoded.map(row_columns, num_proc=num_proc, desc="prompts", features=Features(features))
     return made.cast_column("image", Image())
@@ -143,17 +154,18 @@ def _row_columns(
     coordinates: CoordinatePolicy,
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"prompt": build_prompt(row["query"], settings.full_instruction)}
-    if settings.max_edge is not None:
-        columns[FULL_IMAGE] = None
+    whole = row.get(FULL_IMAGE) or row["image"]
+    if settings.max_edge is not None or FULL_IMAGE in row:
+        columns |= {"image": whole, FULL_IMAGE: None}
     elif not completions:
         return columns
-    with _open(row["image"]) as image:
+    with _open(whole) as image:
         original_size = _upright_size(image)
         image_size = shrunk_size(original_size, settings.max_edge)
         if image_size != original_size:
             buffer = io.BytesIO()
             shown_image(image, settings.max_edge).save(buffer, format="PNG", compress_level=1)
-            columns |= {"image": {"bytes": buffer.getvalue(), "path": None}, FULL_IMAGE: row["image"]}
+            columns |= {"image": {"bytes": buffer.getvalue(), "path": None}, FULL_IMAGE: whole}
     if not completions:
         return columns
     mask = binarize(row["mask"], f"mask of {row['name']}")
@@ -181,14 +193,23 @@ def _row_columns(
     return columns | {"completion": target_completion(row["name"], reasoning, answer, frame, settings)}
 
 
-def open_image(value: dict[str, Any]) -> PILImage.Image:
-    """Decode an image as `datasets.Image(decode=False)` gives it; upright, in RGB.
+def open_image(value: dict[str, Any] | PILImage.Image, name: str) -> PILImage.Image:
+    """Return an image as `datasets.Image` gives it, decoded or not; upright, in RGB.
 
     Args:
-        value: `bytes` of a file, or its `path` where `bytes` is None.
+        value: An image; or `bytes` of a file, or its `path` where `bytes` is None.
+        name: The row, for errors.
+
+    Raises:
+        DataError: The file is not there or cannot be decoded.
     """
-    with _open(value) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with contextlib.nullcontext(value) if isinstance(value, PILImage.Image) else _open(value) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise DataError(
+            f"{name}: {FULL_IMAGE} cannot be read ({error}); put the file back where it was, or run prepare again"
+        ) from error
 
 
 def _open(value: dict[str, Any]) -> PILImage.Image:

@@ -33,6 +33,7 @@ from segrl.predictions.target import METADATA_COLUMNS
 __all__ = ["build_volume_prompt", "format_slice_answer", "prepare_volumes"]
 
 _COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
+_TEXTS = ("query", "modality", "anatomy", "lesion", "reasoning")  # may enter a completion
 _THIRDS = ("lowest", "middle", "highest")
 
 
@@ -114,7 +115,8 @@ def prepare_volumes(
         and, if asked for, `completion` and `key_slice` (the index in the volume of the answer's slice).
 
     Raises:
-        DataError: There are no rows, a column is missing, a number is below 1, a file cannot be read, or, for
+        DataError: There are no rows, a column is missing, a number is below 1, a text holds a token with a
+            meaning for the processor (`segrl.predictions.check_reserved`), a file cannot be read, or, for
             completions, given reasoning holds coordinates, a row has no label or a lesion that no shown slice holds;
             names the row or file.
 
@@ -128,7 +130,8 @@ def prepare_volumes(
     """
     settings = settings or VolumePromptSettings()
     limits = {"top_k": top_k, "max_boxes": max_boxes}
-    check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes")
+    texts = _TEXTS if completions else ("query",)
+    check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes", texts=texts)
     if completions and settings.reasoning:
         check_coordinates(dataset, coordinates, volume=True)
     row_columns = functools.partial(
