@@ -110,7 +110,7 @@ class TestTrainers:
         return Dataset.from_list([rows[0], bad])
 
     def grpo(self, tmp_path, model, processor, **data: Any) -> SegGRPOTrainer:
-        args = grpo_args(tmp_path, max_steps=1)
+        args = grpo_args(tmp_path, max_steps=1, per_device_train_batch_size=8)
         return SegGRPOTrainer(model, ["format"], args, processing_class=processor, **data)
 
     def sft(self, tmp_path, model, processor, dense: bool = True, **data: Any) -> SegSFTTrainer:
@@ -141,6 +141,12 @@ class TestTrainers:
         stream = self.rows(processor, "prompt", "<|image_pad|>").to_iterable_dataset()
         with pytest.raises(DataError, match=r"b\.png, prompt .*holds '<\|image_pad\|>'"):
             self.sft(tmp_path, model, processor, train_dataset=stream).train()
+
+    def test_streams_of_grpo(self, tmp_path):
+        model, processor = tiny_model()
+        stream = self.rows(processor, "query", "<seg>").to_iterable_dataset()
+        with pytest.raises(DataError, match=r"b\.png, query .*holds '<seg>'"):
+            self.grpo(tmp_path, model, processor, train_dataset=stream).train()
 
     def test_a_written_prompt_may_use_the_tokens_that_the_model_knows(self, tmp_path):
         """`<seg>` in a prompt is no mask; tests of the head see to that."""

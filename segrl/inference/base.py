@@ -17,6 +17,7 @@ from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
 from segrl.heads.probes import query_tokens
 from segrl.hub import is_hub_name
+from segrl.models.agreement import check_processor
 from segrl.models.backbone import base_instance
 from segrl.models.loading import load_vlm, seg_token_id
 from segrl.models.saved_files import check_saved_files
@@ -38,6 +39,7 @@ class SegmenterBase:
 
     Raises:
         CheckpointError: The settings are those of another task.
+        SegRLError: The processor is not the model's, see `segrl.models.check_processor`.
 
     Example:
         >>> from segrl.inference import ReasoningSegmenter
@@ -56,6 +58,8 @@ class SegmenterBase:
                 f"{type(self).__name__}: the model was trained on {settings.task}, expected a model of "
                 f"{self.settings_class.task}; segrl.inference.load picks the class that fits"
             )
+        if model is not None:
+            check_processor(model, processor)
         self.model, self.processor, self.settings = model, processor, settings
 
     @classmethod
@@ -174,6 +178,8 @@ class SegmenterBase:
             "do_sample": False,
             "max_new_tokens": self.settings.max_new_tokens,
             "suppress_tokens": _image_tokens(self.model),
+            "repetition_penalty": 1.0,  # as in training; the hub's files of Qwen2.5-VL hold another one
+            "eos_token_id": sorted(self._ends()) or None,
             **generation,
         }
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
@@ -221,12 +227,15 @@ class SegmenterBase:
 
     def _trimmed(self, ids: list[int]) -> list[int]:
         """Completion tokens up to and with the first end token."""
-        configured = self.model.generation_config.eos_token_id
-        ends = set(configured if isinstance(configured, list) else [configured]) | {
-            self.processor.tokenizer.eos_token_id
-        }
+        ends = self._ends()
         stop = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
         return ids[: stop + 1]
+
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer: the model's, and the tokenizer's, which TRL trains with."""
+        configured = self.model.generation_config.eos_token_id
+        ends = {*(configured if isinstance(configured, list) else [configured]), self.processor.tokenizer.eos_token_id}
+        return {token for token in ends if token is not None}
 
 
 def find_run(name: str | os.PathLike) -> Path:

@@ -35,6 +35,7 @@ from segrl.heads.attach import find_mask_head
 from segrl.heads.decoding import Completions, append_tokens
 from segrl.heads.dense import DenseLoss
 from segrl.heads.probes import query_tokens
+from segrl.models.agreement import check_call_settings
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction, invalid_text
 from segrl.predictions.prompt_settings import PromptSettings
@@ -145,6 +146,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
+        check_call_settings(self.chat_template_kwargs, self.processing_class, "chat_template_kwargs")
         self._texts_checked = self._check_texts()
         if propagator is not None:
             propagator.segmenter.to(self.accelerator.device)

@@ -28,6 +28,7 @@ from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_hea
 from segrl.heads.dense import DenseLoss, check_dense_losses, dense_terms
 from segrl.heads.mask_head import MaskHead
 from segrl.heads.requests import MaskRequest
+from segrl.models.agreement import check_processor
 from segrl.models.loading import restore_weights
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.trainers.checkpoints import check_checkpoint, newest_checkpoint, write_manifest
@@ -79,6 +80,7 @@ class MaskHeadMixin:
         finally:
             if head is not None:
                 attach_mask_head(trained, head)
+        check_processor(trained, getattr(self, "processing_class", None))
         _name_missing_bias(trained)
         if head is not None:
             if getattr(self.args, "save_strategy", "no") != "no":  # type: ignore[attr-defined]
