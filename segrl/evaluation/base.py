@@ -11,7 +11,6 @@ from rich.progress import track
 
 from segrl.data.row_texts import texts_of_rows
 from segrl.errors import DataError, SegRLError
-from segrl.inference.base import SegmenterBase
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.registry import Metric, make_metric
 from segrl.predictions.prediction import Prediction
@@ -28,14 +27,16 @@ Shown = TypeVar("Shown")
 AnyTarget = TypeVar("AnyTarget", Target, VolumeTarget)
 
 
-def check_questions(dataset: Dataset, segmenter: SegmenterBase) -> None:
-    """Refuse, before the first answer, rows whose question holds a token with a meaning for the processor.
+def check_questions(dataset: Dataset, segmenter: Any) -> None:
+    """Refuse, before the first answer, rows whose question holds a token with a meaning for the segmenter's processor.
 
     Raises:
         DataError: Names the first of these rows.
     """
-    asked = texts_of_rows(dataset, ("query",))
-    check_reserved(asked, segmenter.processor, seg_token=segmenter.settings.seg_token)
+    processor = getattr(segmenter, "processor", None)
+    if processor is not None:  # anything with `predict_batch` can be evaluated
+        asked = texts_of_rows(dataset, ("query",))
+        check_reserved(asked, processor, seg_token=segmenter.settings.seg_token)
 
 
 def score_rows(

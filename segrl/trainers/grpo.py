@@ -147,7 +147,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
         check_call_settings(self.chat_template_kwargs, self.processing_class, "chat_template_kwargs")
-        self._texts_checked = self._check_texts()
+        self._texts_checked = self._check_inputs()
         if propagator is not None:
             propagator.segmenter.to(self.accelerator.device)
         self._keep_settings(prompt_settings)

@@ -80,7 +80,6 @@ class MaskHeadMixin:
         finally:
             if head is not None:
                 attach_mask_head(trained, head)
-        check_processor(trained, getattr(self, "processing_class", None))
         _name_missing_bias(trained)
         if head is not None:
             if getattr(self.args, "save_strategy", "no") != "no":  # type: ignore[attr-defined]
@@ -95,12 +94,13 @@ class MaskHeadMixin:
         """Remember what `_save` writes: the prompt settings, with what the training rows add to them."""
         self.prompt_settings = None if settings is None else settings.for_rows(self.train_dataset)  # type: ignore[attr-defined]
 
-    def _check_texts(self) -> bool:
-        """Check the texts of the rows before training; returns False where a stream has to be checked by the batch.
+    def _check_inputs(self) -> bool:
+        """Check processor and texts before training; returns False where a stream has to be checked by the batch.
 
         Without images and without a task the trainer is TRL's, whose users may write any token.
         """
         trainer: Any = self
+        check_processor(trainer.model, trainer.processing_class)
         if trainer.task is None and not hasattr(trainer.processing_class, "tokenizer"):
             return True
         datasets = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}

@@ -119,7 +119,7 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
             self.task = make_task(self.processing_class, prompt_settings, head=self.mask_head, columns=columns)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
             self.data_collator = SegCollator(self.data_collator, self.task)
-        if not self._check_texts():
+        if not self._check_inputs():
             self.data_collator = CheckedCollator(self.data_collator, self.processing_class)
         self._keep_settings(prompt_settings)
 
