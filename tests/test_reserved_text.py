@@ -11,7 +11,7 @@ from builders import grpo_args, sft_args, tiny_headed_model, tiny_model, tiny_ro
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from transformers import AddedToken
 from volume_builders import blocks, row_of
 
 from segrl import DenseLoss, ReasoningSegmenter, SegGRPOTrainer, SegSFTTrainer
@@ -30,7 +30,7 @@ VOLUMES = VolumePromptSettings(slices=2, size=32, instruction="Answer.", max_new
 
 def images(**texts: str) -> Dataset:
     """Two rows, of which the second has other texts."""
-    rows = list(make_synthetic(2, size=56))
+    rows: Any = list(make_synthetic(2, size=56))
     return Dataset.from_list([{**rows[0], "reasoning": ""}, {**rows[1], "reasoning": "", "name": "b.png", **texts}])
 
 

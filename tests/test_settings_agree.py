@@ -91,10 +91,10 @@ def test_prepare_and_predict_write_the_frame_that_the_model_sees():
     processor.image_processor.max_pixels = 200_000
     mask = np.zeros((600, 800), np.uint8)
     mask[150:300, 200:400] = 255
-    (row,) = make_synthetic(1, size=56)
+    row: Any = make_synthetic(1, size=56)[0]
     row = {**row, "image": Image.new("RGB", (800, 600)), "mask": Image.fromarray(mask)}
     settings = ImagePromptSettings(reasoning=False, instruction="", max_new_tokens=1)
-    (made,) = prepare(Dataset.from_list([row]), processor, settings, completions=True)
+    made: Any = prepare(Dataset.from_list([row]), processor, settings, completions=True)[0]
     assert "[126, 91, 252, 182]" in made["completion"][0]["content"]
     answer = ReasoningSegmenter(model, processor, settings)
     seen: list[Any] = []

@@ -273,7 +273,7 @@ class TestFullImage:
         settings = ImagePromptSettings(max_edge=512, instruction="")
         mask = Image.fromarray(np.eye(512, 1024, dtype=np.uint8) * 255)
         row = {"image": image, "mask": mask, "query": "Where?", "modality": "", "anatomy": "", "lesion": "cyst"}
-        (made,) = prepare(Dataset.from_list([{**row, "name": "a"}]), processor, settings, completions=True)
+        made: Any = prepare(Dataset.from_list([{**row, "name": "a"}]), processor, settings, completions=True)[0]
         assert made["image"].size == (512, 256)
         (item,) = read(ImageTask(processor, settings, head), [made])
         contrast = item.seg_input.pixels[0].diff(dim=0).abs().mean()

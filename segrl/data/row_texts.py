@@ -23,7 +23,7 @@ def texts_of_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[st
     """
     have = [column for column in columns if column in dataset.column_names]
     named = ["name"] if "name" in dataset.column_names else []
-    rows = dataset.with_format(None).select_columns(list(dict.fromkeys([*have, *named])))  # no image is decoded
+    rows: Any = dataset.with_format(None).select_columns(list(dict.fromkeys([*have, *named])))  # no image is decoded
     for number, row in enumerate(rows if have else ()):
         yield from ((_name(row, number), column, row[column]) for column in have)
 

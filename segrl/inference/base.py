@@ -60,7 +60,8 @@ class SegmenterBase:
             )
         if model is not None:
             check_processor(model, processor)
-        self.model, self.processor, self.settings = model, processor, settings
+        self.model: Any = model
+        self.processor, self.settings = processor, settings
 
     @classmethod
     def from_pretrained(

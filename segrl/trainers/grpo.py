@@ -146,7 +146,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
-        check_call_settings(self.chat_template_kwargs, self.processing_class, "chat_template_kwargs")
+        given: Any = self.chat_template_kwargs
+        check_call_settings(given, self.processing_class, "chat_template_kwargs")
         self._texts_checked = self._check_inputs()
         if propagator is not None:
             propagator.segmenter.to(self.accelerator.device)
