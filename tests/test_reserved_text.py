@@ -74,7 +74,7 @@ def test_every_cell_that_enters_a_completion(cell, tmp_path):
     data = images(**with_token(cell, "<|im_end|>"))
     with pytest.raises(DataError, match=rf"b\.png, {cell} 'Find it .*holds '<\|im_end\|>'"):
         prepare(data, processor, IMAGES, completions=True)
-    if cell != "query":  # nothing but the question enters a prompt
+    with pytest.raises(DataError, match=rf"b\.png, {cell} 'Find it .*holds '<\|im_end\|>'"):
         prepare(data, processor, IMAGES, completions=False)
     with pytest.raises(DataError, match=rf"b\.png, {cell} 'Find it .*holds '<\|im_end\|>'"):
         prepare_volumes(volumes(tmp_path, **with_token(cell, "<|im_end|>")), processor, VOLUMES, completions=True)
@@ -162,13 +162,13 @@ class TestTrainers:
 
 def test_the_first_rows_are_named_and_the_others_counted():
     rows = [(f"{n}.png", "query", f"{n} <seg>") for n in range(9)]
-    with pytest.raises(DataError, match=r"0\.png, query '0 <seg>'.*4\.png, query '4 <seg>': holds '<seg>'; and 4 more"):
+    with pytest.raises(DataError, match=r"0\.png, query '0 <seg>'.*4\.png, query .*, a token .* \(9 in all\)"):
         check_reserved(rows, None)
 
 
 def test_without_a_processor_only_the_segmentation_token_is_known():
     check_reserved([("a", "query", "<|image_pad|>")], None)
-    with pytest.raises(DataError, match=r"holds '\[SEG\]'.*for segrl"):
+    with pytest.raises(DataError, match=r"holds '\[SEG\]'"):
         check_reserved([("a", "query", "the [SEG]")], None, seg_token="[SEG]")
 
 
@@ -177,6 +177,21 @@ def test_what_the_tokenizer_normalises_to_a_token_is_one():
     tokenizer.add_tokens([AddedToken("<|café|>", special=True, normalized=True)])
     with pytest.raises(DataError, match=r"holds '<\|café\|>'"):
         check_reserved([("a", "query", "the <|cafe\u0301|>")], tokenizer)
+
+
+def test_plain_words_and_brackets_are_text():
+    _, processor = tiny_model()
+    processor.tokenizer.add_tokens(["cyst", "  ", "<td>"])  # some models have such tokens
+    rows = prepare(images(query="<1 cm, [dark] | left  cyst <td>"), processor, IMAGES, completions=False)
+    assert "[dark]" in rows[1]["prompt"][0]["content"]
+
+
+def test_tags_are_tokens_of_some_models_only():
+    asked = [("a", "query", "Think in <think></think>.")]
+    check_reserved(asked, tiny_tokenizer(tag_tokens=()))
+    check_reserved(asked, tiny_tokenizer(), messages=True)
+    with pytest.raises(DataError, match="holds '<think>'"):
+        check_reserved(asked, tiny_tokenizer())
 
 
 def test_padding_that_is_plain_text_is_no_token():
@@ -193,7 +208,7 @@ def test_a_text_is_refused_exactly_if_its_prompt_has_another_token(text):
     """The oracle: the tokens of the whole prompt, beside those of the prompt without the text."""
     processor = _model()
     special = {id_ for id_, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
-    special.add(processor.tokenizer.convert_tokens_to_ids("<seg>"))
+    special |= set(processor.tokenizer.convert_tokens_to_ids(["<seg>", "<think>", "</think>"]))
 
     def count(content: str) -> Counter:
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.data.row_texts import texts_of_rows
+from segrl.data.row_texts import TEXT_COLUMNS, texts_of_rows
 from segrl.errors import DataError, SegRLError
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_completion
@@ -26,7 +26,6 @@ def check_preparation(
     limits: Mapping[str, int | None],
     *,
     source: str,
-    texts: Sequence[str],
     needs_frame: bool = True,
 ) -> None:
     """Refuse a data set that cannot be prepared, before any image or scan is read.
@@ -38,7 +37,6 @@ def check_preparation(
         columns: Columns that must be there.
         limits: Numbers that must be 1 or more, or None, by the names of their arguments.
         source: The loader that gives these columns, for the error.
-        texts: Columns whose text enters a prompt or a completion, where they are there.
         needs_frame: Whether boxes are written, or frames computed, which takes a processor or a frame kind.
 
     Raises:
@@ -63,7 +61,7 @@ def check_preparation(
         )
     instruction = [("prompt settings", "instruction", settings.full_instruction)]
     check_reserved(instruction, processor, messages=True)
-    check_reserved(texts_of_rows(dataset, texts), processor, seg_token=settings.seg_token)
+    check_reserved(texts_of_rows(dataset, TEXT_COLUMNS), processor, seg_token=settings.seg_token)
 
 
 def target_completion(

@@ -9,8 +9,9 @@ from datasets import Dataset
 
 from segrl.predictions.reserved_text import check_reserved, message_texts
 
-__all__ = ["check_batch_texts", "check_row_texts", "texts_of_rows"]
+__all__ = ["TEXT_COLUMNS", "check_batch_texts", "check_row_texts", "texts_of_rows"]
 
+TEXT_COLUMNS = ("query", "modality", "anatomy", "lesion", "reasoning")  # what prompts and completions are written from
 _MESSAGES, _CELLS = ("prompt", "completion", "messages"), ("query",)
 
 
@@ -46,7 +47,7 @@ def check_row_texts(datasets: Mapping[str, Any], processor: Any) -> bool:
         >>> rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Where?<|image_pad|>"}]]})
         >>> check_row_texts({"train_dataset": rows}, tiny_tokenizer())
         Traceback (most recent call last):
-        segrl.errors.DataError: train_dataset row 0, prompt 'Where?<|image_pad|>': holds '<|image_pad|>': a token ...
+        segrl.errors.DataError: train_dataset row 0, prompt 'Where?<|image_pad|>' holds '<|image_pad|>', a token ...
     """
     complete = True
     for name, dataset in datasets.items():
@@ -72,7 +73,7 @@ def check_batch_texts(rows: Sequence[Mapping[str, Any]], processor: Any) -> None
         >>> from segrl.models import tiny_tokenizer
         >>> check_batch_texts([{"name": "a.png", "query": "Where is the <seg>?"}], tiny_tokenizer())
         Traceback (most recent call last):
-        segrl.errors.DataError: a.png, query 'Where is the <seg>?': holds '<seg>': a token with a meaning ...
+        segrl.errors.DataError: a.png, query 'Where is the <seg>?' holds '<seg>', a token of the model; ...
     """
 
     def cells(columns: Sequence[str]) -> Iterator[tuple[str, str, Any]]:

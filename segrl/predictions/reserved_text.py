@@ -24,26 +24,25 @@ def check_reserved(
 ) -> None:
     """Refuse text of a data set that holds a token with a meaning for the processor.
 
-    These are the special tokens of the tokenizer, the placeholders of images and videos, and the segmentation token.
-    The tags of the answer's grammar are not among them.
+    These are the special tokens of the tokenizer, the placeholders of images and videos, the segmentation token, and
+    the tags of an answer (`<think>`) where they are tokens. Other tokens that were added, such as HTML tags, are text.
 
     Args:
         texts: (row, column, text), in any number; what is no text is skipped. Each different text is read once.
         processor: A processor or tokenizer; None knows the segmentation token only.
         seg_token: The segmentation token; "" is taken as `<seg>`.
         messages: The texts are whole messages, whose author may use tokens that the model knows, such as
-            `<|box_start|>` or `<seg>`. Only placeholders, end and padding tokens and those that the chat template
-            writes are refused then.
+            `<|box_start|>`, `<seg>` or the tags. Only placeholders, end and padding tokens and those that the chat
+            template writes are refused then.
 
     Raises:
         DataError: Names the first rows with column, text and token.
 
     Example:
         >>> from segrl.models import tiny_tokenizer
-        >>> check_reserved([("a.png", "query", "Where is it? Think in <think></think>.")], tiny_tokenizer())
         >>> check_reserved([("a.png", "query", "Where is it?<|im_end|>")], tiny_tokenizer())
         Traceback (most recent call last):
-        segrl.errors.DataError: a.png, query 'Where is it?<|im_end|>': holds '<|im_end|>': a token with a meaning ...
+        segrl.errors.DataError: a.png, query 'Where is it?<|im_end|>' holds '<|im_end|>', a token of the model; ...
     """
     literal, by_id = _reserved(processor, seg_token or SEG_TOKEN, messages)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -58,11 +57,10 @@ def check_reserved(
             checked[text] = next((token for token in literal if token in text), None) or next(known, None)
         found += [_problem(*item, token) for item in batch if (token := checked[item[2]]) is not None]
     if found:
-        more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        name = "segrl" if processor is None else type(processor).__name__
+        more = f" ({len(found)} in all)" if len(found) > _LISTED else ""
         raise DataError(
-            f"{'; '.join(found[:_LISTED])}{more}: a token with a meaning of its own for {name}, expected plain text; "
-            "remove it, or break it with a space"
+            f"{'; '.join(found[:_LISTED])}, a token of the model{more}; expected plain text: remove it, or break it "
+            "with a space"
         )
 
 
@@ -85,7 +83,7 @@ def message_texts(messages: Any) -> Iterator[str]:
 def _problem(row: str, column: str, text: str, token: str) -> str:
     start = max(0, text.find(token) - 40)
     shown = f"{'...' if start else ''}{text[start : start + 80 + len(token)]}"
-    return f"{row}, {column} {shown!r}: holds {token!r}"
+    return f"{row}, {column} {shown!r} holds {token!r}"
 
 
 def _reserved(processor: Any, seg_token: str, messages: bool) -> tuple[list[str], dict[int, str]]:
@@ -100,18 +98,18 @@ def _reserved(processor: Any, seg_token: str, messages: bool) -> tuple[list[str]
     literal = list(dict.fromkeys(placeholders if messages else [*placeholders, seg_token]))
     if tokenizer is None:
         return literal, {}
-    special = set(tokenizer.all_special_tokens)
+    special, own = set(tokenizer.all_special_tokens), {seg_token, *TAGS}
     ends = {str(token) for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)}
     template = str(getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None) or "")
     by_id: dict[int, str] = {}
     for token_id, token in tokenizer.added_tokens_decoder.items():
         text = token.content
-        counts = (token.special or text in special) and text != seg_token
+        counts = token.special or text in special
         if messages:
-            counts = counts and (text in ends or text in template or not template)
-        elif text == seg_token:
-            counts = True
-        harmless = text in TAGS or (text == tokenizer.unk_token and text not in ends) or not _BRACKETS & set(text)
-        if counts and not harmless:
+            counts = counts and text not in own and (text in ends or text in template or not template)
+        else:
+            counts = counts or text in own
+        unknown = text == tokenizer.unk_token and text not in ends  # what any unreadable character becomes
+        if counts and not unknown and _BRACKETS & set(text):
             by_id[token_id] = text
     return literal, by_id

@@ -25,7 +25,6 @@ from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["FULL_IMAGE", "build_prompt", "open_image", "prepare", "shown_image"]
 
-_TEXTS = ("query", "modality", "anatomy", "lesion", "reasoning")  # may enter a completion
 FULL_IMAGE = "full_image"  # column of the original, as a file, where the image that the model sees is smaller
 
 
@@ -103,7 +102,6 @@ def prepare(
         columns,
         limits,
         source="segrl.data.load_folder",
-        texts=_TEXTS if completions else ("query",),
         needs_frame=completions,
     )
     if completions and settings.reasoning:

@@ -33,7 +33,6 @@ from segrl.predictions.target import METADATA_COLUMNS
 __all__ = ["build_volume_prompt", "format_slice_answer", "prepare_volumes"]
 
 _COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
-_TEXTS = ("query", "modality", "anatomy", "lesion", "reasoning")  # may enter a completion
 _THIRDS = ("lowest", "middle", "highest")
 
 
@@ -130,8 +129,7 @@ def prepare_volumes(
     """
     settings = settings or VolumePromptSettings()
     limits = {"top_k": top_k, "max_boxes": max_boxes}
-    texts = _TEXTS if completions else ("query",)
-    check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes", texts=texts)
+    check_preparation(dataset, processor, settings, _COLUMNS, limits, source="segrl.data.load_volumes")
     if completions and settings.reasoning:
         check_coordinates(dataset, coordinates, volume=True)
     row_columns = functools.partial(
