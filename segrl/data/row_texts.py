@@ -12,6 +12,7 @@ from segrl.predictions.reserved_text import check_reserved, message_texts
 __all__ = ["TEXT_COLUMNS", "check_batch_texts", "check_row_texts", "texts_of_rows"]
 
 TEXT_COLUMNS = ("query", "modality", "anatomy", "lesion", "reasoning")  # what prompts and completions are written from
+_BATCH = 1000
 _MESSAGES, _CELLS = ("prompt", "completion", "messages"), ("query",)
 
 
@@ -24,9 +25,13 @@ def texts_of_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[st
     """
     have = [column for column in columns if column in dataset.column_names]
     named = ["name"] if "name" in dataset.column_names else []
-    rows: Any = dataset.with_format(None).select_columns(list(dict.fromkeys([*have, *named])))  # no image is decoded
-    for number, row in enumerate(rows if have else ()):
-        yield from ((_name(row, number), column, row[column]) for column in have)
+    if not have:
+        return
+    rows = dataset.with_format(None).select_columns(list(dict.fromkeys([*have, *named])))  # no image is decoded
+    for start in range(0, len(rows), _BATCH):
+        batch: Any = rows[start : start + _BATCH]
+        for n, name in enumerate(batch["name"] if named else [None] * len(batch[have[0]])):
+            yield from ((str(name or f"row {start + n}"), column, batch[column][n]) for column in have)
 
 
 def check_row_texts(datasets: Mapping[str, Any], processor: Any) -> bool:

@@ -7,6 +7,7 @@ mask. The tokenizer itself is asked, since it may match a token in other spellin
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -51,10 +52,12 @@ def check_reserved(
     rows = (item for item in texts if isinstance(item[2], str) and item[2])
     while batch := list(itertools.islice(rows, _BATCH)):
         new = [text for text in dict.fromkeys(text for _, _, text in batch) if text not in checked]
-        ids = tokenizer(new, add_special_tokens=False)["input_ids"] if new and by_id else [[]] * len(new)
-        for text, tokens in zip(new, ids, strict=True):
-            known = (by_id[token] for token in tokens if token in by_id)
-            checked[text] = next((token for token in literal if token in text), None) or next(known, None)
+        checked |= {text: next((token for token in literal if token in text), None) for text in new}
+        # every token has a bracket, also in a spelling that a tokenizer normalises
+        asked = [text for text in new if by_id and _BRACKETS & set(unicodedata.normalize("NFKC", text))]
+        ids_of_texts = tokenizer(asked, add_special_tokens=False)["input_ids"] if asked else []
+        for text, ids in zip(asked, ids_of_texts, strict=True):
+            checked[text] = checked[text] or next((by_id[token] for token in ids if token in by_id), None)
         found += [_problem(*item, token) for item in batch if (token := checked[item[2]]) is not None]
     if found:
         more = f" ({len(found)} in all)" if len(found) > _LISTED else ""
