@@ -288,7 +288,7 @@ def test_an_empty_mask_gives_a_valid_answer_without_boxes():
     [
         ({"lesion": "cyst [left]"}, r"a\.png: lesion 'cyst \[left\]' holds .*bracket"),
         ({"reasoning": "I </think> so."}, r"a\.png: reasoning holds the tag '</think>'"),
-        ({"reasoning": "Here: <seg>"}, "row 0: reasoning holds '<seg>', a token of the model; remove it from the text"),
+        ({"reasoning": "Here: <seg>"}, r"a\.png, reasoning 'Here: <seg>' holds '<seg>', a token of the model"),
     ],
 )
 def test_texts_that_break_the_grammar(texts, message):

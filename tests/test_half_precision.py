@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import grpo_args, seg_bias, sft_args, tiny_headed_model, tiny_rows, tiny_segmenter
@@ -9,6 +10,7 @@ from PIL import Image
 
 from segrl import DenseLoss, ReasoningSegmenter, SegGRPOTrainer, SegSFTTrainer
 from segrl.heads.requests import SegInput
+from segrl.segmenters import PropagationRequest, VolumePropagator
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -36,6 +38,19 @@ def test_the_position_encoding_keeps_its_values(dtype):
     before = segmenter.sam.sam_prompt_encoder.get_dense_pe()
     torch.nn.Sequential(segmenter).to(dtype)
     assert torch.equal(segmenter.sam.sam_prompt_encoder.get_dense_pe(), before)
+
+
+@pytest.mark.parametrize("prompt", ["boxes", "mask"])
+def test_boxes_and_masks_through_a_volume(prompt):
+    volume, mask = np.full((4, 64, 64), 90, np.uint8), np.zeros((64, 64), dtype=bool)
+    volume[:, 12:44, 10:40], mask[12:44, 10:40] = 200, True
+    given: dict[str, Any] = {"mask": mask} if prompt == "mask" else {"boxes": np.array([[10.0, 12, 40, 44]])}
+    masks = []
+    for dtype in (torch.float32, *HALF):
+        propagator = VolumePropagator(tiny_segmenter().to(dtype).eval(), reach=1)
+        masks += propagator([PropagationRequest(volume, "", 1, **given)])
+    assert 0.1 < masks[0].mean() < 0.9
+    assert max((other != masks[0]).mean() for other in masks[1:]) < 0.02
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])

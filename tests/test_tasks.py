@@ -1,20 +1,20 @@
 """Images and volumes are two tasks of one mechanism: what they share is held together here."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import grpo_args, seg_bias, sft_args, tiny_headed_model, tiny_model
+from builders import grpo_args, seg_bias, sft_args, tiny_headed_model, tiny_model, tiny_segmenter
 from datasets import Dataset
 from PIL import Image
 
 from segrl import DenseLoss, ReasoningSegmenter, SegGRPOTrainer, SegSFTTrainer, inference, predictions
 from segrl.data import make_synthetic, make_synthetic_volumes, prepare, prepare_volumes
-from segrl.errors import CheckpointError, SegRLError
-from segrl.evaluation import overlap_record, volume_record
+from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.evaluation import evaluate, overlap_record, volume_record
 from segrl.heads import find_mask_head
 from segrl.predictions import (
     ImagePromptSettings,
@@ -262,6 +262,56 @@ class TestFullImage:
         expected = head.segmenter.preprocess(striped())[None]
         assert 1 <= len(seen) <= 3
         assert all(torch.equal(pixels, expected) for pixels in seen)
+
+    def test_a_large_image_loses_nothing_before_the_segmenter(self):
+        """1024 x 512 px for a model that sees 512 x 256 and a segmenter of 512 x 512: every row of it counts."""
+        model, processor = tiny_headed_model()
+        head: Any = find_mask_head(model)
+        rows = np.tile(np.arange(512)[:, None] % 2 * 255, (1, 1024)).astype(np.uint8)  # grey in half the height
+        image = Image.fromarray(np.stack([rows] * 3, 2))
+        head.segmenter = tiny_segmenter(image_size=512)
+        settings = ImagePromptSettings(max_edge=512, instruction="")
+        mask = Image.fromarray(np.eye(512, 1024, dtype=np.uint8) * 255)
+        row = {"image": image, "mask": mask, "query": "Where?", "modality": "", "anatomy": "", "lesion": "cyst"}
+        made: Any = prepare(Dataset.from_list([{**row, "name": "a"}]), processor, settings, completions=True)[0]
+        assert made["image"].size == (512, 256)
+        (item,) = read(ImageTask(processor, settings, head), [made])
+        contrast = item.seg_input.pixels[0].diff(dim=0).abs().mean()
+        assert contrast == pytest.approx(1 / 0.229, rel=1e-3)  # from black to white between any two rows
+        assert head.segmenter.preprocess(made["image"])[0].diff(dim=0).abs().mean() < contrast / 10
+        assert item.seg_input.target.shape == (128, 128)
+
+    def test_rows_that_are_prepared_again_begin_with_the_original(self):
+        _, processor = tiny_headed_model()
+        rows = self.rows(processor)
+        again = prepare(rows, processor, ImagePromptSettings(max_edge=128, instruction=""), completions=True)
+        assert again[0]["image"].size == (128, 64)
+        assert again[0]["full_image"] == rows[0]["full_image"]
+        whole = prepare(rows, processor, ImagePromptSettings(instruction=""), completions=True)
+        assert whole[0]["image"].size == (256, 128)
+        assert whole[0]["full_image"] is None
+        prompts = prepare(rows, processor, ImagePromptSettings(instruction=""), completions=False)
+        assert prompts[0]["image"].size == (256, 128)
+
+    def test_evaluation_of_prepared_rows(self):
+        model, processor = tiny_headed_model()
+        segmenter = ReasoningSegmenter(model, processor, replace(self.settings, max_new_tokens=1))
+        shown: list[Any] = []
+        rows = self.rows(processor)
+        evaluate(segmenter, rows, progress=False, on_answer=lambda _, image, *rest: shown.append(image.size))
+        assert shown == [(256, 128)] * 2
+
+    def test_an_original_that_is_decoded_or_gone(self, tmp_path):
+        model, processor = tiny_headed_model()
+        task = ImageTask(processor, self.settings, find_mask_head(model))
+        row = self.rows(processor)[0]
+        (decoded,) = read(task, [{**row, "full_image": striped()}])
+        assert torch.equal(decoded.seg_input.pixels, read(task, [row])[0].seg_input.pixels)
+        with pytest.raises(DataError, match=r"a: full_image: .*gone\.png"):
+            read(task, [{**row, "full_image": {"bytes": None, "path": str(tmp_path / "gone.png")}}])
+        (damaged,) = read(task, [{**row, "full_image": {"bytes": b"no image", "path": None}}])
+        with pytest.raises(DataError, match=r"a: full_image cannot be read .*run prepare again"):
+            _ = damaged.seg_input.pixels
 
     def test_without_a_limit_there_is_no_second_image(self):
         _, processor = tiny_model()

@@ -305,6 +305,7 @@ def test_every_override_exists_in_trl():
     }
     own |= {"_image_keys", "_image_token", "_keys", "_prompt_keys", "_shares", "_start_sharing"}
     own |= {"_share_by_default", "_warned", "_wants_sharing"}
+    own |= {"_check_inputs", "_texts_checked"}
     own |= {"_init_joint", "_joint_loss", "_keep_settings", "_load", "_mode", "_trained_already"}
     ours = {**vars(SegGRPOTrainer), **vars(SharedPromptGRPOTrainer), **vars(MaskHeadMixin)}
     defined = {name for name in ours if name.startswith("_") and not name.startswith("__")} - own

@@ -7,12 +7,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.data.reserved import check_texts
+from segrl.data.row_texts import TEXT_COLUMNS, texts_of_rows
 from segrl.errors import DataError, SegRLError
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_completion
 from segrl.predictions.prediction import Status
 from segrl.predictions.prompt_settings import PromptSettings
+from segrl.predictions.reserved_text import check_reserved
 
 __all__ = ["check_preparation", "target_completion"]
 
@@ -27,7 +28,7 @@ def check_preparation(
     source: str,
     needs_frame: bool = True,
 ) -> None:
-    """Refuse a data set that cannot be prepared, before any image is read.
+    """Refuse a data set that cannot be prepared, before any image or scan is read.
 
     Args:
         dataset: The rows.
@@ -40,7 +41,7 @@ def check_preparation(
 
     Raises:
         DataError: No rows, a missing column, a number below 1, neither a processor nor a frame that needs none, or a
-            text that holds a token of the model.
+            text with a token that has a meaning for the processor (`check_reserved`).
     """
     if not len(dataset):
         raise DataError("dataset has no rows: expected at least one; check the split and the filters before it")
@@ -58,7 +59,9 @@ def check_preparation(
             f"processor=None with frame_kind={settings.frame_kind!r}: pass the model's processor, or one of the frames "
             "that need none, 'original_px' or 'relative_1000'"
         )
-    check_texts(dataset, processor, settings.seg_token)
+    instruction = [("prompt settings", "instruction", settings.full_instruction)]
+    check_reserved(instruction, processor, messages=True)
+    check_reserved(texts_of_rows(dataset, TEXT_COLUMNS), processor, seg_token=settings.seg_token)
 
 
 def target_completion(

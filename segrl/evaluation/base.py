@@ -9,13 +9,15 @@ import numpy as np
 from datasets import Dataset
 from rich.progress import track
 
+from segrl.data.row_texts import texts_of_rows
 from segrl.errors import DataError, SegRLError
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.registry import Metric, make_metric
 from segrl.predictions.prediction import Prediction
+from segrl.predictions.reserved_text import check_reserved
 from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
-__all__ = ["OnAnswer", "overlap_record", "score_rows"]
+__all__ = ["OnAnswer", "check_questions", "overlap_record", "score_rows"]
 
 _RECORD_KEYS = {*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"}
 OnAnswer = Callable[[int, Any, Prediction, Any], None]
@@ -23,6 +25,18 @@ OnAnswer = Callable[[int, Any, Prediction, Any], None]
 
 Shown = TypeVar("Shown")
 AnyTarget = TypeVar("AnyTarget", Target, VolumeTarget)
+
+
+def check_questions(dataset: Dataset, segmenter: Any) -> None:
+    """Refuse, before the first answer, rows whose question holds a token with a meaning for the segmenter's processor.
+
+    Raises:
+        DataError: Names the first of these rows.
+    """
+    processor = getattr(segmenter, "processor", None)
+    if processor is not None:  # anything with `predict_batch` can be evaluated
+        asked = texts_of_rows(dataset, ("query",))
+        check_reserved(asked, processor, seg_token=segmenter.settings.seg_token)
 
 
 def score_rows(

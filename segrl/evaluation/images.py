@@ -8,7 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
+from segrl.data.images.prompts import FULL_IMAGE
+from segrl.evaluation.base import OnAnswer, check_questions, overlap_record, score_rows
+from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import binarize
 from segrl.inference.images import ReasoningSegmenter
 from segrl.metrics.registry import Metric
@@ -42,7 +44,8 @@ def evaluate(
         the row's texts, the model's text, status and boxes.
 
     Raises:
-        DataError: `batch_size` is below 1, or a mask is not binary.
+        DataError: `batch_size` is below 1, a question holds a token with a meaning for the processor, or a mask is not
+            binary.
 
     Example:
         >>> from segrl.data import make_synthetic
@@ -54,6 +57,8 @@ def evaluate(
         [(True, 0.0), (True, 0.0)]
     """
 
+    check_questions(dataset, segmenter)
+
     def answer(batch: list[tuple[Any, Target]]) -> Any:
         images, targets = [image for image, _ in batch], [target for _, target in batch]
         sizes = [(target.width, target.height) for target in targets]
@@ -61,7 +66,7 @@ def evaluate(
 
     return score_rows(
         dataset,
-        lambda row: (row["image"], read_image_target(row)),
+        lambda row: (_whole_image(row), read_image_target(row)),
         answer,
         partial(overlap_record, metrics=metrics),
         title="evaluate",
@@ -69,6 +74,12 @@ def evaluate(
         progress=progress,
         on_answer=on_answer,
     )
+
+
+def _whole_image(row: dict[str, Any]) -> Any:
+    """The image; of a row of `prepare` the original, since the model is shown it as small as in training anyway."""
+    full = row.get(FULL_IMAGE)
+    return row["image"] if full is None else read_image(full, str(row.get("name") or "row"))
 
 
 def read_image_target(row: dict[str, Any]) -> Target:

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from segrl.data.volumes.case import Case, CaseReader
 from segrl.data.volumes.prompts import format_slice_answer
-from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
+from segrl.evaluation.base import OnAnswer, check_questions, overlap_record, score_rows
 from segrl.inference.volumes import VolumeSegmenter
 from segrl.metrics.registry import Metric
 from segrl.metrics.summary import summarise
@@ -161,7 +161,8 @@ def evaluate_volumes(
         One `volume_record` per row, in order.
 
     Raises:
-        DataError: `batch_size` is below 1, or a file cannot be read.
+        DataError: `batch_size` is below 1, a question holds a token with a meaning for the processor, or a file cannot
+            be read.
 
     Example:
         >>> from segrl.data import make_synthetic_volumes
@@ -173,6 +174,8 @@ def evaluate_volumes(
         >>> record["fail"], record["dice"], record["slice_index"]  # two random tokens are no valid answer
         (True, 0.0, None)
     """
+
+    check_questions(dataset, segmenter)
 
     def answer(batch: list[tuple[Case, VolumeTarget]]) -> list[Prediction]:
         return segmenter.predict_batch([case for case, _ in batch], [target.query for _, target in batch])

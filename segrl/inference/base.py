@@ -17,11 +17,13 @@ from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
 from segrl.heads.probes import query_tokens
 from segrl.hub import is_hub_name
+from segrl.models.agreement import check_processor
 from segrl.models.backbone import base_instance
 from segrl.models.loading import load_vlm, seg_token_id
 from segrl.models.saved_files import check_saved_files
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.predictions.reserved_text import check_reserved
 from segrl.tasks import Task
 
 __all__ = ["SegmenterBase", "find_run"]
@@ -37,6 +39,7 @@ class SegmenterBase:
 
     Raises:
         CheckpointError: The settings are those of another task.
+        SegRLError: The processor is not the model's, see `segrl.models.check_processor`.
 
     Example:
         >>> from segrl.inference import ReasoningSegmenter
@@ -55,7 +58,10 @@ class SegmenterBase:
                 f"{type(self).__name__}: the model was trained on {settings.task}, expected a model of "
                 f"{self.settings_class.task}; segrl.inference.load picks the class that fits"
             )
-        self.model, self.processor, self.settings = model, processor, settings
+        if model is not None:
+            check_processor(model, processor)
+        self.model: Any = model
+        self.processor, self.settings = processor, settings
 
     @classmethod
     def from_pretrained(
@@ -133,6 +139,17 @@ class SegmenterBase:
         """Reads answers and makes masks, as in training."""
         raise NotImplementedError
 
+    def _check_texts(self, queries: Sequence[str]) -> None:
+        """Refuse questions, and an instruction, that hold a token with a meaning for the processor.
+
+        Raises:
+            DataError: Names the question by its number from 0.
+        """
+        instruction = [("prompt settings", "instruction", self.settings.full_instruction)]
+        check_reserved(instruction, self.processor, messages=True)
+        asked = ((f"question {number}", "query", query) for number, query in enumerate(queries))
+        check_reserved(asked, self.processor, seg_token=self.settings.seg_token)
+
     @torch.no_grad()
     def _predict(
         self, conversations: Sequence[Any], rows: Sequence[Any], generation: dict[str, Any], **mask_settings: Any
@@ -162,6 +179,8 @@ class SegmenterBase:
             "do_sample": False,
             "max_new_tokens": self.settings.max_new_tokens,
             "suppress_tokens": _image_tokens(self.model),
+            "repetition_penalty": 1.0,  # as in training; the hub's files of Qwen2.5-VL hold another one
+            "eos_token_id": sorted(self._ends()) or None,
             **generation,
         }
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
@@ -209,12 +228,15 @@ class SegmenterBase:
 
     def _trimmed(self, ids: list[int]) -> list[int]:
         """Completion tokens up to and with the first end token."""
-        configured = self.model.generation_config.eos_token_id
-        ends = set(configured if isinstance(configured, list) else [configured]) | {
-            self.processor.tokenizer.eos_token_id
-        }
+        ends = self._ends()
         stop = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
         return ids[: stop + 1]
+
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer: the model's, and the tokenizer's, which TRL trains with."""
+        configured = self.model.generation_config.eos_token_id
+        ends = {*(configured if isinstance(configured, list) else [configured]), self.processor.tokenizer.eos_token_id}
+        return {token for token in ends if token is not None}
 
 
 def find_run(name: str | os.PathLike) -> Path:

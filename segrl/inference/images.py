@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image
 
 from segrl.data.images.prompts import build_prompt, shown_image
-from segrl.data.reserved import check_query
 from segrl.errors import DataError
 from segrl.geometry.image_files import read_image
 from segrl.heads.attach import find_mask_head
@@ -69,14 +68,15 @@ class ReasoningSegmenter(SegmenterBase):
             Predictions in order; boxes and masks in pixels of `sizes`.
 
         Raises:
-            DataError: Lengths differ, something is not an image of 8 bits a channel, see
-                `segrl.geometry.read_image`, or several beams are asked for.
+            DataError: Lengths differ, something is not an image of 8 bits a channel, see `segrl.geometry.read_image`, a
+                question holds a token with a meaning for the processor, or several beams are asked for.
         """
         images, queries = list(images), list(queries)  # a lazy column makes a new object at every access
         if len(images) != len(queries):
             raise DataError(f"{len(images)} images for {len(queries)} queries; expected one query per image")
         if sizes is not None and len(sizes) != len(images):
             raise DataError(f"{len(sizes)} sizes for {len(images)} images; expected one (width, height) per image")
+        self._check_texts(queries)
         if not images:
             return []
         head = find_mask_head(self.model)
@@ -95,7 +95,6 @@ class ReasoningSegmenter(SegmenterBase):
         self, shown: Image.Image, query: str, size: tuple[int, int], seg_input: SegInput | None = None
     ) -> tuple[list[dict[str, Any]], ImageRow]:
         """The conversation with its image, and what it is about, as `prepare` and the task build them."""
-        check_query(query, self.processor, self.settings.seg_token)
         text = build_prompt(query, self.settings.full_instruction)[0]["content"]
         content = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
         frame = frame_for(self.processor, shown.size, size, kind=self.settings.frame_kind)

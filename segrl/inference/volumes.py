@@ -14,7 +14,6 @@ import numpy as np
 from rich.progress import Progress
 
 from segrl.caching.content import content_key
-from segrl.data.reserved import check_query
 from segrl.data.volumes.case import Case, case_of
 from segrl.data.volumes.intensity import Intensity
 from segrl.data.volumes.nifti import read_volume
@@ -138,7 +137,8 @@ class VolumeSegmenter(SegmenterBase):
             segmenter, the mask (D, H, W). Features are alive for slices in flight only, whatever the volume's depth.
 
         Raises:
-            DataError: Lengths differ, a scan cannot be read, or an array is not uint8 (D, H, W).
+            DataError: Lengths differ, a scan cannot be read, an array is not uint8 (D, H, W), or a question holds a
+                token with a meaning for the processor.
         """
         volumes, queries = list(volumes), list(queries)  # a lazy column makes a new object at every access
         if len(volumes) != len(queries):
@@ -146,6 +146,7 @@ class VolumeSegmenter(SegmenterBase):
         kinds = [modalities] * len(volumes) if isinstance(modalities, str) else list(modalities)
         if len(kinds) != len(volumes):
             raise DataError(f"{len(kinds)} modalities for {len(volumes)} volumes; expected one per volume, or one text")
+        self._check_texts(queries)
         if not volumes:
             return []
         cases: dict[tuple[Any, str], Case] = {}
@@ -168,7 +169,6 @@ class VolumeSegmenter(SegmenterBase):
 
     def _ask(self, case: Case, query: str) -> tuple[list[dict[str, Any]], VolumeRow]:
         """The conversation with its images, and what it is about, as `prepare_volumes` and the task build them."""
-        check_query(query, self.processor, self.settings.seg_token)
         shown = uniform_slices(len(case.grey), self.settings.slices)
         images = render_slices(case.grey, shown, self.settings.size, case.scan.spacing_mm)
         conversation = build_volume_prompt(query, len(shown), self.settings.full_instruction)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
+from segrl.models.agreement import check_processor
 from segrl.models.saved_files import check_saved_files
 
 __all__ = ["ensure_seg_token", "language_model_lora", "load_vlm", "restore_weights", "seg_token_id"]
@@ -65,7 +66,8 @@ def load_vlm(
     Raises:
         CheckpointError: If a weight is missing or has the wrong shape (a tied weight need not be there), or if the
             folder holds a PEFT adapter, whose base model could not be checked, or a damaged file.
-        SegRLError: If the processor cannot take the segmentation token, see `ensure_seg_token`.
+        SegRLError: If the processor is not the model's, see `check_processor`, or cannot take the segmentation token,
+            see `ensure_seg_token`.
         OSError: From transformers, if files are missing.
 
     Example:
@@ -99,6 +101,7 @@ def load_vlm(
     )
     model, info = loaded
     _require_complete(name_or_path, type(model).__name__, info)
+    check_processor(model, processor)
     if seg_token is not None:
         ensure_seg_token(model, processor, seg_token)
     return model, processor

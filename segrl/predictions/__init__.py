@@ -14,6 +14,7 @@ from segrl.predictions.prompt_settings import (
     prompt_settings_from_dict,
 )
 from segrl.predictions.records import answer_record, read_answer, read_frame, read_mask, read_probability, read_target
+from segrl.predictions.reserved_text import check_reserved
 from segrl.predictions.target import METADATA_COLUMNS, Metadata, Target, VolumeTarget
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "VolumePromptSettings",
     "VolumeTarget",
     "answer_record",
+    "check_reserved",
     "completion_text",
     "format_answer",
     "format_completion",

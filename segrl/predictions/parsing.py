@@ -27,6 +27,7 @@ from segrl.predictions.text_answers import MAX_COORDINATE, read_text_answer
 
 __all__ = [
     "SEG_TOKEN",
+    "TAGS",
     "AnswerFormat",
     "completion_text",
     "format_answer",
@@ -38,6 +39,7 @@ AnswerFormat = Literal["text", "json"]
 SEG_TOKEN = "<seg>"
 _NO_NUMBER = "\ufffc"  # stands for the segmentation token
 _TAG = re.compile(r"<(/?)(think|answer)>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def completion_text(completion: Any) -> str:

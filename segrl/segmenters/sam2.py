@@ -264,12 +264,26 @@ class Sam2Segmenter(nn.Module):
         super().__init__()
         self.config = config or Sam2Config()
         self.sam: Any = build_sam2(self.config)
-        self.image_size = self.config.image_size
-        self.mask_size = self.config.image_size // 4
-        self.prompt_dim = self.config.hidden_dim
         self.register_buffer("pixel_mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.freeze(encoder=False)
+
+    # read off the config, which nobody can change: a size set here would be obeyed by one of the parts only
+
+    @property
+    def image_size(self) -> int:
+        """Side S of the square input, pixels."""
+        return self.config.image_size
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the mask logits, S / 4 pixels."""
+        return self.config.image_size // 4
+
+    @property
+    def prompt_dim(self) -> int:
+        """Width C of one prompt embedding."""
+        return self.config.hidden_dim
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, config: Sam2Config | None = None) -> Sam2Segmenter:

@@ -127,6 +127,16 @@ class Tracker:
     def _run(
         self, features: ImageFeatures, points: dict[str, Tensor] | None, masks: Tensor | None = None
     ) -> tuple[FrameMasks, _Memory]:
+        """Run one frame; a model that was cast to half precision takes what SAM 2 computes in float32 on the way."""
+        dtype, device = features.tensors[0].dtype, features.tensors[0].device.type
+        if dtype == torch.float32:
+            return self._track(features, points, masks)
+        with torch.autocast(device, dtype=dtype):
+            return self._track(features, points, masks)
+
+    def _track(
+        self, features: ImageFeatures, points: dict[str, Tensor] | None, masks: Tensor | None
+    ) -> tuple[FrameMasks, _Memory]:
         sam = self._sam
         as_output, sam.use_mask_input_as_output_without_sam = sam.use_mask_input_as_output_without_sam, True
         stride16, stride8, stride4 = features.tensors

@@ -98,11 +98,11 @@ class ImageTask:
             image, mask = _image(row, name, needed=self.head is not None), _mask(row, name)
             texts = Target.texts_of(row)
             full = row.get(FULL_IMAGE) if self.head is not None else None
-            image_key = content_key(image) if full is None else _file_key(full)
+            image_key = content_key(image) if full is None else _file_key(full, name)
             key = content_key(image_key, None if image is None else image.size, mask, texts)
             if key not in known:
                 target = Target.from_mask(binarize(mask, name), **{**texts, "name": name})
-                seg_input = self._input(image, full, target, first.get(image_key), image_key)
+                seg_input = self._input(image if full is None else full, target, first.get(image_key), image_key)
                 known[key] = ImageRow(target, self._frame(image, target), seg_input)
                 if seg_input is not None:
                     first.setdefault(image_key, seg_input)
@@ -113,16 +113,14 @@ class ImageTask:
         size = (target.width, target.height)
         return frame_for(self.processor, size if image is None else image.size, size, kind=self.settings.frame_kind)
 
-    def _input(
-        self, image: Image.Image | None, full: dict[str, Any] | None, target: Target, same: SegInput | None, key: str
-    ) -> SegInput | None:
+    def _input(self, image: Any, target: Target, same: SegInput | None, key: str) -> SegInput | None:
         if self.head is None or image is None:
             return None
         segmenter = self.head.segmenter
         dense = soft_target(target.mask, (segmenter.mask_size, segmenter.mask_size), quantised=True)
 
         def pixels() -> Any:  # called only if the image has to be encoded
-            return segmenter.preprocess(image if full is None else read_image(full, target.name))
+            return segmenter.preprocess(read_image(image, target.name))
 
         return SegInput(pixels, target=dense, same_image=same, key=key)
 
@@ -162,11 +160,16 @@ def _image(row: Mapping[str, Any], name: str, *, needed: bool) -> Image.Image | 
     return read_image(image, name)
 
 
-def _file_key(value: dict[str, Any]) -> str:
-    """A key of an encoded image; a file on disk is not read for it."""
+def _file_key(value: Any, name: str) -> str:
+    """A key of an image as `datasets.Image` gives it; a file on disk is not read for it."""
+    if isinstance(value, Image.Image):
+        return content_key(value)
     if value["bytes"] is not None:
         return content_key(value["bytes"])
-    file = os.stat(value["path"])
+    try:
+        file = os.stat(value["path"])
+    except OSError as error:
+        raise DataError(f"{name}: {FULL_IMAGE}: {error}; put the file back, or run prepare again") from error
     return content_key("file", value["path"], file.st_size, file.st_mtime_ns)
 
 

@@ -30,10 +30,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from segrl.data.row_texts import check_batch_texts
 from segrl.heads.attach import find_mask_head
 from segrl.heads.decoding import Completions, append_tokens
 from segrl.heads.dense import DenseLoss
 from segrl.heads.probes import query_tokens
+from segrl.models.agreement import check_call_settings
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.prediction import Prediction, invalid_text
 from segrl.predictions.prompt_settings import PromptSettings
@@ -101,6 +103,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     _tag_names = ("trl", "grpo", "segrl")
     _needs_probability = False
     _rollout: Rollout | None = None
+    _texts_checked = True
     _records: Sequence[dict[str, Any]] = ()
     _first_statuses: Counter[str] | None = None  # of the answers before the first log
 
@@ -143,6 +146,9 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
+        given: Any = self.chat_template_kwargs
+        check_call_settings(given, self.processing_class, "chat_template_kwargs")
+        self._texts_checked = self._check_inputs()
         if propagator is not None:
             propagator.segmenter.to(self.accelerator.device)
         self._keep_settings(prompt_settings)
@@ -155,6 +161,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     # ---- rollout -----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self._texts_checked:
+            check_batch_texts(inputs, self.processing_class)
         self._rollout = rollout = Rollout()
         try:
             output = super()._generate_and_score_completions(inputs)

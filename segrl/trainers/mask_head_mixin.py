@@ -22,11 +22,13 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from segrl.caching.feature_cache import FeatureCache
+from segrl.data.row_texts import check_row_texts
 from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head, without_prefix
 from segrl.heads.dense import DenseLoss, check_dense_losses, dense_terms
 from segrl.heads.mask_head import MaskHead
 from segrl.heads.requests import MaskRequest
+from segrl.models.agreement import check_processor
 from segrl.models.loading import restore_weights
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.trainers.checkpoints import check_checkpoint, newest_checkpoint, write_manifest
@@ -91,6 +93,18 @@ class MaskHeadMixin:
     def _keep_settings(self, settings: PromptSettings | None) -> None:
         """Remember what `_save` writes: the prompt settings, with what the training rows add to them."""
         self.prompt_settings = None if settings is None else settings.for_rows(self.train_dataset)  # type: ignore[attr-defined]
+
+    def _check_inputs(self) -> bool:
+        """Check processor and texts before training; returns False where a stream has to be checked by the batch.
+
+        Without images and without a task the trainer is TRL's, whose users may write any token.
+        """
+        trainer: Any = self
+        check_processor(trainer.model, trainer.processing_class)
+        if trainer.task is None and not hasattr(trainer.processing_class, "tokenizer"):
+            return True
+        datasets = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
+        return check_row_texts(datasets, trainer.processing_class)
 
     def _mode(self) -> str:
         """TRL's key of the metrics: "train" or "eval"."""

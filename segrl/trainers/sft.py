@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
-from segrl.errors import SegRLError
+from segrl.data.row_texts import check_batch_texts
+from segrl.errors import DataError, SegRLError
 from segrl.heads.decoding import append_tokens
 from segrl.heads.dense import DenseLoss
 from segrl.heads.probes import query_tokens
+from segrl.predictions.parsing import SEG_TOKEN
 from segrl.predictions.prompt_settings import PromptSettings
+from segrl.predictions.reserved_text import message_texts
 from segrl.tasks import Task, check_columns, make_task
 from segrl.trainers.config import SegSFTConfig
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
@@ -22,16 +25,51 @@ __all__ = ["SegCollator", "SegSFTTrainer"]
 
 
 class SegCollator:
-    """TRL's collator, plus `seg_inputs`: the segmenter's input and target of each row."""
+    """TRL's collator, plus `seg_inputs`: the segmenter's input and target of each row.
+
+    Raises:
+        DataError: A row's segmentation token is cut off by `max_length`, which would leave its mask untrained.
+    """
 
     def __init__(self, collator: Any, task: Task) -> None:
         self.collator, self.task = collator, task
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         rows = self.task.read(examples)  # before TRL's collator, which rewrites the examples
+        written = [_answer_text(example) for example in examples]
         batch = self.collator([{k: v for k, v in row.items() if k not in self.task.columns} for row in examples])
+        self._check_length(examples, written, batch["input_ids"])
         batch["seg_inputs"] = self.task.seg_inputs(rows)
         return batch
+
+    def _check_length(self, examples: Sequence[Mapping[str, Any]], written: Sequence[str], ids: Tensor) -> None:
+        head, limit = self.task.head, getattr(self.collator, "max_length", None)
+        token_id = None if head is None else getattr(head.probe, "token_id", None)
+        if limit is None or token_id is None or ids.size(1) < limit:
+            return
+        kept = (ids == token_id).any(1).tolist()
+        for number, text in enumerate(written):
+            if SEG_TOKEN in text and not kept[number]:
+                raise DataError(
+                    f"{examples[number].get('name') or f'row {number} of the batch'}: max_length={limit} cuts "
+                    f"{SEG_TOKEN!r} off the row, so no mask is learned from it; set max_length=None, or show smaller "
+                    "images"
+                )
+
+
+def _answer_text(example: Mapping[str, Any]) -> str:
+    return "".join(message_texts(example.get("completion") or (example.get("messages") or [])[-1:]))
+
+
+class CheckedCollator:
+    """A collator of streamed rows, whose texts cannot be checked before training: they are here."""
+
+    def __init__(self, collator: Any, processor: Any) -> None:
+        self.collator, self.processor = collator, processor
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        check_batch_texts(examples, self.processor)
+        return self.collator(examples)
 
 
 class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
@@ -81,6 +119,8 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
             self.task = make_task(self.processing_class, prompt_settings, head=self.mask_head, columns=columns)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
             self.data_collator = SegCollator(self.data_collator, self.task)
+        if not self._check_inputs():
+            self.data_collator = CheckedCollator(self.data_collator, self.processing_class)
         self._keep_settings(prompt_settings)
 
     def _set_signature_columns_if_needed(self) -> None:

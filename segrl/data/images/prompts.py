@@ -100,7 +100,13 @@ def prepare(
     columns = ("image", "mask", *METADATA_COLUMNS) if completions else ("image", "query")
     limits = {"max_boxes": max_boxes}
     check_preparation(
-        dataset, processor, settings, columns, limits, source="segrl.data.load_folder", needs_frame=completions
+        dataset,
+        processor,
+        settings,
+        columns,
+        limits,
+        source="segrl.data.load_folder",
+        needs_frame=completions,
     )
     if completions:
         check_lesions(dataset)
@@ -120,7 +126,9 @@ def prepare(
     features = {**encoded.features, "prompt": message}
     if completions:
         features["completion"] = message
-    if settings.max_edge is not None:
+    if FULL_IMAGE in features:  # prepared before: from the originals again
+        encoded = encoded.cast_column(FULL_IMAGE, Image(decode=False))
+    if settings.max_edge is not None or FULL_IMAGE in features:
         features[FULL_IMAGE] = Image(decode=False)
     made = encoded.map(row_columns, num_proc=num_proc, desc="prompts", features=Features(features))
     return made.cast_column("image", Image())
@@ -150,17 +158,18 @@ def _row_columns(
     coordinates: CoordinatePolicy,
 ) -> dict[str, Any]:
     columns: dict[str, Any] = {"prompt": build_prompt(row["query"], settings.full_instruction)}
-    if settings.max_edge is not None:
-        columns[FULL_IMAGE] = None
+    whole = row.get(FULL_IMAGE) or row["image"]
+    if settings.max_edge is not None or FULL_IMAGE in row:
+        columns |= {"image": whole, FULL_IMAGE: None}
     elif not completions:
         return columns
-    with open_image(row["image"], f"image of {row.get('name', '')}") as image:
+    with open_image(whole, f"image of {row.get('name', '')}") as image:
         original_size = _upright_size(image)
         image_size = shrunk_size(original_size, settings.max_edge)
         if image_size != original_size:
             buffer = io.BytesIO()
             shown_image(image, settings.max_edge).save(buffer, format="PNG", compress_level=1)
-            columns |= {"image": {"bytes": buffer.getvalue(), "path": None}, FULL_IMAGE: row["image"]}
+            columns |= {"image": {"bytes": buffer.getvalue(), "path": None}, FULL_IMAGE: whole}
     if not completions:
         return columns
     mask = binarize(row["mask"], f"mask of {row['name']}")

@@ -117,7 +117,8 @@ def prepare_volumes(
 
     Raises:
         DataError: There are no rows, a column is missing or holds no texts, a row that needs template reasoning has no
-            lesion although its query asks for something, a number is below 1, a file cannot be read, or, for
+            lesion although its query asks for something, a text holds a token with a meaning for the processor
+            (`segrl.predictions.check_reserved`), a number is below 1, a file cannot be read, or, for
             completions, given reasoning holds coordinates, a row has no label or a lesion that no shown slice holds;
             names the row or file.
 
