@@ -310,7 +310,7 @@ class TestFullImage:
         with pytest.raises(DataError, match=r"a: full_image: .*gone\.png"):
             read(task, [{**row, "full_image": {"bytes": None, "path": str(tmp_path / "gone.png")}}])
         (damaged,) = read(task, [{**row, "full_image": {"bytes": b"no image", "path": None}}])
-        with pytest.raises(DataError, match=r"a: full_image cannot be read .*run prepare again"):
+        with pytest.raises(DataError, match=r"a: full_image: cannot be decoded .*replace the file"):
             _ = damaged.seg_input.pixels
 
     def test_without_a_limit_there_is_no_second_image(self):

@@ -79,7 +79,7 @@ def evaluate(
 def _whole_image(row: dict[str, Any]) -> Any:
     """The image; of a row of `prepare` the original, since the model is shown it as small as in training anyway."""
     full = row.get(FULL_IMAGE)
-    return row["image"] if full is None else read_image(full, str(row.get("name") or "row"))
+    return row["image"] if full is None else read_image(full, f"{row.get('name') or 'row'}: {FULL_IMAGE}")
 
 
 def read_image_target(row: dict[str, Any]) -> Target:

@@ -120,7 +120,8 @@ class ImageTask:
         dense = soft_target(target.mask, (segmenter.mask_size, segmenter.mask_size), quantised=True)
 
         def pixels() -> Any:  # called only if the image has to be encoded
-            return segmenter.preprocess(read_image(image, target.name))
+            name = target.name if isinstance(image, Image.Image) else f"{target.name}: {FULL_IMAGE}"
+            return segmenter.preprocess(read_image(image, name))
 
         return SegInput(pixels, target=dense, same_image=same, key=key)
 
