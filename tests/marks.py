@@ -19,3 +19,7 @@ def slow_to_build(fixture: Function) -> Function:
     """Mark a fixture that trains or starts a process: tests that use it are slow. It goes below `pytest.fixture`."""
     fixture.__dict__["slow_to_build"] = True
     return fixture
+
+
+# small data that is learned by heart is trained and tested on, which `segrl.data` warns of
+learned_by_heart = pytest.mark.filterwarnings(r"ignore:.*images are in the splits:UserWarning")

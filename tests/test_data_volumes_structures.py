@@ -21,6 +21,7 @@ from segrl.data import (
     read_volume,
     write_manifest,
 )
+from segrl.data.volumes.case import say_note
 from segrl.errors import DataError
 from segrl.predictions import VolumePromptSettings
 from segrl.tasks import VolumeTask
@@ -235,6 +236,7 @@ class TestGreyValues:
 @pytest.mark.skipif(not VOLUMES3D.is_dir(), reason="the real data set is not on this machine")
 def test_real_scans_are_read_with_one_remark_about_windowed_ct(caplog):
     """No error, no warning (they are errors in tests), no scan that goes blank; MR scans are not remarked on."""
+    say_note.cache_clear()  # a remark is made once in a process
     with caplog.at_level(logging.DEBUG, "segrl"):
         rows = load_volumes(VOLUMES3D)
     (line,) = caplog.messages

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from marks import slow_to_build
+from marks import learned_by_heart, slow_to_build
 from medvol_data import volumes
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,8 @@ from segrl.models import tiny_qwen2_5_vl
 from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Parser, TwoStageRun, find_preset, parse
 from segrl.segmenters import Sam2Segmenter, sam2_config
+
+pytestmark = learned_by_heart
 
 
 @dataclass(frozen=True)

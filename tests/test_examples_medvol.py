@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from marks import slow_to_build
+from marks import learned_by_heart, slow_to_build
 from medvol_data import HOSTILE, volumes
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,6 +38,8 @@ from segrl.data import (
 from segrl.errors import DataError
 from segrl.evaluation import evaluate_volumes
 from segrl.inference import VolumeSegmenter
+
+pytestmark = learned_by_heart
 
 VOLUMES3D = ROOT.parent / "shared" / "data" / "volumes3d"
 MEDVOL = Example("medvol_r1")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import learned_by_heart
 from medvol_data import volumes
 from peft import get_peft_model
 from safetensors import safe_open
@@ -25,6 +26,8 @@ from segrl.models import language_model_lora, tiny_qwen3_vl
 from segrl.predictions import ImagePromptSettings, VolumePromptSettings
 from segrl.scripts import parse
 from segrl.segmenters import Sam2Segmenter, sam2_config
+
+pytestmark = learned_by_heart
 
 MEDVOL, CORE_SEG = Example("medvol_r1"), Example("core_seg")
 MEDVOL_RUN, CORE_SEG_RUN = MEDVOL.modules["recipe"].MedVolRun, CORE_SEG.modules["recipe"].CoreSegRun

@@ -222,7 +222,7 @@ class TestImages:
 
     @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
     def test_more_than_eight_bits_are_an_error(self, segmenter, mode):
-        with pytest.raises(DataError, match=f"image of mode '{mode}': expected 8 bits a channel"):
+        with pytest.raises(DataError, match=f"image: has {mode} pixels, expected 8 bits per channel"):
             segmenter.predict(Image.new(mode, (20, 20)), "Find it.")
 
 

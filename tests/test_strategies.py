@@ -248,6 +248,13 @@ def test_completions_shrink():
     assert "<answer>The lesion is located at [0, 0, 0, 0].<seg></answer>" in some
 
 
+@given(st.data())
+def test_points_near_what_is_outside_are_inside(data):
+    found = data.draw(strategies.points(4, 3, near=[[-0.5, -0.5], [9, 1]]))
+    assert (found % 1 == 0.5).all()
+    assert ((found > 0) & (found < [4, 3])).all()
+
+
 # --- predictions and batches
 
 

@@ -218,7 +218,7 @@ class TestGrpo:
         assert entry["rollout/valid"] == 1.0
         for name in ("slice_format", "slice_visibility", "slice_boxes", "propagated_dice"):
             assert f"rewards/{name}/mean" in entry
-        assert entry["rewards/slice_format/mean"] == 1.0
+        assert entry["rewards/slice_format/mean"] == 0.75  # a slice without boxes is not the format
 
     def test_what_a_random_model_writes(self, synthetic, tmp_path):
         model, processor = model_of()

@@ -278,7 +278,7 @@ class TestSaved:
     def test_a_damaged_segmenter_is_named(self, segmenter, tmp_path):
         segmenter.save_pretrained(tmp_path)
         (tmp_path / SEGMENTER_WEIGHTS).write_bytes(b"cut")
-        with pytest.raises(CheckpointError, match=r"segmenter\.json and segmenter\.safetensors cannot be read"):
+        with pytest.raises(CheckpointError, match=r"segmenter\.safetensors: cannot be read: "):
             VolumeSegmenter.from_pretrained(tmp_path, device="cpu")
 
 
@@ -293,7 +293,7 @@ class TestErrors:
             (np.zeros((24, 40), np.uint8), r"volume: uint8 array of shape \(24, 40\)"),
             (np.zeros((0, 24, 40), np.uint8), r"volume: uint8 array of shape \(0, 24, 40\)"),
             ("nowhere.nii.gz", r"nowhere\.nii\.gz: no such file"),
-            (None, r"volume: NoneType; expected a path, a Volume or grey values"),
+            (None, r"volume: NoneType; expected a path, a Volume, a Case or grey values"),
             ([[[1]]], r"volume: list; expected a path"),
             (torch.zeros(3, 24, 40), r"volume: Tensor; expected a path"),
         ],

@@ -30,4 +30,4 @@ def row_of(folder: Path, mask: np.ndarray, name: str = "one", **fields: Any) -> 
     write_volume(scan, volume)
     write_mask(label, mask, volume)
     texts = {"query": "Where is it?", "modality": "MRI", "anatomy": "Head", "lesion": "dark cyst", "name": name}
-    return {"scan": str(scan), "label": str(label), "label_value": 0, "intensity": "", **texts, **fields}
+    return {"scan": str(scan), "label": str(label), "label_value": "0", "intensity": "", **texts, **fields}

@@ -69,10 +69,11 @@ def volume_record(
         What `segrl.evaluation.overlap_record` says of the voxels, and
 
         - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None,
-        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0; both distances are None
-          without a spacing, since nobody knows the millimetres,
+        - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0,
         - "slice_visibility", "slice_boxes": the rewards of these names, 0.0 for an invalid text,
         - "slice_index" of the prediction.
+
+        Without a spacing nobody knows the millimetres: "hd95_mm" and "nsd" are None.
 
     Raises:
         DataError: The mask has another shape than the ground truth, which is named, or a tolerance below 0.

@@ -184,7 +184,8 @@ def points(
     Returns:
         Strategy for (P, 2) float64 (x, y) arrays, each number a whole one and a half.
     """
-    wanted = np.floor(np.asarray(near, dtype=np.float64)).astype(int).reshape(-1, 2).tolist()
+    pixels = np.floor(np.asarray(near, dtype=np.float64)).astype(int).reshape(-1, 2)
+    wanted = np.clip(pixels, 0, [width - 1, height - 1]).tolist()  # the middle of a box without area may be outside
     found = []
     for _ in range(draw(st.integers(min_points, max_points))):
         if wanted and draw(st.booleans()):
