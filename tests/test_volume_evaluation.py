@@ -209,7 +209,7 @@ def rows(tmp_path_factory) -> Any:
     masks = [blocks([0, 3, 9, 7, 0]), blocks([0, 0, 4], 32, 20), blocks([5]), blocks([9, 9])]
     made = [row_of(folder, mask, f"volume {n}", query=f"Where, {n}?") for n, mask in enumerate(masks)]
     made[1]["intensity"] = "window:0:100"
-    return Dataset.from_list([*made[:3], {**made[3], "label_value": 5}])
+    return Dataset.from_list([*made[:3], {**made[3], "label_value": "5"}])
 
 
 @pytest.fixture(scope="module")
