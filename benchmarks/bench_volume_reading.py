@@ -38,8 +38,9 @@ def make(folder: Path, depth: int) -> list[dict[str, Any]]:
     nib.save(nib.Nifti1Image(voxels, affine), folder / "scan.nii.gz")
     nib.save(nib.Nifti1Image(labels, affine), folder / "label.nii.gz")
     nib.save(nib.Nifti1Image(labels.astype(np.float64), affine), folder / "float64.nii.gz")
-    row = {"image": "scan.nii.gz", "label": "label.nii.gz", "modality": "CT", "lesion": "organ"}
-    write_manifest(folder, [{**row, "label_value": value} for value in range(1, STRUCTURES + 1)])
+    row = {"image": "scan.nii.gz", "label": "label.nii.gz", "modality": "CT"}
+    structures = range(1, STRUCTURES + 1)
+    write_manifest(folder, [{**row, "lesion": f"structure {value}", "label_value": value} for value in structures])
     return list(map(dict, load_volumes(folder, validate=False)))  # type: ignore[arg-type]
 
 
