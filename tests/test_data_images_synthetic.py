@@ -1,3 +1,4 @@
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,42 @@ def test_write_folder_keeps_an_existing_manifest(tmp_path):
     write_folder(make_synthetic(1, size=32), tmp_path)
     with pytest.raises(DataError, match=r"manifest\.csv exists already: write into another folder"):
         write_folder(make_synthetic(1, size=32, seed=1), tmp_path)
+
+
+@settings(max_examples=60)
+@given(st.builds(make_scene, st.integers(0, 10_000), seed=st.integers(0, 1000), hard=st.just(True)))
+def test_a_hard_scene_asks_for_all_of_a_kind_or_for_one_of_several_or_for_none(scene):
+    mask, every = scene.mask(), scene.mask(scene.lesion)
+    assert 1 <= len(boxes_from_mask(scene.labels > 0)) <= 3
+    assert (scene.labels > 0).tolist() == (scene.instances > 0).tolist()
+    findings = scene.picture().findings
+    assert [finding.kind for finding in findings].count(scene.lesion) == len(boxes_from_mask(every))
+    if not scene.choice:
+        assert np.array_equal(mask, every)
+        return
+    masks = [finding.mask for finding in findings if finding.kind == scene.lesion]
+    assert len(masks) > 1
+    size, (y, x) = (
+        [one.sum() for one in masks],
+        np.array([[axis.mean() for axis in np.nonzero(one)] for one in masks]).T,
+    )
+    best = {"largest": np.argmax(size), "smallest": np.argmin(size)}
+    best |= {"leftmost": np.argmin(x), "rightmost": np.argmax(x), "uppermost": np.argmin(y), "lowest": np.argmax(y)}
+    assert np.array_equal(mask, masks[best[scene.choice]])
+
+
+def test_shares_of_hard_rows_and_their_questions():
+    rows = make_synthetic(400, size=48, seed=1, hard=True)
+    scenes = [make_scene(index, size=48, seed=1, hard=True) for index in range(400)]
+    assert 0.04 < np.mean([not scene.mask().any() for scene in scenes]) < 0.12
+    assert 0.1 < np.mean([bool(scene.choice) for scene in scenes]) < 0.3
+    for scene, query in zip(scenes, rows["query"], strict=True):
+        asked = f" {scene.choice} {scene.lesion} " if scene.choice else f" {scene.lesion} "
+        assert asked in query.replace("?", " ")
+        assert not (scene.choice and "every" in query)
+
+
+def test_scenes_are_what_they_were():
+    """Those that are not hard have the pixels of version 0.1.0's first scenes."""
+    digest = hashlib.md5(b"".join(make_scene(n, size=64, seed=3).image.tobytes() for n in range(50)))
+    assert digest.hexdigest() == "ec19065d2bb13251545e8f378f1121e6"

@@ -33,6 +33,7 @@ from segrl.inference import ReasoningSegmenter, load
 from segrl.models import tiny_qwen2_5_vl
 from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Parser, TwoStageRun, find_preset, parse
+from segrl.scripts.results import box_f1
 from segrl.segmenters import Sam2Segmenter, sam2_config
 
 pytestmark = learned_by_heart
@@ -123,13 +124,26 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 def check_summary(kind: Kind, summary: dict[str, Any], n: int) -> None:
     """What `results.json` documents for one model."""
 
+    boxes = {"box_f1"} if "n_scored" in summary and kind.baseline == "baseline" else set()
+
     def check_scores(scores: dict[str, Any]) -> None:
-        for name in kind.scores:
+        for name in (*kind.scores, *boxes):
             low, high = scores["ci95"][name]
             assert 0 <= low <= scores[name] <= high <= 1
 
     volumes = {"hd95_mm", "n_scored"} if kind.baseline == "oracle" else set()
-    assert set(summary) == {*kind.scores, *volumes, "n", "ci95", "groups"}
+    answered = {"statuses"} if "statuses" in summary else set()  # neither a constant mask nor true boxes answer
+    assert set(summary) == {
+        *kind.scores,
+        *volumes,
+        *boxes,
+        *({"n_scored"} if boxes else ()),
+        *answered,
+        "n",
+        "ci95",
+        "groups",
+    }
+    assert sum(summary.get("statuses", {"valid": n}).values()) == n
     assert summary["n"] == n
     check_scores(summary)
     assert set(summary["groups"]) == ({"lesion"} if volumes else {"modality", "anatomy"})
@@ -146,7 +160,7 @@ def check_summary(kind: Kind, summary: dict[str, Any], n: int) -> None:
 
 def test_results_have_the_documented_layout(kind, main_run):
     run, results = main_run[0], read_json(main_run[0] / "results.json")
-    more = {"gain", "encoded_slices"} if kind.baseline == "oracle" else set()
+    more = {"gain", "zero_spread"} | ({"encoded_slices"} if kind.baseline == "oracle" else set())
     assert set(results) == {kind.baseline, "stage1", "stage2", "config", "versions", *more}
     rows = results["stage2"]["n"]
     for stage in (kind.baseline, "stage1", "stage2"):
@@ -196,7 +210,8 @@ def test_the_run_loads_again_and_predicts_the_same(kind, main_run, tmp_path):
     run = main_run[0]
     segmenter = load(run, device="cpu")
     if isinstance(segmenter, ReasoningSegmenter):
-        records = evaluate(segmenter, make_synthetic(8, size=112, seed=43), batch_size=8, progress=False)
+        rows = make_synthetic(8, size=96, seed=3 * 42 + 1, hard=True)
+        records = evaluate(segmenter, rows, batch_size=8, metrics=(box_f1,), progress=False)
     else:
         records = evaluate_volumes(segmenter, load_volumes(run / "data" / "test"), batch_size=2, progress=False)
     assert json.loads(json.dumps(records)) == read_json(run / "predictions.json")
@@ -333,7 +348,7 @@ BAD_FLAGS = [
     (["--resume_from_checkpoint", "no/checkpoint-1"], "--resume_from_checkpoint 'no/checkpoint-1': no such folder"),
     (["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
     (["--segmenter", "no_such.pt"], "SAM 2 checkpoint 'no_such.pt' does not exist"),
-    (["--per_device_train_batch_size", "5000"], "training rows, expected at least 1250"),
+    (["--per_device_train_batch_size", "20000"], "training rows, expected at least 5000"),
 ]
 OWN_BAD_FLAGS = {
     "core_seg": [
@@ -657,4 +672,4 @@ def test_the_numbers_of_the_published_preset():
     assert grpo == [4, 5e-6, 2]
     assert list(recipe.rewards) == ["format", "box_f1", "dual_granularity_mask"]
     assert recipe.prompt.max_edge == 512
-    assert recipe.freeze_encoder == (True, True)
+    assert recipe.pretraining is None

@@ -83,7 +83,9 @@ def test_table_without_a_terminal_is_wide_enough_for_its_cells(capsys):
 
 
 def test_table_refuses_no_stage_and_values_that_are_no_fractions():
-    with pytest.raises(DataError, match=r"at least one of baseline, stage1, stage2, model, got the keys \['config'\]"):
+    with pytest.raises(
+        DataError, match=r"at least one of baseline, stage1, stage2, control, model, got the keys \['config'\]"
+    ):
         printed({"config": {}})
     with pytest.raises(DataError, match=r"stage1: mdice is 37.06; expected a fraction"):
         printed({"stage1": {**SUMMARY, "mdice": 37.06}})
@@ -132,7 +134,9 @@ def test_table_of_volumes_shows_a_dash_for_what_applies_to_none():
 def test_table_refuses_distances_that_are_none(value):
     with pytest.raises(DataError, match=f"stage1: hd95_mm is {value}; expected a finite number of at least 0"):
         results_table({"stage1": {**VOLUMES, "hd95_mm": value}}, Console(file=io.StringIO()), **FOR_VOLUMES)
-    with pytest.raises(DataError, match="expected at least one of oracle, stage1, stage2, model, got the keys"):
+    with pytest.raises(
+        DataError, match="expected at least one of oracle, stage1, stage2, control, model, got the keys"
+    ):
         results_table({"baseline": SUMMARY}, **FOR_VOLUMES)
 
 

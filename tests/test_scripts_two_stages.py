@@ -22,6 +22,7 @@ from segrl.inference import load
 from segrl.metrics import summarise
 from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Recipe, TwoStageArguments, TwoStageRun
+from segrl.scripts.run_folder import steps_as_long
 
 ON_CPU = {"bf16": False, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
 RECIPES = {
@@ -123,6 +124,44 @@ def test_both_stages_are_trained_evaluated_and_written(whole):
     }
     marker = read_json(whole / "segrl_run.json")["arguments"]
     assert marker["rewards"] == ["format", "box_f1"]
+
+
+def test_stage1_continued_for_as_long_as_stage2_took(whole, tmp_path, capsys):
+    """The control: trained once, from stage 1, with its settings, and compared with stage 2."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = {name: (folder / name).read_bytes() for name in ("model.safetensors", "stage1/model.safetensors")}
+    for name, seconds in (("stage1/log_history.json", 2.0), ("log_history.json", 5.0)):
+        history = json.loads((folder / name).read_text())
+        history[-1]["train_runtime"] = seconds  # stage 1 had 1 step
+        (folder / name).write_text(json.dumps(history))
+    run(BoxRun.check_grpo, "--output_dir", folder, "--resume_from_checkpoint", "last", "--control")
+    results = json.loads((folder / "results.json").read_text())
+    assert steps_of(folder / "control")[-1]["step"] == 2  # 2.5 rounded to even
+    assert set(results["gain"]) == set(results["gain_over_control"]) == {"dice", "box_f1"}
+    assert results["control"]["n"] == 2
+    printed = capsys.readouterr().out
+    assert "stage 2 - stage 1 continued for the same time, dice:" in printed
+    assert "control: 2 of 2 answers are invalid (100.0 %):" in printed
+    assert "of the groups had no spread in reward" in printed
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    weights = (folder / "control" / "model.safetensors").read_bytes()
+    assert weights not in before.values()
+    run(BoxRun.check_grpo, "--output_dir", folder, "--resume_from_checkpoint", "last", "--control")
+    assert weights == (folder / "control" / "model.safetensors").read_bytes()
+
+
+def test_a_control_needs_the_times_of_both_stages(tmp_path):
+    for name in ("stage1", "stage2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "stage1" / "log_history.json").write_text(json.dumps([{"train_runtime": 3.0, "step": 30}]))
+    with pytest.raises(SegRLError, match=r"--control: '.*stage2' does not say how long it took"):
+        steps_as_long(tmp_path / "stage1", tmp_path / "stage2")
+    (tmp_path / "stage2" / "log_history.json").write_text(json.dumps([{"loss": 1}, {"train_runtime": 0.01, "step": 9}]))
+    assert steps_as_long(tmp_path / "stage1", tmp_path / "stage2") == 1
+    (tmp_path / "stage1" / "log_history.json").write_text("{}")
+    with pytest.raises(SegRLError, match=r"log_history.json: expected a list of objects"):
+        steps_as_long(tmp_path / "stage1", tmp_path / "stage2")
 
 
 def test_a_run_is_continued_after_its_stage1(whole, tmp_path):

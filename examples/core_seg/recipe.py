@@ -2,31 +2,43 @@
 
 | preset         | hardware       | time                          | held-out mDice                                     |
 |----------------|----------------|-------------------------------|----------------------------------------------------|
-| `tiny`         | 1 CPU core     | 7 minutes (docs/log.md)       | 83 to 94 on its synthetic data (docs/log.md)       |
+| `tiny`         | 1 CPU core     | docs/log.md                   | docs/log.md                                        |
 | `core_seg_3b`  | 2 A6000, 48 GB | not run by us                 | published: 37.06 on ComLesion-14K; not run by us   |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
-from segrl import DenseLoss, ReasoningSegmenter, SegSFTTrainer
-from segrl.data import augment, load_split, make_synthetic, prepare
+from segrl import DenseLoss, ReasoningSegmenter
+from segrl.data import augment, load_split, make_scene, make_synthetic, prepare
 from segrl.errors import CheckpointError
 from segrl.evaluation import evaluate_constant_mask
+from segrl.geometry import binarize
 from segrl.heads import MaskHead, attach_mask_head, find_mask_head
 from segrl.inference import SegmenterBase
 from segrl.metrics import summarise
-from segrl.models import ensure_seg_token, load_vlm, tiny_qwen2_5_vl
+from segrl.models import (
+    Picture,
+    ensure_seg_token,
+    list_findings,
+    load_vlm,
+    pretrain_captions,
+    pretrain_vision,
+    tiny_qwen3_vl,
+)
 from segrl.predictions import ImagePromptSettings
+from segrl.reports import say
 from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
-from segrl.segmenters import sam2_config
+from segrl.segmenters import pretrain_segmenter, sam2_config
+from segrl.trainers import SegSFTConfig
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
@@ -38,29 +50,42 @@ class CoreSegRecipe(Recipe):
     Attributes:
         prompt: How the model is asked.
         adapter: Settings of the preset's adapter, the semantic-guided one.
-        freeze_encoder: Image encoder of the segmenter in stage 1 and in stage 2.
-        text_warmup: Trainer settings that differ in a first, text-only part of stage 1; None has no such part. It
-            stands in for pretraining: a random language model learns masks only after it has learned words, and by
-            then the decoder has learned to ignore its prompts.
+        pretraining: For models with random weights: settings of `pretrain_vision`, `pretrain_captions` and
+            `pretrain_segmenter` under "vision", "captions" and "segmenter", and the number of synthetic "scenes". The
+            vision tower is frozen afterwards, and reasoning lists what is found (`list_findings`). None has weights.
         brief: Short template reasoning.
         max_boxes: Boxes that a reference answer names at most.
     """
 
     prompt: ImagePromptSettings
     adapter: Mapping[str, Any] = field(default_factory=dict)
-    freeze_encoder: tuple[bool, bool] = (True, True)
-    text_warmup: Mapping[str, Any] | None = None
+    pretraining: Mapping[str, Any] | None = None
     brief: bool = False
     max_boxes: int | None = None
 
 
+SIDE = 96  # of an image as the tiny model sees it, pixels: every coordinate has two digits
+
+
 def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
-    """About 1.7 M parameters of Qwen2.5-VL, random; the tokenizer learns the training texts."""
+    """About 1.1 M parameters of Qwen3-VL, random; the tokenizer learns the training texts."""
     if path:
         return load_vlm(path)
     sample = train.select(range(min(400, len(train)))).remove_columns("image")
     corpus = [str(dict(row)[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]
-    return tiny_qwen2_5_vl(corpus=corpus)
+    return tiny_qwen3_vl(
+        corpus=[*corpus, *(f"{lesion} 0123, {lesion} 4567." for lesion in sorted(set(sample["lesion"])))],
+        hidden_size=128,
+        layers=3,
+        vision_hidden_size=64,
+        vision_layers=3,
+        patch_size=8,
+        merge_size=2,
+        rope_theta=1e4,
+        position_std=0.5,
+        min_pixels=SIDE**2,
+        max_pixels=SIDE**2,
+    )
 
 
 def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
@@ -77,41 +102,47 @@ REWARDS = ("format", "box_f1", "dual_granularity_mask")
 RECIPES = {
     "tiny": CoreSegRecipe(
         build=build_tiny,
-        segmenter=sam2_builder(sam2_config("tiny")),
-        prompt=ImagePromptSettings(instruction="", max_edge=160, max_new_tokens=112),
+        segmenter=sam2_builder(sam2_config("tiny", image_size=192)),  # masks of 48 x 48
+        prompt=ImagePromptSettings(instruction="", frame_kind="resized_px", max_new_tokens=128),
         sft={
             **ON_A_CPU,
             "per_device_train_batch_size": 16,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 10,
-            "max_steps": 650,
+            "max_steps": 300,
             "logging_steps": 20,
             "max_length": None,
+            "feature_cache_memory": 2**31,
         },
         grpo={
             **ON_A_CPU,
             **AS_PUBLISHED,
-            "per_device_train_batch_size": 16,
+            "per_device_train_batch_size": 64,
             "num_generations": 4,
-            "max_completion_length": 112,
-            "learning_rate": 1e-4,
+            "max_completion_length": 128,
+            "learning_rate": 1.5e-4,
             "head_learning_rate": 3e-4,
-            "lr_scheduler_type": "cosine",
+            "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 5,
-            "max_steps": 80,
+            "max_steps": 100,
             "logging_steps": 5,
-            "beta": 0.0,
-            "temperature": 0.7,
+            "beta": 0.01,
+            "temperature": 0.8,
+            "feature_cache_memory": 2**31,
         },
         rewards=REWARDS,
         adapter={"standardise": True},
-        freeze_encoder=(False, True),
         brief=True,
         max_boxes=4,
-        text_warmup={"learning_rate": 2e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 150},
+        pretraining={
+            "scenes": 3000,
+            "vision": {"steps": 500},
+            "captions": {"steps": 600},
+            "segmenter": {"encoder_steps": 120, "decoder_steps": 300},
+        },
         fill_to=3200,
-        synthetic={"train": 3000, "test": 160, "size": 112},
+        synthetic={"train": 2000, "test": 240, "size": SIDE},
     ),
     "core_seg_3b": CoreSegRecipe(
         build=build_3b,
@@ -211,16 +242,21 @@ class CoreSegRun(TwoStageRun):
             rows = load_split(self.arguments.data, split, **self.reading())
             return self.arguments.limited(rows, split)
         self.check_synthetic(split)
-        return make_synthetic(self.count(split), size=self.recipe.synthetic["size"], seed=self.seed + (split == "test"))
+        return make_synthetic(self.count(split), **self.scenes(split))
+
+    def scenes(self, part: str) -> dict[str, Any]:
+        """Return which synthetic scenes a part of the data has; no two parts and no two seeds share one."""
+        seed = 3 * self.seed + ("train", "test", "pretraining").index(part)
+        return {"size": self.recipe.synthetic["size"], "seed": seed, "hard": True}
 
     def copies(self) -> int:
         described = "reasoning" in self.train_rows.column_names  # a turned image would contradict it
         return 1 if described else min(8, super().copies())
 
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
-        rows, recipe = self.train_rows, self.recipe
-        if self.copies() > 1:
-            rows = augment(rows, self.copies() - 1)
+        rows, recipe = self._copied(), self.recipe
+        if completions and self.pretrains and self.prompt.reasoning and "reasoning" not in rows.column_names:
+            rows = rows.add_column("reasoning", [list_findings(picture) for picture in self.pictures(rows)])
         limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes, "coordinates": self.arguments.coordinates}
         return prepare(rows, processor, self.prompt, completions=completions, **limits)
 
@@ -234,7 +270,6 @@ class CoreSegRun(TwoStageRun):
             adapter=adapter,
             probe=self.arguments.probe or "seg_token",
             tokenizer=processor.tokenizer,
-            freeze_encoder=self.recipe.freeze_encoder[0],
             **(self.recipe.adapter if adapter == "semantic_guided" else {}),
         )
         return attach_mask_head(model, head), processor
@@ -248,20 +283,55 @@ class CoreSegRun(TwoStageRun):
         super().check_run(folder)
 
     def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
-        head = find_mask_head(model)
-        assert head is not None
-        head.freeze_encoder = self.recipe.freeze_encoder[stage == "grpo" and not self.arguments.skip_stage1]
+        if self.pretrains:
+            # a tower that has learned to see is left alone: from words it forgets more than it learns (docs/log.md)
+            model.model.visual.requires_grad_(False)
         weight = self.arguments.dense_weight
         return {"dense_losses": [DenseLoss("dice_ce", weight=weight)] if weight else None}
 
-    def train_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
-        if self.recipe.text_warmup and self.arguments.model is None and not config.resume_from_checkpoint:
-            changes = dict(self.recipe.text_warmup)
-            if config.max_steps > 0:
-                changes["max_steps"] = min(changes["max_steps"], config.max_steps)
-            warmup = replace(config, **changes, save_strategy="no", eval_strategy="no")
-            SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
-        super().train_sft(config, model, processor, rows)
+    # ---- in place of pretraining -------------------------------------------------------------------------------------
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the model is one with random weights, or was."""
+        given = self.arguments.model is not None and (
+            self.arguments.skip_stage1 or isinstance(self.config, SegSFTConfig)
+        )
+        return self.recipe.pretraining is not None and not given
+
+    def pictures(self, rows: Dataset) -> list[Picture]:
+        """Return what is known about rows: of synthetic ones all lesions, of others the one that is asked for."""
+        if self.arguments.data is None:
+            return [make_scene(n, **self.scenes("train")).picture() for n in range(len(rows))]
+        dicts = map(dict, rows)  # type: ignore[call-overload]
+        return [Picture.from_mask(row["image"], binarize(row["mask"]), row["lesion"] or "lesion") for row in dicts]
+
+    def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
+        recipe = self.recipe.pretraining
+        if recipe is None or not self.pretrains:
+            return model, processor
+        if self.arguments.data is None:
+            scenes = range(self.arguments.count(recipe["scenes"], "train"))
+            pictures = [make_scene(n, **self.scenes("pretraining")).picture() for n in scenes]
+        else:
+            pictures = self.pictures(self._copied())
+        head = find_mask_head(model)
+        assert head is not None
+        seen = pretrain_vision(model, processor, pictures, seed=self.seed, **self._short(recipe["vision"]))
+        said = pretrain_captions(model, processor, pictures, seed=self.seed, **self._short(recipe["captions"]))
+        parts = [f"{seen:.0%} of held-out lesions are seen", f"{said:.0%} of caption tokens right"]
+        if self.arguments.segmenter is None:
+            loss = pretrain_segmenter(head.segmenter, pictures, seed=self.seed, **self._short(recipe["segmenter"]))
+            parts.append(f"DiceCE {loss:.2f} of the segmenter from boxes")
+        if PartialState().is_main_process:
+            say(f"in place of pretraining: {'; '.join(parts)}")
+        return model, processor
+
+    def _short(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self.shortened(n) if name.endswith("steps") else n for name, n in settings.items()}
+
+    def _copied(self) -> Dataset:
+        return augment(self.train_rows, self.copies() - 1) if self.copies() > 1 else self.train_rows
 
     def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
         assert isinstance(segmenter, ReasoningSegmenter)

@@ -237,9 +237,6 @@ class TrainingFlags(DataFlags, TwoStageArguments):
             "help": "Delta of R_c: slices each way from the key slice that propagated_dice reads (2, 5, 10, 15)."
         },
     )
-    pretrain_steps: int | None = field(
-        default=None, metadata={"help": "Steps at most before stage 1 (preset tiny); default: --max_steps."}
-    )
     key_slices: int | None = field(
         default=None, metadata={"help": "Stage 1 answers with one of so many largest slices; default: the preset's."}
     )
@@ -260,7 +257,7 @@ class MedVolRun(TwoStageRun):
     recipes = RECIPES
     training_flags = TrainingFlags
     evaluation_flags = EvaluationFlags
-    least: ClassVar = {"reach": 0, "key_slices": 1, "pretrain_steps": 1, "segmenter_steps": 1}
+    least: ClassVar = {"reach": 0, "key_slices": 1, "segmenter_steps": 1}
     stage2_flags = (*TwoStageRun.stage2_flags, "reach")
     recipe: MedVolRecipe
     prompt: VolumePromptSettings
@@ -365,7 +362,7 @@ class MedVolRun(TwoStageRun):
 
     def _trained_segmenter(self, rows: Dataset) -> Sam2Segmenter:
         settings = dict(self.recipe.segmenter_training or {})
-        settings["steps"] = self.arguments.segmenter_steps or self._shortened(settings["steps"])
+        settings["steps"] = self.arguments.segmenter_steps or self.shortened(settings["steps"])
         torch.manual_seed(self.seed)
         segmenter = self.build_segmenter(None)
         more = self.train_rows if self.arguments.data is not None else ()
@@ -374,17 +371,12 @@ class MedVolRun(TwoStageRun):
         say(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}")
         return segmenter
 
-    def _shortened(self, steps: int) -> int:
-        """Steps of a part before stage 1: a run that is a short look is short in all of its parts."""
-        asked = self.config.max_steps if "max_steps" in self.given and self.config.max_steps > 0 else steps
-        return min(steps, self.arguments.pretrain_steps or asked)
-
     # ---- the language model ------------------------------------------------------------------------------------------
 
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
         warmup = self.recipe.vision_warmup
         if warmup is not None and self.arguments.model is None and not self.arguments.skip_stage1:
-            settings = {**warmup, "steps": self._shortened(warmup["steps"])}
+            settings = {**warmup, "steps": self.shortened(warmup["steps"])}
             size = self.recipe.prompt.size
             right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
             if PartialState().is_main_process:

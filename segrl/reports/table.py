@@ -23,7 +23,7 @@ from segrl.reports.terminal import printable
 
 __all__ = ["Column", "results_table"]
 
-STAGES = ("baseline", "stage1", "stage2", "model")  # "model": one that is only evaluated
+STAGES = ("baseline", "stage1", "stage2", "control", "model")  # "model": one that is only evaluated
 VOLUME_STAGES = ("oracle", *STAGES[1:])  # "oracle": the segmenter prompted with the ground truth
 PLAIN_WIDTH = 100  # smallest width in columns if the output is not a terminal
 WIDEST = 1000  # columns, wide enough for every table
@@ -38,17 +38,20 @@ class Column:
         title: Heading of the column, with the unit.
         percent: Whether the scores are fractions in [0, 1], printed times 100; otherwise they are printed unchanged and
             are at least 0, such as a distance in millimetres.
+        optional: Whether a stage may lack the score, as a baseline without boxes does; a dash is printed.
 
     Example:
         >>> Column("mDice %")
-        Column(title='mDice %', percent=True)
+        Column(title='mDice %', percent=True, optional=False)
     """
 
     title: str
     percent: bool = True
+    optional: bool = False
 
 
 COLUMNS = {"mdice": Column("mDice %"), "miou": Column("mIoU %"), "fail": Column("Failure Rate %")}
+IMAGE_COLUMNS = {**COLUMNS, "box_f1": Column("box F1 %", optional=True)}
 VOLUME_COLUMNS = {
     "mdice": Column("Dice %"),
     "miou": Column("IoU %"),
@@ -127,7 +130,7 @@ def _cells(summary: Mapping[str, Any], where: str, columns: Mapping[str, Column]
     n, scored = summary.get("n", ""), summary.get("n_scored", {})
     cells = []
     for key, column in columns.items():
-        if scored.get(key) == 0:
+        if scored.get(key) == 0 or (column.optional and key not in summary):
             cells.append("-")
             continue
         factor, largest, expected = (100, 1.0, "a fraction in [0, 1], not a percentage") if column.percent else _PLAIN

@@ -30,7 +30,14 @@ MACHINE_FLAGS = (
 )
 
 
-_LEAST = {"train_limit": 1, "eval_limit": 1, "eval_batch_size": 1, "sft_max_steps": 1, "pictures": 0}
+_LEAST = {
+    "train_limit": 1,
+    "eval_limit": 1,
+    "eval_batch_size": 1,
+    "sft_max_steps": 1,
+    "pretrain_steps": 1,
+    "pictures": 0,
+}
 
 
 @dataclass
@@ -142,6 +149,18 @@ class TwoStageArguments(RunArguments):
         },
     )
     sft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of that stage 1."})
+    pretrain_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps at most of each part that stands in for pretraining (preset tiny); default: --max_steps."
+        },
+    )
+    control: bool = field(
+        default=False,
+        metadata={
+            "help": "train_grpo: also continue stage 1 for as long as stage 2 took, and compare; stage 2's time again."
+        },
+    )
 
 
 @dataclass

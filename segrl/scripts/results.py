@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,14 +15,24 @@ from segrl.evaluation.volumes import VOLUME_GROUPINGS, evaluate_volumes, summari
 from segrl.inference.base import SegmenterBase
 from segrl.inference.images import ReasoningSegmenter
 from segrl.inference.volumes import VolumeSegmenter
-from segrl.metrics.summary import paired_bootstrap_ci, summarise
+from segrl.metrics.summary import SUMMARY_METRICS, paired_bootstrap_ci, summarise
+from segrl.predictions.prediction import invalid_text
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.results_file import versions, write_results
-from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES, results_table
+from segrl.reports.table import IMAGE_COLUMNS, VOLUME_COLUMNS, VOLUME_STAGES, results_table
 from segrl.reports.terminal import say
 from segrl.reports.volume_pictures import volume_picture
+from segrl.rewards.factory import make_reward
 
 __all__ = ["ImageResults", "VolumeResults", "results_for"]
+
+
+_BOX_F1 = make_reward("box_f1")
+
+
+def box_f1(prediction: Any, target: Any) -> float | None:
+    """The reward of CORE-Seg's Eq. 8, as a metric."""
+    return _BOX_F1.score(prediction, target)
 
 
 class ImageResults:
@@ -32,12 +44,14 @@ class ImageResults:
     """
 
     segmenter_class: ClassVar[type[SegmenterBase]] = ReasoningSegmenter
-    evaluate: ClassVar[Callable[..., list[dict[str, Any]]]] = staticmethod(evaluate)
-    summarise: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(summarise)
-    table: ClassVar[Mapping[str, Any]] = {}
+    evaluate: ClassVar[Callable[..., list[dict[str, Any]]]] = staticmethod(partial(evaluate, metrics=(box_f1,)))
+    summarise: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(
+        partial(summarise, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
+    )
+    table: ClassVar[Mapping[str, Any]] = {"columns": IMAGE_COLUMNS}
     pictures_name: ClassVar[str] = "predictions.png"
     pictures: int = 16
-    compared: ClassVar[Sequence[str]] = ()  # scores whose gain from stage 1 to stage 2 is reported
+    compared: ClassVar[Sequence[str]] = ("dice", "box_f1")  # scores whose gain from stage 1 to stage 2 is reported
 
     def __init__(self, folder: Path, pictures: int | None = None) -> None:
         self.folder, self._shown = folder, []
@@ -51,15 +65,22 @@ class ImageResults:
         if self._shown:
             scored = zip(self._shown, records, strict=False)
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
-        return self.summarise(records), records
+        statuses = Counter(record["status"] for record in records)
+        return {**self.summarise(records), "statuses": dict(statuses)}, records
 
     def write(self, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Write `results.json` and `predictions.json`, and print the table."""
         write_results(self.folder / "results.json", {**results, "versions": versions()})
         write_results(self.folder / "predictions.json", records)  # pyright: ignore[reportArgumentType]
-        for name, gain in results.get("gain", {}).items():
-            mean, low, high = (100 * value for value in gain)
-            say(f"stage 2 - stage 1, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
+        for key, other in (("gain", "stage 1"), ("gain_over_control", "stage 1 continued for the same time")):
+            for name, gain in results.get(key, {}).items():
+                mean, low, high = (100 * value for value in gain)
+                say(f"stage 2 - {other}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
+        for stage in ("stage1", "stage2", "control", "model"):
+            if stage in results:
+                say(f"{stage}: {invalid_text(results[stage]['statuses'])}")
+        if "zero_spread" in results:
+            say(f"stage 2: {results['zero_spread']:.1%} of the groups had no spread in reward")
         results_table(results, **self.table)
         say(f"Written to {self.folder}: results.json, predictions.json, {self.pictures_name}")
 

@@ -7,6 +7,7 @@ the run in a folder has come.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sized
@@ -25,6 +26,7 @@ from segrl.trainers.checkpoints import checkpoint_problem, newest_checkpoint
 from segrl.trainers.mask_head_mixin import head_detached
 
 __all__ = [
+    "CONTROL",
     "Progress",
     "check_batches",
     "check_output",
@@ -36,7 +38,7 @@ __all__ = [
     "train_and_save",
 ]
 
-MARKER, HISTORY, STAGE1 = "segrl_run.json", "log_history.json", "stage1"
+MARKER, HISTORY, STAGE1, CONTROL = "segrl_run.json", "log_history.json", "stage1", "control"
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,46 @@ def is_finished(folder: Path) -> bool:
         False
     """
     return (folder / HISTORY).is_file()
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return what the trainer of a finished stage has logged, oldest first; empty if there is no file.
+
+    Raises:
+        CheckpointError: The file is damaged.
+
+    Example:
+        >>> read_history(Path("no/such/run"))
+        []
+    """
+    path = folder / HISTORY
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); train the stage again") from error
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise CheckpointError(f"{path}: expected a list of objects; train the stage again")
+    return history
+
+
+def steps_as_long(stage1: Path, stage2: Path) -> int:
+    """Return how many steps of stage 1 take as long as stage 2 took, at least 1, from the times that both logged.
+
+    Raises:
+        SegRLError: One of them logged no time; its folder is named.
+    """
+    times = []
+    for folder in (stage1, stage2):
+        last = next((entry for entry in reversed(read_history(folder)) if "train_runtime" in entry), None)
+        if last is None:
+            raise SegRLError(
+                f"--control: {str(folder)!r} does not say how long it took; train it again, or drop the flag"
+            )
+        times.append((float(last["train_runtime"]), int(last["step"])))
+    (seconds, steps), (longer, _) = times
+    return max(1, round(longer * steps / seconds))
 
 
 def find_stage1(model: str | None, home: Path | None, *, skip: bool = False, needed: bool = True) -> Path | None:

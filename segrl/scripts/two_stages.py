@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
 from transformers import set_seed
 
 from segrl.data.contents import SplitContents
@@ -33,13 +34,17 @@ from segrl.scripts.command_line import Parser, check_rewards, find_preset, given
 from segrl.scripts.recipe import Recipe
 from segrl.scripts.results import results_for
 from segrl.scripts.run_folder import (
+    CONTROL,
     STAGE1,
     Progress,
     check_batches,
     check_output,
     claimed,
     find_stage1,
+    is_finished,
+    read_history,
     save_start,
+    steps_as_long,
     train_and_save,
 )
 from segrl.scripts.trainer_settings import check_trainer
@@ -91,6 +96,7 @@ class TwoStageRun:
     stage1_flags: ClassVar[Sequence[str]] = ()
     stage2_flags: ClassVar[Sequence[str]] = (
         *("skip_stage1", "rewards", "drop_rewards", "sft_max_steps", "sft_learning_rate", "sft_reasoning"),
+        "control",
     )
     baseline_splits: ClassVar[Sequence[str]] = ()
     arguments: Any
@@ -152,6 +158,8 @@ class TwoStageRun:
         """
         run, config = cls._begin(argv, SegGRPOConfig, "grpo", f"runs/{cls.name}")
         arguments = run.arguments
+        if arguments.control and arguments.skip_stage1:
+            raise SegRLError("--control continues stage 1, and --skip_stage1 has none; drop one of the two")
         progress, done = run.progress, run.progress.finished
         home = run.folder if progress.inside else progress.checkpoint and Path(progress.checkpoint).parent
         begun = done or progress.checkpoint is not None
@@ -167,11 +175,23 @@ class TwoStageRun:
             settings["sft"] = first.to_dict()
         check_batches(config, range(run.count("train") * run.copies()))
         stages = {"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1})
+        if arguments.control:
+            assert stage1 is not None
+            stages["control"] = run.folder / CONTROL
+            again = SegSFTConfig(
+                **first_stage_settings(run.recipe.sft, config, run.given, arguments, str(stages["control"]))
+            )
+            check_trainer(again)
         ready = None if done else run._ready(start, completions=first is not None)
 
         def work() -> None:
-            if done:
-                return run._report(stages, settings)
+            if not done:
+                train()
+            if arguments.control:
+                run._fit_control(again, stages["stage1"])
+            run._report(stages, settings)
+
+        def train() -> None:
             model, processor, rows = ready or run._ready(start, completions=first is not None)  # type: ignore[misc]
             if first is not None:
                 run._fit_sft(first, model, processor, rows)
@@ -185,7 +205,6 @@ class TwoStageRun:
                     save_start(model, processor, run.folder)
             set_seed(run.seed)
             run.train_grpo(config, model, processor, rows)
-            run._report(stages, settings)
 
         return lambda: run._claimed(work)
 
@@ -319,10 +338,7 @@ class TwoStageRun:
     def train_grpo(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
         """Train stage 2 and save it in the config's `output_dir`."""
         more = {"reward_funcs": self.make_rewards(), **self.trainer_arguments(model, "grpo")}
-        common = self._common(model, processor, rows)
-        if not self.arguments.skip_stage1:
-            common["peft_config"] = None  # the model has its adapter from stage 1
-        train_and_save(SegGRPOTrainer(model, args=config, **common, **more))
+        train_and_save(SegGRPOTrainer(model, args=config, **self._common(model, processor, rows), **more))
 
     def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
         """Return more entries of `results.json`, such as the summary of a baseline; none by default.
@@ -350,6 +366,11 @@ class TwoStageRun:
     def copies(self) -> int:
         """Return how often each training row is in the data set: as often as it takes to reach `fill_to`."""
         return max(1, self.recipe.fill_to // self.count("train"))
+
+    def shortened(self, steps: int) -> int:
+        """Return the steps of a part before stage 1: a run that is a short look is short in all of its parts."""
+        asked = self.config.max_steps if "max_steps" in self.given and self.config.max_steps > 0 else steps
+        return min(steps, self.arguments.pretrain_steps or asked)
 
     def check_synthetic(self, split: str) -> None:
         """Refuse a split that synthetic data has not."""
@@ -445,12 +466,28 @@ class TwoStageRun:
         set_seed(self.seed)
         self.train_sft(config, model, processor, rows)
 
+    def _fit_control(self, config: Any, stage1: Path) -> None:
+        """Continue stage 1 for as long as stage 2 took, unless that is done."""
+        folder = self.folder / CONTROL
+        if is_finished(folder):
+            return
+        config.max_steps = steps_as_long(stage1, self.folder)
+        config.seed = self.seed + 1  # other batches than stage 1 had
+        self._enter("sft")
+        loaded = self.load_run(stage1, device="cpu", trainable=True)
+        rows = self.prepare(loaded.model, loaded.processor, completions=True)
+        set_seed(config.seed)
+        self.train_sft(config, loaded.model, loaded.processor, rows)
+        self._enter("grpo")
+
     def _common(self, model: Any, processor: Any, rows: Dataset) -> dict[str, Any]:
         """Arguments of either stage's trainer."""
         head = find_mask_head(model)
         tokens = [] if head is None else [head.probe.token_id]
         scope = self.arguments.lora_scope or self.recipe.lora_scope
-        lora = self.recipe.lora and language_model_lora(model, tokens=tokens, scope=scope, **self.recipe.lora)
+        lora = None
+        if self.recipe.lora and not isinstance(model, PeftModel):  # one of stage 1 has its adapter
+            lora = language_model_lora(model, tokens=tokens, scope=scope, **self.recipe.lora)
         return {
             "train_dataset": rows,
             "processing_class": processor,
@@ -474,6 +511,15 @@ class TwoStageRun:
                 results |= self.baselines(segmenter, rows)
             size = self.arguments.eval_batch_size
             results[name], records[name] = self.results.score(segmenter, rows, size, draw=name == last)
-        if len(records) == 2 and self.results.compared:
-            results["gain"] = self.results.gain(records["stage2"], records["stage1"])
+        for other, name in (("stage1", "gain"), ("control", "gain_over_control")):
+            if {"stage2", other} <= records.keys():
+                results[name] = self.results.gain(records["stage2"], records[other])
+        if (spread := _zero_spread(read_history(self.folder))) is not None:
+            results["zero_spread"] = spread
         self.results.write(results, records[last])
+
+
+def _zero_spread(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean share of groups of stage 2 whose rewards were all equal, from which nothing is learned."""
+    shares = [entry["frac_reward_zero_std"] for entry in history if entry.get("frac_reward_zero_std") is not None]
+    return sum(shares) / len(shares) if shares else None

@@ -1,6 +1,7 @@
 """Promptable segmenters: an image is encoded once, any number of prompts are decoded against its features."""
 
 from segrl.segmenters.base import ImageFeatures, Segmenter
+from segrl.segmenters.pretraining import pretrain_segmenter
 from segrl.segmenters.propagated_masks import add_volume_masks
 from segrl.segmenters.propagation import PropagationRequest, VolumePropagator
 from segrl.segmenters.registry import register_segmenter
@@ -17,6 +18,7 @@ __all__ = [
     "Segmenter",
     "VolumePropagator",
     "add_volume_masks",
+    "pretrain_segmenter",
     "register_segmenter",
     "sam2_config",
     "track_clip",

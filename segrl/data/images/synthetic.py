@@ -3,6 +3,9 @@
 A scene is a grey or coloured background in the style of one modality, with lesions of up to three kinds. The kinds
 differ only in their contrast with the tissue around them, so the answer cannot be guessed from position or size:
 `bright nodule` (filled, brighter), `dark cyst` (filled, darker) and `ring abscess` (bright rim, dark centre).
+
+Hard scenes (`hard=True`) leave something to find by trying: some questions choose one of several lesions ("the leftmost
+dark cyst"), some ask for a kind that is not there, and contrast goes down to the noise of ultrasound.
 """
 
 # H, W pixels (both `size`); coordinates are x to the right and y down, in original pixels.
@@ -22,6 +25,7 @@ from PIL import Image as PILImage
 from segrl.data.manifest import write_manifest
 from segrl.data.reasoning import build_query
 from segrl.errors import DataError, unknown_name
+from segrl.models.tiny_pretraining import Finding, Picture
 from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["LESIONS", "Scene", "make_scene", "make_synthetic", "write_folder"]
@@ -36,6 +40,19 @@ _CONTRAST = 0.30  # of the full grey range, against the tissue around the lesion
 _RIM = 0.38  # width of an abscess's bright rim as a fraction of its radius
 _TRIES = 40
 
+# of hard scenes
+_HARD_RADIUS_PX = (11.5, 21.0)
+_HARD_CONTRAST = (0.16, 0.36)
+_ABSENT, _CHOSEN = 0.08, 0.25  # shares of scenes
+_CHOICES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of rows y and columns x: the least is chosen
+    "largest": lambda y, x: -len(y),
+    "smallest": lambda y, x: len(y),
+    "leftmost": lambda y, x: x.mean(),
+    "rightmost": lambda y, x: -x.mean(),
+    "uppermost": lambda y, x: y.mean(),
+    "lowest": lambda y, x: -y.mean(),
+}
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -46,7 +63,9 @@ class Scene:
         labels: (H, W) uint8, 0 for tissue and `1 + LESIONS.index(kind)` inside a lesion.
         modality: For example "CT".
         anatomy: For example "Abdomen".
-        lesion: The kind that the data set's row asks for; always present.
+        lesion: The kind that the data set's row asks for; always present unless the scene is hard.
+        instances: (H, W) uint8, 0 for tissue and the number of the lesion, from 1, inside one.
+        choice: Which of several lesions of this kind is asked for, such as "leftmost"; "" for all of them.
 
     Example:
         >>> scene = make_scene(0, size=32)
@@ -59,9 +78,11 @@ class Scene:
     modality: str
     anatomy: str
     lesion: str
+    instances: np.ndarray
+    choice: str = ""
 
     def mask(self, lesion: str | None = None) -> np.ndarray:
-        """Return the (H, W) bool mask of all lesions of one kind, by default `lesion`; empty if there are none.
+        """Return the (H, W) bool mask of what is asked for, or of all lesions of one kind; empty if there are none.
 
         Raises:
             UnknownNameError: A kind that is not in `LESIONS`.
@@ -74,21 +95,41 @@ class Scene:
         kind = self.lesion if lesion is None else lesion
         if kind not in LESIONS:
             raise unknown_name("synthetic lesion", kind, LESIONS)
-        return self.labels == 1 + LESIONS.index(kind)
+        every = self.labels == 1 + LESIONS.index(kind)
+        if lesion is not None or not self.choice:
+            return every
+        least = _CHOICES[self.choice]
+        numbers = np.unique(self.instances[every])
+        return self.instances == min(numbers, key=lambda number: least(*np.nonzero(self.instances == number)))
+
+    def picture(self) -> Picture:
+        """Return the image with every lesion, its kind and its own mask, to pretrain a tiny model on.
+
+        Example:
+            >>> [finding.kind for finding in make_scene(0, size=32).picture().findings]
+            ['ring abscess']
+        """
+        masks = [self.instances == number for number in np.unique(self.instances) if number]
+        findings = [Finding(LESIONS[int(self.labels[mask][0]) - 1], mask) for mask in masks]
+        return Picture(PILImage.fromarray(self.image), findings)
 
 
-def make_scene(index: int, *, size: int = 112, seed: int = 0) -> Scene:
+def make_scene(index: int, *, size: int = 112, seed: int = 0, hard: bool = False) -> Scene:
     """Render one scene; the same (index, size, seed) gives the same pixels on every machine.
 
     The modality cycles with the index, so that any four neighbouring scenes have all modalities.
 
     Args:
         index: Number of the scene, from 0.
-        size: Height and width in pixels, at least 32; lesion radii scale with it (6 to 14 px at 112).
+        size: Height and width in pixels, at least 32; lesion radii scale with it (6 to 14 px at 112, 12 to 21 in hard
+            scenes).
         seed: Another family of scenes; two seeds share no scene.
+        hard: Contrast differs from lesion to lesion, some scenes lack the kind that is asked for, and some questions
+            choose one lesion of several.
 
     Returns:
-        A scene with 1 to 3 lesions of `scene.lesion` and up to 3 of other kinds, none of them overlapping.
+        A scene with 1 to 3 lesions of `scene.lesion` and up to 3 of other kinds, none of them overlapping; a hard one
+        has 1 to 3 in all.
 
     Raises:
         DataError: If `size` is too small or `index` or `seed` is negative.
@@ -108,17 +149,31 @@ def make_scene(index: int, *, size: int = 112, seed: int = 0) -> Scene:
     grey = paint(rng, size)  # (H, W) float32 in about [0, 1]
     asked = int(rng.integers(len(LESIONS)))
     others = [kind for kind in range(len(LESIONS)) if kind != asked]
-    kinds = [asked] * int(rng.integers(1, 4)) + [
-        others[int(i)] for i in rng.integers(0, 2, size=int(rng.integers(0, 4)))
-    ]
-    labels = np.zeros((size, size), np.uint8)
-    for (x, y, radius), kind in _lesion_circles(rng, kinds, reach, size):
-        _draw_lesion(rng, grey, labels, x, y, radius, kind)
+    choice = ""
+    if hard:
+        kinds = rng.integers(len(LESIONS), size=int(rng.integers(1, 4))).tolist()
+        draw, word = rng.random(), list(_CHOICES)[int(rng.integers(len(_CHOICES)))]
+        absent, chosen = draw < _ABSENT, draw > 1 - _CHOSEN
+        kinds = [kind if kind != asked else others[0] for kind in kinds] if absent else [asked, *kinds[1:]]
+        if chosen:
+            kinds, choice = [asked, asked, *kinds[2:]], word
+    else:
+        kinds = [asked] * int(rng.integers(1, 4)) + [
+            others[int(i)] for i in rng.integers(0, 2, size=int(rng.integers(0, 4)))
+        ]
+    labels, instances = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    radii, contrast = (_HARD_RADIUS_PX, _HARD_CONTRAST) if hard else (_RADIUS_PX, (_CONTRAST, _CONTRAST))
+    for number, ((x, y, radius), kind) in enumerate(_lesion_circles(rng, kinds, reach, size, radii), 1):
+        strength = float(rng.uniform(*contrast)) if hard else _CONTRAST
+        _draw_lesion(rng, grey, labels, x, y, radius, kind, strength)
+        instances[(labels > 0) & (instances == 0)] = number
+    if choice and np.unique(instances[labels == 1 + asked]).size < 2:
+        choice = ""  # the second one found no place
     image = _finish(rng, grey, modality)
-    return Scene(image=image, labels=labels, modality=modality, anatomy=anatomy, lesion=LESIONS[asked])
+    return Scene(image, labels, modality, anatomy, LESIONS[asked], instances, choice)
 
 
-def make_synthetic(n: int, *, size: int = 112, seed: int = 0) -> Dataset:
+def make_synthetic(n: int, *, size: int = 112, seed: int = 0, hard: bool = False) -> Dataset:
     """Build a data set of synthetic lesions in memory.
 
     Use different seeds for training and test: row `i` depends on (seed, i) only, so a longer set extends a shorter one.
@@ -127,6 +182,7 @@ def make_synthetic(n: int, *, size: int = 112, seed: int = 0) -> Dataset:
         n: Number of rows; 0 gives an empty data set with the same columns.
         size: Height and width of every image in pixels.
         seed: Family of scenes.
+        hard: See `make_scene`.
 
     Returns:
         A data set with the columns image, mask (8-bit, 0 or 255), query, modality, anatomy, lesion and name.
@@ -143,9 +199,11 @@ def make_synthetic(n: int, *, size: int = 112, seed: int = 0) -> Dataset:
         raise DataError(f"n={n}: expected the number of rows, 0 or more")
     columns: dict[str, list] = {column: [] for column in _FEATURES}
     for index in range(n):
-        scene = make_scene(index, size=size, seed=seed)
+        scene = make_scene(index, size=size, seed=seed, hard=hard)
         name = f"synthetic_{seed}_{index:05d}"
-        query = build_query(scene.lesion, scene.anatomy, scene.modality, name)
+        asked = f"{scene.choice} {scene.lesion}".strip()
+        query = build_query(asked, scene.anatomy, scene.modality, name)
+        query = query.replace(" every ", " the ") if scene.choice else query
         values = (
             _png(scene.image, f"{name}.png"),
             _png(scene.mask().astype(np.uint8) * 255, f"{name}_mask.png"),
@@ -221,12 +279,18 @@ def _png(array: np.ndarray, name: str) -> dict[str, object]:
 # ---- lesions -------------------------------------------------------------------------------------------------------
 
 
-def _lesion_circles(rng: np.random.Generator, kinds: list[int], reach: tuple[float, float], size: int):
+def _lesion_circles(
+    rng: np.random.Generator,
+    kinds: list[int],
+    reach: tuple[float, float],
+    size: int,
+    radii: tuple[float, float],
+):
     """Yield ((x, y, radius), kind) of lesions inside the tissue ellipse; one that does not fit is left out."""
     scale = size / _REFERENCE_SIZE
     placed: list[tuple[float, float, float]] = []
     for kind in kinds:
-        radius = scale * float(rng.uniform(*_RADIUS_PX))
+        radius = scale * float(rng.uniform(*radii))
         for _ in range(_TRIES):
             angle, distance = 2 * np.pi * rng.random(), np.sqrt(rng.random())
             x = size / 2 + np.cos(angle) * distance * (reach[0] * size - radius)
@@ -236,11 +300,18 @@ def _lesion_circles(rng: np.random.Generator, kinds: list[int], reach: tuple[flo
                 placed.append((x, y, radius))
                 yield placed[-1], kind
                 break
-            radius = max(scale * _RADIUS_PX[0], 0.95 * radius)
+            radius = max(scale * radii[0], 0.95 * radius)
 
 
 def _draw_lesion(
-    rng: np.random.Generator, grey: np.ndarray, labels: np.ndarray, x: float, y: float, radius: float, kind: int
+    rng: np.random.Generator,
+    grey: np.ndarray,
+    labels: np.ndarray,
+    x: float,
+    y: float,
+    radius: float,
+    kind: int,
+    contrast: float,
 ) -> None:
     """Add one lesion to `grey` and `labels` in place: an ellipse with a wobbling outline and a soft edge."""
     size = grey.shape[0]
@@ -256,7 +327,7 @@ def _draw_lesion(
         outline += rng.uniform(0.02, 0.16 / waves) * np.cos(waves * theta + rng.uniform(0, 2 * np.pi))
     depth = 1 - np.hypot(along, across / squeeze) / (radius * outline)  # 1 at the centre, 0 on the outline
     inside = 1 / (1 + np.exp(-np.clip(depth * radius / 0.7, -30, 30)))
-    contrast = _CONTRAST * rng.uniform(0.85, 1.2)
+    contrast = contrast * rng.uniform(0.85, 1.2)
     if kind == 0:
         tone = np.full_like(depth, contrast)
     elif kind == 1:
