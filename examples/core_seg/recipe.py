@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from segrl import DenseLoss, ReasoningSegmenter
+from segrl import DenseLoss, ReasoningSegmenter, SegSFTTrainer
 from segrl.data import augment, load_split, make_scene, make_synthetic, prepare
 from segrl.errors import CheckpointError
 from segrl.evaluation import evaluate_constant_mask
@@ -53,6 +53,8 @@ class CoreSegRecipe(Recipe):
         pretraining: For models with random weights: settings of `pretrain_vision`, `pretrain_captions` and
             `pretrain_segmenter` under "vision", "captions" and "segmenter", and the number of synthetic "scenes". The
             vision tower is frozen afterwards, and reasoning lists what is found (`list_findings`). None has weights.
+        text_warmup: Trainer settings that differ in a first, text-only part of stage 1; None has no such part. A head
+            that learns masks before `<seg>` knows the question segments every lesion, and stays there (docs/log.md).
         brief: Short template reasoning.
         max_boxes: Boxes that a reference answer names at most.
     """
@@ -60,6 +62,7 @@ class CoreSegRecipe(Recipe):
     prompt: ImagePromptSettings
     adapter: Mapping[str, Any] = field(default_factory=dict)
     pretraining: Mapping[str, Any] | None = None
+    text_warmup: Mapping[str, Any] | None = None
     brief: bool = False
     max_boxes: int | None = None
 
@@ -107,10 +110,11 @@ RECIPES = {
         sft={
             **ON_A_CPU,
             "per_device_train_batch_size": 16,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
+            "head_learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 10,
-            "max_steps": 300,
+            "max_steps": 220,
             "logging_steps": 20,
             "max_length": None,
             "feature_cache_memory": 2**31,
@@ -137,10 +141,11 @@ RECIPES = {
         max_boxes=4,
         pretraining={
             "scenes": 3000,
-            "vision": {"steps": 500},
-            "captions": {"steps": 600},
-            "segmenter": {"encoder_steps": 120, "decoder_steps": 300},
+            "vision": {"steps": 450},
+            "captions": {"steps": 450},
+            "segmenter": {"encoder_steps": 100, "decoder_steps": 250},
         },
+        text_warmup={"learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 250},
         fill_to=3200,
         synthetic={"train": 2000, "test": 240, "size": SIDE},
     ),
@@ -326,6 +331,14 @@ class CoreSegRun(TwoStageRun):
         if PartialState().is_main_process:
             say(f"in place of pretraining: {'; '.join(parts)}")
         return model, processor
+
+    def before_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        if self.recipe.text_warmup is None or not self.pretrains:
+            return
+        changes = {**self.recipe.text_warmup, "save_strategy": "no", "eval_strategy": "no"}
+        warmup = replace(config, **self._short(changes))
+        self.trainer_arguments(model, "sft")  # freezes the tower
+        SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
 
     def _short(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {name: self.shortened(n) if name.endswith("steps") else n for name, n in settings.items()}

@@ -68,10 +68,17 @@ class ImageResults:
         statuses = Counter(record["status"] for record in records)
         return {**self.summarise(records), "statuses": dict(statuses)}, records
 
-    def write(self, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        """Write `results.json` and `predictions.json`, and print the table."""
+    def write(self, results: dict[str, Any], records: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Write `results.json`, `predictions.json` and those of earlier stages, and print the table.
+
+        Args:
+            results: What was found, by stage.
+            records: The answers of each stage; those of the last by name are the run's.
+        """
         write_results(self.folder / "results.json", {**results, "versions": versions()})
-        write_results(self.folder / "predictions.json", records)  # pyright: ignore[reportArgumentType]
+        for stage, answers in records.items():
+            name = "predictions.json" if stage == max(records) else f"predictions_{stage}.json"
+            write_results(self.folder / name, answers)  # pyright: ignore[reportArgumentType]
         for key, other in (("gain", "stage 1"), ("gain_over_control", "stage 1 continued for the same time")):
             for name, gain in results.get(key, {}).items():
                 mean, low, high = (100 * value for value in gain)

@@ -322,6 +322,9 @@ class TwoStageRun:
         """Return the model as training begins with it, after whatever comes before; unchanged by default."""
         return model, processor
 
+    def before_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        """Do what comes between the warm-up and stage 1; nothing by default."""
+
     def make_rewards(self) -> list[Reward]:
         """Return the rewards of stage 2."""
         return [make_reward(name) for name in self.arguments.rewards]
@@ -463,6 +466,8 @@ class TwoStageRun:
         if not config.resume_from_checkpoint:  # which has what the warm-up learned
             set_seed(self.seed)
             model, processor = self.warm_up(model, processor)
+            set_seed(self.seed)
+            self.before_sft(config, model, processor, rows)
         set_seed(self.seed)
         self.train_sft(config, model, processor, rows)
 
@@ -516,7 +521,7 @@ class TwoStageRun:
                 results[name] = self.results.gain(records["stage2"], records[other])
         if (spread := _zero_spread(read_history(self.folder))) is not None:
             results["zero_spread"] = spread
-        self.results.write(results, records[last])
+        self.results.write(results, records)
 
 
 def _zero_spread(history: Sequence[Mapping[str, Any]]) -> float | None:
