@@ -315,6 +315,9 @@ REFUSED: list[tuple[str, Sequence[object], str]] = [
     ("sft", ["--preset", "tyny"], "unknown preset 'tyny'; did you mean 'tiny'? Known: tiny"),
     ("sft", ["--rewards", "format"], "--rewards is for train_grpo.py; drop it"),
     ("sft", ["--skip_stage1"], "--skip_stage1 is for train_grpo.py; drop it"),
+    ("sft", ["--control"], "--control is for train_grpo.py; drop it"),
+    ("sft", ["--pretrain_steps", "0"], "--pretrain_steps 0: expected 1 or more"),
+    ("grpo", ["--control", "--skip_stage1"], "--control continues stage 1, and --skip_stage1 has none; drop one"),
     ("sft", ["--drop_rewards", "format"], "--drop_rewards is for train_grpo.py; drop it"),
     ("sft", ["--model", "no_such_model"], "--model 'no_such_model': no such folder, nor a model name owner/name"),
     ("sft", ["--frame_kind", "px"], "argument --frame_kind/--frame-kind: invalid choice: 'px'"),
@@ -340,6 +343,14 @@ def test_refused(tmp_path, script, flags, message):
     folder = tmp_path / "run"
     assert message in refused(getattr(BoxRun, f"check_{script}"), *flags, "--output_dir", folder)
     assert not folder.exists()
+
+
+def test_a_control_of_a_stage1_that_logged_no_time(whole, tmp_path):
+    stage1 = shutil.copytree(whole / "stage1", tmp_path / "stage1")
+    (stage1 / "log_history.json").unlink()
+    flags = ("--control", "--model", stage1, "--output_dir", tmp_path / "run")
+    assert "does not say how long it took" in refused(BoxRun.check_grpo, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_trained_further_with_other_parts(whole, tmp_path):

@@ -145,7 +145,7 @@ RECIPES = {
             "captions": {"steps": 400},
             "segmenter": {"encoder_steps": 100, "decoder_steps": 250, "decoder_batch_size": 10},
         },
-        text_warmup={"learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 250},
+        text_warmup={"learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 300},
         fill_to=3200,
         synthetic={"train": 2000, "test": 240, "size": SIDE},
     ),

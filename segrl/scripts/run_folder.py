@@ -290,21 +290,25 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def steps_as_long(stage1: Path, stage2: Path) -> int:
-    """Return how many steps of stage 1 take as long as stage 2 took, at least 1, from the times that both logged.
+def stage_time(folder: Path) -> tuple[float, int]:
+    """Return seconds and steps of a finished stage, as its trainer logged them.
 
     Raises:
-        SegRLError: One of them logged no time; its folder is named.
+        SegRLError: It logged none; the folder is named.
     """
-    times = []
-    for folder in (stage1, stage2):
-        last = next((entry for entry in reversed(read_history(folder)) if "train_runtime" in entry), None)
-        if last is None:
-            raise SegRLError(
-                f"--control: {str(folder)!r} does not say how long it took; train it again, or drop the flag"
-            )
-        times.append((float(last["train_runtime"]), int(last["step"])))
-    (seconds, steps), (longer, _) = times
+    last = next((entry for entry in reversed(read_history(folder)) if "train_runtime" in entry), None)
+    if last is None:
+        raise SegRLError(f"--control: {str(folder)!r} does not say how long it took; train it again, or drop the flag")
+    return float(last["train_runtime"]), int(last["step"])
+
+
+def steps_as_long(stage1: Path, stage2: Path) -> int:
+    """Return how many steps of stage 1 take as long as stage 2 took, at least 1.
+
+    Raises:
+        SegRLError: One of them logged no time.
+    """
+    (seconds, steps), (longer, _) = stage_time(stage1), stage_time(stage2)
     return max(1, round(longer * steps / seconds))
 
 

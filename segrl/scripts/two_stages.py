@@ -44,6 +44,7 @@ from segrl.scripts.run_folder import (
     is_finished,
     read_history,
     save_start,
+    stage_time,
     steps_as_long,
     train_and_save,
 )
@@ -176,19 +177,19 @@ class TwoStageRun:
         check_batches(config, range(run.count("train") * run.copies()))
         stages = {"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1})
         if arguments.control:
-            assert stage1 is not None
             stages["control"] = run.folder / CONTROL
-            again = SegSFTConfig(
-                **first_stage_settings(run.recipe.sft, config, run.given, arguments, str(stages["control"]))
-            )
-            check_trainer(again)
+            folder = str(stages["control"])
+            control = SegSFTConfig(**first_stage_settings(run.recipe.sft, config, run.given, arguments, folder))
+            check_trainer(control)
+            if first is None:
+                stage_time(stages["stage1"])
         ready = None if done else run._ready(start, completions=first is not None)
 
         def work() -> None:
             if not done:
                 train()
             if arguments.control:
-                run._fit_control(again, stages["stage1"])
+                run._fit_control(control, stages["stage1"])
             run._report(stages, settings)
 
         def train() -> None:

@@ -43,7 +43,7 @@ _TRIES = 40
 # of hard scenes
 _HARD_RADIUS_PX = (11.5, 21.0)
 _HARD_CONTRAST = (0.16, 0.36)
-_ABSENT, _CHOSEN = 0.08, 0.25  # shares of scenes
+_ABSENT, _CHOSEN = 0.15, 0.25  # shares of scenes
 _CHOICES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of rows y and columns x: the least is chosen
     "largest": lambda y, x: -len(y),
     "smallest": lambda y, x: len(y),
