@@ -122,7 +122,7 @@ def test_stage1_answers_with_slices_and_boxes(sft_run):
 def test_stage2_from_a_stage1_run(grpo_run, sft_run):
     assert not (grpo_run / "stage1").exists()
     results = read_json(grpo_run / "results.json")
-    assert set(results) == {"oracle", "stage1", "stage2", "gain", "encoded_slices", "config", "versions"}
+    assert set(results) == {"oracle", "stage1", "stage2", "gain", "zero_spread", "encoded_slices", "config", "versions"}
     assert results["stage1"] == read_json(sft_run / "results.json")["stage1"]
     assert "sft" not in results["config"]
     for name, (mean, low, high) in results["gain"].items():
@@ -220,7 +220,7 @@ def test_stage2_alone_with_rewards_that_are_sums_or_files(sft_run, data, tmp_pat
     flags = ("--segmenter", sft_run, "--data", data, *GRPO, "--reach", 3, "--output_dir", run)
     MEDVOL.done("train_grpo", "--skip_stage1", "--rewards", "medvol_r1", file, *flags)
     results = read_json(run / "results.json")
-    assert set(results) == {"oracle", "stage2", "encoded_slices", "config", "versions"}
+    assert set(results) == {"oracle", "stage2", "zero_spread", "encoded_slices", "config", "versions"}
     assert results["config"]["rewards"] == ["medvol_r1", str(file)]
     assert not (run / "stage1").exists()
     (entry,) = steps_of(run)

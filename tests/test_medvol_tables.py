@@ -97,7 +97,7 @@ def test_files_that_are_no_results_are_refused(tmp_path):
     refused("{", "not JSON")
     refused([1], "no mapping 'config'")
     refused({**good, "config": 3}, "no mapping 'config'")
-    refused({"config": {}}, r"none of oracle, stage1, stage2, model; expected .*, got \['config'\]")
+    refused({"config": {}}, r"none of oracle, stage1, stage2, control, model; expected .*, got \['config'\]")
     refused({**good, "config": {"rewards": "medvol_r1"}}, r"config\['rewards'\] is 'medvol_r1'; expected a list")
     refused({**good, "stage2": 0.5}, "stage2 lacks mdice, miou, hd95_mm")
     plane = {"mdice": 0.5, "miou": 0.4, "fail": 0.1, "n": 3}

@@ -111,7 +111,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def test_both_stages_are_trained_evaluated_and_written(whole):
     results = read_json(whole / "results.json")
-    assert set(results) == {"baseline", "stage1", "stage2", "config", "versions"}
+    assert set(results) == {"baseline", "stage1", "stage2", "gain", "zero_spread", "config", "versions"}
     assert results["stage1"]["n"] == results["stage2"]["n"] == 2
     config = results["config"]
     assert (config["preset"], config["rewards"]) == ("tiny", ["format", "box_f1"])
@@ -137,7 +137,7 @@ def test_stage1_continued_for_as_long_as_stage2_took(whole, tmp_path, capsys):
         (folder / name).write_text(json.dumps(history))
     run(BoxRun.check_grpo, "--output_dir", folder, "--resume_from_checkpoint", "last", "--control")
     results = json.loads((folder / "results.json").read_text())
-    assert steps_of(folder / "control")[-1]["step"] == 2  # 2.5 rounded to even
+    assert read_json(folder / "control" / "log_history.json")[-1]["step"] == 2  # 2.5 rounded to even
     assert set(results["gain"]) == set(results["gain_over_control"]) == {"dice", "box_f1"}
     assert results["control"]["n"] == 2
     printed = capsys.readouterr().out
@@ -220,7 +220,13 @@ def test_stage1_alone_with_another_frame(tmp_path):
 @pytest.mark.slow
 def test_stage2_alone(tmp_path):
     run(BoxRun.check_grpo, "--skip_stage1", "--max_steps", 1, "--output_dir", tmp_path / "run")
-    assert set(read_json(tmp_path / "run" / "results.json")) == {"baseline", "stage2", "config", "versions"}
+    assert set(read_json(tmp_path / "run" / "results.json")) == {
+        "baseline",
+        "stage2",
+        "zero_spread",
+        "config",
+        "versions",
+    }
     assert not (tmp_path / "run" / "stage1").exists()
 
 
@@ -287,7 +293,8 @@ def test_the_run_of_the_documentation(tmp_path, monkeypatch):
     module: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(recipe, "recipe.py", "exec", dont_inherit=True), module)
     run(module["MyRun"].check_grpo, "--output_dir", "runs/mine", "--use_cpu", "true")
-    assert set(read_json(Path("runs/mine/results.json"))) == {"stage1", "stage2", "config", "versions"}
+    found = set(read_json(Path("runs/mine/results.json")))
+    assert found == {"stage1", "stage2", "gain", "zero_spread", "config", "versions"}
 
 
 @pytest.mark.slow

@@ -119,7 +119,9 @@ def warming_up(optimizer: torch.optim.Optimizer, learning_rate: float, steps: in
     Example:
         >>> weight = nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.AdamW([weight])
-        >>> [round(optimizer.param_groups[0]["lr"], 4) for _ in warming_up(optimizer, 0.1, 2, "example")]
+        >>> rates = [optimizer.param_groups[0]["lr"] for _ in warming_up(optimizer, 0.1, 2, "example")]
+        example ... 100% ...
+        >>> [round(rate, 4) for rate in rates]
         [0.005, 0.005]
     """
     for step in track(range(steps), title):
@@ -156,6 +158,15 @@ def pretrain_vision(
     Returns:
         Share of the held-out lesions that are seen: their kind is called present where they lie, with every side of the
         box right to about an eighth of the image.
+
+    Example:
+        >>> from segrl.models.tiny import tiny_qwen3_vl
+        >>> model, processor = tiny_qwen3_vl(layers=1, vision_layers=1)
+        >>> square = np.pad(np.ones((16, 16), dtype=bool), 24)
+        >>> pictures = [Picture(Image.new("RGB", (64, 64)), [Finding("cyst", square)])] * 3
+        >>> 0 <= pretrain_vision(model, processor, pictures, steps=1, batch_size=2) <= 1
+        vision tower ... 100% ...
+        True
     """
     kinds = sorted({finding.kind for picture in pictures for finding in picture.findings})
     width = model.config.get_text_config().hidden_size
@@ -233,6 +244,15 @@ def pretrain_captions(
 
     Returns:
         Share of the tokens of held-out texts that are predicted right.
+
+    Example:
+        >>> from segrl.models.tiny import tiny_qwen3_vl
+        >>> model, processor = tiny_qwen3_vl(layers=1, vision_layers=1)
+        >>> square = np.pad(np.ones((16, 16), dtype=bool), 24)
+        >>> pictures = [Picture(Image.new("RGB", (64, 64)), [Finding("cyst", square)])] * 3
+        >>> 0 <= pretrain_captions(model, processor, pictures, steps=1, batch_size=2) <= 1
+        language model ... 100% ...
+        True
     """
     own = [p for name, p in model.named_parameters() if "visual." not in name and not name.startswith("mask_head.")]
     optimizer = torch.optim.AdamW(own, weight_decay=0.01, betas=(0.9, 0.98))

@@ -51,6 +51,18 @@ def pretrain_segmenter(
 
     Returns:
         Mean DiceCE of the last tenth of the steps.
+
+    Example:
+        >>> from PIL import Image
+        >>> from segrl.models import Finding
+        >>> from segrl.segmenters import sam2_config
+        >>> square = np.pad(np.ones((16, 16), dtype=bool), 24)
+        >>> pictures = [Picture(Image.new("RGB", (64, 64)), [Finding("cyst", square)])]
+        >>> segmenter = Sam2Segmenter(sam2_config("tiny", image_size=64))
+        >>> pretrain_segmenter(segmenter, pictures, encoder_steps=1, decoder_steps=1) > 0
+        segmenter, encoder ... 100% ...
+        segmenter, decoder ... 100% ...
+        True
     """
     before = [parameter.requires_grad for parameter in segmenter.parameters()]
     segmenter.requires_grad_(True)

@@ -107,7 +107,7 @@ class Scene:
 
         Example:
             >>> [finding.kind for finding in make_scene(0, size=32).picture().findings]
-            ['ring abscess']
+            ['ring abscess', 'ring abscess', 'bright nodule', 'bright nodule']
         """
         masks = [self.instances == number for number in np.unique(self.instances) if number]
         findings = [Finding(LESIONS[int(self.labels[mask][0]) - 1], mask) for mask in masks]
