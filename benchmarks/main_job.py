@@ -78,7 +78,9 @@ def spread(values: list[float], factor: float = 100) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, default=5, help="run the seeds 1 to so many")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, one thread each")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/seeds"))

@@ -165,10 +165,8 @@ def test_a_hard_scene_asks_for_all_of_a_kind_or_for_one_of_several_or_for_none(s
         return
     masks = [finding.mask for finding in findings if finding.kind == scene.lesion]
     assert len(masks) > 1
-    size, (y, x) = (
-        [one.sum() for one in masks],
-        np.array([[axis.mean() for axis in np.nonzero(one)] for one in masks]).T,
-    )
+    size = [one.sum() for one in masks]
+    y, x = np.array([[axis.mean() for axis in np.nonzero(one)] for one in masks]).T
     best = {"largest": np.argmax(size), "smallest": np.argmin(size)}
     best |= {"leftmost": np.argmin(x), "rightmost": np.argmax(x), "uppermost": np.argmin(y), "lowest": np.argmax(y)}
     assert np.array_equal(mask, masks[best[scene.choice]])

@@ -23,7 +23,7 @@ from rich.progress import track
 from scipy import ndimage
 from torch import Tensor, nn
 
-__all__ = ["Finding", "Picture", "list_findings", "pretrain_captions", "pretrain_vision", "warming_up"]
+__all__ = ["Finding", "Picture", "list_findings", "pretrain_captions", "pretrain_vision", "take_step", "warming_up"]
 
 CAPTION_QUESTION = "List the findings."
 HELD_OUT = 0.05  # share of the pictures that only measure
@@ -157,7 +157,7 @@ def pretrain_vision(
 
     Returns:
         Share of the held-out lesions that are seen: their kind is called present where they lie, with every side of the
-        box right to about an eighth of the image.
+        box right to about an eighth of the image. NaN if no held-out picture has a lesion.
 
     Example:
         >>> from segrl.models.tiny import tiny_qwen3_vl
@@ -208,7 +208,7 @@ def pretrain_vision(
             offsets = (true[seen] - own[:, None].expand_as(true)[seen]).clamp(-REACH, REACH) + REACH
             loss = loss + F.cross_entropy(sides[seen].flatten(0, 1), true[seen].flatten())
             loss = loss + F.cross_entropy(near[seen].flatten(0, 1), offsets.flatten())
-        _step(optimizer, loss, parameters)
+        take_step(optimizer, loss, parameters)
     model.eval()
     right = []
     with torch.no_grad():
@@ -284,7 +284,7 @@ def pretrain_captions(
     model.train()
     for _ in warming_up(optimizer, learning_rate, steps, "language model"):
         logits, ids = predict([pictures[n] for n in rng.choice(train, batch_size)])
-        _step(optimizer, F.cross_entropy(logits, ids), own)
+        take_step(optimizer, F.cross_entropy(logits, ids), own)
     model.eval()
     for parameter, before in zip(model.model.visual.parameters(), trained, strict=True):
         parameter.requires_grad_(before)
@@ -294,7 +294,7 @@ def pretrain_captions(
 
 
 def _cells(picture: Picture, grid: tuple[int, int], kinds: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """What each token shows: (T, K, 5) presence (-1: not known) and side bins; and (T, 4) the bins of its centre."""
+    """Return targets of tokens: (T, K, 5) presence (-1: not known) and side bins; and (T, 4) the bins of centres."""
     rows, columns = grid
     truth = np.zeros((rows, columns, len(kinds), 5), dtype=np.int64)
     if picture.known is not None:
@@ -326,7 +326,8 @@ def _on(model: Any, inputs: Any) -> dict[str, Any]:
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Take a step against the gradient of a loss (), whose norm over `parameters` is clipped to 1."""
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -4,16 +4,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segrl.geometry.masks import soft_target
 from segrl.losses import dice_ce
-from segrl.models.tiny_pretraining import Picture, warming_up
+from segrl.models.tiny_pretraining import Picture, take_step, warming_up
 from segrl.segmenters.sam2 import Sam2Segmenter
 
 __all__ = ["pretrain_segmenter"]
@@ -50,7 +51,7 @@ def pretrain_segmenter(
         seed: Seed of the layers and batches; the global random state does not change.
 
     Returns:
-        Mean DiceCE of the last tenth of the steps.
+        Mean DiceCE of the last tenth of the steps; NaN if no picture has a finding.
 
     Example:
         >>> from PIL import Image
@@ -74,7 +75,8 @@ def pretrain_segmenter(
     losses = _train_decoder(segmenter, pictures, rng, decoder_steps, decoder_batch_size, learning_rate)
     for parameter, trains in zip(segmenter.parameters(), before, strict=True):
         parameter.requires_grad_(trains)
-    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else math.nan
 
 
 def _train_encoder(
@@ -98,11 +100,11 @@ def _train_encoder(
     for _ in warming_up(optimizer, learning_rate, steps, "segmenter, encoder"):
         chosen = [pictures[n] for n in rng.integers(len(pictures), size=batch_size)]
         truth = torch.stack([_kind_map(picture, kinds, side) for picture in chosen]).to(parameters[0].device)
-        maps = [layer(level) for layer, level in zip(layers, _encode(segmenter, chosen), strict=True)]
+        levels = segmenter.encode(_pixels(segmenter, chosen)).tensors
+        maps = [layer(level) for layer, level in zip(layers, levels, strict=True)]
         wide = [F.interpolate(found, size=(side, side), mode="bilinear") for found in maps]
-        _step(
-            optimizer, torch.stack([F.cross_entropy(found, truth, weight=weight) for found in wide]).sum(), parameters
-        )
+        losses = [F.cross_entropy(found, truth, weight=weight) for found in wide]
+        take_step(optimizer, torch.stack(losses).sum(), parameters)
 
 
 def _train_decoder(
@@ -122,7 +124,7 @@ def _train_decoder(
         for number, picture in enumerate(chosen):
             for finding in picture.findings:
                 boxes.append(_box(finding.box, picture, rng))
-                masks.append(_resized(finding.mask, segmenter.mask_size))
+                masks.append(soft_target(finding.mask, (segmenter.mask_size, segmenter.mask_size)))
                 index.append(number)
         if not boxes:
             continue
@@ -132,13 +134,9 @@ def _train_decoder(
         prompts = torch.from_numpy(np.stack(boxes)).float().to(device)
         logits = segmenter.decode_boxes(features, prompts, torch.tensor(index, device=device))
         loss = dice_ce(logits, torch.stack(masks).to(device)).mean()
-        _step(optimizer, loss, parameters)
+        take_step(optimizer, loss, parameters)
         losses.append(float(loss.detach()))
     return losses
-
-
-def _encode(segmenter: Sam2Segmenter, pictures: Sequence[Picture]) -> tuple[Tensor, ...]:
-    return segmenter.encode(_pixels(segmenter, pictures)).tensors
 
 
 def _pixels(segmenter: Sam2Segmenter, pictures: Sequence[Picture]) -> Tensor:
@@ -146,16 +144,11 @@ def _pixels(segmenter: Sam2Segmenter, pictures: Sequence[Picture]) -> Tensor:
     return pixels.to(next(segmenter.parameters()).device)
 
 
-def _resized(mask: np.ndarray, side: int) -> Tensor:
-    """A mask as shares of covered area, (h, h)."""
-    return F.interpolate(torch.from_numpy(mask).float()[None, None], size=(side, side), mode="area")[0, 0]
-
-
 def _kind_map(picture: Picture, kinds: Sequence[str], side: int) -> Tensor:
     """0 or 1 + the number of the kind, (h, h)."""
     labels = torch.zeros(side, side, dtype=torch.long)
     for finding in picture.findings:
-        labels[_resized(finding.mask, side) >= 0.5] = 1 + kinds.index(finding.kind)
+        labels[soft_target(finding.mask, (side, side)) >= 0.5] = 1 + kinds.index(finding.kind)
     return labels
 
 
@@ -164,10 +157,3 @@ def _box(box: Sequence[int], picture: Picture, rng: np.random.Generator) -> np.n
     sides = np.array(box, dtype=np.float64)
     sides += rng.normal(0, JITTER, 4) * np.tile(sides[2:] - sides[:2], 2)
     return (sides / ([picture.image.width, picture.image.height] * 2)).clip(0, 1)
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Any, parameters: Sequence[nn.Parameter]) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()

@@ -162,9 +162,9 @@ def make_scene(index: int, *, size: int = 112, seed: int = 0, hard: bool = False
             others[int(i)] for i in rng.integers(0, 2, size=int(rng.integers(0, 4)))
         ]
     labels, instances = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
-    radii, contrast = (_HARD_RADIUS_PX, _HARD_CONTRAST) if hard else (_RADIUS_PX, (_CONTRAST, _CONTRAST))
+    radii = _HARD_RADIUS_PX if hard else _RADIUS_PX
     for number, ((x, y, radius), kind) in enumerate(_lesion_circles(rng, kinds, reach, size, radii), 1):
-        strength = float(rng.uniform(*contrast)) if hard else _CONTRAST
+        strength = float(rng.uniform(*_HARD_CONTRAST)) if hard else _CONTRAST
         _draw_lesion(rng, grey, labels, x, y, radius, kind, strength)
         instances[(labels > 0) & (instances == 0)] = number
     if choice and np.unique(instances[labels == 1 + asked]).size < 2:
