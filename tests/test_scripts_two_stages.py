@@ -19,7 +19,6 @@ from script_modules import ROOT, contents, read_json
 from segrl.data import load_split, make_synthetic, prepare, write_folder
 from segrl.errors import SegRLError, UnknownNameError
 from segrl.inference import load
-from segrl.metrics import summarise
 from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Recipe, TwoStageArguments, TwoStageRun
 from segrl.scripts.run_folder import steps_as_long
@@ -74,9 +73,9 @@ class BoxRun(TwoStageRun):
         assert self.copies() == 8 // len(self.train_rows)
         return prepare(self.train_rows, processor, self.prompt, completions=completions, brief=True)
 
-    def baselines(self, segmenter: Any, rows: Dataset) -> dict[str, Any]:
+    def baselines(self, segmenter: Any, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
         train = self.rows.get("train")
-        return {} if train is None else {"baseline": summarise([{"dice": 0.5, "iou": 0.5, "fail": False}] * len(rows))}
+        return {} if train is None else {"baseline": [{"dice": 0.5, "iou": 0.5, "fail": False}] * len(rows)}
 
 
 def run(check: Any, *flags: object) -> None:
@@ -111,7 +110,16 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def test_both_stages_are_trained_evaluated_and_written(whole):
     results = read_json(whole / "results.json")
-    assert set(results) == {"baseline", "stage1", "stage2", "gain", "zero_spread", "config", "versions"}
+    assert set(results) == {
+        "baseline",
+        "stage1",
+        "stage2",
+        "gain",
+        "gain_over_baseline",
+        "zero_spread",
+        "config",
+        "versions",
+    }
     assert results["stage1"]["n"] == results["stage2"]["n"] == 2
     config = results["config"]
     assert (config["preset"], config["rewards"]) == ("tiny", ["format", "box_f1"])
@@ -209,7 +217,7 @@ def test_stage2_asks_in_another_way_and_with_fewer_rewards(whole, tmp_path):
 def test_stage1_alone_with_another_frame(tmp_path):
     folder = tmp_path / "run"
     run(BoxRun.check_sft, "--frame_kind", "relative_1000", "--output_dir", folder)
-    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "config", "versions"}
+    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "gain_over_baseline", "config", "versions"}
     assert settings_of(folder)["frame_kind"] == "relative_1000"
     assert "was trained with frame_kind='relative_1000', here it is 'original_px'; use the same" in refused(
         BoxRun.check_grpo, "--model", folder, "--frame_kind", "original_px", "--output_dir", tmp_path / "x"
@@ -248,7 +256,7 @@ def test_evaluation_repeats_what_training_found(whole, tmp_path):
     flags = ("--model", whole, "--output_dir", tmp_path / "out")
     run(BoxRun.check_evaluation, *flags)
     results = read_json(tmp_path / "out" / "results.json")
-    assert set(results) == {"baseline", "model", "config", "versions"}
+    assert set(results) == {"baseline", "model", "gain_over_baseline", "config", "versions"}
     assert results["model"] == read_json(whole / "results.json")["stage2"]
     assert (tmp_path / "out" / "predictions.png").is_file()
     assert "is not empty" in refused(BoxRun.check_evaluation, *flags)
@@ -282,7 +290,7 @@ def test_a_run_is_replaced_only_when_asked(whole, tmp_path):
     assert contents(folder) == before
     run(BoxRun.check_sft, "--output_dir", folder, "--overwrite")
     assert not (folder / "checkpoint-2").exists()
-    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "config", "versions"}
+    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "gain_over_baseline", "config", "versions"}
 
 
 @pytest.mark.slow

@@ -17,14 +17,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from segrl import DenseLoss, ReasoningSegmenter, SegSFTTrainer
-from segrl.data import augment, load_split, make_scene, make_synthetic, prepare
+from segrl import DenseLoss, SegSFTTrainer
+from segrl.data import augment, make_scene, make_synthetic, prepare
 from segrl.errors import CheckpointError
 from segrl.evaluation import evaluate_constant_mask
 from segrl.geometry import binarize
 from segrl.heads import MaskHead, attach_mask_head, find_mask_head
 from segrl.inference import SegmenterBase
-from segrl.metrics import summarise
 from segrl.models import (
     Picture,
     ensure_seg_token,
@@ -77,7 +76,7 @@ def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
     sample = train.select(range(min(400, len(train)))).remove_columns("image")
     corpus = [str(dict(row)[column]) for row in sample for column in ("query", "lesion", "anatomy", "modality")]
     return tiny_qwen3_vl(
-        corpus=[*corpus, *(f"{lesion} 0123, {lesion} 4567." for lesion in sorted(set(sample["lesion"])))],
+        corpus=[*corpus, *(f"{lesion} 0123 4567, {lesion} none." for lesion in sorted(set(sample["lesion"])))],
         hidden_size=128,
         layers=3,
         vision_hidden_size=64,
@@ -244,8 +243,7 @@ class CoreSegRun(TwoStageRun):
 
     def load(self, split: str) -> Dataset:
         if self.arguments.data is not None:
-            rows = load_split(self.arguments.data, split, **self.reading())
-            return self.arguments.limited(rows, split)
+            return self.arguments.limited(self.read(split), split)
         self.check_synthetic(split)
         return make_synthetic(self.count(split), **self.scenes(split))
 
@@ -346,7 +344,6 @@ class CoreSegRun(TwoStageRun):
     def _copied(self) -> Dataset:
         return augment(self.train_rows, self.copies() - 1) if self.copies() > 1 else self.train_rows
 
-    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
-        assert isinstance(segmenter, ReasoningSegmenter)
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
         train = self.rows.get("train")
-        return {} if train is None else {"baseline": summarise(evaluate_constant_mask(train, rows))}
+        return {} if train is None else {"baseline": evaluate_constant_mask(train, rows)}

@@ -32,7 +32,6 @@ from segrl.data import (
     M3D_SEG_DATASETS,
     check_volumes,
     load_m3d_seg,
-    load_split,
     load_volumes,
     make_synthetic_volumes,
     prepare_volumes,
@@ -40,7 +39,7 @@ from segrl.data import (
     uniform_slices,
 )
 from segrl.errors import CheckpointError, DataError, SegRLError
-from segrl.evaluation import evaluate_oracle_boxes, summarise_volumes
+from segrl.evaluation import evaluate_oracle_boxes
 from segrl.hub import reraise_as
 from segrl.inference import SegmenterBase, VolumeSegmenter
 from segrl.models import load_vlm, tiny_qwen3_vl
@@ -272,8 +271,10 @@ class MedVolRun(TwoStageRun):
             self.check_synthetic(split)
             return None
         if arguments.m3d_seg is not None:
+            if self.division is not None:
+                raise SegRLError("--m3d_seg reads the splits of M3D-Seg; drop --folds or --hold_out_source")
             return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split, **self.reading()), split)
-        rows = load_split(arguments.data, split, folder=load_volumes, check=check_volumes, **self.reading())
+        rows = self.read(split, folder=load_volumes, check=check_volumes)
         for column, default in (("label_value", "0"), ("intensity", "")):  # a data set on disk need not have them
             if column not in rows.column_names:
                 rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]
@@ -420,11 +421,12 @@ class MedVolRun(TwoStageRun):
         masks = any(reward.needs_mask for reward in rewards)
         return {"reward_funcs": rewards, "propagator": self.propagator if masks else None}
 
-    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
-        """The ceiling of the frozen segmenter, prompted with the true boxes on the best slice, and what it has done."""
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
+        """The ceiling of the frozen segmenter, prompted with the true boxes on the best slice."""
         assert isinstance(segmenter, VolumeSegmenter)
         assert segmenter.propagator is not None
         asked = {"batch_size": self.arguments.eval_batch_size, "settings": segmenter.settings}
-        records = evaluate_oracle_boxes(segmenter.propagator, rows, **asked)
-        encoded = {} if self.propagator is None else {"encoded_slices": self.propagator.encoded_slices}
-        return {"oracle": summarise_volumes(records), **encoded}
+        return {"oracle": evaluate_oracle_boxes(segmenter.propagator, rows, **asked)}
+
+    def figures(self) -> dict[str, Any]:
+        return {} if self.propagator is None else {"encoded_slices": self.propagator.encoded_slices}

@@ -6,6 +6,7 @@ intensity instead of image and mask.
 
 from segrl.data.contents import SplitContents
 from segrl.data.coordinates import find_coordinates, strip_coordinates
+from segrl.data.division import Division
 from segrl.data.images.augmentation import augment
 from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
@@ -33,6 +34,7 @@ __all__ = [
     "VOLUME_LESIONS",
     "Case",
     "CaseReader",
+    "Division",
     "Intensity",
     "Labels",
     "Queries",

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
 from segrl.data.contents import SplitContents
 from segrl.data.images.folder import check_rows, load_folder
@@ -21,7 +21,7 @@ __all__ = ["load_split"]
 
 def load_split(
     source: str,
-    split: str,
+    split: str | None,
     *,
     folder: Callable[..., Dataset] = load_folder,
     check: Callable[..., None] = check_rows,
@@ -35,7 +35,7 @@ def load_split(
     Args:
         source: A folder that holds `dataset_dict.json` (a `DatasetDict` saved to disk), any other folder, or a data set
             `owner/name` on the hub.
-        split: For example "train" or "test".
+        split: For example "train" or "test"; None: the rows of all splits, one after the other.
         folder: Function `folder(source, split)` that loads and checks a split of a folder of files; by default images
             and masks with a manifest.
         check: Function that raises for bad rows of any other source; by default for images and masks.
@@ -84,8 +84,17 @@ def _load(load: Any, source: str, argument: str) -> DatasetDict:
 
 
 def _of_columns(
-    splits: DatasetDict, source: str, split: str, check: Callable[[Dataset], None], texts: Sequence[str]
+    splits: DatasetDict, source: str, split: str | None, check: Callable[[Dataset], None], texts: Sequence[str]
 ) -> Dataset:
+    if split is None:
+        parts = [_of_columns(splits, source, str(name), check, texts) for name in splits]
+        for name, part in zip(splits, parts, strict=True):
+            if set(part.column_names) != set(parts[0].column_names):
+                raise DataError(
+                    f"{source}: split {str(name)!r} has the columns {part.column_names}, the first one "
+                    f"{parts[0].column_names}; expected the same, as all splits are read together"
+                )
+        return concatenate_datasets(parts)
     alike = [str(name) for name in splits if str(name).strip().casefold() == split.strip().casefold()]
     if split not in splits and len(alike) == 1:
         split = alike[0]  # only its capitals differ

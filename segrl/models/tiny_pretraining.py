@@ -91,26 +91,32 @@ class Picture:
 
 
 def list_findings(picture: Picture) -> str:
-    """Say what a picture holds and where, in the words of the tiny models: "dark cyst 2142, ring abscess 5678.".
+    """Say what a picture holds and where, in the words of the tiny models: "dark cyst 2142 5678, ring abscess none.".
 
-    The digits are left, top, right and bottom of a finding in tenths of the width and height; findings come from top to
-    bottom and from left to right. Short words in a fixed order are what a model of two million parameters can learn.
+    Every known kind has its entry, in the order of the alphabet. The digits are left, top, right and bottom of a
+    finding in tenths of the width and height; the findings of a kind come from top to bottom and from left to right.
+    Short words in a fixed order are what a model of two million parameters can learn, and "none" is what it has to say
+    before it can answer that there is none (docs/log.md).
 
     Example:
         >>> image = Image.new("RGB", (10, 10))
         >>> mask = np.zeros((10, 10), dtype=bool)
         >>> mask[2:4, 3:6] = True
-        >>> list_findings(Picture(image, [Finding("cyst", mask)])), list_findings(Picture(image, []))
-        ('cyst 3264.', 'nothing.')
+        >>> kinds = frozenset(["abscess", "cyst"])
+        >>> list_findings(Picture(image, [Finding("cyst", mask)], kinds)), list_findings(Picture(image, []))
+        ('abscess none, cyst 3264.', 'nothing.')
     """
     size = np.array([picture.image.width, picture.image.height] * 2)
-    lines = []
+    places: dict[str, list[tuple[int, int, str]]] = {kind: [] for kind in picture.known or ()}
     for finding in picture.findings:
         left, top, right, bottom = finding.box
         place = (np.array([left, top, right, bottom]) * 10 // size).clip(0, 9)
         row = (top + bottom) * 3 // picture.image.height  # sixths of the height
-        lines.append((row, left, f"{finding.kind} {''.join(map(str, place))}"))
-    return ", ".join(text for *_, text in sorted(lines)) + "." if lines else "nothing."
+        places.setdefault(finding.kind, []).append((row, left, "".join(map(str, place))))
+    entries = (
+        f"{kind} {' '.join(text for *_, text in sorted(found)) or 'none'}" for kind, found in sorted(places.items())
+    )
+    return ", ".join(entries) + "." if places else "nothing."
 
 
 def warming_up(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int, title: str) -> Iterable[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, get_args
 
 from segrl.data.coordinates import CoordinatePolicy
+from segrl.data.division import Division
 from segrl.errors import SegRLError
 from segrl.predictions.frames import FrameKind
 
@@ -53,6 +54,25 @@ class RunArguments:
         default=False,
         metadata={"help": "Let manifest.csv name files outside its folder, by .., absolute paths or links."},
     )
+    folds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Divide all rows of --data anew into so many folds, whatever their split; patients and images are "
+            "kept together. --fold is the test split, the others are the training split."
+        },
+    )
+    fold: int | None = field(default=None, metadata={"help": "The fold to test on, 1 to --folds."})
+    patients: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --folds: regular expression; rows are of one patient if it finds the same text in their "
+            "names. Default: the column patient."
+        },
+    )
+    hold_out_source: str | None = field(
+        default=None,
+        metadata={"help": "Test on all rows of --data with this text in the column source, train on all others."},
+    )
     descriptions: str | None = field(
         default=None,
         metadata={
@@ -83,6 +103,23 @@ class RunArguments:
         """
         limit = self.train_limit if split == "train" else self.eval_limit
         return rows if limit is None else min(limit, rows)
+
+    def division(self) -> Division | None:
+        """Return how `--data` is divided anew; None keeps its splits.
+
+        Raises:
+            SegRLError: A flag without `--data`, or as `segrl.data.division.Division`.
+
+        Example:
+            >>> RunArguments(data="lesions", hold_out_source="clinic A").division()
+            Division(folds=None, fold=None, patients=None, source='clinic A')
+        """
+        given = [name for name in ("folds", "fold", "patients", "hold_out_source") if getattr(self, name) is not None]
+        if not given:
+            return None
+        if self.data is None:
+            raise SegRLError(f"--{given[0]} divides the rows of --data; pass --data, or drop the flag")
+        return Division(folds=self.folds, fold=self.fold, patients=self.patients, source=self.hold_out_source)
 
     def inputs(self) -> dict[str, str | None]:
         """Return what the run reads, by the names of the flags, for `segrl.scripts.check_output`."""

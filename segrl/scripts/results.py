@@ -35,6 +35,12 @@ def box_f1(prediction: Any, target: Any) -> float | None:
     return _BOX_F1.score(prediction, target)
 
 
+def _summarise_images(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not all("box_f1" in record for record in records):  # of a baseline that names no box
+        return summarise(records)
+    return summarise(records, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
+
+
 class ImageResults:
     """Scores of images, and a contact sheet of the first answers.
 
@@ -45,9 +51,7 @@ class ImageResults:
 
     segmenter_class: ClassVar[type[SegmenterBase]] = ReasoningSegmenter
     evaluate: ClassVar[Callable[..., list[dict[str, Any]]]] = staticmethod(partial(evaluate, metrics=(box_f1,)))
-    summarise: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(
-        partial(summarise, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
-    )
+    summarise: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(_summarise_images)
     table: ClassVar[Mapping[str, Any]] = {"columns": IMAGE_COLUMNS}
     pictures_name: ClassVar[str] = "predictions.png"
     pictures: int = 16
@@ -68,21 +72,26 @@ class ImageResults:
         statuses = Counter(record["status"] for record in records)
         return {**self.summarise(records), "statuses": dict(statuses)}, records
 
-    def write(self, results: dict[str, Any], records: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Write `results.json`, `predictions.json` and those of earlier stages, and print the table.
+    def write(self, results: dict[str, Any], records: Mapping[str, list[dict[str, Any]]], last: str) -> None:
+        """Write `results.json`, `predictions.json` and those of earlier stages and baselines, and print the table.
 
         Args:
             results: What was found, by stage.
-            records: The answers of each stage; those of the last by name are the run's.
+            records: The answers of each stage and baseline.
+            last: The stage whose answers are the run's.
         """
         write_results(self.folder / "results.json", {**results, "versions": versions()})
         for stage, answers in records.items():
-            name = "predictions.json" if stage == max(records) else f"predictions_{stage}.json"
+            name = "predictions.json" if stage == last else f"predictions_{stage}.json"
             write_results(self.folder / name, answers)  # pyright: ignore[reportArgumentType]
-        for key, other in (("gain", "stage 1"), ("gain_over_control", "stage 1 continued for the same time")):
+        for key, what in (
+            ("gain", "stage 2 - stage 1"),
+            ("gain_over_control", "stage 2 - stage 1 continued for the same time"),
+            ("gain_over_baseline", f"{last} - baseline, dice"),
+        ):
             for name, gain in results.get(key, {}).items():
                 mean, low, high = (100 * value for value in gain)
-                say(f"stage 2 - {other}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
+                say(f"{what}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
         for stage in ("stage1", "stage2", "control", "model"):
             if stage in results:
                 say(f"{stage}: {invalid_text(results[stage]['statuses'])}")
@@ -93,15 +102,23 @@ class ImageResults:
 
     def gain(self, after: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, list[float]]:
         """Return the mean difference of each score over the same rows, with its paired 95 % bootstrap interval."""
-        found = {}
-        for name in self.compared:
-            new, old = (np.array([record[name] for record in records], dtype=float) for records in (after, before))
-            found[name] = [float((new - old).mean()), *paired_bootstrap_ci(new, old)]
-        return found
+        return {name: _gain(after, before, name) for name in self.compared}
+
+    def gain_by_group(self, after: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, list[float]]:
+        """Return the mean difference of Dice, with its interval, over "all" rows and over those of each modality."""
+        pairs: dict[str, list[Any]] = {"all": list(zip(after, before, strict=True))}
+        for pair in pairs["all"]:
+            pairs.setdefault(str(pair[0].get("modality") or "unspecified"), []).append(pair)
+        return {name: _gain(*zip(*pairs[name], strict=True), "dice") for name in ("all", *sorted(set(pairs) - {"all"}))}
 
     def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
         if number < self.pictures:
             self._shown.append({"image": shown, "prediction": prediction, "target": target})
+
+
+def _gain(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], score: str) -> list[float]:
+    new, old = (np.array([record[score] for record in records], dtype=float) for records in (after, before))
+    return [float((new - old).mean()), *paired_bootstrap_ci(new, old)]
 
 
 class VolumeResults(ImageResults):

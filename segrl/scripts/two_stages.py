@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from segrl.data.contents import SplitContents
 from segrl.data.queries import Queries
+from segrl.data.splits import load_split
 from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
 from segrl.heads.adapters import ADAPTERS
 from segrl.heads.attach import find_mask_head
@@ -123,6 +124,8 @@ class TwoStageRun:
         self.progress = Progress()
         self.rows: dict[str, Dataset | None] = {}
         self.contents = SplitContents()
+        self.division = arguments.division()
+        self._divided: dict[str, Dataset] | None = None
         self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
 
     # ---- the three scripts -------------------------------------------------------------------------------------------
@@ -244,9 +247,26 @@ class TwoStageRun:
         """
         raise NotImplementedError
 
+    def read(self, split: str, **settings: Any) -> Dataset:
+        """Return a split of `--data`, of those that it has or of those that `--folds` or `--hold_out_source` makes.
+
+        Args:
+            split: For example "train".
+            settings: More arguments of `segrl.data.load_split`.
+        """
+        if self.division is None:
+            return load_split(self.arguments.data, split, **settings, **self.reading())
+        if self._divided is None:
+            everything = load_split(self.arguments.data, None, **settings, **self.reading())
+            self._divided = self.division.divide(everything)
+        if split not in self._divided:
+            raise unknown_name("split of data that is divided anew", split, self._divided)
+        return self._divided[split]
+
     def reading(self) -> dict[str, Any]:
         """Return the settings with which `load` reads `--data`: all splits are compared, and flags hold."""
-        return {"contents": self.contents, "allow_outside": self.arguments.allow_outside}
+        compared = {} if self.division else {"contents": self.contents}
+        return {**compared, "allow_outside": self.arguments.allow_outside}
 
     def synthesize(self, split: str) -> Dataset:
         """Write a split of synthetic data into the run's folder and return it."""
@@ -344,13 +364,17 @@ class TwoStageRun:
         more = {"reward_funcs": self.make_rewards(), **self.trainer_arguments(model, "grpo")}
         train_and_save(SegGRPOTrainer(model, args=config, **self._common(model, processor, rows), **more))
 
-    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, Any]:
-        """Return more entries of `results.json`, such as the summary of a baseline; none by default.
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
+        """Return the records of baselines by their names, such as "baseline" or "oracle"; none by default.
 
         Args:
             segmenter: The first model that is evaluated.
             rows: The rows that it is evaluated on.
         """
+        return {}
+
+    def figures(self) -> dict[str, Any]:
+        """Return more entries of `results.json`, once the baselines are scored; none by default."""
         return {}
 
     # ---- shared ------------------------------------------------------------------------------------------------------
@@ -513,16 +537,19 @@ class TwoStageRun:
         last = max(stages)
         for name, stage in sorted(stages.items()):
             segmenter = stage if isinstance(stage, SegmenterBase) else self.load_run(stage, device=str(state.device))
-            if not records:
-                results |= self.baselines(segmenter, rows)
+            if name == min(stages):
+                records = self.baselines(segmenter, rows)
+                results |= {other: self.results.summarise(found) for other, found in records.items()} | self.figures()
             size = self.arguments.eval_batch_size
             results[name], records[name] = self.results.score(segmenter, rows, size, draw=name == last)
         for other, name in (("stage1", "gain"), ("control", "gain_over_control")):
             if {"stage2", other} <= records.keys():
                 results[name] = self.results.gain(records["stage2"], records[other])
+        if "baseline" in records:
+            results["gain_over_baseline"] = self.results.gain_by_group(records[last], records["baseline"])
         if (spread := _zero_spread(read_history(self.folder))) is not None:
             results["zero_spread"] = spread
-        self.results.write(results, records)
+        self.results.write(results, records, last)
 
 
 def _zero_spread(history: Sequence[Mapping[str, Any]]) -> float | None:

@@ -111,7 +111,7 @@ class Scene:
         """
         masks = [self.instances == number for number in np.unique(self.instances) if number]
         findings = [Finding(LESIONS[int(self.labels[mask][0]) - 1], mask) for mask in masks]
-        return Picture(PILImage.fromarray(self.image), findings)
+        return Picture(PILImage.fromarray(self.image), findings, frozenset(LESIONS))
 
 
 def make_scene(index: int, *, size: int = 112, seed: int = 0, hard: bool = False) -> Scene:
