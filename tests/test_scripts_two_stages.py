@@ -16,12 +16,13 @@ from marks import slow_to_build
 from safetensors.torch import load_file
 from script_modules import ROOT, contents, read_json
 
-from segrl.data import load_split, make_synthetic, prepare, write_folder
+from segrl.data import make_synthetic, prepare, write_folder
 from segrl.errors import SegRLError, UnknownNameError
 from segrl.inference import load
 from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Recipe, TwoStageArguments, TwoStageRun
 from segrl.scripts.run_folder import steps_as_long
+from segrl.trainers import SegGRPOConfig, SegSFTConfig
 
 ON_CPU = {"bf16": False, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
 RECIPES = {
@@ -58,7 +59,7 @@ class BoxRun(TwoStageRun):
 
     def load(self, split: str) -> Dataset | None:
         if self.arguments.data is not None:
-            return self.arguments.limited(load_split(self.arguments.data, split, **self.reading()), split)
+            return self.arguments.limited(self.read(split), split)
         self.check_synthetic(split)
         return None if getattr(self.arguments, "late", False) else self.made(split)
 
@@ -270,6 +271,49 @@ def test_evaluation_on_data_that_has_no_training_split(whole, tmp_path):
     folder = write_folder(make_synthetic(3, size=64, seed=5), tmp_path / "data", split="test")
     run(BoxRun.check_evaluation, "--model", whole, "--data", folder, "--output_dir", tmp_path / "out")
     assert set(read_json(tmp_path / "out" / "results.json")) == {"model", "config", "versions"}
+
+
+@pytest.mark.slow
+def test_data_is_divided_anew(tmp_path):
+    rows = make_synthetic(9, size=64).add_column("source", ["north", "south", "east"] * 3)
+    folder = write_folder(rows, tmp_path / "data", split=["train"] * 8 + ["test"])
+    run(BoxRun.check_grpo, "--data", folder, "--hold_out_source", "south", "--output_dir", tmp_path / "run")
+    names = [record["name"] for record in read_json(tmp_path / "run" / "predictions.json")]
+    assert names == rows["name"][1::3]
+    tested = []
+    for fold in ("1", "2"):
+        flags = ("--data", folder, "--folds", 2, "--fold", fold, "--output_dir", tmp_path / fold)
+        run(BoxRun.check_evaluation, "--model", tmp_path / "run", *flags)
+        tested += [record["name"] for record in read_json(tmp_path / fold / "predictions.json")]
+    assert sorted(tested) == sorted(rows["name"])
+    assert "--folds divides the rows of --data; pass --data, or drop the flag" in refused(
+        BoxRun.check_grpo, "--folds", 2, "--fold", 1, "--output_dir", tmp_path / "x"
+    )
+    flags = ("--model", tmp_path / "run", "--data", folder, "--folds", 2, "--fold", 1, "--output_dir", tmp_path / "x")
+    assert "unknown split of data that is divided anew 'validation'" in refused(
+        BoxRun.check_evaluation, *flags, "--split", "validation"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_knows_whether_its_model_was_given(whole, tmp_path):
+    """What the preset's own model learned in place of pretraining holds for stage 2 alone, and for no other model."""
+
+    def own(config: Any, **flags: Any) -> bool:
+        made = BoxRun(Flags(**flags), 0, tmp_path)
+        made.config = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        return made.own_model
+
+    given = shutil.copytree(whole / "stage1", tmp_path / "given")  # of which nobody knows how it began
+    assert own(SegSFTConfig)
+    assert own(SegGRPOConfig)
+    assert own(SegGRPOConfig, model=str(whole / "stage1"))
+    assert not own(SegGRPOConfig, model=str(given))
+    assert not own(SegSFTConfig, model=str(whole / "stage1"))
+    assert not own(SegGRPOConfig, model=str(whole), skip_stage1=True)
+    assert not own(SegGRPOConfig, skip_stage1=True)
+    (given / "segrl_run.json").write_text(json.dumps({"arguments": {"model": "base"}}))
+    assert not own(SegGRPOConfig, model=str(given))
 
 
 def test_a_run_is_loaded_as_it_was_asked(whole):

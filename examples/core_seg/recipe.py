@@ -37,7 +37,6 @@ from segrl.predictions import ImagePromptSettings
 from segrl.reports import say
 from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
 from segrl.segmenters import pretrain_segmenter, sam2_config
-from segrl.trainers import SegSFTConfig
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
@@ -296,11 +295,8 @@ class CoreSegRun(TwoStageRun):
 
     @property
     def pretrains(self) -> bool:
-        """Whether the model is one with random weights, or was."""
-        given = self.arguments.model is not None and (
-            self.arguments.skip_stage1 or isinstance(self.config, SegSFTConfig)
-        )
-        return self.recipe.pretraining is not None and not given
+        """Whether the model is one with random weights, or was when its stage 1 began."""
+        return self.recipe.pretraining is not None and self.own_model
 
     def pictures(self, rows: Dataset) -> list[Picture]:
         """Return what is known about rows: of synthetic ones all lesions, of others the one that is asked for."""

@@ -376,7 +376,7 @@ class MedVolRun(TwoStageRun):
 
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
         warmup = self.recipe.vision_warmup
-        if warmup is not None and self.arguments.model is None and not self.arguments.skip_stage1:
+        if warmup is not None and self.own_model:
             settings = {**warmup, "steps": self.shortened(warmup["steps"])}
             size = self.recipe.prompt.size
             right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
@@ -405,7 +405,7 @@ class MedVolRun(TwoStageRun):
         return [make_reward(name, **within.get(name, {})) for name in self.arguments.rewards]
 
     def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
-        if self.recipe.vision_warmup is not None and not self.arguments.skip_stage1:
+        if self.recipe.vision_warmup is not None and self.own_model:
             # a tower that has learned to see is left alone: from words it forgets more than it learns (docs/log.md)
             model.model.visual.requires_grad_(False)
         if stage == "sft":

@@ -268,6 +268,20 @@ def is_finished(folder: Path) -> bool:
     return (folder / HISTORY).is_file()
 
 
+def began_without_model(run: Path) -> bool:
+    """Return whether the run in a folder, or the run whose stage it holds, was begun without `--model`.
+
+    Example:
+        >>> began_without_model(Path("no/such/run"))
+        False
+    """
+    markers = [folder / MARKER for folder in (run, run.absolute().parent) if (folder / MARKER).is_file()]
+    if not markers:
+        return False
+    asked = read_object(markers[0]).get("arguments")
+    return isinstance(asked, dict) and "model" in asked and not asked["model"]
+
+
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """Return what the trainer of a finished stage has logged, oldest first; empty if there is no file.
 

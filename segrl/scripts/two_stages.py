@@ -38,6 +38,7 @@ from segrl.scripts.run_folder import (
     CONTROL,
     STAGE1,
     Progress,
+    began_without_model,
     check_batches,
     check_output,
     claimed,
@@ -229,6 +230,7 @@ class TwoStageRun:
         check_output(folder, overwrite=arguments.overwrite, inputs=arguments.inputs())
         run.check_parts()
         run.rows[arguments.split] = run._asked(run.load(arguments.split))
+        run._check_division()
         for split in cls.baseline_splits:
             try:
                 run.rows[split] = run.load(split)
@@ -391,6 +393,15 @@ class TwoStageRun:
         rows = self.rows.get(split)
         return len(rows) if rows is not None else self.arguments.count(self.recipe.synthetic[split], split)
 
+    @property
+    def own_model(self) -> bool:
+        """Whether stage 1 begins, or began, with the preset's own model rather than with that of `--model`."""
+        if self.arguments.skip_stage1:
+            return False
+        if self.arguments.model is None:
+            return True
+        return isinstance(self.config, SegGRPOConfig) and began_without_model(Path(self.arguments.model))
+
     def copies(self) -> int:
         """Return how often each training row is in the data set: as often as it takes to reach `fill_to`."""
         return max(1, self.recipe.fill_to // self.count("train"))
@@ -431,6 +442,7 @@ class TwoStageRun:
         rewards = run.make_rewards() if stage == "grpo" else []
         check_trainer(config, rewards, run.prompt)
         run.rows = {split: run._asked(run.load(split)) for split in ("train", "test")}
+        run._check_division()
         if run.rows["train"] is not None:
             run.prompt = run.prompt.for_rows(run.rows["train"])
         return run, config
@@ -451,6 +463,12 @@ class TwoStageRun:
         """Ask from now on as a stage does."""
         first = self.arguments.sft_reasoning if stage == "sft" else None
         self.prompt = replace(self.prompt, reasoning=self.arguments.reasoning if first is None else first)
+
+    def _check_division(self) -> None:
+        if self.division is not None and self._divided is None:
+            raise SegRLError(
+                f"{self.name} reads --data without `read`, which divides it; drop --folds or --hold_out_source"
+            )
 
     def _asked(self, rows: Dataset | None) -> Dataset | None:
         """Rows with the questions that `--descriptions` or `--paraphrases` gives."""
