@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -100,7 +101,9 @@ def test_a_source_is_left_out(rows):
 def test_all_splits_of_every_kind_of_data_are_divided(rows, tmp_path):
     splits = ["train"] * 10 + ["test"] * 10 + ["validation"] * 4
     folder = write_folder(rows, tmp_path / "folder", split=splits)
-    parts = {name: rows.select([n for n in range(24) if splits[n] == name]) for name in dict.fromkeys(splits)}
+    parts: dict[Any, Dataset] = {
+        name: rows.select([n for n in range(24) if splits[n] == name]) for name in dict.fromkeys(splits)
+    }
     DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     found = [folds_of(load_split(str(path), None), 4) for path in (folder, tmp_path / "saved")]
     assert [sorted(map(sorted, folds)) for folds in found] == [sorted(map(sorted, folds_of(rows, 4)))] * 2

@@ -290,7 +290,7 @@ def test_the_documented_commands_are_understood(kind):
     name = kind.example.name
     commands = re.findall(rf"^(?:accelerate launch|python) examples/{name}/(\w+)\.py ?(.*)$", text, re.MULTILINE)
     assert len(commands) >= 16
-    scripts = {path.stem for path in kind.example.folder.glob("*.py")} - {"recipe", "segmenter", "warmup"}
+    scripts = {path.stem for path in kind.example.folder.glob("*.py")} - {"recipe", "segmenter", "slice_texts"}
     assert {script for script, _ in commands} == scripts
     for script, flags in commands:
         argv = shlex.split(flags, comments=True)

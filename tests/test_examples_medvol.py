@@ -147,7 +147,7 @@ def test_reasoning_of_the_tiny_preset_says_what_each_slice_holds(tmp_path):
     for name in ("scan", "label"):
         nib.save(nib.Nifti1Image(mask.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / f"{name}.nii.gz")  # pyright: ignore[reportPrivateImportUsage]
     write_manifest(tmp_path, [{"image": "scan.nii.gz", "label": "label.nii.gz", "lesion": "spot", "modality": "MRI"}])
-    (row,) = MEDVOL.modules["warmup"].add_reasoning(load_volumes(tmp_path), 4)
+    (row,) = MEDVOL.modules["slice_texts"].add_reasoning(load_volumes(tmp_path), 4)
     assert row["reasoning"] == "1 none, 2 large 1244, 3 medium 1224, 4 small 1223."
 
 

@@ -70,10 +70,17 @@ def test_the_largest_components_of_a_mask_are_findings():
     assert Picture.from_mask(Image.new("RGB", (60, 20)), np.zeros((20, 60), dtype=bool), "cyst").findings == []
 
 
-def test_findings_are_listed_from_top_to_bottom_and_left_to_right():
+def test_findings_are_listed_by_kind_from_top_to_bottom_and_left_to_right():
     findings = [rectangle(40, 40, 60, 60), rectangle(30, 2, 40, 14, "ring abscess"), rectangle(2, 4, 14, 16)]
-    text = list_findings(Picture(Image.new("RGB", (64, 64)), findings))
-    assert text == "dark cyst 0022, ring abscess 4062, dark cyst 6699."
+    image = Image.new("RGB", (64, 64))
+    assert list_findings(Picture(image, findings)) == "dark cyst 0022 6699, ring abscess 4062."
+    known = frozenset(["bright nodule", "dark cyst", "ring abscess"])
+    assert (
+        list_findings(Picture(image, findings, known)) == "bright nodule none, dark cyst 0022 6699, ring abscess 4062."
+    )
+    assert (
+        list_findings(Picture(image, findings[:0], known)) == "bright nodule none, dark cyst none, ring abscess none."
+    )
 
 
 def test_only_the_tower_learns_to_see_and_only_the_rest_to_speak(pictures):

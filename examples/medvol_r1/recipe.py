@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from segmenter import lesions_of, train_segmenter
-from warmup import add_reasoning, pretrain_vision
+from slice_texts import add_reasoning, slice_pictures
 
 from segrl import make_reward
 from segrl.caching import FeatureCache
@@ -42,7 +42,7 @@ from segrl.errors import CheckpointError, DataError, SegRLError
 from segrl.evaluation import evaluate_oracle_boxes
 from segrl.hub import reraise_as
 from segrl.inference import SegmenterBase, VolumeSegmenter
-from segrl.models import load_vlm, tiny_qwen3_vl
+from segrl.models import load_vlm, pretrain_vision, tiny_qwen3_vl
 from segrl.predictions import VolumePromptSettings
 from segrl.reports import say
 from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
@@ -60,8 +60,8 @@ class MedVolRecipe(Recipe):
     Attributes:
         prompt: How the model is asked.
         top_k: Key slices of reference answers are among so many largest ones; the paper is silent on K.
-        vision_warmup: Settings of `pretrain_vision`, for a model with random weights, whose tower is frozen afterwards;
-            it also gets the short reasoning of `add_reasoning`. None has no such part.
+        vision_warmup: For a model with random weights, whose tower is frozen afterwards: "steps" of `pretrain_vision`,
+            and the number of "volumes" whose slices it sees; reasoning is that of `add_reasoning`. None has weights.
         segmenter_training: Settings of `train_segmenter`, for a segmenter with random weights; None has weights.
     """
 
@@ -377,11 +377,12 @@ class MedVolRun(TwoStageRun):
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
         warmup = self.recipe.vision_warmup
         if warmup is not None and self.own_model:
-            settings = {**warmup, "steps": self.shortened(warmup["steps"])}
-            size = self.recipe.prompt.size
-            right = pretrain_vision(model, processor, self.train_rows, size=size, seed=self.seed, **settings)
+            rows = self.train_rows.select(range(min(warmup["volumes"], len(self.train_rows))))
+            pictures = slice_pictures(rows, self.recipe.prompt.size)
+            steps = self.shortened(warmup["steps"])
+            seen = pretrain_vision(model, processor, pictures, steps=steps, batch_size=128, seed=self.seed)
             if PartialState().is_main_process:
-                say(f"vision tower: tells the presence of a lesion on {right:.1%} of held-out slices")
+                say(f"in place of pretraining: {seen:.0%} of the lesions on held-out slices are seen")
         return model, processor
 
     def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:

@@ -109,7 +109,11 @@ class ImageResults:
         pairs: dict[str, list[Any]] = {"all": list(zip(after, before, strict=True))}
         for pair in pairs["all"]:
             pairs.setdefault(str(pair[0].get("modality") or "unspecified"), []).append(pair)
-        return {name: _gain(*zip(*pairs[name], strict=True), "dice") for name in ("all", *sorted(set(pairs) - {"all"}))}
+        found = {}
+        for name in ("all", *sorted(set(pairs) - {"all"})):
+            new, old = zip(*pairs[name], strict=True)
+            found[name] = _gain(new, old, "dice")
+        return found
 
     def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
         if number < self.pictures:

@@ -126,7 +126,7 @@ class TwoStageRun:
         self.rows: dict[str, Dataset | None] = {}
         self.contents = SplitContents()
         self.division = arguments.division()
-        self._divided: dict[str, Dataset] | None = None
+        self._divided: dict[str, Dataset] = {}
         self.results = results_for(self.prompt.task)(folder, getattr(arguments, "pictures", None))
 
     # ---- the three scripts -------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class TwoStageRun:
         """
         if self.division is None:
             return load_split(self.arguments.data, split, **settings, **self.reading())
-        if self._divided is None:
+        if not self._divided:
             everything = load_split(self.arguments.data, None, **settings, **self.reading())
             self._divided = self.division.divide(everything)
         if split not in self._divided:
@@ -465,7 +465,7 @@ class TwoStageRun:
         self.prompt = replace(self.prompt, reasoning=self.arguments.reasoning if first is None else first)
 
     def _check_division(self) -> None:
-        if self.division is not None and self._divided is None:
+        if self.division is not None and not self._divided:
             raise SegRLError(
                 f"{self.name} reads --data without `read`, which divides it; drop --folds or --hold_out_source"
             )
