@@ -78,6 +78,19 @@ def test_an_empty_mask_stays_empty_and_no_copies_is_the_data_itself():
     assert [np.asarray(a["image"]).tobytes() for a in same] == [np.asarray(b["image"]).tobytes() for b in rows]
 
 
+def test_rows_may_have_copies_of_their_own_number():
+    rows = make_synthetic(3, size=32)
+    found = augment(rows, [2, 0, 1])
+    one, two, three = rows["name"]
+    assert found["name"][:] == [one, f"{one}#1", f"{one}#2", two, three, f"{three}#1"]
+    everything = augment(rows, 2)
+    assert found[5]["image"].tobytes() == everything[7]["image"].tobytes()  # a view does not depend on the others
+    with pytest.raises(DataError, match="copies: expected one number for each of 3 rows, got 2"):
+        augment(rows, [1, 1])
+    with pytest.raises(DataError, match="copies=-2: expected 0 or more"):
+        augment(rows, [1, 0, -2])
+
+
 def test_negative_copies_and_rows_with_their_own_reasoning_are_refused():
     with pytest.raises(DataError, match=r"copies=-1: expected 0 or more"):
         augment(row(lesion()), -1)

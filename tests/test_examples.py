@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from marks import learned_by_heart, slow_to_build
 from medvol_data import volumes
 from PIL import Image
@@ -313,6 +313,29 @@ def test_the_documented_commands_are_understood(kind):
                 config,
                 defaults=lambda known, stage=stage: getattr(find_preset(known.preset, runs.recipes), stage),
             )
+
+
+def test_rare_kinds_of_images_get_more_views(tmp_path):
+    """360 CT and 40 MR images: three to one as the square root says, not nine to one."""
+    runs = KINDS[0].example.modules["recipe"].CoreSegRun
+    (arguments,) = Parser(runs.training_flags, description="").read(["--data", str(tmp_path)])
+    run = runs(arguments, 0, tmp_path)
+    assert run.recipe.sft["max_steps"] > runs.recipes["tiny"].sft["max_steps"]
+    columns = {"modality": ["CT"] * 360 + ["MR"] * 40, "lesion": ["cyst"] * 400}
+    run.rows["train"] = Dataset.from_dict(columns)
+    copies = run.augmented()
+    views = [1 + n for n in (copies[0], copies[-1])]
+    assert copies == [views[0] - 1] * 360 + [views[1] - 1] * 40
+    assert views == [int(run.recipe.fill_to * share / n) for share, n in ((0.75, 360), (0.25, 40))]
+    assert run.views() == 360 * views[0] + 40 * views[1]
+    run.rows["train"] = Dataset.from_dict({**columns, "reasoning": ["It is on the left."] * 400})
+    assert run.augmented() == [0] * 400
+    run.rows["train"] = Dataset.from_dict({"modality": ["CT"], "lesion": ["cyst"]})
+    assert run.augmented() == [31]  # at most 32 views of an image
+    (arguments,) = Parser(runs.training_flags).read([])
+    synthetic = runs(arguments, 0, tmp_path)
+    synthetic.rows["train"] = synthetic.load("train")
+    assert not any(synthetic.augmented())
 
 
 @pytest.mark.parametrize("script", ["train_sft", "train_grpo", "evaluate"])

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,7 +45,7 @@ from segrl.segmenters import pretrain_segmenter, sam2_config
 
 @dataclass(frozen=True, kw_only=True)
 class CoreSegRecipe(Recipe):
-    """One preset. A small training set is filled up to `fill_to` rows with augmented copies, at most 7 of each row.
+    """One preset. A small training set is filled up to `fill_to` rows with augmented copies, more of rare kinds.
 
     Attributes:
         prompt: How the model is asked.
@@ -65,6 +67,7 @@ class CoreSegRecipe(Recipe):
     max_boxes: int | None = None
 
 
+MOST_VIEWS = 32  # of a row, itself and its copies
 SIDE = 96  # of an image as the tiny model sees it, pixels: every coordinate has two digits
 
 
@@ -100,23 +103,25 @@ ON_A_CPU = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no
 AS_PUBLISHED = {"loss_type": "grpo", "use_bias_correction_kl": False, "importance_sampling_level": "token"}
 REWARDS = ("format", "box_f1", "dual_granularity_mask")
 
+TINY_SFT = {
+    **ON_A_CPU,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1.5e-3,
+    "head_learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "max_steps": 190,
+    "logging_steps": 20,
+    "max_length": None,
+    "feature_cache_memory": 2**31,
+}
+
 RECIPES = {
     "tiny": CoreSegRecipe(
         build=build_tiny,
         segmenter=sam2_builder(sam2_config("tiny", image_size=192)),  # masks of 48 x 48
         prompt=ImagePromptSettings(instruction="", frame_kind="resized_px", max_new_tokens=128),
-        sft={
-            **ON_A_CPU,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 1.5e-3,
-            "head_learning_rate": 1e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 10,
-            "max_steps": 190,
-            "logging_steps": 20,
-            "max_length": None,
-            "feature_cache_memory": 2**31,
-        },
+        sft=TINY_SFT,
         grpo={
             **ON_A_CPU,
             **AS_PUBLISHED,
@@ -146,6 +151,16 @@ RECIPES = {
         text_warmup={"learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 250},
         fill_to=3200,
         synthetic={"train": 2000, "test": 240, "size": SIDE},
+        # a few hundred real images: more views of them, and longer
+        on_data={
+            "sft": {**TINY_SFT, "max_steps": 500},
+            "pretraining": {
+                "vision": {"steps": 500},
+                "captions": {"steps": 400},
+                "segmenter": {"encoder_steps": 400, "decoder_steps": 700, "decoder_batch_size": 12},
+            },
+            "fill_to": 4200,
+        },
     ),
     "core_seg_3b": CoreSegRecipe(
         build=build_3b,
@@ -251,9 +266,19 @@ class CoreSegRun(TwoStageRun):
         seed = 3 * self.seed + ("train", "test", "pretraining").index(part)
         return {"size": self.recipe.synthetic["size"], "seed": seed, "hard": True}
 
-    def copies(self) -> int:
-        described = "reasoning" in self.train_rows.column_names  # a turned image would contradict it
-        return 1 if described else min(8, super().copies())
+    def views(self) -> int:
+        return sum(1 + copies for copies in self.augmented())
+
+    def augmented(self) -> list[int]:
+        """Return the number of augmented copies of each row; rare kinds of rows get more, as the square root says."""
+        rows = self.train_rows
+        if "reasoning" in rows.column_names:
+            return [0] * len(rows)  # a turned image would contradict it
+        kinds = list(zip(rows["modality"], rows["lesion"], strict=True))
+        counts = Counter(kinds)
+        roots = sum(math.sqrt(count) for count in counts.values())
+        views = {kind: int(self.recipe.fill_to / (math.sqrt(count) * roots)) for kind, count in counts.items()}
+        return [min(max(1, views[kind]), MOST_VIEWS) - 1 for kind in kinds]
 
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
         rows, recipe = self._copied(), self.recipe
@@ -338,7 +363,8 @@ class CoreSegRun(TwoStageRun):
         return {name: self.shortened(n) if name.endswith("steps") else n for name, n in settings.items()}
 
     def _copied(self) -> Dataset:
-        return augment(self.train_rows, self.copies() - 1) if self.copies() > 1 else self.train_rows
+        copies = self.augmented()
+        return augment(self.train_rows, copies) if any(copies) else self.train_rows
 
     def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
         train = self.rows.get("train")

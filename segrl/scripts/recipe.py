@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
@@ -32,6 +32,7 @@ class Recipe:
         lora_scope: Layers with LoRA, see `language_model_lora`; `--lora_scope` changes it.
         fill_to: Repeat the rows of a small training set up to about this many; 0 does not.
         synthetic: Sizes of the data that is made without `--data`; "train" and "test" are the rows of these splits.
+        on_data: Fields, of those above, that differ where `--data` is given.
 
     Example:
         >>> from segrl.models import tiny_qwen2_5_vl
@@ -58,6 +59,19 @@ class Recipe:
     lora_scope: Literal["language", "all"] = "language"
     fill_to: int = 0
     synthetic: Mapping[str, int] = field(default_factory=dict)
+    on_data: Mapping[str, Any] = field(default_factory=dict)
+
+    def fitted(self, data: str | None) -> Self:
+        """Return the preset as it is for `--data`, or without.
+
+        Example:
+            >>> from segrl.predictions import ImagePromptSettings
+            >>> parts = {"build": print, "prompt": ImagePromptSettings(), "grpo": {}, "rewards": ()}
+            >>> recipe = Recipe(sft={"max_steps": 200}, on_data={"sft": {"max_steps": 500}}, **parts)
+            >>> recipe.fitted(None).sft, recipe.fitted("my/images").sft
+            ({'max_steps': 200}, {'max_steps': 500})
+        """
+        return self if data is None else replace(self, **self.on_data)
 
 
 def sam2_builder(config: Sam2Config, source: str | None = None) -> Callable[[str | None], Sam2Segmenter]:

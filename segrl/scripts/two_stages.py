@@ -110,7 +110,7 @@ class TwoStageRun:
 
     def __init__(self, arguments: Any, seed: int, folder: Path, given: set[str] | None = None) -> None:
         self.arguments, self.seed, self.folder, self.given = arguments, seed, folder, given or set()
-        self.recipe = find_preset(arguments.preset, self.recipes)
+        self.recipe = find_preset(arguments.preset, self.recipes).fitted(arguments.data)
         self.prompt = self.recipe.prompt
         if isinstance(arguments, TwoStageArguments):
             kind = arguments.frame_kind or self.prompt.frame_kind
@@ -178,7 +178,7 @@ class TwoStageRun:
             first.resume_from_checkpoint = progress.stage1
             check_trainer(first)
             settings["sft"] = first.to_dict()
-        check_batches(config, range(run.count("train") * run.copies()))
+        check_batches(config, range(run.views()))
         stages = {"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1})
         if arguments.control:
             stages["control"] = run.folder / CONTROL
@@ -406,6 +406,10 @@ class TwoStageRun:
         """Return how often each training row is in the data set: as often as it takes to reach `fill_to`."""
         return max(1, self.recipe.fill_to // self.count("train"))
 
+    def views(self) -> int:
+        """Return the number of rows that are trained on, copies included."""
+        return self.count("train") * self.copies()
+
     def shortened(self, steps: int) -> int:
         """Return the steps of a part before stage 1: a run that is a short look is short in all of its parts."""
         asked = self.config.max_steps if "max_steps" in self.given and self.config.max_steps > 0 else steps
@@ -423,7 +427,7 @@ class TwoStageRun:
             argv,
             cls.training_flags,
             config_class,
-            defaults=lambda known: {"output_dir": output_dir, **cls._defaults(known.preset, stage, given_flags(argv))},
+            defaults=lambda known: {"output_dir": output_dir, **cls._defaults(known, stage, given_flags(argv))},
             description=f"{cls.name}, {stage}. Presets: {', '.join(cls.recipes)}.",
             least=cls.least,
         )
@@ -448,9 +452,9 @@ class TwoStageRun:
         return run, config
 
     @classmethod
-    def _defaults(cls, preset: str, stage: str, given: set[str]) -> dict[str, Any]:
-        """The preset's settings of a stage, as defaults of flags."""
-        recipe = find_preset(preset, cls.recipes)
+    def _defaults(cls, known: Any, stage: str, given: set[str]) -> dict[str, Any]:
+        """The preset's settings of a stage, as defaults of flags; the script's own flags are `known`."""
+        recipe = find_preset(known.preset, cls.recipes).fitted(known.data)
         settings = dict(getattr(recipe, stage))
         if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
             settings.pop("global_batch_size", None)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from segrl.geometry.mask_images import binarize
 __all__ = ["augment"]
 
 
-def augment(dataset: Dataset, copies: int, *, seed: int = 0) -> Dataset:
+def augment(dataset: Dataset, copies: int | Sequence[int], *, seed: int = 0) -> Dataset:
     """Return the rows of a data set and `copies` augmented copies of each, in memory.
 
     A copy is flipped, turned by a multiple of 90 degrees, cropped to 75 to 100 % of each side and changed in
@@ -28,14 +28,15 @@ def augment(dataset: Dataset, copies: int, *, seed: int = 0) -> Dataset:
 
     Args:
         dataset: Columns image, mask and name; others are copied. A row with reasoning is refused.
-        copies: Augmented copies per row.
+        copies: Augmented copies of each row; one number for all rows, or one for each.
         seed: Of all random choices; the same seed gives the same data.
 
     Returns:
-        `len(dataset) * (1 + copies)` rows with the same columns; a copy's name ends in `#1`, `#2`, ...
+        The rows with the same columns, each followed by its copies; a copy's name ends in `#1`, `#2`, ...
 
     Raises:
-        DataError: `copies` below 0, or a row with reasoning, which describes the unchanged image.
+        DataError: `copies` below 0 or not one for each row, or a row with reasoning, which describes the unchanged
+            image.
 
     Example:
         >>> from segrl.data import make_synthetic
@@ -43,20 +44,23 @@ def augment(dataset: Dataset, copies: int, *, seed: int = 0) -> Dataset:
         >>> rows["name"][:], [image.size for image in rows["image"]]
         (['synthetic_0_00000', 'synthetic_0_00000#1'], [(64, 64), (54, 55)])
     """
-    if copies < 0:
-        raise DataError(f"copies={copies}: expected 0 or more")
+    counts = [copies] * len(dataset) if isinstance(copies, int) else list(copies)
+    if len(counts) != len(dataset):
+        raise DataError(f"copies: expected one number for each of {len(dataset)} rows, got {len(counts)}")
+    if min(counts, default=0) < 0:
+        raise DataError(f"copies={min(counts)}: expected 0 or more")
 
     def rows() -> Iterator[dict[str, Any]]:
         for index in range(len(dataset)):
             row = dataset[index]
-            if copies and str(row.get("reasoning") or "").strip():
+            if counts[index] and str(row.get("reasoning") or "").strip():
                 raise DataError(
                     f"{row['name']}: has its own reasoning, which a turned image would contradict; use copies=0"
                 )
             image = read_image(row["image"], f"image of {row['name']}")
             mask = PILImage.fromarray(binarize(row["mask"], str(row["name"])).astype(np.uint8) * 255)
             yield {**row, "image": _png(image), "mask": _png(mask)}
-            for copy in range(1, copies + 1):
+            for copy in range(1, counts[index] + 1):
                 rng = np.random.default_rng((seed, index, copy))
                 changed, moved = _changed(np.asarray(image), np.asarray(mask), rng)
                 pictures = {"image": _png(PILImage.fromarray(changed)), "mask": _png(PILImage.fromarray(moved))}
