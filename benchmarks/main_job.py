@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from segrl.metrics import paired_bootstrap_ci
+from segrl.metrics import paired_difference
 from segrl.reports import say
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "core_seg" / "train_grpo.py"
@@ -54,8 +54,7 @@ def scores(folders: list[Path], stage: str, name: str) -> np.ndarray:
 
 def paired(new: np.ndarray, old: np.ndarray) -> list[float]:
     """Mean difference and its interval, in points."""
-    new, old = new.astype(float), old.astype(float)
-    return [100 * float(value) for value in ((new - old).mean(), *paired_bootstrap_ci(new, old))]
+    return [100 * value for value in paired_difference(new, old)]
 
 
 def spread(values: list[float], factor: float = 100) -> list[float]:

@@ -1,6 +1,7 @@
 """A model judged on a data set: one record per row, and the baselines beside it."""
 
 from segrl.evaluation.base import OnAnswer, overlap_record
+from segrl.evaluation.comparison import compare_records, read_records
 from segrl.evaluation.constant_mask import constant_mask_baseline, evaluate_constant_mask
 from segrl.evaluation.images import evaluate
 from segrl.evaluation.volumes import (
@@ -16,12 +17,14 @@ __all__ = [
     "VOLUME_GROUPINGS",
     "VOLUME_METRICS",
     "OnAnswer",
+    "compare_records",
     "constant_mask_baseline",
     "evaluate",
     "evaluate_constant_mask",
     "evaluate_oracle_boxes",
     "evaluate_volumes",
     "overlap_record",
+    "read_records",
     "summarise_volumes",
     "volume_record",
 ]

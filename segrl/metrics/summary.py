@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from segrl.errors import DataError
 
-__all__ = ["bootstrap_ci", "paired_bootstrap_ci", "summarise"]
+__all__ = ["bootstrap_ci", "paired_bootstrap_ci", "paired_difference", "summarise"]
 
 SUMMARY_METRICS = {"mdice": "dice", "miou": "iou", "fail": "fail"}
 GROUPINGS = ("modality", "anatomy")
@@ -74,6 +74,25 @@ def paired_bootstrap_ci(
     if first.shape != second.shape:
         raise DataError(f"a and b: expected scores of the same samples, got shapes {first.shape} and {second.shape}")
     return bootstrap_ci(first - second, level=level, n_resamples=n_resamples, seed=seed)
+
+
+def paired_difference(new: ArrayLike, old: ArrayLike) -> list[float]:
+    """Return `mean(new - old)` and the ends of its 95 % interval (`paired_bootstrap_ci`).
+
+    Args:
+        new: (n,) scores of one system.
+        old: (n,) scores of the other, of the same samples in the same order.
+
+    Raises:
+        DataError: As `paired_bootstrap_ci`.
+
+    Example:
+        >>> paired_difference([0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
+        [0.25, 0.25, 0.25]
+    """
+    first, second = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
+    interval = paired_bootstrap_ci(first, second)
+    return [float((first - second).mean()), *interval]
 
 
 def _intervals(values: np.ndarray, level: float, n_resamples: int, seed: int) -> np.ndarray:

@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from segrl.evaluation.images import evaluate
 from segrl.evaluation.volumes import VOLUME_GROUPINGS, evaluate_volumes, summarise_volumes
 from segrl.inference.base import SegmenterBase
 from segrl.inference.images import ReasoningSegmenter
 from segrl.inference.volumes import VolumeSegmenter
-from segrl.metrics.summary import SUMMARY_METRICS, paired_bootstrap_ci, summarise
+from segrl.metrics.summary import SUMMARY_METRICS, paired_difference, summarise
 from segrl.predictions.prediction import invalid_text
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.results_file import versions, write_results
@@ -121,8 +119,7 @@ class ImageResults:
 
 
 def _gain(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], score: str) -> list[float]:
-    new, old = (np.array([record[score] for record in records], dtype=float) for records in (after, before))
-    return [float((new - old).mean()), *paired_bootstrap_ci(new, old)]
+    return paired_difference(*([float(record[score]) for record in records] for records in (after, before)))
 
 
 class VolumeResults(ImageResults):
