@@ -1,5 +1,5 @@
 """The command `segrl`: rewards and parts listed and described; rewards checked, audited, and applied to completions;
-runs compared.
+runs evaluated and compared.
 
 Exit status: 0 if all is well, 1 if a check fails or a reward can be hacked, 2 for wrong arguments or unreadable data.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from segrl._version import __version__
 from segrl.cli.compare import add_compare_command
+from segrl.cli.evaluate import add_eval_command
 from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
     add_parts_commands(areas, common, as_json)
+    add_eval_command(areas, common)
     add_compare_command(areas, common, as_json)
 
     def command(name: str, run: Any, text: str, *parents: CommandParser, **more: Any):

@@ -4,6 +4,7 @@ from segrl.evaluation.base import OnAnswer, overlap_record
 from segrl.evaluation.comparison import compare_records, read_records
 from segrl.evaluation.constant_mask import constant_mask_baseline, evaluate_constant_mask
 from segrl.evaluation.images import evaluate
+from segrl.evaluation.stored_masks import StoredMasks, evaluate_masks
 from segrl.evaluation.volumes import (
     VOLUME_GROUPINGS,
     VOLUME_METRICS,
@@ -17,10 +18,12 @@ __all__ = [
     "VOLUME_GROUPINGS",
     "VOLUME_METRICS",
     "OnAnswer",
+    "StoredMasks",
     "compare_records",
     "constant_mask_baseline",
     "evaluate",
     "evaluate_constant_mask",
+    "evaluate_masks",
     "evaluate_oracle_boxes",
     "evaluate_volumes",
     "overlap_record",

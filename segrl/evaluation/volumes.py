@@ -52,6 +52,7 @@ VOLUME_METRICS = {
 }
 VOLUME_GROUPINGS = ("lesion",)  # the structure: a data set of organs names them in this column
 _UNDEFINED = ("hd95_mm", "nsd")
+_OF_TEXTS = ("slice_visibility", "slice_boxes")  # absent where masks without texts are scored
 
 
 def volume_record(
@@ -120,7 +121,7 @@ def summarise_volumes(
     Returns:
         As `segrl.metrics.summarise`: "mdice", "miou", "fail", "nsd", "slice_visibility" and "slice_boxes" in [0, 1],
         "hd95_mm" in millimetres (it and "nsd" None if they apply to no volume), "n", "n_scored": {"hd95_mm": ...,
-        "nsd": ...}, "ci95", "groups".
+        "nsd": ...}, "ci95", "groups". Without the slice scores if no record has them.
 
     Raises:
         DataError: As `segrl.metrics.summarise`.
@@ -132,7 +133,10 @@ def summarise_volumes(
         >>> summary["mdice"], summary["hd95_mm"], summary["n_scored"]
         (0.5, 4.0, {'hd95_mm': 1, 'nsd': 2})
     """
-    return summarise(records, metrics=VOLUME_METRICS, groupings=groupings, optional=_UNDEFINED)
+    known = {
+        name: key for name, key in VOLUME_METRICS.items() if name not in _OF_TEXTS or any(key in r for r in records)
+    }
+    return summarise(records, metrics=known, groupings=groupings, optional=_UNDEFINED)
 
 
 def evaluate_volumes(

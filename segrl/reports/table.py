@@ -57,8 +57,8 @@ VOLUME_COLUMNS = {
     "miou": Column("IoU %"),
     "hd95_mm": Column("HD95 mm", percent=False),
     "nsd": Column("NSD %"),
-    "slice_visibility": Column("visibility %"),
-    "slice_boxes": Column("boxes %"),
+    "slice_visibility": Column("visibility %", optional=True),
+    "slice_boxes": Column("boxes %", optional=True),
     "fail": Column("Failure Rate %"),
 }
 

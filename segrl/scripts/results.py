@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from segrl.evaluation.images import evaluate
+from segrl.evaluation.stored_masks import StoredMasks, evaluate_masks
 from segrl.evaluation.volumes import VOLUME_GROUPINGS, evaluate_volumes, summarise_volumes
 from segrl.inference.base import SegmenterBase
 from segrl.inference.images import ReasoningSegmenter
@@ -60,15 +61,19 @@ class ImageResults:
         self.pictures = self.pictures if pictures is None else pictures
 
     def score(
-        self, segmenter: SegmenterBase, rows: Any, batch_size: int, draw: bool
+        self, system: SegmenterBase | StoredMasks, rows: Any, batch_size: int, draw: bool
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return summary and records of a model on some rows; with `draw` the first answers are drawn, too."""
-        records = self.evaluate(segmenter, rows, batch_size=batch_size, on_answer=self._see if draw else None)
+        """Return summary and records of a model, or of masks, on some rows; `draw` draws the first answers, too."""
+        stored = isinstance(system, StoredMasks)
+        evaluate = evaluate_masks if stored else self.evaluate
+        records = evaluate(system, rows, batch_size=batch_size, on_answer=self._see if draw else None)
         if self._shown:
             scored = zip(self._shown, records, strict=False)
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
-        statuses = Counter(record["status"] for record in records)
-        return {**self.summarise(records), "statuses": dict(statuses)}, records
+        summary = self.summarise(records)
+        if not stored:
+            summary["statuses"] = dict(Counter(record["status"] for record in records))
+        return summary, records
 
     def write(self, results: dict[str, Any], records: Mapping[str, list[dict[str, Any]]], last: str) -> None:
         """Write `results.json`, `predictions.json` and those of earlier stages and baselines, and print the table.
@@ -91,7 +96,7 @@ class ImageResults:
                 mean, low, high = (100 * value for value in gain)
                 say(f"{what}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
         for stage in ("stage1", "stage2", "control", "model"):
-            if stage in results:
+            if "statuses" in results.get(stage, {}):
                 say(f"{stage}: {invalid_text(results[stage]['statuses'])}")
         if "zero_spread" in results:
             say(f"stage 2: {results['zero_spread']:.1%} of the groups had no spread in reward")

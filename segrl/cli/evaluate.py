@@ -1,0 +1,100 @@
+"""`segrl eval`: any run, or the stored masks of any system, on any data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from segrl.cli.output import OK, count, positive
+
+__all__ = ["add_eval_command"]
+
+
+def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
+    """Add `segrl eval` to the areas of the command."""
+    text = "evaluate a run, or the masks that another system wrote, on a data set of images or volumes"
+    command = areas.add_parser("eval", help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents)
+    system = command.add_mutually_exclusive_group(required=True)
+    system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub")
+    system.add_argument("--predictions", type=Path, metavar="FOLDER", help="one mask file a row, named as the row is")
+    command.add_argument("--data", required=True, metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
+                         "disk, or hub data set owner/name")  # fmt: skip
+    command.add_argument("--split", default="test", metavar="NAME", help="default: test")
+    command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes")
+    command.add_argument("--missing_empty", action="store_true", help="with --predictions: no file means an empty mask")
+    command.add_argument("--limit", type=positive, metavar="N", help="evaluate only the first rows")
+    command.add_argument(
+        "--batch_size", type=positive, metavar="N", help="rows per generation (default: 16, volumes 4)"
+    )
+    command.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
+    command.add_argument("--segmenter", metavar="PATH", help="SAM 2 weights in place of the run's, for volumes")
+    command.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
+    command.add_argument("--output_dir", type=Path, metavar="FOLDER", help="where to write; default: evaluation in the "
+                         "folder of the run, or FOLDER_evaluation beside the masks")  # fmt: skip
+    command.add_argument("--overwrite", action="store_true", help="replace the results in output_dir")
+    command.add_argument("--pictures", type=count, metavar="N", help="answers drawn (default: 16 images, 8 volumes)")
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from segrl.data.images.folder import check_rows, load_folder
+    from segrl.data.splits import load_split
+    from segrl.data.volumes.folder import check_volumes, load_volumes
+    from segrl.errors import SegRLError
+    from segrl.inference.base import find_run
+    from segrl.predictions.prompt_settings import load_prompt_settings
+    from segrl.scripts.results import results_for
+    from segrl.scripts.run_folder import check_output, claimed
+
+    if arguments.predictions is None:
+        for flag in ("volumes", "missing_empty"):
+            if getattr(arguments, flag):
+                raise SegRLError(f"--{flag} is for --predictions; drop it")
+        run = find_run(arguments.model)
+        settings = load_prompt_settings(run)
+        task = "images" if settings is None else settings.task
+        default = Path(run) / "evaluation"
+    else:
+        task = "volumes" if arguments.volumes else "images"
+        masks = arguments.predictions.absolute()
+        default = masks.with_name(f"{masks.name}_evaluation")
+    output = arguments.output_dir or default
+    check_output(output, overwrite=arguments.overwrite, inputs={"data": arguments.data, "model": arguments.model})
+    readers = (
+        {"folder": load_volumes, "check": check_volumes}
+        if task == "volumes"
+        else {"folder": load_folder, "check": check_rows}
+    )
+    rows = load_split(arguments.data, arguments.split, **readers, allow_outside=arguments.allow_outside)
+    if arguments.limit is not None and arguments.limit < len(rows):
+        rows = rows.select(range(arguments.limit))
+    results = results_for(task)(output, arguments.pictures)
+    size = arguments.batch_size or (4 if task == "volumes" else 16)
+    system = _loaded(arguments, task) if arguments.predictions is None else _stored(arguments, rows)
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}
+    with claimed(output, asked):
+        summary, records = results.score(system, rows, size, draw=True)
+        results.write({"config": asked, "model": summary}, {"model": records}, "model")
+    return OK
+
+
+def _loaded(arguments: argparse.Namespace, task: str) -> Any:
+    from segrl.errors import SegRLError
+    from segrl.inference import load
+
+    more = {} if arguments.device is None else {"device": arguments.device}
+    if arguments.segmenter is not None:
+        if task != "volumes":
+            raise SegRLError("--segmenter: a run on images has its segmenter in its mask head; drop the flag")
+        more["segmenter"] = arguments.segmenter
+    loaded = load(arguments.model, **more)
+    if task == "volumes" and getattr(loaded, "segmenter", None) is None:
+        raise SegRLError(f"--model {arguments.model!r} has no segmenter; pass --segmenter with SAM 2 weights")
+    return loaded
+
+
+def _stored(arguments: argparse.Namespace, rows: Any) -> Any:
+    from segrl.evaluation.stored_masks import StoredMasks
+
+    return StoredMasks(arguments.predictions, rows, missing_empty=arguments.missing_empty)

@@ -1,0 +1,204 @@
+"""`segrl eval`: runs, and masks that another system wrote, on images and volumes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import tiny_headed_model
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from script_modules import read_json
+
+from segrl.cli.main import main
+from segrl.data import (
+    load_folder,
+    make_synthetic,
+    make_synthetic_volumes,
+    read_label,
+    read_volume,
+    write_folder,
+    write_mask,
+)
+from segrl.errors import DataError
+from segrl.evaluation import StoredMasks, evaluate, evaluate_masks
+from segrl.inference import ReasoningSegmenter
+from segrl.metrics import dice, hausdorff
+from segrl.predictions import ImagePromptSettings
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_folder(make_synthetic(4, size=48, seed=3), tmp_path / "data", split="test")
+
+
+@pytest.fixture
+def rows(data: Path) -> Dataset:
+    return load_folder(data)
+
+
+def moved(mask: Image.Image) -> np.ndarray:
+    return np.roll(np.asarray(mask), 3, axis=1)
+
+
+def write(folder: Path, rows: Dataset, name: str = "{}.png") -> Path:
+    """The masks of another system: the true ones, three pixels to the right."""
+    for row in map(dict, rows):
+        path = folder / name.format(Path(row["name"]).stem)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(moved(row["mask"])).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["{}.png", "masks/{}.png", "{}.bmp", "images/{}.PNG"])
+def test_masks_are_found_by_the_names_of_rows(rows, tmp_path, name):
+    records = evaluate_masks(write(tmp_path / "theirs", rows, name), rows, progress=False, batch_size=3)
+    assert [record["name"] for record in records] == rows["name"][:]
+    for record, row in zip(records, map(dict, rows), strict=True):
+        assert record["dice"] == dice(moved(row["mask"]) > 0, np.asarray(row["mask"]) > 0)
+        assert record["fail"] is (record["dice"] == 0)
+
+
+def test_rows_with_names_of_their_own(tmp_path):
+    """Two questions about one image: the names of the rows tell their masks apart, not that of the image."""
+    scene = make_synthetic(2, size=48)
+    named = scene.remove_columns("name").add_column("name", ["a cyst.x", "a cyst.y"])
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for row in map(dict, named):
+        row["mask"].save(folder / f"{row['name']}.png")
+    assert [record["dice"] for record in evaluate_masks(folder, named, progress=False)] == [1, 1]
+
+
+def test_what_does_not_fit_is_listed_at_once(rows, tmp_path):
+    folder = write(tmp_path / "theirs", rows)
+    names = [Path(name).stem for name in rows["name"]]
+    (folder / f"{names[0]}.png").unlink()
+    shutil.copy(folder / f"{names[1]}.png", folder / f"{names[1]}.bmp")
+    shutil.copy(folder / f"{names[1]}.png", folder / "other.png")
+    with pytest.raises(DataError) as caught:
+        StoredMasks(folder, rows)
+    message = str(caught.value)
+    assert f"{folder} does not hold one mask for each of 4 rows:" in message
+    assert f"no file: 1, such as row 0 ({rows['name'][0]})" in message
+    assert f"several files: 1, such as row 1 ({rows['name'][1]})" in message
+    assert "files of no row: 2, such as" in message
+    assert "other.png" in message
+    assert "pass --missing_empty if no file means an empty mask" in message
+
+
+def test_a_file_answers_one_row(rows, tmp_path):
+    twice = Dataset.from_list([dict(rows[0]), {**rows[0], "query": "Where?"}], features=rows.features)
+    folder = write(tmp_path / "theirs", rows.select([0]))
+    with pytest.raises(DataError, match=r"the file of an earlier row: 1, such as row 1 \("):
+        StoredMasks(folder, twice)
+
+
+def test_no_file_is_an_empty_mask_only_when_asked(rows, tmp_path):
+    folder = write(tmp_path / "theirs", rows.select([1, 2, 3]))
+    with pytest.raises(DataError, match="no file: 1"):
+        StoredMasks(folder, rows)
+    stored = StoredMasks(folder, rows, missing_empty=True)
+    records = evaluate_masks(stored, rows, progress=False)
+    assert (records[0]["dice"], records[0]["fail"]) == (0, True)
+    assert records[1:] == evaluate_masks(folder, rows.select([1, 2, 3]), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((24, 48), r"00\.png: the mask is 48 x 24, the true one of \S+ 48 x 48 \(rows x columns\)"), (None, "0.png")],
+)
+def test_files_that_are_no_mask_of_the_image_are_named(rows, tmp_path, size, message):
+    folder = write(tmp_path / "theirs", rows)
+    path = folder / f"{Path(rows['name'][0]).stem}.png"
+    if size is None:
+        path.write_bytes(b"nothing")
+    else:
+        Image.new("L", size).save(path)
+    with pytest.raises(DataError, match=message):
+        evaluate_masks(folder, rows, progress=False)
+
+
+def test_folders_without_masks(rows, tmp_path):
+    with pytest.raises(DataError, match="none: no such folder; expected one mask file for each row"):
+        StoredMasks(tmp_path / "none", rows)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"no files that end in \.png, .*; expected one mask for each row"):
+        StoredMasks(tmp_path / "none", rows)
+
+
+def test_masks_of_volumes_are_put_on_the_grid_of_the_scan(tmp_path):
+    made = make_synthetic_volumes(2, tmp_path / "data", depth=6, size=32)
+    (tmp_path / "theirs").mkdir()
+    expected = []
+    for row in map(dict, made):
+        scan = read_volume(row["scan"])
+        label = read_label(row["label"], scan)
+        guess = np.roll(label, 2, axis=2)
+        write_mask(tmp_path / "theirs" / f"{Path(row['name']).name.removesuffix('.nii.gz')}.nii.gz", guess, scan)
+        expected.append((dice(guess, label), hausdorff(guess, label, spacing=scan.spacing_mm)))
+    records = evaluate_masks(tmp_path / "theirs", made, progress=False)
+    assert [(record["dice"], record["hd95_mm"]) for record in records] == expected
+    assert "slice_visibility" not in records[0]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_masks_by_the_command(data, rows, tmp_path, capsys):
+    folder = write(tmp_path / "theirs", rows)
+    assert main(["eval", "--predictions", str(folder), "--data", str(data)]) == 0
+    out = tmp_path / "theirs_evaluation"
+    assert f"Written to {out}" in capsys.readouterr().out
+    results, records = read_json(out / "results.json"), read_json(out / "predictions.json")
+    assert records == json.loads(json.dumps(evaluate_masks(folder, rows, progress=False)))
+    assert results["model"]["mdice"] == pytest.approx(np.mean([record["dice"] for record in records]))
+    assert "statuses" not in results["model"]
+    assert results["config"]["predictions"] == str(folder)
+    assert (out / "predictions.png").is_file()
+    assert main(["eval", "--predictions", str(folder), "--data", str(data)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    flags = ["--limit", "2", "--pictures", "0", "--output_dir", str(tmp_path / "two")]
+    assert main(["eval", "--predictions", str(folder), "--data", str(data), *flags]) == 2  # two files are of no row
+    assert "files of no row: 2" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+def test_masks_of_volumes_by_the_command(tmp_path, capsys):
+    made = make_synthetic_volumes(2, tmp_path / "data", depth=6, size=32)
+    (tmp_path / "theirs").mkdir()
+    for row in map(dict, made):
+        shutil.copy(row["label"], tmp_path / "theirs" / f"{Path(row['name']).name.removesuffix('.nii.gz')}.nii.gz")
+    DatasetDict({"test": made}).save_to_disk(str(tmp_path / "saved"))
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "saved"), "--volumes"]
+    assert main([*argv, "--split", "tset"]) == 2
+    assert "did you mean 'test'" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert "│ model" in capsys.readouterr().out
+    model = read_json(tmp_path / "theirs_evaluation" / "results.json")["model"]
+    assert (model["mdice"], model["hd95_mm"]) == (1, 0)
+    assert "slice_boxes" not in model
+
+
+def test_a_run_by_the_command(data, rows, tmp_path, capsys):
+    settings = ImagePromptSettings(instruction="", max_new_tokens=4)
+    segmenter = ReasoningSegmenter(*tiny_headed_model(), settings)
+    segmenter.save_pretrained(tmp_path / "run")
+    flags = ["--model", str(tmp_path / "run"), "--data", str(data), "--device", "cpu"]
+    assert main(["eval", *flags, "--batch_size", "2"]) == 0
+    found = read_json(tmp_path / "run" / "evaluation" / "predictions.json")
+    expected = evaluate(segmenter, rows, batch_size=2, progress=False)
+    assert [{**record, "box_f1": None} for record in found] == [
+        {**json.loads(json.dumps(record)), "box_f1": None} for record in expected
+    ]
+    assert "answers are invalid" in capsys.readouterr().out
+    for more, message in [
+        (["--missing_empty"], "--missing_empty is for --predictions; drop it"),
+        (["--segmenter", "sam.pt"], "--segmenter: a run on images has its segmenter in its mask head"),
+    ]:
+        assert main(["eval", *flags, *more, "--output_dir", str(tmp_path / "x")]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["eval", "--model", str(tmp_path / "none"), "--data", str(data)]) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
