@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -127,6 +128,16 @@ LATE = {  # ways in which users bound the area after the processor is made
     "size": lambda images: setattr(images.size, "longest_edge", 200_000),
     "a new size": lambda images: setattr(images, "size", {"shortest_edge": 56 * 56, "longest_edge": 200_000}),
 }
+
+
+def test_tensors_that_a_processor_keeps_are_not_printed(monkeypatch):
+    """transformers keeps the fused mean and deviation in the processor; printing them took a tenth of a GRPO step."""
+    qwen = processor(Qwen2_5_VLProcessor)
+    expected = frame_for(qwen, (640, 480))
+    qwen.image_processor(images=[Image.new("RGB", (640, 480))], return_tensors="pt")
+    qwen.image_processor._kept = torch.zeros(3)
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda self: pytest.fail("printed"))
+    assert frame_for(qwen, (640, 480)) == expected
 
 
 @pytest.mark.parametrize("change", LATE)

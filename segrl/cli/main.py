@@ -19,6 +19,7 @@ from segrl.cli.evaluate import add_eval_command
 from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
+from segrl.cli.sweep import add_sweep_command
 from segrl.errors import SegRLError
 
 __all__ = ["main"]
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     from segrl.reports.terminal import escaped_warnings
 
     try:
@@ -47,6 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return BAD
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what follows `--` is for the scripts that a command starts, if it starts some."""
+    own = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
+    arguments = _parser().parse_args(own)
+    if not getattr(arguments, "takes_flags", False):
+        return _parser().parse_args(argv)
+    arguments.flags = list(argv[len(own) + 1 :])
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add_parts_commands(areas, common, as_json)
     add_eval_command(areas, common)
     add_compare_command(areas, common, as_json)
+    add_sweep_command(areas, common)
 
     def command(name: str, run: Any, text: str, *parents: CommandParser, **more: Any):
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",

@@ -3,7 +3,7 @@
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.registry import make_metric, register_metric
 from segrl.metrics.structure import s_measure, soft_dice
-from segrl.metrics.summary import bootstrap_ci, paired_bootstrap_ci, paired_difference, summarise
+from segrl.metrics.summary import bootstrap_ci, nested_bootstrap_ci, paired_bootstrap_ci, paired_difference, summarise
 from segrl.metrics.surfaces import boundary_iou, hausdorff, surface, surface_dice, surface_distances
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "hausdorff",
     "iou",
     "make_metric",
+    "nested_bootstrap_ci",
     "paired_bootstrap_ci",
     "paired_difference",
     "register_metric",

@@ -223,7 +223,9 @@ def _seen_size(images: Any, size: Size) -> Size:
             "kind='original_px' or 'relative_1000', or build Frame yourself."
         )
     known = _seen.setdefault(images, {})
-    key = (size, *sorted((name, str(value)) for name, value in vars(images).items()))
+    # tensors that the processor keeps beside its settings say nothing of sizes, and take milliseconds to print
+    settings = ((name, value) for name, value in vars(images).items() if not hasattr(value, "dtype"))
+    key = (size, *sorted((name, str(value)) for name, value in settings))
     if key not in known:
         black = np.broadcast_to(np.uint8(0), (size[1], size[0], 3))
         try:

@@ -25,6 +25,8 @@ class PublishedRow:
         scores: Fractions in [0, 1] under the names of `results.json`; empty for one that did not converge.
         groups: As in `results.json`, score "mdice" only: by the name of the grouping, then by group.
         command: Script and flags that give this row here, in order; empty for systems of others.
+        stage1: Script and flags of the stage 1 that the command goes on with, where rows share one; empty if it trains
+            its own, or has none.
         note: What the paper leaves open.
 
     Example:
@@ -38,6 +40,7 @@ class PublishedRow:
     scores: Mapping[str, float] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     command: tuple[str, ...] = ()
+    stage1: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -83,7 +86,7 @@ def _row(row: Any, where: str) -> PublishedRow:
         **row,
         "scores": _fractions(row.get("scores", {}), where),
         "groups": {name: _fractions(groups, f"{where}, {name}") for name, groups in row.get("groups", {}).items()},
-        "command": tuple(row.get("command", "").split()),
+        **{name: tuple(str(row.get(name, "")).split()) for name in ("command", "stage1")},
     }
     return PublishedRow(**values)
 

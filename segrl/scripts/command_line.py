@@ -181,11 +181,15 @@ def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
     return presets[name]
 
 
+CHECK_ONLY = "--check_only"
+
 # ---- running a script ------------------------------------------------------------------------------------------------
 
 
 def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None = None) -> None:
     """Run a script; an error that its user can mend is one message on stderr instead of a traceback.
+
+    With `--check_only` flags, data and parts are checked, and nothing is written.
 
     Args:
         check: `check(argv)` finds what can be wrong before anything is written and returns the work.
@@ -198,6 +202,8 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
     Example:
         >>> run_script(lambda argv: lambda: print("trained with", *argv), ["--max_steps", "2"])
         trained with --max_steps 2
+        >>> run_script(lambda argv: lambda: print("trained"), ["--check_only"])
+        all checks passed; nothing was written
     """
     rank = int(os.environ.get("RANK", "0"))
     working = False
@@ -205,7 +211,12 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
         say(f"warning: {warning}", stderr=True)
     try:
         with escaped_warnings():
-            work = check(sys.argv[1:] if argv is None else argv)
+            asked = list(sys.argv[1:] if argv is None else argv)
+            only = [argument for argument in asked if argument == CHECK_ONLY]
+            work = check([argument for argument in asked if argument != CHECK_ONLY])
+            if only:
+                say("all checks passed; nothing was written")
+                return
             working = True
             work()
     except SegRLError as error:
