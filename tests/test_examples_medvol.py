@@ -1,4 +1,4 @@
-"""What only the MedVol-R1 example has: a segmenter that is trained or given, key slices, one scan, published tables.
+"""What only the MedVol-R1 example has: a segmenter that is trained or given, key slices, one scan.
 
 Most tests start from a stage 1 run that has learned two volumes by heart, so that its answers are valid and name slices
 and boxes: what comes after them is then really computed. The rest of the example is in `test_examples.py`.
@@ -269,7 +269,7 @@ def areas_of(row: Any) -> np.ndarray:
     return read_label(row["label"], None, row["label_value"]).sum(axis=(1, 2))
 
 
-# ---- evaluation, tables, one scan ------------------------------------------------------------------------------------
+# ---- evaluation, one scan --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -282,13 +282,6 @@ def test_evaluation_of_another_split(grpo_run, data, tmp_path):
         picture.load()
         assert picture.width > 400
     assert not (out / "pictures" / "001.png").exists()
-
-
-def test_the_published_tables_beside_a_run(grpo_run, sft_run):
-    shown = MEDVOL.done("tables", grpo_run, sft_run)
-    assert len(re.findall(r"^│ published, ", shown, re.MULTILINE)) == len(MEDVOL.modules["tables"].published_rows())
-    names = re.findall(r": (oracle boxes|SFT only|SFT \+ RL|RL only) +│", shown)
-    assert names[-5:] == ["oracle boxes", "SFT only", "SFT + RL", "oracle boxes", "SFT only"]
 
 
 @pytest.fixture
