@@ -31,6 +31,7 @@ def pretrain_segmenter(
     decoder_steps: int,
     encoder_batch_size: int = 8,
     decoder_batch_size: int = 16,
+    unprompted: float = 0.0,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> float:
@@ -47,6 +48,9 @@ def pretrain_segmenter(
         decoder_steps: Steps in which the lesions of pictures are segmented from their boxes (DiceCE), 1 or more.
         encoder_batch_size: Pictures of a step of the first part.
         decoder_batch_size: Pictures of a step of the second.
+        unprompted: Share of pictures of the second part whose prompt is a box around the whole picture, for all of its
+            findings at once. 0 suits pictures of several kinds, where only a prompt tells which one is meant; where
+            every picture has one kind, a segmenter that finds it by itself survives wrong prompts.
         learning_rate: Its peak in both.
         seed: Seed of the layers and batches; the global random state does not change.
 
@@ -72,7 +76,7 @@ def pretrain_segmenter(
     pictures = [picture for picture in pictures if picture.findings] or pictures
     _train_encoder(segmenter, pictures, rng, encoder_steps, encoder_batch_size, learning_rate, seed)
     segmenter.eval()
-    losses = _train_decoder(segmenter, pictures, rng, decoder_steps, decoder_batch_size, learning_rate)
+    losses = _train_decoder(segmenter, pictures, rng, decoder_steps, decoder_batch_size, unprompted, learning_rate)
     for parameter, trains in zip(segmenter.parameters(), before, strict=True):
         parameter.requires_grad_(trains)
     last = losses[-max(1, len(losses) // 10) :]
@@ -113,6 +117,7 @@ def _train_decoder(
     rng: np.random.Generator,
     steps: int,
     batch_size: int,
+    unprompted: float,
     learning_rate: float,
 ) -> list[float]:
     parameters = [p for name, p in segmenter.sam.named_parameters() if not name.startswith("image_encoder.")]
@@ -122,9 +127,12 @@ def _train_decoder(
         chosen = [pictures[n] for n in rng.integers(len(pictures), size=batch_size)]
         boxes, masks, index = [], [], []
         for number, picture in enumerate(chosen):
-            for finding in picture.findings:
-                boxes.append(_box(finding.box, picture, rng))
-                masks.append(soft_target(finding.mask, (segmenter.mask_size, segmenter.mask_size)))
+            found = [(_box(finding.box, picture, rng), finding.mask) for finding in picture.findings]
+            if found and unprompted and rng.random() < unprompted:
+                found = [(np.array([0.0, 0.0, 1.0, 1.0]), np.any([mask for _, mask in found], axis=0))]
+            for box, mask in found:
+                boxes.append(box)
+                masks.append(soft_target(mask, (segmenter.mask_size, segmenter.mask_size)))
                 index.append(number)
         if not boxes:
             continue
