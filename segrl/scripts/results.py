@@ -64,14 +64,16 @@ class ImageResults:
         self, system: SegmenterBase | StoredMasks, rows: Any, batch_size: int, draw: bool
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return summary and records of a model, or of masks, on some rows; `draw` draws the first answers, too."""
-        stored = isinstance(system, StoredMasks)
-        evaluate = evaluate_masks if stored else self.evaluate
-        records = evaluate(system, rows, batch_size=batch_size, on_answer=self._see if draw else None)
+        asked: dict[str, Any] = {"batch_size": batch_size, "on_answer": self._see if draw else None}
+        if isinstance(system, StoredMasks):
+            records = evaluate_masks(system, rows, **asked)
+        else:
+            records = self.evaluate(system, rows, **asked)
         if self._shown:
             scored = zip(self._shown, records, strict=False)
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
         summary = self.summarise(records)
-        if not stored:
+        if not isinstance(system, StoredMasks):  # which have no text that could be invalid
             summary["statuses"] = dict(Counter(record["status"] for record in records))
         return summary, records
 

@@ -7,6 +7,7 @@ from segrl.segmenters.propagation import PropagationRequest, VolumePropagator
 from segrl.segmenters.registry import register_segmenter
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, Sam2Config, Sam2Segmenter, sam2_config
 from segrl.segmenters.tracking import FrameMasks, track_clip, tracking_loss
+from segrl.segmenters.transformers_sam import Sam2TransformersSegmenter, Sam3TrackerSegmenter, SamSegmenter
 
 __all__ = [
     "SEGMENTER_CONFIG",
@@ -15,6 +16,9 @@ __all__ = [
     "PropagationRequest",
     "Sam2Config",
     "Sam2Segmenter",
+    "Sam2TransformersSegmenter",
+    "Sam3TrackerSegmenter",
+    "SamSegmenter",
     "Segmenter",
     "VolumePropagator",
     "add_volume_masks",

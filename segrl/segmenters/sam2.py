@@ -28,11 +28,19 @@ from segrl.models.saved_files import ShapesOnly, check_counts, read_object, read
 from segrl.segmenters.base import ImageFeatures
 from segrl.segmenters.registry import register_segmenter
 
-__all__ = ["Sam2Config", "Sam2Segmenter", "build_sam2", "check_sam2_source", "sam2_config"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Sam2Config",
+    "Sam2Segmenter",
+    "build_sam2",
+    "check_sam2_source",
+    "sam2_config",
+]
 
 SEGMENTER_CONFIG, SEGMENTER_WEIGHTS = "segmenter.json", "segmenter.safetensors"
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -264,8 +272,8 @@ class Sam2Segmenter(nn.Module):
         super().__init__()
         self.config = config or Sam2Config()
         self.sam: Any = build_sam2(self.config)
-        self.register_buffer("pixel_mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.freeze(encoder=False)
 
     # read off the config, which nobody can change: a size set here would be obeyed by one of the parts only

@@ -110,7 +110,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], *, data: str = "synthetic") -
 
 def write_sweep(home: Path, rows: Sequence[Mapping[str, Any]], table: str) -> None:
     """Write `tables.json` and `tables.md` into the folder of a sweep."""
-    write_results(home / "tables.json", list(rows))
+    write_results(home / "tables.json", list(rows))  # pyright: ignore[reportArgumentType]
     (home / "tables.md").write_text(f"{table}\n", encoding="utf-8")
 
 
