@@ -1,5 +1,7 @@
 """SAM, SAM 2 and SAM 3's tracker of `transformers` against the models' own forwards, and SAM 2 against `sam2`."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,65 @@ def renamed(state: dict[str, Any]) -> dict[str, Any]:
     found["prompt_encoder.shared_embedding.positional_embedding"] = found[places]
     memory = ("memory", "mask_downsample", "obj_ptr", "no_obj", "maskmem", "no_mem_pos")
     return {name: value for name, value in found.items() if not name.startswith(memory)}
+
+
+# ---- files of SAM's own code -----------------------------------------------------------------------------------------
+
+
+def original(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the original code gave for given weights, and these weights, which are drawn from their names.
+
+    The files were written with facebookresearch/segment-anything at dca509f and OpenGVLab/SAM-Med2D at bfd2b93.
+    """
+    fixture = json.loads((Path(__file__).parent / "fixtures" / f"{name}_original.json").read_text())
+    return fixture, {key: weight(key, tuple(shape)) for key, shape in fixture["shapes"].items()}
+
+
+def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    rng = np.random.default_rng(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
+    values = rng.standard_normal(shape)
+    if "norm" in name.lower() and len(shape) == 1 and name.endswith("weight"):
+        values = 1 + 0.1 * values
+    else:
+        values = 0.3 * values if len(shape) < 2 else values * 2.0 / np.prod(shape[1:]) ** 0.5
+    return torch.from_numpy(values).float()
+
+
+@pytest.mark.parametrize(("name", "layout"), [("sam", "plain"), ("med2d", "model"), ("med2d", "plain")])
+def test_files_of_sams_own_code(tmp_path, name, layout):
+    fixture, state = original(name)
+    path = tmp_path / f"{name}.pth"
+    torch.save(state if layout == "plain" else {"model": state, "epoch": 3}, path)
+    segmenter = SamSegmenter.from_pretrained(path)
+    assert (segmenter.image_size, segmenter.mask_size, segmenter.prompt_dim) == (64, 16, 16)
+    images = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, 64, 64))).float()
+    with torch.no_grad():
+        found = segmenter.decode_boxes(
+            segmenter.encode(images), torch.tensor(fixture["boxes"]), torch.tensor(fixture["index"])
+        )
+    torch.testing.assert_close(found, torch.tensor(fixture["masks"]), rtol=0, atol=1e-4)
+    assert found.std() > 0.5
+    again = SamSegmenter.from_config(json.loads(json.dumps(segmenter.to_config())))
+    again.load_state_dict(segmenter.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval().encode(images).tensors[0], segmenter.encode(images).tensors[0])
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    _, state = original("sam")
+    path = tmp_path / "sam.pth"
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"no weights of SAM's own code, image_encoder\.pos_embed is missing"):
+        SamSegmenter.from_pretrained(path)
+    torch.save({key: value for key, value in state.items() if key != "mask_decoder.mask_tokens.weight"}, path)
+    with pytest.raises(CheckpointError, match=r"weights are missing \['mask_decoder\.mask_tokens\.weight'\]"):
+        SamSegmenter.from_pretrained(path)
+    torch.save({**state, "more": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"or left over \['more'\]"):
+        SamSegmenter.from_pretrained(path)
+    torch.save(Path, path)
+    with pytest.raises(CheckpointError, match=r"sam\.pth: refused, since it is not a plain weights file"):
+        SamSegmenter.from_pretrained(path)
 
 
 @every_kind

@@ -35,6 +35,7 @@ __all__ = [
     "Sam2Segmenter",
     "build_sam2",
     "check_sam2_source",
+    "read_checkpoint",
     "sam2_config",
 ]
 
@@ -310,18 +311,7 @@ class Sam2Segmenter(nn.Module):
         """
         if (Path(checkpoint) / SEGMENTER_CONFIG).is_file():
             return cls._from_folder(Path(checkpoint))
-        path = _fetch(checkpoint)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{checkpoint}: refused, since it is not a plain weights file (weights_only=True): {error}"
-            ) from error
-        except (RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{checkpoint}: cannot be read as a PyTorch checkpoint: {error}") from error
-        state = content.get("model", content) if isinstance(content, Mapping) else None
-        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise CheckpointError(f"{checkpoint}: expected a dict of tensors, or one under the key 'model'")
+        state = read_checkpoint(checkpoint)
         segmenter = cls(config)
         segmenter._load(state, str(checkpoint))
         return segmenter
@@ -494,6 +484,30 @@ def check_sam2_source(checkpoint: str | Path) -> None:
         f"SAM 2 checkpoint {str(checkpoint)!r} does not exist. Pass the path of a .pt file, or 'owner/repo:file.pt' "
         "for the hub."
     )
+
+
+def read_checkpoint(checkpoint: str | Path) -> Mapping[str, Tensor]:
+    """Read the weights of a PyTorch checkpoint without running what it may hold.
+
+    Args:
+        checkpoint: A file in the layout `state_dict` or `{"model": state_dict}`, or `owner/repo:file` on the hub.
+
+    Raises:
+        CheckpointError: File missing, or not a plain weights file.
+    """
+    path = _fetch(checkpoint)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{checkpoint}: refused, since it is not a plain weights file (weights_only=True): {error}"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read as a PyTorch checkpoint: {error}") from error
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{checkpoint}: expected a dict of tensors, or one under the key 'model'")
+    return state
 
 
 def _fetch(checkpoint: str | Path) -> Path:

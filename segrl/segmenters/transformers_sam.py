@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, unknown_name
 from segrl.hub import reraise_as
+from segrl.segmenters import original_sam
 from segrl.segmenters.base import ImageFeatures
 from segrl.segmenters.registry import register_segmenter
-from segrl.segmenters.sam2 import IMAGENET_MEAN, IMAGENET_STD
+from segrl.segmenters.sam2 import IMAGENET_MEAN, IMAGENET_STD, read_checkpoint
 
 __all__ = ["Sam2TransformersSegmenter", "Sam3TrackerSegmenter", "SamSegmenter"]
 
@@ -152,7 +154,7 @@ class _TransformersSegmenter(nn.Module):
 
 @register_segmenter("sam")
 class SamSegmenter(_TransformersSegmenter):
-    """SAM 1 or MedSAM through `transformers.SamModel`.
+    """SAM 1, MedSAM or SAM-Med2D through `transformers.SamModel`.
 
     Images are resized to a square, as MedSAM and SAM 2 do; SAM 1 itself was trained on images with padding.
 
@@ -161,6 +163,7 @@ class SamSegmenter(_TransformersSegmenter):
         scaling: Of pixels. "imagenet" (SAM, SAM 2): mean and deviation of ImageNet. "half" (SAM 3): from -1 to 1.
             "minmax" (MedSAM): from 0 to 1 between the smallest and the largest value of the image. None: the model's.
         model: A `SamModel` with weights, in place of `config`.
+        adapters: Whether the blocks of the encoder have SAM-Med2D's adapters.
 
     Raises:
         UnknownNameError: Another scaling.
@@ -168,6 +171,47 @@ class SamSegmenter(_TransformersSegmenter):
 
     model_class = "SamModel"
     config_class = "SamConfig"
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *, scaling: Scaling | None = None) -> Self:
+        """Load weights of `transformers`' layout, or a checkpoint of SAM's own code.
+
+        Args:
+            name: A folder with `config.json`, or `owner/name` on the hub; or a `.pth` file of SAM, MedSAM or SAM-Med2D,
+                or `owner/name:file.pth`. Of such a file the sizes are read off the weights, and SAM-Med2D's adapters
+                are built.
+            scaling: See the class.
+
+        Raises:
+            CheckpointError: There is no such model, it is of another family, or weights are missing or left over.
+        """
+        if not (Path(name).is_file() or ":" in os.fspath(name)):
+            return super().from_pretrained(name, scaling=scaling)
+        where, state = os.fspath(name), read_checkpoint(os.fspath(name))
+        made = cls(original_sam.config_of(state, where), scaling=scaling, adapters=original_sam.has_adapters(state))
+        missing, unexpected = made.sam.load_state_dict(original_sam.renamed(state), strict=False)
+        if missing or unexpected:
+            raise CheckpointError(f"{where}: weights are missing {missing[:4]} or left over {unexpected[:4]}")
+        return made.eval()
+
+    def __init__(
+        self, config: Any = None, *, scaling: Scaling | None = None, model: Any = None, adapters: bool = False
+    ) -> None:
+        super().__init__(config, scaling=scaling, model=model)
+        self.adapters = adapters
+        if adapters:
+            original_sam.add_adapters(self.sam)
+            self.freeze(encoder=False)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return JSON-ready settings from which `from_config` builds the same architecture."""
+        return {**super().to_config(), "adapters": self.adapters}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **context: Any) -> Self:
+        """Build a segmenter with random weights from `to_config`'s settings."""
+        sizes = transformers.SamConfig.from_dict(dict(config["model"]))
+        return cls(sizes, scaling=config["scaling"], adapters=config["adapters"])
 
 
 @register_segmenter("sam2_transformers")
