@@ -195,7 +195,7 @@ def test_a_run_by_the_command(data, rows, tmp_path, capsys):
     assert "answers are invalid" in capsys.readouterr().out
     for more, message in [
         (["--missing_empty"], "--missing_empty is for --predictions; drop it"),
-        (["--segmenter", "sam.pt"], "--segmenter: a run on images has its segmenter in its mask head"),
+        (["--segmenter", "sam.pt"], "--segmenter: the run has its segmenter in its mask head; drop the flag"),
     ]:
         assert main(["eval", *flags, *more, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err

@@ -28,7 +28,7 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
         "--batch_size", type=positive, metavar="N", help="rows per generation (default: 16, volumes 4)"
     )
     command.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
-    command.add_argument("--segmenter", metavar="PATH", help="SAM 2 weights in place of the run's, for volumes")
+    command.add_argument("--segmenter", metavar="PATH", help="SAM 2 weights that turn written boxes into masks")
     command.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
     command.add_argument("--output_dir", type=Path, metavar="FOLDER", help="where to write; default: evaluation in the "
                          "folder of the run, or FOLDER_evaluation beside the masks")  # fmt: skip
@@ -81,12 +81,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _loaded(arguments: argparse.Namespace, task: str) -> Any:
     from segrl.errors import SegRLError
+    from segrl.heads.mask_head import HEAD_CONFIG
     from segrl.inference import load
+    from segrl.inference.base import find_run
 
     more = {} if arguments.device is None else {"device": arguments.device}
     if arguments.segmenter is not None:
-        if task != "volumes":
-            raise SegRLError("--segmenter: a run on images has its segmenter in its mask head; drop the flag")
+        if task == "images" and (find_run(arguments.model) / HEAD_CONFIG).is_file():
+            raise SegRLError("--segmenter: the run has its segmenter in its mask head; drop the flag")
         more["segmenter"] = arguments.segmenter
     loaded = load(arguments.model, **more)
     if task == "volumes" and getattr(loaded, "segmenter", None) is None:

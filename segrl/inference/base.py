@@ -24,6 +24,7 @@ from segrl.models.saved_files import check_saved_files
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.predictions.reserved_text import check_reserved
+from segrl.segmenters.sam2 import SEGMENTER_CONFIG, Sam2Segmenter
 from segrl.tasks import Task
 
 __all__ = ["SegmenterBase", "find_run"]
@@ -36,6 +37,7 @@ class SegmenterBase:
         model: A vision-language model, with a mask head or without.
         processor: Its processor.
         settings: How the training data was prepared; the task's defaults when None.
+        segmenter: A frozen segmenter that turns written boxes into masks.
 
     Raises:
         CheckpointError: The settings are those of another task.
@@ -51,7 +53,9 @@ class SegmenterBase:
 
     settings_class: ClassVar[type[PromptSettings]]
 
-    def __init__(self, model: Any, processor: Any, settings: PromptSettings | None = None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, settings: PromptSettings | None = None, segmenter: Any = None
+    ) -> None:
         settings = settings if settings is not None else self.settings_class()
         if not isinstance(settings, self.settings_class):
             raise CheckpointError(
@@ -62,6 +66,7 @@ class SegmenterBase:
             check_processor(model, processor)
         self.model: Any = model
         self.processor, self.settings = processor, settings
+        self.segmenter: Any = segmenter
 
     @classmethod
     def from_pretrained(
@@ -73,6 +78,7 @@ class SegmenterBase:
         merge: bool = False,
         trainable: bool = False,
         head: MaskHead | None = None,
+        segmenter: Any = None,
         **kwargs: Any,
     ) -> Self:
         """Load what a segrl trainer saved: a full model or a PEFT adapter, the mask head, and the prompt settings.
@@ -84,6 +90,8 @@ class SegmenterBase:
             merge: Fold a PEFT adapter into the base model.
             trainable: Let a PEFT adapter be trained further (all else is trainable by itself).
             head: A mask head built in code, which gets the saved weights; None builds it from `mask_head.json`.
+            segmenter: The frozen segmenter, or the path of SAM 2 weights; None takes the SAM 2 that was saved with the
+                run, if any.
             kwargs: To `from_pretrained` of the language model.
 
         Raises:
@@ -107,10 +115,13 @@ class SegmenterBase:
             _check_token(made, processor.tokenizer, (settings or cls.settings_class()).seg_token, path / HEAD_CONFIG)
             attach_mask_head(model, made)
         model.eval()
-        return cls(model, processor, settings)
+        segmenter = _frozen_segmenter(path, segmenter)
+        if segmenter is not None:
+            segmenter.to(base_instance(model).device)
+        return cls(model, processor, settings, segmenter)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model, processor, mask head and prompt settings; `from_pretrained` gives the same predictions."""
+        """Write model, processor, mask head, SAM 2 and settings; `from_pretrained` gives the same predictions."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         head = detach_mask_head(self.model)
@@ -122,6 +133,8 @@ class SegmenterBase:
                 head.save_pretrained(path)
         self.processor.save_pretrained(path)
         self.settings.save(path)
+        if hasattr(self.segmenter, "save_pretrained"):
+            self.segmenter.save_pretrained(path)
 
     def push_to_hub(self, repository: str, **kwargs: Any) -> Any:
         """Upload what `save_pretrained` writes to a hub repository, created if needed (not run in segrl's tests)."""
@@ -276,6 +289,14 @@ def _check_token(head: MaskHead, tokenizer: Any, seg_token: str, path: Path) -> 
 def _image_tokens(model: Any) -> list[int] | None:
     token = getattr(base_instance(model).config, "image_token_id", None)
     return None if token is None else [token]
+
+
+def _frozen_segmenter(path: Path, given: Any) -> Any:
+    """The segmenter that was given, or of which a path was, or that was saved with a run; None if there is none."""
+    if isinstance(given, str | os.PathLike):
+        return Sam2Segmenter.from_pretrained(os.fspath(given))
+    home = next((folder for folder in (path, path.parent) if (folder / SEGMENTER_CONFIG).is_file()), None)
+    return Sam2Segmenter.from_pretrained(home) if given is None and home is not None else given
 
 
 def _load_adapter(path: Path, dtype: Any, merge: bool, trainable: bool, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from segrl.inference.base import SegmenterBase
 from segrl.predictions.frames import frame_for
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import ImagePromptSettings
+from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.tasks.images import ImageRow, ImageTask
 
 __all__ = ["ReasoningSegmenter"]
@@ -25,9 +26,11 @@ class ReasoningSegmenter(SegmenterBase):
     """A trained model that segments images.
 
     Args:
-        model: A vision-language model with a mask head, or without (then predictions have no mask).
+        model: A vision-language model with a mask head, or without.
         processor: Its processor.
         settings: How the training data was prepared; the defaults of `ImagePromptSettings` when None.
+        segmenter: A `Segmenter`, which turns the boxes that a model without a head writes into masks; without either,
+            predictions have no mask. A model with a head does without it.
 
     Example:
         >>> from segrl.models import tiny_qwen2_5_vl
@@ -42,7 +45,9 @@ class ReasoningSegmenter(SegmenterBase):
 
     @property
     def task(self) -> ImageTask:
-        return ImageTask(self.processor, self.settings, find_mask_head(self.model))
+        head = find_mask_head(self.model)
+        boxes = None if head is not None or self.segmenter is None else BoxSegmenter(self.segmenter)
+        return ImageTask(self.processor, self.settings, head, boxes)
 
     def predict(self, image: Image.Image, query: str, **generation: Any) -> Prediction:
         """Answer one question about one image; see `predict_batch`."""
@@ -80,9 +85,11 @@ class ReasoningSegmenter(SegmenterBase):
         if not images:
             return []
         head = find_mask_head(self.model)
+        segmenter = self.segmenter if head is None else head.segmenter
         whole = {id(image): _whole(image) for image in images}
         shown = {name: shown_image(image, self.settings.max_edge) for name, image in whole.items()}
-        inputs = {} if head is None else {k: SegInput(head.segmenter.preprocess(image)) for k, image in whole.items()}
+        made = {} if segmenter is None else {k: segmenter.preprocess(image) for k, image in whole.items()}
+        inputs = {name: SegInput(pixels) for name, pixels in made.items()}
         conversations, rows = [], []
         for n, (image, query) in enumerate(zip(images, queries, strict=True)):
             size = sizes[n] if sizes is not None else whole[id(image)].size

@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
@@ -22,11 +21,11 @@ from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
 from segrl.heads.attach import find_mask_head
-from segrl.inference.base import SegmenterBase, find_run
+from segrl.inference.base import SegmenterBase
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import VolumePromptSettings
 from segrl.segmenters.propagation import VolumePropagator
-from segrl.segmenters.sam2 import SEGMENTER_CONFIG, Sam2Segmenter
+from segrl.segmenters.sam2 import Sam2Segmenter
 from segrl.tasks.volumes import VolumeRow, VolumeTask
 
 __all__ = ["VolumeSegmenter"]
@@ -60,8 +59,7 @@ class VolumeSegmenter(SegmenterBase):
         settings: VolumePromptSettings | None = None,
         segmenter: Sam2Segmenter | None = None,
     ) -> None:
-        super().__init__(model, processor, settings)
-        self.segmenter = segmenter
+        super().__init__(model, processor, settings, segmenter)
         self.propagator: VolumePropagator | None = None
         if segmenter is not None:
             self.propagator = VolumePropagator(segmenter, reach=None, postprocessing=self.settings.postprocessing)
@@ -71,37 +69,6 @@ class VolumeSegmenter(SegmenterBase):
         return VolumeTask(
             self.processor, self.settings, find_mask_head(self.model), self.propagator, prompt_boxes="all"
         )
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike, *, segmenter: Sam2Segmenter | str | os.PathLike | None = None, **kwargs: Any
-    ) -> Self:
-        """Load a run.
-
-        Args:
-            folder: An output directory, one of its checkpoints, or a hub repository.
-            segmenter: SAM 2, or the path of its weights; None takes the one that was saved with the run, if any.
-            kwargs: See `ReasoningSegmenter.from_pretrained`.
-
-        Raises:
-            CheckpointError: No model there, weights that do not fit, or a run on images.
-        """
-        path = find_run(folder)
-        loaded = super().from_pretrained(path, **kwargs)
-        if segmenter is None:
-            home = next((p for p in (path, path.parent) if (p / SEGMENTER_CONFIG).is_file()), None)
-            segmenter = None if home is None else Sam2Segmenter.from_pretrained(home)
-        elif isinstance(segmenter, str | os.PathLike):
-            segmenter = Sam2Segmenter.from_pretrained(os.fspath(segmenter))
-        if segmenter is not None:
-            segmenter.to(loaded.model.device)
-        return cls(loaded.model, loaded.processor, loaded.settings, segmenter)
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model, processor, segmenter and settings; `from_pretrained` gives the same predictions."""
-        super().save_pretrained(folder)
-        if self.segmenter is not None:
-            self.segmenter.save_pretrained(folder)
 
     def predict(
         self, volume: Case | Volume | np.ndarray | str | Path, query: str, *, progress: bool = False, **settings: Any

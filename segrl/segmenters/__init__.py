@@ -1,6 +1,7 @@
 """Promptable segmenters: an image is encoded once, any number of prompts are decoded against its features."""
 
 from segrl.segmenters.base import ImageFeatures, Segmenter
+from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.pretraining import pretrain_segmenter
 from segrl.segmenters.propagated_masks import add_volume_masks
 from segrl.segmenters.propagation import PropagationRequest, VolumePropagator
@@ -11,6 +12,7 @@ from segrl.segmenters.transformers_sam import Sam2TransformersSegmenter, Sam3Tra
 
 __all__ = [
     "SEGMENTER_CONFIG",
+    "BoxSegmenter",
     "FrameMasks",
     "ImageFeatures",
     "PropagationRequest",

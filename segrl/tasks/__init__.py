@@ -9,6 +9,7 @@ from segrl.errors import SegRLError
 from segrl.heads.mask_head import MaskHead
 from segrl.predictions.prompt_settings import ImagePromptSettings, PromptSettings, VolumePromptSettings
 from segrl.rewards.reward import Reward
+from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.tasks.base import Task, check_columns, rollout_metrics
 from segrl.tasks.images import ImageTask
@@ -23,6 +24,7 @@ def make_task(
     *,
     head: MaskHead | None = None,
     propagator: VolumePropagator | None = None,
+    box_segmenter: BoxSegmenter | None = None,
     rewards: Sequence[Reward] = (),
     columns: Collection[str] = (),
     **volume_settings: Any,
@@ -34,12 +36,13 @@ def make_task(
         settings: How the model is asked; decides if it is given.
         head: The model's mask head.
         propagator: A frozen segmenter for volumes.
+        box_segmenter: A frozen segmenter for images.
         rewards: Rewards to train with.
         columns: Columns of the training rows; `scan` and `slices` are those of volumes.
         **volume_settings: More settings of `VolumeTask`.
 
     Raises:
-        SegRLError: The settings are those of images, and the rest is about volumes.
+        SegRLError: The settings are those of images, and the rest is about volumes, or the other way round.
 
     Example:
         >>> from segrl.rewards import make_reward
@@ -54,6 +57,8 @@ def make_task(
         )
     if isinstance(settings, VolumePromptSettings) or volumes:
         assert settings is None or isinstance(settings, VolumePromptSettings)
+        if box_segmenter is not None:
+            raise SegRLError("box_segmenter is for images; pass propagator=VolumePropagator(segmenter) for volumes")
         return VolumeTask(processor, settings, head, propagator, **volume_settings)
     assert settings is None or isinstance(settings, ImagePromptSettings)
-    return ImageTask(processor, settings, head)
+    return ImageTask(processor, settings, head, box_segmenter)

@@ -24,6 +24,7 @@ from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import ImagePromptSettings
 from segrl.predictions.target import METADATA_COLUMNS, Target
 from segrl.rewards.reward import Reward
+from segrl.segmenters.box_segmenter import BoxSegmenter
 
 __all__ = ["ImageRow", "ImageTask"]
 
@@ -35,7 +36,7 @@ class ImageRow:
     Attributes:
         target: The ground truth; None in inference, where nobody knows it.
         frame: Of the boxes that the model writes.
-        seg_input: What the head's segmenter sees; None without a head.
+        seg_input: What the segmenter sees; None without a head and without a box segmenter.
     """
 
     target: Target | None
@@ -51,7 +52,12 @@ class ImageTask:
     Args:
         processor: The model's processor; it decides the frame of written boxes.
         settings: How the model is asked.
-        head: The model's mask head; None when there is none, and then rows need no image.
+        head: The model's mask head; None when there is none.
+        box_segmenter: A frozen segmenter that makes masks of the boxes of answers, for a model without a head; without
+            either, rows need no image and answers have no mask.
+
+    Raises:
+        SegRLError: A head and a box segmenter.
 
     Example:
         >>> import numpy as np
@@ -64,18 +70,25 @@ class ImageTask:
     columns = ("mask", FULL_IMAGE, *METADATA_COLUMNS)
 
     def __init__(
-        self, processor: Any, settings: ImagePromptSettings | None = None, head: MaskHead | None = None
+        self,
+        processor: Any,
+        settings: ImagePromptSettings | None = None,
+        head: MaskHead | None = None,
+        box_segmenter: BoxSegmenter | None = None,
     ) -> None:
-        self.processor, self.head = processor, head
+        if head is not None and box_segmenter is not None:
+            raise SegRLError("box_segmenter: the model has a mask head, which makes the masks; drop one of the two")
+        self.processor, self.head, self.box_segmenter = processor, head, box_segmenter
+        self._logged_images = 0 if box_segmenter is None else box_segmenter.encoded_images
         self.settings = settings or ImagePromptSettings()
 
     @property
     def needed(self) -> tuple[str, ...]:
-        return ("mask",) if self.head is None else ("image", "mask")
+        return ("image", "mask") if self.makes_masks else ("mask",)
 
     @property
     def makes_masks(self) -> bool:
-        return self.head is not None
+        return self.head is not None or self.box_segmenter is not None
 
     def check(self, rewards: Sequence[Reward], tokenizer: Any) -> None:
         for reward in rewards:
@@ -95,9 +108,9 @@ class ImageTask:
         result = []
         for number, row in enumerate(rows):
             name = str(row.get("name") or f"row {number} of the batch")
-            image, mask = _image(row, name, needed=self.head is not None), _mask(row, name)
+            image, mask = _image(row, name, needed=self.makes_masks), _mask(row, name)
             texts = Target.texts_of(row)
-            full = row.get(FULL_IMAGE) if self.head is not None else None
+            full = row.get(FULL_IMAGE) if self.makes_masks else None
             image_key = content_key(image) if full is None else _file_key(full, name)
             key = content_key(image_key, None if image is None else image.size, mask, texts)
             if key not in known:
@@ -114,9 +127,10 @@ class ImageTask:
         return frame_for(self.processor, size if image is None else image.size, size, kind=self.settings.frame_kind)
 
     def _input(self, image: Any, target: Target, same: SegInput | None, key: str) -> SegInput | None:
-        if self.head is None or image is None:
+        maker = self.head or self.box_segmenter
+        if maker is None or image is None:
             return None
-        segmenter = self.head.segmenter
+        segmenter = maker.segmenter
         dense = soft_target(target.mask, (segmenter.mask_size, segmenter.mask_size), quantised=True)
 
         def pixels() -> Any:  # called only if the image has to be encoded
@@ -139,13 +153,33 @@ class ImageTask:
         *,
         probabilities: bool = False,
     ) -> list[Prediction]:
+        sizes = [(row.frame.original_size[1], row.frame.original_size[0]) for row in rows]
+        if self.box_segmenter is not None:
+            return self._from_boxes(self.box_segmenter, predictions, rows, sizes)
         if self.head is None or completions is None:
             return list(predictions)
-        sizes = [(row.frame.original_size[1], row.frame.original_size[0]) for row in rows]
         return add_masks(self.head, predictions, completions, inputs, sizes, probabilities=probabilities)
 
+    @staticmethod
+    def _from_boxes(
+        box_segmenter: BoxSegmenter,
+        predictions: Sequence[Prediction],
+        rows: Sequence[ImageRow],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Prediction]:
+        """Masks of the boxes that answers name; an answer that names none has an empty mask."""
+        seen = [(n, item.pixels) for n, row in enumerate(rows) if (item := row.seg_input) is not None]
+        numbers, pixels = [n for n, _ in seen], [shown for _, shown in seen]
+        masks = box_segmenter(pixels, [predictions[n].boxes for n in numbers], [sizes[n] for n in numbers])
+        found = dict(zip(numbers, masks, strict=True))
+        return [p.with_mask(found[n]) if n in found else p for n, p in enumerate(predictions)]
+
     def log(self) -> dict[str, float]:
-        return {}
+        if self.box_segmenter is None:
+            return {}
+        new = self.box_segmenter.encoded_images - self._logged_images
+        self._logged_images = self.box_segmenter.encoded_images
+        return {"encoded_images": float(new)}
 
 
 def _image(row: Mapping[str, Any], name: str, *, needed: bool) -> Image.Image | None:

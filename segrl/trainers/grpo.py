@@ -42,6 +42,7 @@ from segrl.predictions.prompt_settings import PromptSettings
 from segrl.predictions.records import answer_record
 from segrl.reports.terminal import say
 from segrl.rewards.reward import Reward
+from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.tasks import Task, check_columns, make_task, rollout_metrics
 from segrl.trainers.config import SegGRPOConfig
@@ -67,6 +68,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     - A model with a mask head (`attach_mask_head`) gives every reward function the lists `prediction` and `target`.
     - `prompt_settings`, the settings that the data was prepared with, decide the frame of written boxes and whether
       answers reason; they are saved with the model as `segrl.json`, for inference. The defaults of the task when None.
+    - A model without a head may have `box_segmenter=BoxSegmenter(segmenter)`, a frozen segmenter that is prompted with
+      the boxes of answers (Seg-Zero).
     - Rewards of volumes read rows of `segrl.data.prepare_volumes`. With `propagator=VolumePropagator(segmenter)`, with
       a mask head, or with both, an answer gets a mask of the volume: see `segrl.tasks.VolumeTask`.
     - `log_completions=True` also writes `completions/predictions_<step>.jsonl`, which `segrl rewards score` reads:
@@ -82,7 +85,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     Raises:
         SegRLError: Before training, for an unknown reward name, dense losses without a mask head, a probe whose token
             is not the tokenizer's, data without the columns that masks need, rewards of volumes beside rewards of
-            images, or a reward that reads masks further than the propagator reaches.
+            images, a reward that reads masks further than the propagator reaches, or a box segmenter beside a mask head
+            or volumes.
 
     Example:
         >>> from segrl.data import make_synthetic, prepare
@@ -115,6 +119,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         *positional: Any,
         dense_losses: Sequence[DenseLoss] | None = None,
         propagator: VolumePropagator | None = None,
+        box_segmenter: BoxSegmenter | None = None,
         prompt_settings: PromptSettings | None = None,
         **kwargs: Any,
     ) -> None:
@@ -132,12 +137,13 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         )
         rewards = [reward for reward in self.reward_funcs if isinstance(reward, Reward)]
         self._needs_probability = any(reward.info.needs_probability for reward in rewards)
-        if self.mask_head is not None or propagator is not None or rewards:
+        if self.mask_head is not None or propagator is not None or box_segmenter is not None or rewards:
             self.task = make_task(
                 self.processing_class,
                 prompt_settings,
                 head=self.mask_head,
                 propagator=propagator,
+                box_segmenter=box_segmenter,
                 rewards=rewards,
                 prompt_boxes=getattr(args, "prompt_boxes", "matched"),
             )
@@ -149,8 +155,9 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         given: Any = self.chat_template_kwargs
         check_call_settings(given, self.processing_class, "chat_template_kwargs")
         self._texts_checked = self._check_inputs()
-        if propagator is not None:
-            propagator.segmenter.to(self.accelerator.device)
+        for frozen in (propagator, box_segmenter):
+            if frozen is not None:
+                frozen.segmenter.to(self.accelerator.device)
         self._keep_settings(prompt_settings)
 
     def _set_signature_columns_if_needed(self) -> None:
