@@ -1,5 +1,6 @@
 """The cascade on images: a frozen segmenter turns the boxes that answers name into masks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def picture(size: tuple[int, int] = (60, 40), seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def alone(segmenter: Any, image: Image.Image, box: list[float], size: tuple[int, int]) -> np.ndarray:
+def alone(segmenter: Any, image: Image.Image, box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     """The mask of one box by the segmenter itself."""
     width, height = size[1], size[0]
     with torch.no_grad():
@@ -146,7 +147,7 @@ def test_answers_get_masks_and_those_without_boxes_an_empty_one():
     frame = Frame("original_px", (60, 40))
     texts = [answer("[5, 5, 30, 20]"), "<answer>No cyst is visible.<seg></answer>", "nonsense"]
     said = [parse_completion(text, frame) for text in texts]
-    found = task.add_masks(said, [row] * 3, None, task.seg_inputs([row] * 3))
+    found: list[Any] = task.add_masks(said, [row] * 3, None, task.seg_inputs([row] * 3))
     assert [prediction.mask.shape for prediction in found] == [(40, 60)] * 3
     assert [bool(prediction.mask.any()) for prediction in found] == [True, False, False]
     assert [prediction.status for prediction in found] == [prediction.status for prediction in said]
@@ -209,7 +210,7 @@ def test_training_by_rewards_on_masks_of_written_boxes(tmp_path):
 def test_inference_evaluation_and_a_saved_run(tmp_path):
     model, processor = tiny_model()
     settings = ImagePromptSettings(instruction="", max_new_tokens=4, frame_kind="original_px")
-    segmenter = ReasoningSegmenter(model, processor, settings, tiny_segmenter())
+    segmenter: Any = ReasoningSegmenter(model, processor, settings, tiny_segmenter())
     rows: Dataset = tiny_rows(2, processor)
     records = evaluate(segmenter, rows, progress=False)
     assert all(record["fail"] for record in records)  # four random tokens name no box

@@ -78,8 +78,7 @@ INDEX = torch.tensor([0, 0, 1])
 def test_masks_of_boxes_are_the_models_own(kind):
     segmenter: Any = small(kind)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    is_one = isinstance(segmenter, Segmenter)
-    assert is_one
+    assert isinstance(small(kind), Segmenter)
     assert (segmenter.image_size, segmenter.mask_size, segmenter.prompt_dim) == (64, 16, 32)
     with torch.no_grad():
         found = segmenter.decode_boxes(segmenter.encode(images), BOXES, INDEX)
