@@ -41,6 +41,12 @@ class StoredMasks:
     Raises:
         DataError: No such folder, rows without a file or with several, files of no row, rows that share a name: all are
             counted, and some of each are named.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> StoredMasks("no/such/folder", make_synthetic(1, size=32))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/such/folder: no such folder; expected one mask file for each row
     """
 
     def __init__(self, folder: str | Path, dataset: Dataset, *, missing_empty: bool = False) -> None:

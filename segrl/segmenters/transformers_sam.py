@@ -167,6 +167,15 @@ class SamSegmenter(_TransformersSegmenter):
 
     Raises:
         UnknownNameError: Another scaling.
+
+    Example:
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64}
+        >>> vision = {**sizes, "output_channels": 32, "num_pos_feats": 16, "global_attn_indexes": [0]}
+        >>> parts = {"prompt_encoder_config": {"hidden_size": 32, "image_size": 64}, "vision_config": vision}
+        >>> config = transformers.SamConfig(**parts, mask_decoder_config={"hidden_size": 32})
+        >>> segmenter = SamSegmenter(config, scaling="minmax")
+        >>> segmenter.image_size, segmenter.mask_size, segmenter.prompt_dim
+        (64, 16, 32)
     """
 
     model_class = "SamModel"
@@ -227,6 +236,11 @@ class Sam2TransformersSegmenter(_TransformersSegmenter):
 
     Raises:
         UnknownNameError: Another scaling.
+
+    Example:
+        >>> Sam2TransformersSegmenter(scaling="mean")
+        Traceback (most recent call last):
+        segrl.errors.UnknownNameError: unknown scaling of pixels 'mean'; ...
     """
 
     model_class = "Sam2Model"
@@ -261,6 +275,11 @@ class Sam3TrackerSegmenter(Sam2TransformersSegmenter):
 
     Raises:
         UnknownNameError: Another scaling.
+
+    Example:
+        >>> Sam3TrackerSegmenter(scaling="mean")
+        Traceback (most recent call last):
+        segrl.errors.UnknownNameError: unknown scaling of pixels 'mean'; ...
     """
 
     model_class = "Sam3TrackerModel"

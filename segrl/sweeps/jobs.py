@@ -70,6 +70,13 @@ def plan_sweep(path: str | Path, tables: Sequence[str]) -> list[tuple[PublishedR
     Raises:
         DataError: As `segrl.reports.load_published`, or a command whose script is not there.
         UnknownNameError: No such table.
+
+    Example:
+        >>> row = "{table: '1', data: A, method: ours, scores: {mdice: 37.1}, command: train_sft --probe answer}"
+        >>> _ = Path("published.yaml").write_text(f"unit: percent\\nrows:\\n- {row}")
+        >>> _ = Path("train_sft.py").write_text("")
+        >>> [(found.method, job.name) for found, job in plan_sweep("published.yaml", ["1"])]
+        [('ours', 'train_sft--probe-answer')]
     """
     published = load_published(path)
     known = list(dict.fromkeys(row.table for row in published))

@@ -99,6 +99,9 @@ def run_sweep(
 
     Raises:
         SegRLError: After everything else is run, for runs that failed: each with its log's last lines.
+
+    Example:
+        >>> run_sweep([], [1, 2, 3], Path("sweep"))  # nothing to run
     """
     failed: dict[Task, str] = {}
     todo = [(job, seed) for job in jobs for seed in seeds]

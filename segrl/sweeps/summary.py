@@ -36,6 +36,11 @@ def summarise_sweep(
         the runs "seeds" (those that are done), and for each score the mean over seeds with its 95 % interval over seeds
         and samples, as "scores": {"mdice": {"mean", "ci95", "each"}}; "groups", mean Dice by modality; "zero_spread",
         the share of groups of stage 2 without spread in reward, None without a stage 2.
+
+    Example:
+        >>> row = PublishedRow(table="1", data="A", method="theirs", scores={"mdice": 0.1})
+        >>> summarise_sweep([(row, None)], [1, 2], Path("sweep"))[0]["seeds"]
+        []
     """
     found = []
     for row, job in rows:
