@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import tiny_headed_model
+from builders import tiny_headed_model, tiny_model, tiny_segmenter
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from script_modules import read_json
@@ -199,6 +199,14 @@ def test_a_run_by_the_command(data, rows, tmp_path, capsys):
     ]:
         assert main(["eval", *flags, *more, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
+    without = ReasoningSegmenter(*tiny_model(), settings)
+    without.save_pretrained(tmp_path / "without")
+    argv = ["eval", "--model", str(tmp_path / "without"), "--data", str(data), "--output_dir", str(tmp_path / "x")]
+    assert main(argv) == 2
+    assert "without' makes no masks; pass --segmenter with SAM 2 weights" in capsys.readouterr().err
+    tiny_segmenter().save_pretrained(tmp_path / "sam")
+    assert main([*argv[:-1], str(tmp_path / "y"), "--segmenter", str(tmp_path / "sam"), "--device", "cpu"]) == 0
+    assert read_json(tmp_path / "y" / "results.json")["model"]["n"] == 4
     assert main(["eval", "--model", str(tmp_path / "none"), "--data", str(data)]) == 2
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -81,6 +81,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _loaded(arguments: argparse.Namespace, task: str) -> Any:
     from segrl.errors import SegRLError
+    from segrl.heads.attach import find_mask_head
     from segrl.heads.mask_head import HEAD_CONFIG
     from segrl.inference import load
     from segrl.inference.base import find_run
@@ -91,8 +92,8 @@ def _loaded(arguments: argparse.Namespace, task: str) -> Any:
             raise SegRLError("--segmenter: the run has its segmenter in its mask head; drop the flag")
         more["segmenter"] = arguments.segmenter
     loaded = load(arguments.model, **more)
-    if task == "volumes" and getattr(loaded, "segmenter", None) is None:
-        raise SegRLError(f"--model {arguments.model!r} has no segmenter; pass --segmenter with SAM 2 weights")
+    if loaded.segmenter is None and find_mask_head(loaded.model) is None:
+        raise SegRLError(f"--model {arguments.model!r} makes no masks; pass --segmenter with SAM 2 weights")
     return loaded
 
 
