@@ -14,6 +14,7 @@ from filelock import FileLock
 from script_modules import ROOT, read_json
 
 from segrl.cli.main import main
+from segrl.data import make_synthetic, write_folder
 from segrl.errors import DataError, SegRLError, UnknownNameError
 from segrl.metrics import bootstrap_ci, nested_bootstrap_ci
 from segrl.sweeps import Job, plan_sweep, run_sweep, summarise_sweep, sweep_table
@@ -169,7 +170,7 @@ def test_a_run_that_fails_does_not_stop_the_others(paper, tmp_path, capsys):
 def test_what_follows_a_stage1_that_failed_is_not_tried(paper, tmp_path):
     (paper.parent / "train_sft.py").write_text("import sys; sys.exit('--check_only' not in sys.argv)")
     jobs = distinct_jobs(plan_sweep(paper, ["1"]))
-    with pytest.raises(SegRLError, match=r"(?s)2 of 2 runs failed.*train_grpo, seed 1: its stage 1 failed"):
+    with pytest.raises(SegRLError, match=r"(?s)2 of 2 runs failed.*train_grpo, seed 1: seed1 before it failed"):
         run_sweep(jobs, [1], tmp_path / "sweep")
     assert starts(tmp_path / "sweep") == {}
 
@@ -258,6 +259,44 @@ def test_flags_of_the_example_are_checked(tmp_path):
     with pytest.raises(SegRLError, match=r"nothing was started:\ntrain_sft.*: error: unknown flag '--trian_limit'"):
         check_jobs(jobs, 1, tmp_path / "x", ["--trian_limit", "64"])
     assert not (tmp_path / "x").exists()
+
+
+def test_data_elsewhere_is_named_as_in_the_tables(paper, tmp_path, capsys):
+    argv = ["sweep", str(paper), "--output_dir", str(tmp_path / "sweep"), "--on"]
+    for pair, message in [
+        ("A", "--on A: expected NAME=PATH, such as A=path/to/folder"),
+        (f"B={tmp_path}", "unknown data of the tables 'B'"),
+        (f"A={tmp_path / 'none'}", "none: no such folder"),
+    ]:
+        assert main([*argv, pair]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+def test_runs_are_evaluated_elsewhere_too(tmp_path, capsys):
+    """A real run, on data of its own and on another folder: rows on either have their scores."""
+    paper = tmp_path / "example" / "published.yaml"
+    paper.parent.mkdir()
+    for path in PUBLISHED.parent.glob("*.py"):
+        (paper.parent / path.name).write_text(path.read_text())
+    row = "{{table: '2', data: {data}, method: S1, scores: {{mdice: 30.0}}, command: train_sft}}"
+    rows = "\n".join(f"  - {row.format(data=data)}" for data in ("A", "B", "C"))
+    paper.write_text(f"unit: percent\nrows:\n{rows}\n")
+    data = write_folder(make_synthetic(3, size=48, seed=5), tmp_path / "data", split="test")
+    home = tmp_path / "sweep"
+    short = ["--use_cpu", "--max_steps", "2", "--train_limit", "32", "--eval_limit", "2", "--logging_steps", "1"]
+    argv = ["sweep", str(paper), "--seeds", "1", "--output_dir", str(home), "--on", f"B={data}", "--", *short]
+    assert main(argv) == 0
+    found = {row["data"]: row for row in read_json(home / "tables.json")}
+    for name, folder, count in (("A", "seed1", 2), ("B", "seed1_on_B", 3)):
+        records = read_json(home / "train_sft" / folder / "predictions.json")
+        assert len(records) == count
+        assert found[name]["scores"]["mdice"]["mean"] == pytest.approx(sum(r["dice"] for r in records) / count)
+    assert (found["C"]["seeds"], "scores" in found["C"]) == ([], False)
+    assert "seed 1, on B: done in" in capsys.readouterr().out
+    assert main(argv) == 0
+    assert "begins" not in capsys.readouterr().out
 
 
 @pytest.mark.long

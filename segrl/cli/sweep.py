@@ -30,6 +30,8 @@ def add_sweep_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
         "--output_dir", type=Path, required=True, metavar="FOLDER", help="a new folder, or the sweep's"
     )
     command.add_argument("--data", metavar="PATH", help="data of every run; default: the preset's synthetic data")
+    command.add_argument("--on", nargs="+", default=[], metavar="NAME=PATH", help="evaluate every run on other data "
+                         "as well, by its name in the tables")  # fmt: skip
     command.add_argument("--preset", metavar="NAME", help="preset of every run; default: that of the scripts")
     command.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     command.add_argument("--launcher", metavar="COMMAND", help="what starts a script, such as 'accelerate launch'; "
@@ -49,6 +51,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     home, seeds = arguments.output_dir.absolute(), list(range(1, arguments.seeds + 1))
     rows = plan_sweep(arguments.file, arguments.tables)
+    elsewhere = _elsewhere(arguments.on, sorted({row.data for row, _ in rows}))
     jobs = distinct_jobs(rows)
     shared = [
         *(flag for name in ("data", "preset") if (value := getattr(arguments, name)) for flag in (f"--{name}", value))
@@ -63,7 +66,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return OK
     claim_sweep(home, {"file": str(arguments.file.absolute()), "shared": shared})
     try:
-        run_sweep(jobs, seeds, home, shared, at_once=arguments.jobs, launcher=launcher)
+        run_sweep(jobs, seeds, home, shared, elsewhere=elsewhere, at_once=arguments.jobs, launcher=launcher)
     finally:
         found = summarise_sweep(rows, seeds, home)
         table = sweep_table(found, data=arguments.data or "synthetic data")
@@ -71,3 +74,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
     say(table)
     say(f"Written to {home}: tables.md, tables.json")
     return OK
+
+
+def _elsewhere(given: list[str], known: list[str]) -> dict[str, str]:
+    from segrl.errors import SegRLError, unknown_name
+
+    found = {}
+    for pair in given:
+        name, equals, path = pair.partition("=")
+        if not equals or not path:
+            raise SegRLError(f"--on {pair}: expected NAME=PATH, such as {known[0]}=path/to/folder")
+        if name not in known:
+            raise unknown_name("data of the tables", name, known)
+        if not Path(path).exists() and path.count("/") != 1:
+            raise SegRLError(f"--on {pair}: no such folder")
+        found[name] = path
+    return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,11 +19,10 @@ from segrl.errors import SegRLError
 from segrl.reports.terminal import say
 from segrl.sweeps.jobs import Job
 
-__all__ = ["check_jobs", "claim_sweep", "is_done", "run_sweep"]
+__all__ = ["check_jobs", "claim_sweep", "evaluation_folder", "is_done", "run_sweep"]
 
 WAIT = 5.0  # seconds between two looks at what another process runs
 _LAST_LINES = 3  # of a log, in errors
-Task = tuple[Job, int]
 
 
 def is_done(folder: Path) -> bool:
@@ -77,12 +78,24 @@ def check_jobs(jobs: Sequence[Job], seed: int, home: Path, shared: Sequence[str]
         raise SegRLError("nothing was started:\n" + "\n".join(problems))
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A process whose results go into a folder, started once another folder has its own."""
+
+    title: str
+    folder: Path
+    command: tuple[str, ...]
+    needs: Path | None = None
+    resumes: bool = True
+
+
 def run_sweep(
     jobs: Sequence[Job],
     seeds: Sequence[int],
     home: Path,
     shared: Sequence[str] = (),
     *,
+    elsewhere: Mapping[str, str] | None = None,
     at_once: int = 1,
     launcher: Sequence[str] = (sys.executable,),
 ) -> None:
@@ -94,6 +107,7 @@ def run_sweep(
         home: The folder of the sweep. Other processes, also of other machines that see the folder, may run the same
             sweep at the same time; a lock beside each run, which ends with its process, keeps it from being run twice.
         shared: Flags of all jobs.
+        elsewhere: Other data, by its name in the tables, that every run is evaluated on, too.
         at_once: Runs at a time.
         launcher: What starts a script, such as ("accelerate", "launch").
 
@@ -103,68 +117,86 @@ def run_sweep(
     Example:
         >>> run_sweep([], [1, 2, 3], Path("sweep"))  # nothing to run
     """
-    failed: dict[Task, str] = {}
-    todo = [(job, seed) for job in jobs for seed in seeds]
-    running: set[Task] = set()
+    tasks = []
+    for job in jobs:
+        for seed in seeds:
+            folder = job.folder(seed, home)
+            needs = None if job.stage1 is None else job.stage1.folder(seed, home)
+            title = f"{_said(job)}, seed {seed}"
+            tasks.append(_Task(title, folder, (*launcher, *job.command(seed, home, shared)), needs))
+            for name, data in (elsewhere or {}).items():
+                other = evaluation_folder(folder, name)
+                flags = ("--model", str(folder), "--data", data, "--output_dir", str(other), "--pictures", "0")
+                command = (sys.executable, "-m", "segrl", "eval", *flags)
+                tasks.append(_Task(f"{title}, on {name}", other, command, folder, resumes=False))
+    _run_all(tasks, at_once)
 
-    def ready(task: Task) -> bool:
-        job, seed = task
-        return job.stage1 is None or is_done(job.stage1.folder(seed, home))
+
+def _run_all(tasks: Sequence[_Task], at_once: int) -> None:
+    failed: dict[Path, str] = {}
+    running: set[Path] = set()
 
     def work() -> None:
         while True:
-            open_tasks = [task for task in todo if not is_done(task[0].folder(task[1], home)) and task not in failed]
-            for job, seed in open_tasks:  # what goes on with a stage 1 that failed can never run
-                if job.stage1 is not None and (job.stage1, seed) in failed:
-                    failed[job, seed] = f"{_said(job)}, seed {seed}: its stage 1 failed"
-            mine = [task for task in open_tasks if task not in failed and task not in running]
+            unfinished = [task for task in tasks if not is_done(task.folder) and task.folder not in failed]
+            for task in unfinished:  # what goes on with a run that failed can never run
+                if task.needs in failed:
+                    failed[task.folder] = f"{task.title}: {task.needs.name if task.needs else ''} before it failed"
+            mine = [task for task in unfinished if task.folder not in failed and task.folder not in running]
             if not mine:
                 return
-            if not any(ready(task) and _try(task) for task in mine):
+            if not any((task.needs is None or is_done(task.needs)) and _try(task) for task in mine):
                 time.sleep(WAIT)
 
-    def _try(task: Task) -> bool:
+    def _try(task: _Task) -> bool:
         """Run a task unless somebody else does; return whether it was run."""
-        job, seed = task
-        folder = job.folder(seed, home)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if task in running:
+        task.folder.parent.mkdir(parents=True, exist_ok=True)
+        if task.folder in running:
             return False
-        running.add(task)
+        running.add(task.folder)
         try:
-            with FileLock(folder.with_suffix(".lock"), timeout=0):
-                if not is_done(folder) and (problem := _run(task)) is not None:
-                    failed[task] = problem
+            with FileLock(task.folder.with_suffix(".lock"), timeout=0):
+                if not is_done(task.folder) and (problem := _run(task)) is not None:
+                    failed[task.folder] = problem
             return True
         except Timeout:
             return False
         finally:
-            running.discard(task)
-
-    def _run(task: Task) -> str | None:
-        job, seed = task
-        folder, log = job.folder(seed, home), job.folder(seed, home).with_suffix(".log")
-        command = [*launcher, *job.command(seed, home, shared)]
-        if (folder / "segrl_run.json").is_file():
-            command += ["--resume_from_checkpoint", "last"]
-        say(f"{_said(job)}, seed {seed}: {'goes on' if folder.exists() else 'begins'}")
-        began = time.monotonic()
-        with open(log, "a", encoding="utf-8") as file:
-            environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-            status = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False).returncode
-        if status or not is_done(folder):
-            ends = _last_lines(log.read_text(encoding="utf-8", errors="replace"))
-            return f"{_said(job)}, seed {seed}: exit status {status}, {log}: {ends}"
-        say(f"{_said(job)}, seed {seed}: done in {(time.monotonic() - began) / 60:.1f} min")
-        return None
+            running.discard(task.folder)
 
     with ThreadPoolExecutor(at_once) as pool:
         for worker in [pool.submit(work) for _ in range(at_once)]:
             worker.result()
     if failed:
-        raise SegRLError(
-            f"{len(failed)} of {len(todo)} runs failed; the others are done\n" + "\n".join(failed.values())
-        )
+        listed = "\n".join(failed.values())
+        raise SegRLError(f"{len(failed)} of {len(tasks)} runs failed; the others are done\n{listed}")
+
+
+def _run(task: _Task) -> str | None:
+    """Run a task in a process; return what went wrong."""
+    log, command = task.folder.with_suffix(".log"), list(task.command)
+    if (task.folder / "segrl_run.json").is_file():
+        command += ["--resume_from_checkpoint", "last"] if task.resumes else ["--overwrite"]
+    say(f"{task.title}: {'goes on' if task.folder.exists() else 'begins'}")
+    began = time.monotonic()
+    with open(log, "a", encoding="utf-8") as file:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        status = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False).returncode
+    if status or not is_done(task.folder):
+        ends = _last_lines(log.read_text(encoding="utf-8", errors="replace"))
+        return f"{task.title}: exit status {status}, {log}: {ends}"
+    say(f"{task.title}: done in {(time.monotonic() - began) / 60:.1f} min")
+    return None
+
+
+def evaluation_folder(run: Path, name: str) -> Path:
+    """Return the folder of a run's evaluation on other data.
+
+    Example:
+        >>> evaluation_folder(Path("train_sft/seed1"), "TN-SCUI 2020").as_posix()
+        'train_sft/seed1_on_TN-SCUI-2020'
+    """
+    return run.with_name(f"{run.name}_on_{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}")
 
 
 def _said(job: Job) -> str:

@@ -13,7 +13,7 @@ from segrl.metrics.summary import nested_bootstrap_ci
 from segrl.reports.published import PublishedRow
 from segrl.reports.results_file import write_results
 from segrl.sweeps.jobs import Job
-from segrl.sweeps.running import is_done
+from segrl.sweeps.running import evaluation_folder, is_done
 
 __all__ = ["summarise_sweep", "sweep_table", "write_sweep"]
 
@@ -25,6 +25,9 @@ def summarise_sweep(
     rows: Sequence[tuple[PublishedRow, Job | None]], seeds: Sequence[int], home: Path
 ) -> list[dict[str, Any]]:
     """Return every row of the tables with the scores of its runs so far.
+
+    The data of a table's first row is what the runs were trained for; rows on other data have scores where the runs
+    were evaluated on it (`elsewhere` of `run_sweep`).
 
     Args:
         rows: From `plan_sweep`.
@@ -43,16 +46,20 @@ def summarise_sweep(
         []
     """
     found = []
+    main: dict[str, str] = {}
     for row, job in rows:
-        done = [] if job is None else [seed for seed in seeds if is_done(job.folder(seed, home))]
+        own = main.setdefault(row.table, row.data) == row.data
+        folders = {} if job is None else {seed: job.folder(seed, home) for seed in seeds}
+        folders = folders if own else {seed: evaluation_folder(path, row.data) for seed, path in folders.items()}
+        done = [seed for seed, path in folders.items() if is_done(path)]
         entry: dict[str, Any] = {
             **{name: getattr(row, name) for name in ("table", "data", "method", "note")},
             "published": dict(row.scores),
             "command": " ".join(row.command),
             "seeds": done,
         }
-        if job is not None and done:
-            entry |= _scores([job.folder(seed, home) for seed in done])
+        if done:
+            entry |= _scores([folders[seed] for seed in done])
         found.append(entry)
     return found
 
