@@ -57,10 +57,10 @@ def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from segrl.reports.terminal import console, excerpt, printable
+    from segrl.reports.terminal import console, excerpt, printable, say
 
     out = console()
-    out.print(Text(printable(f"{found['second']} - {found['first']}, {found['n']} samples"), style="bold"))
+    say(f"{found['second']} - {found['first']}, {found['n']} samples")  # whole, however long the paths are
     table = Table("", "score", "first", "second", "difference [95 %]", "n")
     for column in table.columns[2:]:
         column.justify = "right"

@@ -427,7 +427,10 @@ class TwoStageRun:
             argv,
             cls.training_flags,
             config_class,
-            defaults=lambda known: {"output_dir": output_dir, **cls._defaults(known, stage, given_flags(argv))},
+            defaults=lambda known: {
+                "output_dir": output_dir,
+                **cls._defaults(known.preset, stage, given_flags(argv), known.data),
+            },
             description=f"{cls.name}, {stage}. Presets: {', '.join(cls.recipes)}.",
             least=cls.least,
         )
@@ -452,9 +455,9 @@ class TwoStageRun:
         return run, config
 
     @classmethod
-    def _defaults(cls, known: Any, stage: str, given: set[str]) -> dict[str, Any]:
-        """The preset's settings of a stage, as defaults of flags; the script's own flags are `known`."""
-        recipe = find_preset(known.preset, cls.recipes).fitted(known.data)
+    def _defaults(cls, preset: str, stage: str, given: set[str], data: str | None = None) -> dict[str, Any]:
+        """The preset's settings of a stage, as defaults of flags."""
+        recipe = find_preset(preset, cls.recipes).fitted(data)
         settings = dict(getattr(recipe, stage))
         if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
             settings.pop("global_batch_size", None)
