@@ -95,8 +95,9 @@ def grpo_run(tmp_path_factory, data, sft_run) -> Path:
 
 
 def two_steps(data: Path, model: Path, folder: Path) -> tuple[object, ...]:
+    """So hot that the answers of a model that knows its data by heart differ: equal ones teach nothing."""
     flags = ("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--output_dir", folder)
-    return ("--model", model, "--data", data, *GRPO, *flags)
+    return ("--model", model, "--data", data, *GRPO, "--temperature", 1.5, *flags)
 
 
 def load(path: Any) -> Any:

@@ -232,6 +232,7 @@ def test_stage2_alone(tmp_path):
     assert set(read_json(tmp_path / "run" / "results.json")) == {
         "baseline",
         "stage2",
+        "gain_over_baseline",
         "zero_spread",
         "config",
         "versions",
