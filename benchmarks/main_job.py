@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from segrl.evaluation import read_records
 from segrl.metrics import paired_difference
 from segrl.reports import say
 
@@ -48,8 +49,8 @@ def run(folder: Path, flags: list[str]) -> None:
 
 def scores(folders: list[Path], stage: str, name: str) -> np.ndarray:
     """One score, or text, of every row of all runs."""
-    file = "predictions.json" if stage == "stage2" else f"predictions_{stage}.json"
-    return np.array([record[name] for folder in folders for record in json.loads((folder / file).read_text())])
+    part = None if stage == "stage2" else stage
+    return np.array([record[name] for folder in folders for record in read_records(folder, part)])
 
 
 def paired(new: np.ndarray, old: np.ndarray) -> list[float]:

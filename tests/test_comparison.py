@@ -12,7 +12,8 @@ import pytest
 from segrl.cli.main import main
 from segrl.errors import DataError
 from segrl.evaluation import compare_records, read_records
-from segrl.metrics import paired_bootstrap_ci
+from segrl.metrics import paired_bootstrap_ci, paired_difference
+from segrl.scripts.results import results_for
 
 
 def records(dice: list[float], **more: Any) -> list[dict[str, Any]]:
@@ -142,3 +143,9 @@ def test_a_run_and_a_part_of_it(tmp_path, capsys):
     assert "a run is named twice" in capsys.readouterr().err
     assert main(["compare", str(run), str(tmp_path / "none")]) == 2
     assert "none: no such folder; pass the output_dir of a run" in capsys.readouterr().err
+
+
+def test_a_modality_called_all_is_a_group_like_any_other(tmp_path):
+    before = [{**record, "modality": "all"} for record in records(ONE)]
+    after = [{**record, "dice": 1.0} for record in before]
+    assert results_for("images")(tmp_path).gain_by_group(after, before) == {"all": paired_difference([1.0] * 4, ONE)}

@@ -131,7 +131,7 @@ def test_a_command_without_a_script_is_refused(paper):
 
 
 def test_every_run_is_done_once_and_the_table_has_both_numbers(paper, tmp_path, capsys):
-    home = tmp_path / "sweep"
+    home = tmp_path / "not" / "there" / "sweep"
     argv = ["sweep", str(paper), "--table", "1", "--seeds", "2", "--output_dir", str(home), "--jobs", "2"]
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -190,6 +190,9 @@ def test_a_folder_of_another_sweep_is_refused(paper, tmp_path, capsys):
     assert main(argv) == 0
     assert main([*argv, "--", "--wait", "0"]) == 2
     assert "holds another sweep (shared: [], now ['--wait', '0'])" in capsys.readouterr().err
+    (home / "sweep.json").write_text("{")
+    assert main(argv) == 2
+    assert "sweep.json" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(SegRLError, match="other is not empty and holds no sweep; pass another --output_dir"):

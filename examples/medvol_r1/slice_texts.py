@@ -1,4 +1,4 @@
-"""What the tiny preset learns from slices: pictures for its vision tower, and the words of its reasoning."""
+"""Slices that the tiny preset learns from: pictures for its vision tower, and the words of its reasoning."""
 
 # D slices of a volume; H, W of a slice
 

@@ -30,7 +30,7 @@ _LISTED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How all rows of a data set, of whichever split, are divided anew into "train" and "test".
+    """Plan by which all rows of a data set, of whichever split, are divided anew into "train" and "test".
 
     Attributes:
         folds: K, the number of folds, 2 or more; None makes none. Every modality and lesion is spread over the folds.

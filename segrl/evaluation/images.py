@@ -16,7 +16,7 @@ from segrl.inference.images import ReasoningSegmenter
 from segrl.metrics.registry import Metric
 from segrl.predictions.target import Target
 
-__all__ = ["evaluate", "read_image_target"]
+__all__ = ["evaluate", "read_image_target", "whole_image"]
 
 
 def evaluate(
@@ -66,7 +66,7 @@ def evaluate(
 
     return score_rows(
         dataset,
-        lambda row: (_whole_image(row), read_image_target(row)),
+        lambda row: (whole_image(row), read_image_target(row)),
         answer,
         partial(overlap_record, metrics=metrics),
         title="evaluate",
@@ -76,7 +76,7 @@ def evaluate(
     )
 
 
-def _whole_image(row: dict[str, Any]) -> Any:
+def whole_image(row: dict[str, Any]) -> Any:
     """The image; of a row of `prepare` the original, since the model is shown it as small as in training anyway."""
     full = row.get(FULL_IMAGE)
     return row["image"] if full is None else read_image(full, f"{row.get('name') or 'row'}: {FULL_IMAGE}")

@@ -13,7 +13,7 @@ from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.labels import read_label
 from segrl.errors import DataError
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
-from segrl.evaluation.images import read_image_target
+from segrl.evaluation.images import read_image_target, whole_image
 from segrl.evaluation.volumes import volume_record
 from segrl.geometry.mask_images import read_mask_file
 from segrl.metrics.registry import Metric
@@ -149,8 +149,7 @@ def evaluate_masks(
 
     def read(row: dict[str, Any]) -> tuple[Any, Any]:
         if not stored.volumes:
-            target = read_image_target(row)
-            return row["image"], target
+            return whole_image(row), read_image_target(row)
         case = read_case(row, allow_empty=True)
         return case, case.target(row)
 

@@ -85,10 +85,11 @@ class ImageResults:
             records: The answers of each stage and baseline.
             last: The stage whose answers are the run's.
         """
-        write_results(self.folder / "results.json", {**results, "versions": versions()})
         for stage, answers in records.items():
             name = "predictions.json" if stage == last else f"predictions_{stage}.json"
             write_results(self.folder / name, answers)  # pyright: ignore[reportArgumentType]
+        # last: it says that the run has ended (segrl.sweeps)
+        write_results(self.folder / "results.json", {**results, "versions": versions()})
         for key, what in (
             ("gain", "stage 2 - stage 1"),
             ("gain_over_control", "stage 2 - stage 1 continued for the same time"),
@@ -111,14 +112,14 @@ class ImageResults:
 
     def gain_by_group(self, after: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, list[float]]:
         """Return the mean difference of Dice, with its interval, over "all" rows and over those of each modality."""
-        pairs: dict[str, list[Any]] = {"all": list(zip(after, before, strict=True))}
-        for pair in pairs["all"]:
-            pairs.setdefault(str(pair[0].get("modality") or "unspecified"), []).append(pair)
+        groups: dict[str, list[int]] = {}
+        for number, record in enumerate(after):
+            groups.setdefault(str(record.get("modality") or "unspecified"), []).append(number)
         found = {}
-        for name in ("all", *sorted(set(pairs) - {"all"})):
-            new, old = zip(*pairs[name], strict=True)
+        for name in sorted(groups):
+            new, old = ([records[number] for number in groups[name]] for records in (after, before))
             found[name] = _gain(new, old, "dice")
-        return found
+        return {"all": _gain(after, before, "dice")} | {name: gain for name, gain in found.items() if name != "all"}
 
     def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
         if number < self.pictures:

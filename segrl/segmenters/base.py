@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["ImageFeatures", "Segmenter", "evaluating"]
+__all__ = ["ImageFeatures", "Segmenter", "evaluating", "square_pixels"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ class Segmenter(Protocol):
     def freeze(self, *, encoder: bool) -> None:
         """Set `requires_grad` of all parameters: on for what a mask loss trains; `encoder` freezes the encoder."""
         ...
+
+
+def square_pixels(image: Image.Image | np.ndarray, side: int) -> Tensor:
+    """Return an RGB image (PIL, or array (H, W, 3) uint8) resized to (3, S, S), float32 from 0 to 255.
+
+    Example:
+        >>> square_pixels(np.full((2, 4, 3), 51, dtype=np.uint8), 3).unique().tolist()
+        [51.0]
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image))
+    resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
 
 
 @contextmanager

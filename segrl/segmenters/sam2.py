@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.models.saved_files import ShapesOnly, check_counts, read_object, read_weights, require_shapes
-from segrl.segmenters.base import ImageFeatures
+from segrl.segmenters.base import ImageFeatures, square_pixels
 from segrl.segmenters.registry import register_segmenter
 
 __all__ = [
@@ -369,11 +369,7 @@ class Sam2Segmenter(nn.Module):
 
     def preprocess(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an image as (3, S, S), normalised as ImageNet; see `Segmenter.preprocess`."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image))
-        side = self.image_size
-        resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+        pixels = square_pixels(image, self.image_size) / 255
         return (pixels - self.pixel_mean.cpu()) / self.pixel_std.cpu()
 
     def encode(self, images: Tensor) -> ImageFeatures:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from segrl.errors import CheckpointError, unknown_name
 from segrl.hub import reraise_as
 from segrl.segmenters import original_sam
-from segrl.segmenters.base import ImageFeatures
+from segrl.segmenters.base import ImageFeatures, square_pixels
 from segrl.segmenters.registry import register_segmenter
 from segrl.segmenters.sam2 import IMAGENET_MEAN, IMAGENET_STD, read_checkpoint
 
@@ -34,7 +34,7 @@ _UNTRAINED = ("mask_decoder.iou_prediction_head.", "mask_decoder.pred_obj_score_
 
 
 class _TransformersSegmenter(nn.Module):
-    """What the models of `transformers` have in common; the decoder's single-mask token gives the mask."""
+    """Common part of the models of `transformers`; the decoder's single-mask token gives the mask."""
 
     model_class: ClassVar[str]
     config_class: ClassVar[str]
@@ -96,11 +96,7 @@ class _TransformersSegmenter(nn.Module):
 
     def preprocess(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an image as (3, S, S), resized to a square; see `Segmenter.preprocess`."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image))
-        side = self.image_size
-        resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+        pixels = square_pixels(image, self.image_size)
         if self.scaling == "minmax":
             return (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-8)
         if self.scaling == "half":

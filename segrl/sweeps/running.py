@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from segrl.errors import SegRLError
+from segrl.models.saved_files import read_object
 from segrl.reports.terminal import say
 from segrl.sweeps.jobs import Job
 
@@ -43,7 +44,7 @@ def claim_sweep(home: Path, settings: dict[str, object]) -> None:
     marker = home / "sweep.json"
     with FileLock(home.with_name(f".{home.name}.lock")):
         if marker.is_file():
-            earlier = json.loads(marker.read_text(encoding="utf-8"))
+            earlier = read_object(marker)
             changed = [f"{k}: {earlier.get(k)!r}, now {v!r}" for k, v in settings.items() if earlier.get(k) != v]
             if changed:
                 raise SegRLError(

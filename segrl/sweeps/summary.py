@@ -1,15 +1,16 @@
-"""What a sweep has found: every row of a table, as published and as measured."""
+"""Findings of a sweep: every row of a table, as published and as measured."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segrl.evaluation.comparison import read_records
 from segrl.metrics.summary import nested_bootstrap_ci
+from segrl.models.saved_files import read_object
 from segrl.reports.published import PublishedRow
 from segrl.reports.results_file import write_results
 from segrl.sweeps.jobs import Job
@@ -65,8 +66,8 @@ def summarise_sweep(
 
 
 def _scores(folders: Sequence[Path]) -> dict[str, Any]:
-    records = [json.loads((folder / "predictions.json").read_text(encoding="utf-8")) for folder in folders]
-    results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
+    records = [read_records(folder) for folder in folders]
+    results = [read_object(folder / "results.json") for folder in folders]
     scores = {}
     for name, key in SCORES.items():
         values = [np.array([record[key] for record in answers], dtype=np.float64) for answers in records]
