@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,15 +37,22 @@ from segrl.data import (
     read_labels,
     uniform_slices,
 )
-from segrl.errors import CheckpointError, DataError, SegRLError
+from segrl.errors import DataError, SegRLError
 from segrl.evaluation import evaluate_oracle_boxes
-from segrl.hub import reraise_as
 from segrl.inference import SegmenterBase, VolumeSegmenter
 from segrl.models import load_vlm, pretrain_vision, tiny_qwen3_vl
 from segrl.predictions import VolumePromptSettings
 from segrl.reports import say
-from segrl.scripts import EvaluationArguments, Recipe, RunArguments, TwoStageArguments, TwoStageRun, sam2_builder
-from segrl.segmenters import SEGMENTER_CONFIG, Sam2Segmenter, VolumePropagator, sam2_config
+from segrl.scripts import (
+    SEGMENTER_HELP,
+    EvaluationArguments,
+    FrozenSegmenterRun,
+    Recipe,
+    RunArguments,
+    TwoStageArguments,
+    sam2_builder,
+)
+from segrl.segmenters import VolumePropagator, sam2_config
 
 REWARDS = ("slice_format", "slice_visibility", "slice_boxes", "propagated_dice")  # R_f, R_a, R_s, R_c
 
@@ -212,10 +218,7 @@ class DataFlags(RunArguments):
     m3d_seg: str | None = field(default=None, metadata={"help": M3D_SEG})
     segmenter: str | None = field(
         default=None,
-        metadata={
-            "help": "SAM 2 weights: a .pt file, owner/repo:file.pt, or a folder that a run wrote; default: the run's, "
-            "else the preset's."
-        },
+        metadata={"help": SEGMENTER_HELP},
     )
 
 
@@ -249,7 +252,7 @@ class EvaluationFlags(DataFlags, EvaluationArguments):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-class MedVolRun(TwoStageRun):
+class MedVolRun(FrozenSegmenterRun):
     """A language model that names slices and boxes, and a frozen SAM 2 that takes the boxes through the volume."""
 
     name = "medvol_r1"
@@ -257,10 +260,9 @@ class MedVolRun(TwoStageRun):
     training_flags = TrainingFlags
     evaluation_flags = EvaluationFlags
     least: ClassVar = {"reach": 0, "key_slices": 1, "segmenter_steps": 1}
-    stage2_flags = (*TwoStageRun.stage2_flags, "reach")
+    stage2_flags = (*FrozenSegmenterRun.stage2_flags, "reach")
     recipe: MedVolRecipe
     prompt: VolumePromptSettings
-    segmenter: Sam2Segmenter | None = None
     propagator: VolumePropagator | None = None  # of stage 2
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -335,42 +337,21 @@ class MedVolRun(TwoStageRun):
             raise SegRLError(f"--m3d_seg {self.arguments.m3d_seg}: pass --data with the folder of M3D-Seg too")
         super().check_parts()
 
-    def find_parts(self, stage1: Path | None) -> None:
-        weights = self.arguments.segmenter
-        homes = [self.folder] if self.progress.inside else []
-        homes += [Path(self.progress.checkpoint).parent] if self.progress.checkpoint else []
-        homes += [stage1, stage1.parent] if stage1 is not None else []
-        if weights is None:
-            weights = next((str(home) for home in homes if (home / SEGMENTER_CONFIG).is_file()), None)
-        if self.segmenter is None and (weights is not None or self.recipe.segmenter_training is None):
-            self.segmenter = self.build_segmenter(weights)
+    @property
+    def trains_segmenter(self) -> bool:
+        return self.recipe.segmenter_training is not None
 
-    def make_parts(self) -> None:
-        if isinstance(self.arguments, EvaluationArguments):
-            return
-        state = PartialState()
-        if self.segmenter is None:
-            rows = self.synthesize("segmenter")  # all processes meet in it
-            if state.is_main_process:
-                self.segmenter = self._trained_segmenter(rows)
-        kept = self.progress.inside and (self.folder / SEGMENTER_CONFIG).is_file()  # a continued run has its own
-        if self.segmenter is not None and state.is_main_process and not kept:
-            self.segmenter.save_pretrained(self.folder)
-        state.wait_for_everyone()
-        if self.segmenter is None:
-            self.segmenter = Sam2Segmenter.from_pretrained(self.folder)
-        self.segmenter.requires_grad_(False)
+    def gather_segmenter_data(self) -> Any:
+        self.synthetic_lesions = self.synthesize("segmenter")
 
-    def _trained_segmenter(self, rows: Dataset) -> Sam2Segmenter:
+    def trained_segmenter(self, segmenter: Any) -> None:
         settings = dict(self.recipe.segmenter_training or {})
         settings["steps"] = self.arguments.segmenter_steps or self.shortened(settings["steps"])
-        torch.manual_seed(self.seed)
-        segmenter = self.build_segmenter(None)
         more = self.train_rows if self.arguments.data is not None else ()
-        losses = train_segmenter(segmenter, lesions_of([*rows, *more]), seed=self.seed, **settings)
+        lesions = lesions_of([*self.synthetic_lesions, *more])
+        losses = train_segmenter(segmenter, lesions, seed=self.seed, **settings)
         last = losses[-min(20, len(losses)) :]
         say(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}")
-        return segmenter
 
     # ---- the language model ------------------------------------------------------------------------------------------
 
@@ -384,19 +365,6 @@ class MedVolRun(TwoStageRun):
             if PartialState().is_main_process:
                 say(f"in place of pretraining: {seen:.0%} of the lesions on held-out slices are seen")
         return model, processor
-
-    def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
-        loaded = super().load_run(folder, segmenter=self.segmenter, **settings)
-        assert isinstance(loaded, VolumeSegmenter)
-        if not isinstance(self.arguments, EvaluationFlags):
-            return loaded
-        if (weights := self.arguments.segmenter) is not None:
-            with reraise_as(f"--segmenter {weights!r}", CheckpointError):
-                other = Sam2Segmenter.from_pretrained(weights, loaded.segmenter and loaded.segmenter.config)
-            return VolumeSegmenter(loaded.model, loaded.processor, loaded.settings, other.to(loaded.model.device))
-        if loaded.segmenter is None:
-            raise SegRLError(f"--model {str(folder)!r} has no segmenter; pass --segmenter with SAM 2 weights")
-        return loaded
 
     # ---- training and evaluation -------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def target_completion(
         DataError: The texts of the row cannot be written, or do not parse, such as reasoning that holds a tag.
     """
     try:
-        text = format_completion(reasoning, answer())
+        text = format_completion(reasoning, answer(), tags=settings.completion_format.require_tags)
     except SegRLError as error:
         raise DataError(f"{name}: {error}") from error
     status = settings.completion_format.parse(text, frame).status

@@ -28,20 +28,11 @@ from segrl.caching.feature_cache import FeatureCache, encoding_batches
 from segrl.caching.fingerprint import EncoderFingerprint, feature_key
 from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.adapters import ADAPTERS, run_adapter
-from segrl.heads.parts import (
-    HEAD_CONFIG,
-    HEAD_VERSION,
-    HEAD_WEIGHTS,
-    build_part,
-    check_part,
-    check_settings,
-    part_config,
-    read_config,
-)
+from segrl.heads.head_file import HEAD_CONFIG, HEAD_VERSION, HEAD_WEIGHTS, read_config
 from segrl.heads.probes import PROBES
 from segrl.heads.requests import MaskRequest, Recording, SegInput
 from segrl.models.saved_files import ShapesOnly, check_counts, read_weights, require_shapes
-from segrl.registry import Registry
+from segrl.registry import Registry, build_part, check_part, check_settings, part_config
 from segrl.segmenters.base import ImageFeatures, Segmenter, evaluating
 from segrl.segmenters.registry import SEGMENTERS
 

@@ -24,7 +24,8 @@ from segrl.models.saved_files import check_saved_files
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.predictions.reserved_text import check_reserved
-from segrl.segmenters.sam2 import SEGMENTER_CONFIG, Sam2Segmenter
+from segrl.segmenters.sam2 import SEGMENTER_CONFIG
+from segrl.segmenters.stored import load_segmenter, save_segmenter
 from segrl.tasks import Task
 
 __all__ = ["SegmenterBase", "find_run"]
@@ -90,7 +91,7 @@ class SegmenterBase:
             merge: Fold a PEFT adapter into the base model.
             trainable: Let a PEFT adapter be trained further (all else is trainable by itself).
             head: A mask head built in code, which gets the saved weights; None builds it from `mask_head.json`.
-            segmenter: The frozen segmenter, or the path of SAM 2 weights; None takes the SAM 2 that was saved with the
+            segmenter: The frozen segmenter, or what `load_segmenter` takes; None takes the one that was saved with the
                 run, if any.
             kwargs: To `from_pretrained` of the language model.
 
@@ -121,7 +122,7 @@ class SegmenterBase:
         return cls(model, processor, settings, segmenter)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model, processor, mask head, SAM 2 and settings; `from_pretrained` gives the same predictions."""
+        """Write model, processor, mask head, segmenter and settings; `from_pretrained` gives the same predictions."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         head = detach_mask_head(self.model)
@@ -133,8 +134,8 @@ class SegmenterBase:
                 head.save_pretrained(path)
         self.processor.save_pretrained(path)
         self.settings.save(path)
-        if hasattr(self.segmenter, "save_pretrained"):
-            self.segmenter.save_pretrained(path)
+        if self.segmenter is not None:
+            save_segmenter(self.segmenter, path)
 
     def push_to_hub(self, repository: str, **kwargs: Any) -> Any:
         """Upload what `save_pretrained` writes to a hub repository, created if needed (not run in segrl's tests)."""
@@ -294,9 +295,9 @@ def _image_tokens(model: Any) -> list[int] | None:
 def _frozen_segmenter(path: Path, given: Any) -> Any:
     """The segmenter that was given, or of which a path was, or that was saved with a run; None if there is none."""
     if isinstance(given, str | os.PathLike):
-        return Sam2Segmenter.from_pretrained(os.fspath(given))
+        return load_segmenter(given)
     home = next((folder for folder in (path, path.parent) if (folder / SEGMENTER_CONFIG).is_file()), None)
-    return Sam2Segmenter.from_pretrained(home) if given is None and home is not None else given
+    return load_segmenter(home) if given is None and home is not None else given
 
 
 def _load_adapter(path: Path, dtype: Any, merge: bool, trainable: bool, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -46,7 +46,9 @@ class ReasoningSegmenter(SegmenterBase):
     @property
     def task(self) -> ImageTask:
         head = find_mask_head(self.model)
-        boxes = None if head is not None or self.segmenter is None else BoxSegmenter(self.segmenter)
+        boxes = None
+        if head is None and self.segmenter is not None:
+            boxes = BoxSegmenter(self.segmenter, points=self.settings.answer_form == "json")
         return ImageTask(self.processor, self.settings, head, boxes)
 
     def predict(self, image: Image.Image, query: str, **generation: Any) -> Prediction:

@@ -230,6 +230,7 @@ def language_model_lora(
     *,
     tokens: Sequence[int] = (),
     scope: Literal["language", "all"] = "language",
+    layers: Sequence[str] | None = None,
     **settings: Any,
 ) -> Any:
     """Return LoRA settings for every linear layer of the language model, or of the vision tower as well.
@@ -239,13 +240,14 @@ def language_model_lora(
         tokens: Ids of tokens whose input embeddings are trained in full, such as that of `<seg>`.
         scope: "language" leaves out vision tower and projector; "all" is PEFT's "all-linear", every linear layer but
             the output layer. Neither has a mask head, which the trainers take off before PEFT sees the model.
+        layers: Names of the layers of the language model, such as ["q_proj", "v_proj"]; None takes all.
         **settings: More settings of `peft.LoraConfig`, for example ``r=64, lora_alpha=128``.
 
     Returns:
         A `peft.LoraConfig`, for the `peft_config` of a trainer.
 
     Raises:
-        SegRLError: If there are no linear layers in the language model, or `scope` is another.
+        SegRLError: If there are no linear layers in the language model or none of these names, or `scope` is another.
 
     Example:
         >>> from peft import get_peft_model
@@ -270,6 +272,11 @@ def language_model_lora(
             f"{type(model).__name__} has no torch.nn.Linear in {type(decoder).__name__}, expected layers to adapt; "
             "build the peft.LoraConfig yourself, with target_modules"
         )
+    if layers is not None and (unknown := sorted(set(layers) - linear)):
+        raise unknown_name("linear layer", unknown[0], sorted(linear))
+    if layers is not None and scope == "all":
+        raise SegRLError(f'layers={list(layers)} with scope="all": names are those of the language model; drop one')
+    linear = linear if layers is None else set(layers)
     location = next(name for name, module in model.named_modules() if module is decoder)
     inside = re.escape(location) + r"\." if location else ""
     if tokens:

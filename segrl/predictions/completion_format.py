@@ -24,6 +24,7 @@ class CompletionFormat:
         seg_token: The segmentation token; for this and the following see `segrl.predictions.parse_completion`.
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block.
+        require_tags: Whether the answer needs its tags.
         answer_format: "text" or "json".
         end_tokens: Tokens that a framework may leave behind a completion, besides `segrl.predictions.END_TOKENS`; the
             trainers and inference add the tokenizer's own.
@@ -44,6 +45,7 @@ class CompletionFormat:
     seg_token: str = SEG_TOKEN
     require_seg: bool = True
     require_reasoning: bool = True
+    require_tags: bool = True
     answer_format: AnswerFormat = "text"
     end_tokens: Sequence[str] = ()
 
@@ -86,6 +88,7 @@ class CompletionFormat:
             seg_token=self.seg_token,
             require_seg=self.require_seg,
             require_reasoning=self.require_reasoning,
+            require_tags=self.require_tags,
             answer_format=self.answer_format,
             end_tokens=self.end_tokens,
         )

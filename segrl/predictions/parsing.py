@@ -10,6 +10,7 @@ of `segrl.predictions.json_answers`. End tokens behind the text are left out.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 AnswerFormat = Literal["text", "json"]
+AnswerForm = Literal["sentence", "mask", "json"]
 SEG_TOKEN = "<seg>"
 _NO_NUMBER = "\ufffc"  # stands for the segmentation token
 _TAG = re.compile(r"<(/?)(think|answer)>")
@@ -72,6 +74,7 @@ def parse_completion(
     seg_token: str = SEG_TOKEN,
     require_seg: bool = True,
     require_reasoning: bool = True,
+    require_tags: bool = True,
     answer_format: AnswerFormat = "text",
     end_tokens: Collection[str] = (),
 ) -> Prediction:
@@ -104,6 +107,8 @@ def parse_completion(
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block. Without it the grammar is the answer block
             alone, and a reasoning block before it stays allowed.
+        require_tags: Whether the answer needs its tags. Without it a text that has none of the four tags is the answer
+            as a whole, as models write it that were not trained here.
         answer_format: "text" reads boxes from any sentence, "json" reads JSON, also in one code fence.
         end_tokens: Tokens that may stand behind the text, besides `segrl.predictions.END_TOKENS`.
 
@@ -126,6 +131,8 @@ def parse_completion(
     body = strip_end_tokens(text, end_tokens, keep=seg_token)
     text = text if len(body) == len(text.strip()) else body
     blocks, closed = _blocks(body)
+    if not (require_tags or _TAG.search(body)):
+        blocks = [_Block("answer", body.strip(), 0, len(body))]
     reasonings = [block.content for block in blocks if block.kind == "think"]
     answers = [block.content for block in blocks if block.kind == "answer"]
     reasoning = reasonings[0] if len(reasonings) == 1 else None
@@ -163,25 +170,41 @@ def parse_completion(
     )
 
 
-def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str = SEG_TOKEN) -> str:
-    """Format boxes as an answer sentence, in the model's frame.
+def format_answer(
+    lesion: str,
+    boxes_px: ArrayLike,
+    frame: Frame,
+    seg_token: str = SEG_TOKEN,
+    *,
+    form: AnswerForm = "sentence",
+    points_px: ArrayLike | None = None,
+) -> str:
+    """Format an answer, in the model's frame.
 
     Args:
         lesion: Name of the lesion.
-        boxes_px: (N, 4) boxes in original pixels; with N = 0 the sentence says that no lesion is visible.
+        boxes_px: (N, 4) boxes in original pixels; N = 0: no lesion is visible.
         frame: The frame in which the model writes boxes.
         seg_token: The segmentation token, or "" for a text-only answer.
+        form: "sentence" names lesion and boxes (CORE-Seg); "mask" only says that the mask follows (LISA); "json" is a
+            list of objects with box and point (VisionReasoner).
+        points_px: (N, 2) points in original pixels, one for each box; "json" alone writes them.
 
     Returns:
-        The sentence, which `parse_completion` reads back up to the rounding of the frame.
+        The text, which `parse_completion` reads back up to the rounding of the frame.
 
     Raises:
         DataError: If the name holds brackets, coordinates or the token, which would not be read back.
         SegRLError: If the boxes are not valid.
 
     Example:
-        >>> format_answer("cyst", [[1, 2, 9, 8]], Frame("original_px", (64, 64)))
+        >>> frame = Frame("original_px", (64, 64))
+        >>> format_answer("cyst", [[1, 2, 9, 8]], frame)
         'The cyst is located at [1, 2, 9, 8].<seg>'
+        >>> format_answer("cyst", [[1, 2, 9, 8]], frame, form="mask")
+        'It is <seg>.'
+        >>> format_answer("cyst", [[1, 2, 9, 8]], frame, "", form="json", points_px=[[5, 5]])
+        '[{"bbox_2d": [1, 2, 9, 8], "point_2d": [5, 5]}]'
     """
     if set("[]<>") & set(lesion) or (seg_token and seg_token in lesion):
         raise DataError(
@@ -189,16 +212,27 @@ def format_answer(lesion: str, boxes_px: ArrayLike, frame: Frame, seg_token: str
         )
     if names_coordinates(lesion):
         raise DataError(f"lesion {lesion!r} names coordinates, which would not be read; expected a plain name")
-    boxes = ", ".join(str(box) for box in frame.from_original(boxes_px).tolist())
-    return (f"The {lesion} is located at {boxes}." if boxes else f"No {lesion} is visible.") + seg_token
+    boxes = frame.from_original(boxes_px).tolist()
+    if form == "json":
+        objects: list[dict[str, list[int]]] = [{"bbox_2d": box} for box in boxes]
+        if points_px is not None:
+            corners = np.tile(np.asarray(points_px, dtype=np.float64).reshape(-1, 2), 2)
+            for item, place in zip(objects, frame.from_original(corners).tolist(), strict=True):
+                item["point_2d"] = place[:2]
+        return json.dumps(objects) + seg_token
+    if form == "mask" and boxes:
+        return f"It is {seg_token}."
+    listed = ", ".join(map(str, boxes))
+    return (f"The {lesion} is located at {listed}." if boxes else f"No {lesion} is visible.") + seg_token
 
 
-def format_completion(reasoning: str | None, answer: str) -> str:
+def format_completion(reasoning: str | None, answer: str, *, tags: bool = True) -> str:
     """Format a completion in the grammar of `parse_completion`.
 
     Args:
         reasoning: Text of the reasoning block; None leaves the block out (then parse with `require_reasoning=False`).
         answer: Text of the answer block, see `format_answer`.
+        tags: Whether an answer without reasoning has its tags; see `require_tags` of `parse_completion`.
 
     Raises:
         DataError: If one of the texts holds a block tag.
@@ -210,7 +244,9 @@ def format_completion(reasoning: str | None, answer: str) -> str:
     for name, text in (("reasoning", reasoning or ""), ("answer", answer)):
         if found := _TAG.search(text):
             raise DataError(f"{name} holds the tag {found.group()!r}; expected text without block tags, remove it")
-    return ("" if reasoning is None else f"<think>{reasoning}</think>") + f"<answer>{answer}</answer>"
+    if reasoning is None:
+        return f"<answer>{answer}</answer>" if tags else answer
+    return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
 class _Block(NamedTuple):

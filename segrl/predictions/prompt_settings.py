@@ -18,7 +18,7 @@ from segrl.errors import CheckpointError, DataError, SegRLError, UnknownNameErro
 from segrl.predictions.completion_format import CompletionFormat
 from segrl.predictions.frames import FrameKind
 from segrl.predictions.modalities import modality_kind
-from segrl.predictions.parsing import SEG_TOKEN
+from segrl.predictions.parsing import SEG_TOKEN, AnswerForm
 
 __all__ = [
     "SETTINGS_FILE",
@@ -31,6 +31,12 @@ __all__ = [
 
 SETTINGS_FILE = "segrl.json"
 VERSION = 1
+_CONTENTS: dict[str, str] = {
+    "": "name the lesion and give its boxes [x1, y1, x2, y2]",
+    "sentence": "name the lesion, give its boxes [x1, y1, x2, y2] and end with the mask token",
+    "mask": "say that it follows, with the mask token",
+    "json": 'JSON of the box of each lesion and a point inside, [{"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}]',
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,11 @@ class ImagePromptSettings(PromptSettings):
 
     Attributes:
         max_edge: Images with a longer edge are scaled down to it, in pixels; None allows any. CORE-Seg: 512.
+        answer_form: What an answer holds: "sentence", the lesion and its boxes (CORE-Seg); "mask", the token alone
+            (LISA); "json", a box and a point for each lesion, which both prompt a frozen segmenter (Seg-Zero,
+            VisionReasoner).
+        answer_tags: Whether answers stand between tags. Without, a text that has no tags is an answer as a whole, as
+            LISA writes it and as models do that were not trained here; only where `reasoning` is off.
 
     Example:
         >>> ImagePromptSettings(max_edge=512).full_instruction[:27]
@@ -136,16 +147,32 @@ class ImagePromptSettings(PromptSettings):
     """
 
     max_edge: int | None = None
+    answer_form: AnswerForm = "sentence"
+    answer_tags: bool = True
 
     task: ClassVar[str] = "images"
-    same_between_stages: ClassVar[tuple[str, ...]] = ("frame_kind", "seg_token", "max_edge")
-    answer_only_instruction: ClassVar[str] = (
-        "Answer in <answer></answer>: name the lesion, give its boxes [x1, y1, x2, y2] and end with the mask token."
-    )
-    default_instruction: ClassVar[str] = (
-        "Think in <think></think>, then answer in <answer></answer>: name the lesion, give its boxes [x1, y1, x2, y2] "
-        "and end with the mask token."
-    )
+    same_between_stages: ClassVar[tuple[str, ...]] = ("frame_kind", "seg_token", "max_edge", "answer_form")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_form not in get_args(AnswerForm):
+            raise unknown_name("answer_form", self.answer_form, get_args(AnswerForm))
+        if self.reasoning and not self.answer_tags:
+            raise DataError("answer_tags=False with reasoning=True: nothing would part them; set one of the two")
+        if self.answer_form == "mask" and not self.seg_token:
+            raise DataError('answer_form="mask" with seg_token="": the answer would say nothing; give it a token')
+
+    @property
+    def full_instruction(self) -> str:
+        """The text that follows every question."""
+        if self.instruction is not None:
+            return self.instruction
+        content = _CONTENTS[self.answer_form if self.seg_token or self.answer_form == "json" else ""]
+        if not self.answer_tags:
+            return f"{content[0].upper()}{content[1:]}."
+        joint = ", with " if self.answer_form == "json" else ": "
+        start = "Think in <think></think>, then answer" if self.reasoning else "Answer"
+        return f"{start} in <answer></answer>{joint}{content}."
 
     @property
     def completion_format(self) -> CompletionFormat:
@@ -153,6 +180,8 @@ class ImagePromptSettings(PromptSettings):
             seg_token=self.seg_token or SEG_TOKEN,
             require_seg=bool(self.seg_token),
             require_reasoning=self.reasoning,
+            require_tags=self.answer_tags,
+            answer_format="json" if self.answer_form == "json" else "text",
         )
 
 

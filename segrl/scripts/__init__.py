@@ -9,6 +9,18 @@ from segrl.scripts.arguments import (
     first_stage_settings,
 )
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, missing_processes, parse, run_script
+from segrl.scripts.frozen_segmenter import SEGMENTER_HELP, FrozenSegmenterRun
+from segrl.scripts.image_run import (
+    CascadeEvaluationFlags,
+    CascadeRun,
+    HeadRun,
+    HeadTrainingFlags,
+    ImageEvaluationFlags,
+    ImageFlags,
+    ImageRecipe,
+    ImageRun,
+    ImageTrainingFlags,
+)
 from segrl.scripts.recipe import Recipe, sam2_builder
 from segrl.scripts.run_folder import (
     Progress,
@@ -26,7 +38,18 @@ from segrl.scripts.two_stages import TwoStageRun
 
 __all__ = [
     "MACHINE_FLAGS",
+    "SEGMENTER_HELP",
+    "CascadeEvaluationFlags",
+    "CascadeRun",
     "EvaluationArguments",
+    "FrozenSegmenterRun",
+    "HeadRun",
+    "HeadTrainingFlags",
+    "ImageEvaluationFlags",
+    "ImageFlags",
+    "ImageRecipe",
+    "ImageRun",
+    "ImageTrainingFlags",
     "Parser",
     "Progress",
     "Recipe",

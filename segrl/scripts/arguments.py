@@ -139,7 +139,13 @@ class TwoStageArguments(RunArguments):
             "with --skip_stage1 a base model."
         },
     )
-    segmenter: str | None = field(default=None, metadata={"help": "SAM 2 weights: a .pt file or owner/repo:file.pt."})
+    segmenter: str | None = field(
+        default=None,
+        metadata={
+            "help": "SAM 2 weights, a .pt file or owner/repo:file.pt; or NAME:SOURCE of `segrl parts list`, such as "
+            "sam:facebook/sam-vit-base."
+        },
+    )
     skip_stage1: bool = field(default=False, metadata={"help": "train_grpo without stage 1 (ablation)."})
     rewards: list[str] | None = field(
         default=None, metadata={"help": "Registered rewards, module:attribute, or YAML files; default: the preset's."}

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.segmenters.sam2 import Sam2Config, Sam2Segmenter
+from segrl.segmenters.stored import load_segmenter
 
 __all__ = ["Recipe", "sam2_builder"]
 
@@ -25,8 +26,8 @@ class Recipe:
         prompt: How the model is asked; `--reasoning` and `--frame_kind` change it.
         sft_reasoning: Chain of thought in stage 1, where it differs from stage 2; `--sft_reasoning` changes it. None:
             as in `prompt`.
-        sft: Trainer settings of stage 1.
-        grpo: Trainer settings of stage 2.
+        sft: Trainer settings of stage 1; None: there is none, stage 2 begins with a pretrained model.
+        grpo: Trainer settings of stage 2; None: there is none.
         rewards: Rewards of stage 2, as `make_reward` takes them.
         lora: Settings of `peft.LoraConfig`; None trains the model whole.
         lora_scope: Layers with LoRA, see `language_model_lora`; `--lora_scope` changes it.
@@ -50,9 +51,9 @@ class Recipe:
 
     build: Callable[[Any, str | None], tuple[Any, Any]]
     prompt: PromptSettings
-    sft: Mapping[str, Any]
-    grpo: Mapping[str, Any]
-    rewards: Sequence[str]
+    sft: Mapping[str, Any] | None
+    grpo: Mapping[str, Any] | None
+    rewards: Sequence[str] = ()
     segmenter: Callable[[str | None], Any] | None = None
     sft_reasoning: bool | None = None
     lora: Mapping[str, Any] | None = None
@@ -74,13 +75,12 @@ class Recipe:
         return self if data is None else replace(self, **self.on_data)
 
 
-def sam2_builder(config: Sam2Config, source: str | None = None) -> Callable[[str | None], Sam2Segmenter]:
-    """Return the `segmenter` of a `Recipe`: a SAM 2 whose weights come from `--segmenter`, or else from `source`.
+def sam2_builder(config: Sam2Config, source: str | None = None) -> Callable[[str | None], Any]:
+    """Return the `segmenter` of a `Recipe`: what `--segmenter` names, or else a SAM 2 with the weights of `source`.
 
     Args:
         config: Sizes of the model.
-        source: Weights without `--segmenter`, as `Sam2Segmenter.from_pretrained` takes them: a file, a folder, or
-            `owner/name:file` on the hub; None leaves them random.
+        source: Weights without `--segmenter`, as `load_segmenter` takes them; None leaves them random.
 
     Example:
         >>> from segrl.segmenters import sam2_config
@@ -89,8 +89,8 @@ def sam2_builder(config: Sam2Config, source: str | None = None) -> Callable[[str
         128
     """
 
-    def build(weights: str | None) -> Sam2Segmenter:
+    def build(weights: str | None) -> Any:
         name = weights or source
-        return Sam2Segmenter(config) if name is None else Sam2Segmenter.from_pretrained(name, config)
+        return Sam2Segmenter(config) if name is None else load_segmenter(name, config)
 
     return build

@@ -113,6 +113,7 @@ class TwoStageRun:
         self.recipe = find_preset(arguments.preset, self.recipes).fitted(arguments.data)
         self.prompt = self.recipe.prompt
         if isinstance(arguments, TwoStageArguments):
+            arguments.skip_stage1 |= self.recipe.sft is None
             kind = arguments.frame_kind or self.prompt.frame_kind
             self.prompt = replace(self.prompt, reasoning=arguments.reasoning, frame_kind=kind)
             rewards = self.recipe.rewards if arguments.rewards is None else arguments.rewards
@@ -142,6 +143,9 @@ class TwoStageRun:
         for name in cls.stage2_flags:
             if name in run.given:
                 raise SegRLError(f"--{name} is for train_grpo.py; drop it")
+        if run.recipe.sft is None:
+            raise SegRLError(f"preset {run.arguments.preset!r} has no stage 1: it begins with a pretrained model; run "
+                             "train_grpo.py")  # fmt: skip
         run.find_parts(None)
         done = run.progress.finished
         ready = None if done else run._ready(None, completions=True)
@@ -458,7 +462,7 @@ class TwoStageRun:
     def _defaults(cls, preset: str, stage: str, given: set[str], data: str | None = None) -> dict[str, Any]:
         """The preset's settings of a stage, as defaults of flags."""
         recipe = find_preset(preset, cls.recipes).fitted(data)
-        settings = dict(getattr(recipe, stage))
+        settings = dict(getattr(recipe, stage) or {})
         if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
             settings.pop("global_batch_size", None)
         if stage == "grpo":

@@ -84,7 +84,11 @@ class Segmenter(Protocol):
         ...
 
     def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
-        """Return mask logits (N, h, h) for boxes (N, 4), xyxy in fractions of the image's width and height."""
+        """Return mask logits (N, h, h) for boxes (N, 4), xyxy in fractions of the image's width and height.
+
+        A segmenter may also take `points=`, (N, P, 2) foreground points in the same fractions, P of them beside each
+        box; `boxes` is None then where points stand alone.
+        """
         ...
 
     def freeze(self, *, encoder: bool) -> None:

@@ -433,12 +433,16 @@ class Sam2Segmenter(nn.Module):
         )
         return masks[:, 0]
 
-    def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
-        """Return mask logits (N, h, h) for boxes (N, 4); see `Segmenter.decode_boxes`."""
-        corners = boxes.reshape(-1, 2, 2) * self.image_size
+    def decode_boxes(
+        self, features: ImageFeatures, boxes: Tensor | None, index: Tensor, points: Tensor | None = None
+    ) -> Tensor:
+        """Return mask logits (N, h, h) for boxes (N, 4), points (N, P, 2) or both; see `Segmenter.decode_boxes`."""
         # SAM 2 was trained on boxes as two points with the labels 2 and 3 and the padding point that comes with points
-        labels = torch.tensor([[2, 3]], dtype=torch.int, device=boxes.device).expand(len(corners), -1)
-        sparse, _ = self.sam.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)
+        corners = [] if boxes is None else [boxes.reshape(-1, 2, 2)]
+        places = torch.cat([*corners, *([] if points is None else [points])], 1) * self.image_size
+        kinds = [2, 3] * len(corners) + [1] * (places.size(1) - 2 * len(corners))
+        labels = torch.tensor([kinds], dtype=torch.int, device=places.device).expand(len(places), -1)
+        sparse, _ = self.sam.sam_prompt_encoder(points=(places, labels), boxes=None, masks=None)
         return self.decode(features, sparse.to(features.tensors[0].dtype), index)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -130,12 +130,19 @@ class _TransformersSegmenter(nn.Module):
         """More arguments of the mask decoder."""
         return {}
 
-    def decode_boxes(self, features: ImageFeatures, boxes: Tensor, index: Tensor) -> Tensor:
-        """Return mask logits (N, h, h) for boxes (N, 4); see `Segmenter.decode_boxes`."""
-        if not len(boxes):
-            return boxes.new_zeros(0, self.mask_size, self.mask_size)
-        scaled = (boxes.float() * self.image_size)[:, None]
-        sparse, _ = self.sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=scaled, input_masks=None)
+    def decode_boxes(
+        self, features: ImageFeatures, boxes: Tensor | None, index: Tensor, points: Tensor | None = None
+    ) -> Tensor:
+        """Return mask logits (N, h, h) for boxes (N, 4), points (N, P, 2) or both; see `Segmenter.decode_boxes`."""
+        if not len(index):
+            return features.tensors[0].new_zeros(0, self.mask_size, self.mask_size)
+        corners, places = (
+            None if given is None else (given.float() * self.image_size)[:, None] for given in (boxes, points)
+        )
+        labels = None if places is None else torch.ones(places.shape[:3], dtype=torch.int, device=places.device)
+        sparse, _ = self.sam.prompt_encoder(
+            input_points=places, input_labels=labels, input_boxes=corners, input_masks=None
+        )
         return self.decode(features, sparse[:, 0].to(features.tensors[0].dtype), index)
 
     def to_config(self) -> dict[str, Any]:

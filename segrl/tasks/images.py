@@ -170,7 +170,12 @@ class ImageTask:
         """Masks of the boxes that answers name; an answer that names none has an empty mask."""
         seen = [(n, item.pixels) for n, row in enumerate(rows) if (item := row.seg_input) is not None]
         numbers, pixels = [n for n, _ in seen], [shown for _, shown in seen]
-        masks = box_segmenter(pixels, [predictions[n].boxes for n in numbers], [sizes[n] for n in numbers])
+        masks = box_segmenter(
+            pixels,
+            [predictions[n].boxes for n in numbers],
+            [sizes[n] for n in numbers],
+            [predictions[n].points for n in numbers],
+        )
         found = dict(zip(numbers, masks, strict=True))
         return [p.with_mask(found[n]) if n in found else p for n, p in enumerate(predictions)]
 

@@ -18,7 +18,7 @@ from segrl.data.text_columns import check_lesions, check_texts, lesion_name, nam
 from segrl.errors import DataError
 from segrl.geometry.image_files import image_orientation, open_image, read_image
 from segrl.geometry.mask_images import binarize
-from segrl.geometry.masks import boxes_from_mask
+from segrl.geometry.masks import boxes_from_mask, deepest_points
 from segrl.predictions.frames import Frame, frame_for, shrunk_size
 from segrl.predictions.parsing import format_answer
 from segrl.predictions.prompt_settings import ImagePromptSettings
@@ -192,7 +192,9 @@ def _row_columns(
 
     def answer() -> str:
         boxes = boxes_from_mask(mask)[:max_boxes]
-        return format_answer(lesion_name(row), boxes, frame, seg_token=settings.seg_token)
+        points = deepest_points(mask, boxes) if settings.answer_form == "json" else None
+        more = {"form": settings.answer_form, "points_px": points}
+        return format_answer(lesion_name(row), boxes, frame, seg_token=settings.seg_token, **more)
 
     return columns | {"completion": target_completion(row["name"], reasoning, answer, frame, settings)}
 

@@ -1,0 +1,325 @@
+"""`ImageRun`: a run on images, from data to baselines; `HeadRun` and `CascadeRun`, its two ways to a mask."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from segrl.data.images.augmentation import augment
+from segrl.data.images.prompts import prepare
+from segrl.data.images.synthetic import make_scene, make_synthetic
+from segrl.errors import CheckpointError, SegRLError
+from segrl.evaluation.constant_mask import evaluate_constant_mask
+from segrl.geometry.mask_images import binarize
+from segrl.heads.attach import attach_mask_head, find_mask_head
+from segrl.heads.dense import DenseLoss
+from segrl.heads.mask_head import MaskHead
+from segrl.inference.base import SegmenterBase
+from segrl.models.loading import ensure_seg_token
+from segrl.models.tiny_pretraining import Picture, list_findings, pretrain_captions, pretrain_vision
+from segrl.predictions.prompt_settings import ImagePromptSettings
+from segrl.reports.terminal import say
+from segrl.scripts.arguments import EvaluationArguments, RunArguments, TwoStageArguments
+from segrl.scripts.frozen_segmenter import SEGMENTER_HELP, FrozenSegmenterRun
+from segrl.scripts.recipe import Recipe
+from segrl.scripts.two_stages import TwoStageRun
+from segrl.segmenters.box_segmenter import BoxSegmenter
+from segrl.segmenters.pretraining import pretrain_segmenter
+from segrl.trainers.sft import SegSFTTrainer
+
+__all__ = [
+    "CascadeEvaluationFlags",
+    "CascadeRun",
+    "HeadRun",
+    "HeadTrainingFlags",
+    "ImageEvaluationFlags",
+    "ImageFlags",
+    "ImageRecipe",
+    "ImageRun",
+    "ImageTrainingFlags",
+]
+
+_DATA = (
+    "Folder with manifest.csv, images/ and masks/, a DatasetDict saved to disk, or a hub data set owner/name, each "
+    "with the splits train and test; None: synthetic lesions."
+)
+_MOST_VIEWS = 32  # of a row, itself and its copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe(Recipe):
+    """A preset of a run on images. A small training set is filled up to `fill_to` rows with augmented copies.
+
+    Attributes:
+        prompt: How the model is asked.
+        adapter: The adapter of a mask head, by its registered name, and its settings.
+        dense: Weights of the dense losses on the masks of a head, by their registered names.
+        pretraining: For models with random weights: settings of `pretrain_vision`, `pretrain_captions` and
+            `pretrain_segmenter` under "vision", "captions" and "segmenter", and the number of synthetic "scenes". The
+            vision tower is frozen afterwards, and reasoning lists what is found (`list_findings`). None has weights.
+        text_warmup: Trainer settings that differ in a first, text-only part of stage 1; None has no such part. A head
+            that learns masks before `<seg>` knows the question segments every lesion, and stays there (docs/log.md).
+        brief: Short template reasoning.
+        max_boxes: Boxes that a reference answer names at most.
+
+    Example:
+        >>> from segrl.models import tiny_qwen2_5_vl
+        >>> parts = {"build": lambda rows, model: tiny_qwen2_5_vl(), "sft": {}, "grpo": {}, "rewards": ["box_f1"]}
+        >>> ImageRecipe(prompt=ImagePromptSettings(), **parts).dense
+        {'dice_ce': 1.0}
+    """
+
+    prompt: ImagePromptSettings
+    adapter: tuple[str, Mapping[str, Any]] = ("semantic_guided", {})
+    dense: Mapping[str, float] = field(default_factory=lambda: {"dice_ce": 1.0})
+    pretraining: Mapping[str, Any] | None = None
+    text_warmup: Mapping[str, Any] | None = None
+    brief: bool = False
+    max_boxes: int | None = None
+
+
+@dataclass
+class ImageFlags(RunArguments):
+    """Flags of every script on images."""
+
+    data: str | None = field(default=None, metadata={"help": _DATA})
+
+
+@dataclass
+class ImageTrainingFlags(ImageFlags, TwoStageArguments):
+    """Flags of training on images."""
+
+
+@dataclass
+class HeadTrainingFlags(ImageTrainingFlags):
+    """Flags of training with a mask head."""
+
+    dense_weight: float = field(
+        default=1.0, metadata={"help": "Factor of all dense losses; 0 trains without them (ablation)."}
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of `segrl parts list`, such as linear (ablation), or module:Class; default: the preset's."
+        },
+    )
+    probe: str | None = field(
+        default=None,
+        metadata={
+            "help": "seg_token or answer, whose states prompt the segmenter, or module:Class; default: the preset's."
+        },
+    )
+
+
+@dataclass
+class ImageEvaluationFlags(ImageFlags, EvaluationArguments):
+    """Flags of the evaluation on images."""
+
+
+@dataclass
+class CascadeEvaluationFlags(ImageEvaluationFlags):
+    """Flags of the evaluation where a frozen segmenter makes the masks."""
+
+    segmenter: str | None = field(default=None, metadata={"help": SEGMENTER_HELP})
+
+
+class ImageRun(TwoStageRun):
+    """A run on images: its data, what stands in for pretraining, and the best constant mask beside it.
+
+    Without `--data` the images are synthetic (`make_synthetic`). Of a model with random weights the vision tower and
+    the language model learn to see and to say first, as the recipe's `pretraining` says.
+    """
+
+    training_flags = ImageTrainingFlags
+    evaluation_flags = ImageEvaluationFlags
+    baseline_splits = ("train",)
+    recipe: ImageRecipe
+    prompt: ImagePromptSettings
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def load(self, split: str) -> Dataset:
+        if self.arguments.data is not None:
+            return self.arguments.limited(self.read(split), split)
+        self.check_synthetic(split)
+        return make_synthetic(self.count(split), **self.scenes(split))
+
+    def scenes(self, part: str) -> dict[str, Any]:
+        """Return which synthetic scenes a part of the data has; no two parts and no two seeds share one."""
+        seed = 3 * self.seed + ("train", "test", "pretraining").index(part)
+        return {"size": self.recipe.synthetic["size"], "seed": seed, "hard": True}
+
+    def views(self) -> int:
+        return sum(1 + copies for copies in self.augmented())
+
+    def augmented(self) -> list[int]:
+        """Return the number of augmented copies of each row; rare kinds of rows get more, as the square root says."""
+        rows = self.train_rows
+        if "reasoning" in rows.column_names:
+            return [0] * len(rows)  # a turned image would contradict it
+        kinds = list(zip(rows["modality"], rows["lesion"], strict=True))
+        counts = Counter(kinds)
+        roots = sum(math.sqrt(count) for count in counts.values())
+        views = {kind: int(self.recipe.fill_to / (math.sqrt(count) * roots)) for kind, count in counts.items()}
+        return [min(max(1, views[kind]), _MOST_VIEWS) - 1 for kind in kinds]
+
+    @cached_property
+    def repeated(self) -> Dataset:
+        """The training rows with their augmented copies; synthetic scenes are repeated as they are.
+
+        What their reasoning says is known of scenes only as they were drawn.
+        """
+        rows, copies = self.train_rows, self.augmented()
+        if not any(copies):
+            return rows
+        if self.arguments.data is None:
+            return rows.select([n for n, more in enumerate(copies) for _ in range(1 + more)])
+        return augment(rows, copies)
+
+    def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
+        rows, recipe = self.repeated, self.recipe
+        if completions and self.pretrains and self.prompt.reasoning and "reasoning" not in rows.column_names:
+            rows = rows.add_column("reasoning", [list_findings(picture) for picture in self.pictures()])  # type: ignore[call-arg]
+        limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes, "coordinates": self.arguments.coordinates}
+        return prepare(rows, processor, self.prompt, completions=completions, **limits)
+
+    def pictures(self) -> list[Picture]:
+        """Return what is known about `repeated`: of synthetic rows all lesions, of others the one that is asked for."""
+        if self.arguments.data is None:
+            numbers = [int(name.rsplit("_", 1)[1]) for name in self.repeated["name"]]
+            return [make_scene(number, **self.scenes("train")).picture() for number in numbers]
+        rows = map(dict, self.repeated)  # type: ignore[call-overload]
+        return [Picture.from_mask(row["image"], binarize(row["mask"]), row["lesion"] or "lesion") for row in rows]
+
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
+        train = self.rows.get("train")
+        return {} if train is None else {"baseline": evaluate_constant_mask(train, rows)}
+
+    # ---- in place of pretraining -------------------------------------------------------------------------------------
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the model is one with random weights, or was when its stage 1 began."""
+        return self.recipe.pretraining is not None and self.own_model
+
+    @cached_property
+    def material(self) -> list[Picture]:
+        """What pretraining learns from: synthetic scenes of its own, or the training rows."""
+        if self.arguments.data is not None or self.recipe.pretraining is None:
+            return self.pictures()
+        scenes = range(self.arguments.count(self.recipe.pretraining["scenes"], "train"))
+        return [make_scene(n, **self.scenes("pretraining")).picture() for n in scenes]
+
+    def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
+        recipe = self.recipe.pretraining
+        if recipe is not None and self.pretrains:
+            vision, captions = (self.short(recipe[part]) for part in ("vision", "captions"))
+            seen = pretrain_vision(model, processor, self.material, seed=self.seed, **vision)
+            said = pretrain_captions(model, processor, self.material, seed=self.seed, **captions)
+            if PartialState().is_main_process:
+                say(f"in place of pretraining: {seen:.0%} of held-out lesions are seen; {said:.0%} of caption tokens "
+                    "right")  # fmt: skip
+        return model, processor
+
+    def train_segmenter(self, segmenter: Any) -> None:
+        """Train a segmenter with random weights from true boxes."""
+        recipe = self.short((self.recipe.pretraining or {})["segmenter"])
+        loss = pretrain_segmenter(segmenter, self.material, seed=self.seed, **recipe)
+        if PartialState().is_main_process:
+            say(f"segmenter: DiceCE {loss:.2f} from boxes")
+
+    def before_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
+        vars(self).pop("material", None)  # gigabytes, of large data
+        if self.recipe.text_warmup is None or not self.pretrains:
+            return
+        changes = {**self.recipe.text_warmup, "save_strategy": "no", "eval_strategy": "no"}
+        warmup = replace(config, **self.short(changes))
+        self.trainer_arguments(model, "sft")  # freezes the tower
+        SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
+
+    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
+        if self.pretrains:
+            # a tower that has learned to see is left alone: from words it forgets more than it learns (docs/log.md)
+            model.model.visual.requires_grad_(False)
+        return {}
+
+    def short(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings with each number of steps `shortened`."""
+        return {name: self.shortened(n) if name.endswith("steps") else n for name, n in settings.items()}
+
+
+class HeadRun(ImageRun):
+    """A language model whose `<seg>` prompts a segmenter, trained with dense losses on its masks in each stage."""
+
+    training_flags = HeadTrainingFlags
+    least: ClassVar = {"dense_weight": 0}
+    stage1_flags = ("adapter", "probe", "segmenter")
+
+    def build(self) -> tuple[Any, Any]:
+        model, processor = super().build()
+        own, settings = self.recipe.adapter
+        adapter = self.arguments.adapter or own
+        head = MaskHead.build(
+            model,
+            self.segmenter or self.build_segmenter(None),
+            token_id=ensure_seg_token(model, processor),
+            adapter=adapter,
+            probe=self.arguments.probe or "seg_token",
+            tokenizer=processor.tokenizer,
+            **(settings if adapter == own else {}),
+        )
+        return attach_mask_head(model, head), processor
+
+    def check_run(self, folder: str | Path) -> None:
+        if Path(folder).is_dir() and not (Path(folder) / "mask_head.json").is_file():
+            raise CheckpointError(
+                f"--model {str(folder)!r} has no mask head (no mask_head.json); train stage 1 with train_sft.py, or "
+                "pass --skip_stage1 to train_grpo.py"
+            )
+        super().check_run(folder)
+
+    def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
+        model, processor = super().warm_up(model, processor)
+        if self.pretrains and self.arguments.segmenter is None:
+            head = find_mask_head(model)
+            assert head is not None
+            self.train_segmenter(head.segmenter)
+        return model, processor
+
+    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
+        factor = self.arguments.dense_weight
+        losses = [DenseLoss(name, weight=factor * weight) for name, weight in self.recipe.dense.items()]
+        return {**super().trainer_arguments(model, stage), "dense_losses": losses if factor else None}
+
+
+class CascadeRun(FrozenSegmenterRun, ImageRun):
+    """A language model that writes boxes or points, and a frozen segmenter that makes masks of them."""
+
+    evaluation_flags = CascadeEvaluationFlags
+
+    @property
+    def trains_segmenter(self) -> bool:
+        return self.recipe.pretraining is not None
+
+    def trained_segmenter(self, segmenter: Any) -> None:
+        self.train_segmenter(segmenter)
+
+    def check_run(self, folder: str | Path) -> None:
+        if (Path(folder) / "mask_head.json").is_file():
+            raise SegRLError(f"--model {str(folder)!r} has a mask head, and {self.name} is for models without one")
+        super().check_run(folder)
+
+    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
+        more = super().trainer_arguments(model, stage)
+        if stage == "sft":
+            return more
+        points = self.prompt.answer_form == "json"
+        return {**more, "box_segmenter": BoxSegmenter(self.segmenter, points=points)}
