@@ -84,6 +84,55 @@ def test_a_mask_is_the_union_of_the_boxes_on_the_image_that_was_asked_about():
     assert boxes.encoded_images == 2
 
 
+class Pointed(Filled):
+    """Its mask of an object is the box, or else the image, with a hole of 4 x 4 px around each point."""
+
+    def decode_boxes(self, features: Any, boxes: Any, index: Any, points: Any = None) -> torch.Tensor:  # type: ignore[override]
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(index), -1)
+        masks = super().decode_boxes(features, whole if boxes is None else boxes, index)
+        for mask, places in zip(masks, [] if points is None else points, strict=points is not None):
+            for x, y in (places * 64).int().tolist():
+                mask[y - 2 : y + 2, x - 2 : x + 2] = -9
+        return masks
+
+
+def holes(box: Sequence[int], *points: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    for x, y in points:
+        mask[y - 2 : y + 2, x - 2 : x + 2] = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("boxes", "points", "expected"),
+    [
+        ([[0, 0, 20, 20], [30, 30, 60, 60]], [[10, 10], [40, 40]],
+         holes([0, 0, 20, 20], (10, 10)) | holes([30, 30, 60, 60], (40, 40))),
+        ([[0, 0, 20, 20]], [[5, 5], [12, 12]], holes([0, 0, 20, 20], (5, 5), (12, 12))),  # Seg-Zero: two of one box
+        ([[0, 0, 20, 20], [30, 30, 60, 60]], [[10, 10]], holes([0, 0, 20, 20]) | holes([30, 30, 60, 60])),
+        ([[0, 0, 20, 20], [9, 9, 9, 30]], [[10, 10], [9, 20]], holes([0, 0, 20, 20], (10, 10))),  # no area
+        ([], [[10, 10], [40, 40]], holes([0, 0, 64, 64])),  # two objects, each with a hole where the other is not
+        ([], [[10, 10]], holes([0, 0, 64, 64], (10, 10))),
+        ([], [], np.zeros((64, 64), dtype=bool)),
+    ],
+    ids=["one each", "two of one box", "not for each", "a box without area", "points alone", "one point", "nothing"],
+)  # fmt: skip
+def test_points_prompt_too(boxes, points, expected):
+    segmenter = Pointed()
+    pixels = segmenter.preprocess(Image.new("RGB", (64, 64), (255, 255, 255)))
+    arrays = [np.array(boxes, dtype=float).reshape(-1, 4)], [(64, 64)], [np.array(points, dtype=float).reshape(-1, 2)]
+    (mask,) = BoxSegmenter(segmenter, points=True)([pixels], arrays[0], arrays[1], arrays[2])
+    assert np.array_equal(mask, expected)
+    (without,) = BoxSegmenter(segmenter)([pixels], arrays[0], arrays[1], arrays[2])
+    assert np.array_equal(without, np.any([holes(box) for box in boxes] or [np.zeros((64, 64))], axis=0))
+
+
+def test_a_segmenter_that_takes_no_points():
+    with pytest.raises(SegRLError, match="decode_boxes takes no points"):
+        BoxSegmenter(Filled(), points=True)
+
+
 def test_sam2_alone_gives_the_same_masks():
     segmenter, (one, other) = tiny_segmenter().eval(), (picture(), picture(seed=1))
     boxes = BoxSegmenter(segmenter)

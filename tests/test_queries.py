@@ -10,7 +10,7 @@ from datasets import Dataset
 from script_modules import Example
 
 from segrl import SegGRPOConfig
-from segrl.data import Queries
+from segrl.data import Queries, make_synthetic
 from segrl.errors import DataError, SegRLError
 
 # in the layout, and with the faults, of M3D's Data/data/M3D-Seg/term_dictionary.json: repeats, and texts with the name
@@ -87,7 +87,7 @@ def test_structures_without_a_text_are_named(tmp_path):
 
 def test_scripts_ask_for_every_split(tmp_path, capsys):
     """The synthetic lesions of CORE-Seg, which its own questions name."""
-    kinds = {row["lesion"] for row in Example("core_seg").modules["recipe"].make_synthetic(60, size=32)}
+    kinds = {row["lesion"] for row in make_synthetic(60, size=32)}
     terms = written(
         tmp_path, {kind: [f"What an expert calls number {n}.", f"A {kind}."] for n, kind in enumerate(sorted(kinds))}
     )

@@ -16,7 +16,14 @@ from PIL import Image
 from segrl.errors import CheckpointError, UnknownNameError
 from segrl.heads import MaskHead
 from segrl.models import ensure_seg_token
-from segrl.segmenters import Sam2TransformersSegmenter, Sam3TrackerSegmenter, SamSegmenter, Segmenter
+from segrl.segmenters import (
+    Sam2TransformersSegmenter,
+    Sam3TrackerSegmenter,
+    SamSegmenter,
+    Segmenter,
+    load_segmenter,
+    save_segmenter,
+)
 
 PROMPTS = {"hidden_size": 32, "image_size": 64, "patch_size": 16}
 DECODER = {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 2}
@@ -90,6 +97,29 @@ def test_masks_of_boxes_are_the_models_own(kind):
     assert not torch.equal(found[0] > 0, found[1] > 0)
 
 
+POINTS = torch.tensor([[[0.2, 0.3], [0.4, 0.5]], [[0.5, 0.5], [0.6, 0.7]], [[0.1, 0.9], [0.5, 0.2]]])
+
+
+@every_kind
+@pytest.mark.parametrize("boxed", [True, False], ids=["boxes and points", "points alone"])
+def test_masks_of_points_are_the_models_own(kind, boxed):
+    segmenter: Any = small(kind)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    boxes = BOXES if boxed else None
+    with torch.no_grad():
+        found = segmenter.decode_boxes(segmenter.encode(images), boxes, INDEX, points=POINTS)
+        theirs = segmenter.sam(
+            pixel_values=images[INDEX],
+            input_boxes=(BOXES * 64)[:, None] if boxed else None,
+            input_points=(POINTS * 64)[:, None],
+            input_labels=torch.ones(3, 1, 2, dtype=torch.int),
+            multimask_output=False,
+        ).pred_masks
+        without = segmenter.decode_boxes(segmenter.encode(images), BOXES, INDEX)
+    torch.testing.assert_close(found, theirs[:, 0, 0], rtol=0, atol=1e-4)
+    assert not torch.equal(found > 0, without > 0)
+
+
 def test_a_fourth_level_of_sam3_is_not_read():
     """Its coarsest level is dropped, as in the published code; the others are those of a pyramid of three."""
     torch.manual_seed(0)
@@ -118,6 +148,13 @@ def test_sam2_has_equal_masks_through_both_packages():
             [
                 segmenter.decode_boxes(found, BOXES, INDEX)
                 for segmenter, found in zip((ours, theirs), features, strict=True)
+            ],
+            *[
+                [
+                    segmenter.decode_boxes(found, boxes, INDEX, points=POINTS)
+                    for segmenter, found in zip((ours, theirs), features, strict=True)
+                ]
+                for boxes in (BOXES, None)
             ],
             [
                 segmenter.decode(found, prompts, INDEX)
@@ -315,3 +352,46 @@ def test_processors_of_transformers_scale_alike():
     theirs = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
     made = theirs(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(small(SamSegmenter).preprocess(pixels), made, rtol=0, atol=1e-5)
+
+
+@every_kind
+def test_any_segmenter_is_kept_in_a_folder(kind, tmp_path):
+    made: Any = small(kind, scaling="half")
+    save_segmenter(made, tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"segmenter.json", "segmenter.safetensors"}
+    again = load_segmenter(tmp_path / "kept")
+    assert type(again) is kind
+    assert again.scaling == "half"
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+def test_segmenters_by_name(tmp_path):
+    made: Any = small(SamSegmenter)
+    made.sam.save_pretrained(tmp_path / "sam")
+    assert isinstance(load_segmenter(f"sam:{tmp_path / 'sam'}"), SamSegmenter)
+    tiny_segmenter().save_pretrained(tmp_path / "sam2")
+    for name in (f"sam2:{tmp_path / 'sam2'}", tmp_path / "sam2"):
+        assert load_segmenter(name).image_size == 64
+    with pytest.raises(CheckpointError, match="expected Sam2Config for Sam2TransformersSegmenter"):
+        load_segmenter(f"sam2_transformers:{tmp_path / 'sam'}")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_segmenter("nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "sam9"}, "sam9"),
+        ({"scaling": "mean"}, "unknown scaling of pixels 'mean'"),
+        ({"adapters": True}, "missing"),
+        ({"scaling": None}, "no scaling|scaling"),
+    ],
+)
+def test_a_damaged_segmenter_file(change, message, tmp_path):
+    save_segmenter(small(SamSegmenter), tmp_path)
+    path = tmp_path / "segmenter.json"
+    config = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    with pytest.raises(CheckpointError, match=message):
+        load_segmenter(tmp_path)

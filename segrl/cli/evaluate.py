@@ -16,7 +16,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     text = "evaluate a run, or the masks that another system wrote, on a data set of images or volumes"
     command = areas.add_parser("eval", help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents)
     system = command.add_mutually_exclusive_group(required=True)
-    system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub")
+    system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub; "
+                        "or a chat model that was not trained by segrl, with --segmenter")  # fmt: skip
     system.add_argument("--predictions", type=Path, metavar="FOLDER", help="one mask file a row, named as the row is")
     command.add_argument("--data", required=True, metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
                          "disk, or hub data set owner/name")  # fmt: skip
@@ -28,7 +29,13 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
         "--batch_size", type=positive, metavar="N", help="rows per generation (default: 16, volumes 4)"
     )
     command.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
-    command.add_argument("--segmenter", metavar="PATH", help="SAM 2 weights that turn written boxes into masks")
+    command.add_argument("--segmenter", metavar="PATH", help="what turns written boxes into masks: SAM 2 weights, a "
+                         "folder of a run, or NAME:SOURCE such as sam:facebook/sam-vit-base")  # fmt: skip
+    command.add_argument(
+        "--frame_kind",
+        choices=("original_px", "resized_px", "relative_1000"),
+        help="frame of the boxes of a chat model that was not trained by segrl (default: that of its family)",
+    )
     command.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
     command.add_argument("--output_dir", type=Path, metavar="FOLDER", help="where to write; default: evaluation in the "
                          "folder of the run, or FOLDER_evaluation beside the masks")  # fmt: skip
@@ -56,6 +63,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         task = "images" if settings is None else settings.task
         default = Path(run) / "evaluation"
     else:
+        for flag in ("segmenter", "frame_kind"):
+            if getattr(arguments, flag) is not None:
+                raise SegRLError(f"--{flag} is for --model; drop it")
         task = "volumes" if arguments.volumes else "images"
         masks = arguments.predictions.absolute()
         default = masks.with_name(f"{masks.name}_evaluation")
@@ -83,12 +93,22 @@ def _loaded(arguments: argparse.Namespace, task: str) -> Any:
     from segrl.errors import SegRLError
     from segrl.heads.attach import find_mask_head
     from segrl.heads.mask_head import HEAD_CONFIG
-    from segrl.inference import load
+    from segrl.inference import ReasoningSegmenter, load
     from segrl.inference.base import find_run
+    from segrl.predictions.prompt_settings import load_prompt_settings
 
     more = {} if arguments.device is None else {"device": arguments.device}
+    folder = find_run(arguments.model)
+    if load_prompt_settings(folder) is None and not (folder / HEAD_CONFIG).is_file():
+        if arguments.segmenter is None:
+            raise SegRLError(
+                f"--model {arguments.model!r} was not trained by segrl and makes no masks; pass --segmenter"
+            )
+        return ReasoningSegmenter.zero_shot(folder, arguments.segmenter, frame_kind=arguments.frame_kind, **more)
+    if arguments.frame_kind is not None:
+        raise SegRLError(f"--frame_kind: the run in {arguments.model!r} has its own; drop the flag")
     if arguments.segmenter is not None:
-        if task == "images" and (find_run(arguments.model) / HEAD_CONFIG).is_file():
+        if task == "images" and (folder / HEAD_CONFIG).is_file():
             raise SegRLError("--segmenter: the run has its segmenter in its mask head; drop the flag")
         more["segmenter"] = arguments.segmenter
     loaded = load(arguments.model, **more)

@@ -32,7 +32,8 @@ from segrl.heads.head_file import HEAD_CONFIG, HEAD_VERSION, HEAD_WEIGHTS, read_
 from segrl.heads.probes import PROBES
 from segrl.heads.requests import MaskRequest, Recording, SegInput
 from segrl.models.saved_files import ShapesOnly, check_counts, read_weights, require_shapes
-from segrl.registry import Registry, build_part, check_part, check_settings, part_config
+from segrl.registry import Registry
+from segrl.registry.parts import build_part, check_part, check_settings, part_config
 from segrl.segmenters.base import ImageFeatures, Segmenter, evaluating
 from segrl.segmenters.registry import SEGMENTERS
 

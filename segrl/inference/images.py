@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
+import torch
 from PIL import Image
+from transformers import AutoConfig
 
 from segrl.data.images.prompts import build_prompt, shown_image
-from segrl.errors import DataError
+from segrl.errors import CheckpointError, DataError
 from segrl.geometry.image_files import read_image
 from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
+from segrl.hub import reraise_as
 from segrl.inference.base import SegmenterBase
-from segrl.predictions.frames import frame_for
+from segrl.models.loading import load_vlm
+from segrl.predictions.families import zero_shot_settings
+from segrl.predictions.frames import FrameKind, frame_for
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import ImagePromptSettings
 from segrl.segmenters.box_segmenter import BoxSegmenter
+from segrl.segmenters.stored import load_segmenter
 from segrl.tasks.images import ImageRow, ImageTask
 
 __all__ = ["ReasoningSegmenter"]
@@ -50,6 +57,38 @@ class ReasoningSegmenter(SegmenterBase):
         if head is None and self.segmenter is not None:
             boxes = BoxSegmenter(self.segmenter, points=self.settings.answer_form == "json")
         return ImageTask(self.processor, self.settings, head, boxes)
+
+    @classmethod
+    def zero_shot(
+        cls,
+        name: str | os.PathLike,
+        segmenter: Any = None,
+        *,
+        frame_kind: FrameKind | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a chat model that was not trained by segrl; a frozen segmenter makes masks of the boxes that it writes.
+
+        Args:
+            name: A folder, or `owner/name` on the hub.
+            segmenter: A `Segmenter`, or what `load_segmenter` takes; None leaves answers without masks.
+            frame_kind: Frame of its boxes; None takes that of its family, `segrl.predictions.FAMILIES`.
+            device: A CUDA device if there is one when None.
+            kwargs: To `load_vlm`.
+
+        Raises:
+            CheckpointError: There is no such model, or its weights are not complete.
+            FrameError: The family is not known, and no frame is given.
+        """
+        with reraise_as(f"model {os.fspath(name)!r}", CheckpointError):
+            model_type = AutoConfig.from_pretrained(name).model_type
+        settings = zero_shot_settings(model_type, frame_kind)
+        model, processor = load_vlm(os.fspath(name), seg_token=None, **kwargs)
+        made = load_segmenter(segmenter) if isinstance(segmenter, str | os.PathLike) else segmenter
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(where)  # pyright: ignore[reportArgumentType]
+        return cls(model.eval(), processor, settings, made if made is None else made.to(where))
 
     def predict(self, image: Image.Image, query: str, **generation: Any) -> Prediction:
         """Answer one question about one image; see `predict_batch`."""

@@ -2,6 +2,7 @@
 
 from segrl.predictions.characters import END_TOKENS, is_blank, strip_end_tokens, visible_text
 from segrl.predictions.completion_format import CompletionFormat
+from segrl.predictions.families import FAMILIES, ChatFamily, zero_shot_settings
 from segrl.predictions.frames import NOT_SHOWN, Frame, frame_for, shrunk_size
 from segrl.predictions.json_answers import Answer, read_json_answer
 from segrl.predictions.parsing import SEG_TOKEN, completion_text, format_answer, format_completion, parse_completion
@@ -19,10 +20,12 @@ from segrl.predictions.target import METADATA_COLUMNS, Metadata, Target, VolumeT
 
 __all__ = [
     "END_TOKENS",
+    "FAMILIES",
     "METADATA_COLUMNS",
     "NOT_SHOWN",
     "SEG_TOKEN",
     "Answer",
+    "ChatFamily",
     "CompletionFormat",
     "Frame",
     "ImagePromptSettings",
@@ -53,4 +56,5 @@ __all__ = [
     "shrunk_size",
     "strip_end_tokens",
     "visible_text",
+    "zero_shot_settings",
 ]

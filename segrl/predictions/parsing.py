@@ -107,8 +107,8 @@ def parse_completion(
         require_seg: Whether a valid text needs the token.
         require_reasoning: Whether a valid text needs a reasoning block. Without it the grammar is the answer block
             alone, and a reasoning block before it stays allowed.
-        require_tags: Whether the answer needs its tags. Without it a text that has none of the four tags is the answer
-            as a whole, as models write it that were not trained here.
+        require_tags: Whether the answer needs its tags. Without it, and without them, the answer is all of the text
+            behind the reasoning, if there is some: so models write that were not trained here.
         answer_format: "text" reads boxes from any sentence, "json" reads JSON, also in one code fence.
         end_tokens: Tokens that may stand behind the text, besides `segrl.predictions.END_TOKENS`.
 
@@ -130,9 +130,8 @@ def parse_completion(
         raise DataError(f"answer_format={answer_format!r}; expected one of {', '.join(get_args(AnswerFormat))}")
     body = strip_end_tokens(text, end_tokens, keep=seg_token)
     text = text if len(body) == len(text.strip()) else body
-    blocks, closed = _blocks(body)
-    if not (require_tags or _TAG.search(body)):
-        blocks = [_Block("answer", body.strip(), 0, len(body))]
+    tagged = body if require_tags else _with_tags(body)
+    blocks, closed = _blocks(tagged)
     reasonings = [block.content for block in blocks if block.kind == "think"]
     answers = [block.content for block in blocks if block.kind == "answer"]
     reasoning = reasonings[0] if len(reasonings) == 1 else None
@@ -149,7 +148,7 @@ def parse_completion(
         status = Status.NO_ANSWER
     elif require_reasoning and all(map(is_blank, reasonings)):
         status = Status.NO_REASONING
-    elif not (closed and ordered) or _text_outside(body, blocks) or (seg_token and body.count(seg_token) > 1):
+    elif not (closed and ordered) or _text_outside(tagged, blocks) or (seg_token and body.count(seg_token) > 1):
         status = Status.EXTRA_TEXT
     elif not found.well_formed:
         status = Status.MALFORMED_JSON if answer_format == "json" else Status.MALFORMED_BOXES
@@ -247,6 +246,16 @@ def format_completion(reasoning: str | None, answer: str, *, tags: bool = True) 
     if reasoning is None:
         return f"<answer>{answer}</answer>" if tags else answer
     return f"<think>{reasoning}</think><answer>{answer}</answer>"
+
+
+def _with_tags(body: str) -> str:
+    """Put tags around an answer that has none; the first tag of the reasoning may be in the prompt."""
+    if "<answer>" in body or "</answer>" in body or ("<think>" in body and "</think>" not in body):
+        return body
+    reasoning, end, answer = body.rpartition("</think>")
+    if end and not reasoning.lstrip().startswith("<think>"):
+        reasoning = f"<think>{reasoning}"
+    return f"{reasoning}{end}<answer>{answer}</answer>"
 
 
 class _Block(NamedTuple):

@@ -1,6 +1,5 @@
 """Registries: parts by name, as "module:attribute", and from installed packages."""
 
-from segrl.registry.parts import build_part, check_part, check_settings, part_config
 from segrl.registry.plugins import PluginReport, find_plugins, inspect_plugins, load_plugin, plugin_origin
 from segrl.registry.registry import Registry
 from segrl.registry.resolve import argument_docs, origin_of, path_of, resolve_attribute, same_definition, summary_of
@@ -9,14 +8,10 @@ __all__ = [
     "PluginReport",
     "Registry",
     "argument_docs",
-    "build_part",
-    "check_part",
-    "check_settings",
     "find_plugins",
     "inspect_plugins",
     "load_plugin",
     "origin_of",
-    "part_config",
     "path_of",
     "plugin_origin",
     "resolve_attribute",

@@ -11,15 +11,10 @@ from segrl.scripts.arguments import (
 from segrl.scripts.command_line import Parser, check_rewards, find_preset, missing_processes, parse, run_script
 from segrl.scripts.frozen_segmenter import SEGMENTER_HELP, FrozenSegmenterRun
 from segrl.scripts.image_run import (
-    CascadeEvaluationFlags,
     CascadeRun,
     HeadRun,
-    HeadTrainingFlags,
-    ImageEvaluationFlags,
-    ImageFlags,
     ImageRecipe,
     ImageRun,
-    ImageTrainingFlags,
 )
 from segrl.scripts.recipe import Recipe, sam2_builder
 from segrl.scripts.run_folder import (
@@ -39,17 +34,12 @@ from segrl.scripts.two_stages import TwoStageRun
 __all__ = [
     "MACHINE_FLAGS",
     "SEGMENTER_HELP",
-    "CascadeEvaluationFlags",
     "CascadeRun",
     "EvaluationArguments",
     "FrozenSegmenterRun",
     "HeadRun",
-    "HeadTrainingFlags",
-    "ImageEvaluationFlags",
-    "ImageFlags",
     "ImageRecipe",
     "ImageRun",
-    "ImageTrainingFlags",
     "Parser",
     "Progress",
     "Recipe",

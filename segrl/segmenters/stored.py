@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from segrl.errors import CheckpointError, SegRLError
 from segrl.models.saved_files import check_counts, read_object, read_weights, require_shapes
-from segrl.registry import build_part, check_settings, part_config
+from segrl.registry.parts import build_part, check_settings, part_config
 from segrl.segmenters.registry import SEGMENTERS
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, SEGMENTER_WEIGHTS, Sam2Config, Sam2Segmenter
 
