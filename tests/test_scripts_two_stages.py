@@ -24,6 +24,7 @@ from segrl.scripts import Recipe, TwoStageArguments, TwoStageRun
 from segrl.scripts.run_folder import steps_as_long
 from segrl.trainers import SegGRPOConfig, SegSFTConfig
 
+RESULTS = {"config", "seconds_per_answer", "versions"}  # of every run
 ON_CPU = {"bf16": False, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
 RECIPES = {
     "tiny": Recipe(
@@ -218,7 +219,7 @@ def test_stage2_asks_in_another_way_and_with_fewer_rewards(whole, tmp_path):
 def test_stage1_alone_with_another_frame(tmp_path):
     folder = tmp_path / "run"
     run(BoxRun.check_sft, "--frame_kind", "relative_1000", "--output_dir", folder)
-    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "gain_over_baseline", "config", "versions"}
+    assert set(read_json(folder / "results.json")) == {*RESULTS, "baseline", "stage1", "gain_over_baseline"}
     assert settings_of(folder)["frame_kind"] == "relative_1000"
     assert "was trained with frame_kind='relative_1000', here it is 'original_px'; use the same" in refused(
         BoxRun.check_grpo, "--model", folder, "--frame_kind", "original_px", "--output_dir", tmp_path / "x"
@@ -230,12 +231,11 @@ def test_stage1_alone_with_another_frame(tmp_path):
 def test_stage2_alone(tmp_path):
     run(BoxRun.check_grpo, "--skip_stage1", "--max_steps", 1, "--output_dir", tmp_path / "run")
     assert set(read_json(tmp_path / "run" / "results.json")) == {
+        *RESULTS,
         "baseline",
         "stage2",
         "gain_over_baseline",
         "zero_spread",
-        "config",
-        "versions",
     }
     assert not (tmp_path / "run" / "stage1").exists()
 
@@ -271,7 +271,7 @@ def test_evaluation_repeats_what_training_found(whole, tmp_path):
 def test_evaluation_on_data_that_has_no_training_split(whole, tmp_path):
     folder = write_folder(make_synthetic(3, size=64, seed=5), tmp_path / "data", split="test")
     run(BoxRun.check_evaluation, "--model", whole, "--data", folder, "--output_dir", tmp_path / "out")
-    assert set(read_json(tmp_path / "out" / "results.json")) == {"model", "config", "versions"}
+    assert set(read_json(tmp_path / "out" / "results.json")) == {*RESULTS, "model"}
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_a_run_is_replaced_only_when_asked(whole, tmp_path):
     assert contents(folder) == before
     run(BoxRun.check_sft, "--output_dir", folder, "--overwrite")
     assert not (folder / "checkpoint-2").exists()
-    assert set(read_json(folder / "results.json")) == {"baseline", "stage1", "gain_over_baseline", "config", "versions"}
+    assert set(read_json(folder / "results.json")) == {*RESULTS, "baseline", "stage1", "gain_over_baseline"}
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_the_run_of_the_documentation(tmp_path, monkeypatch):
     exec(compile(recipe, "recipe.py", "exec", dont_inherit=True), module)
     run(module["MyRun"].check_grpo, "--output_dir", "runs/mine", "--use_cpu", "true")
     found = set(read_json(Path("runs/mine/results.json")))
-    assert found == {"stage1", "stage2", "gain", "zero_spread", "config", "versions"}
+    assert found == {*RESULTS, "stage1", "stage2", "gain", "zero_spread"}
 
 
 @pytest.mark.slow

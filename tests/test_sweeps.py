@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 from script_modules import ROOT, read_json
 
 from segrl.cli.main import main
@@ -56,8 +57,13 @@ if asked.bias == 1 and asked.seed == 2:
     sys.exit("error: it diverged")
 dice = [0.5 + 0.1 * asked.seed, 0.3 + 0.2 * bool(asked.model)]
 records = [{"dice": d, "iou": d / 2, "fail": d < 0.5, "modality": m} for d, m in zip(dice, ("CT", "MR"))]
+if asked.model:
+    records[0]["text"] = "<think>It may be dark. It is round.</think><answer>It may be a cyst.</answer>"
+    history = [{"reward_std": asked.seed}, {"parameters": 2000, "trainable_parameters": 1000}]
+    (folder / "log_history.json").write_text(json.dumps(history))
 (folder / "predictions.json").write_text(json.dumps(records))
-(folder / "results.json").write_text(json.dumps({"zero_spread": 0.25} if asked.model else {}))
+found = {"zero_spread": 0.25, "seconds_per_answer": [9.0, 0.25]} if asked.model else {}
+(folder / "results.json").write_text(json.dumps(found))
 """
 
 
@@ -137,11 +143,18 @@ def test_every_run_is_done_once_and_the_table_has_both_numbers(paper, tmp_path, 
     out = capsys.readouterr().out
     once = {f"{name}/seed{seed}": ["new"] for name in ("train_sft", "train_grpo--after-train_sft") for seed in (1, 2)}
     assert starts(home) == once
-    assert "| theirs | A | 10.00 / - / - | - | - | - | - | 0 |" in out
-    assert re_row(out, "first stage") == ["A", "20.00 / - / -", "47.5", "23.8", "50.0", "-", "2"]
-    assert re_row(out, "both") == ["A", "30.00 / - / 5.00", "57.5", "28.7", "0.0", "25.0 %", "2"]
+    assert "| theirs | A | 10.00 / - / - | - | - | - | 0 |" in out
+    assert re_row(out, "first stage") == ["A", "20.00 / - / -", "47.5", "23.8", "50.0", "2"]
+    assert re_row(out, "both") == ["A", "30.00 / - / 5.00", "57.5", "28.7", "0.0", "2"]
     rows = read_json(home / "tables.json")
-    assert rows[2]["groups"] == {"CT": pytest.approx(0.65), "MR": pytest.approx(0.5)}
+    assert {name: group["mean"] for name, group in rows[2]["groups"].items()} == {
+        "CT": pytest.approx(0.65),
+        "MR": pytest.approx(0.5),
+    }
+    assert "| both | A | 1.500 | 25.0 % | 0.00 M of 0.00 M | 0.25 | 50.0 % |" in out  # means over the two seeds
+    assert "| first stage | A | - | - | - | - | - |" in out
+    with Image.open(home / "table1_modalities.png") as chart:
+        assert chart.width > 300
     assert rows[2]["scores"]["mdice"]["each"] == pytest.approx([0.55, 0.6])
     assert (home / "tables.md").read_text() == sweep_table(rows, data="synthetic data") + "\n"
     assert main(argv) == 0
@@ -151,7 +164,7 @@ def test_every_run_is_done_once_and_the_table_has_both_numbers(paper, tmp_path, 
 
 
 def re_row(text: str, method: str) -> list[str]:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {method} |")]
+    line = next(line for line in text.splitlines() if line.startswith(f"| {method} |"))
     return [cell.strip().split(" [")[0] for cell in line.strip("|").split("|")[1:]]
 
 
@@ -342,5 +355,5 @@ def test_a_table_keeps_its_columns_whatever_names_hold(paper, tmp_path):
     rows = summarise_sweep(plan_sweep(paper, ["1"]), [1], tmp_path)
     rows[0]["method"] = "a|b"
     (line,) = [line for line in sweep_table(rows).splitlines() if "a\\|b" in line]
-    assert line.replace("\\|", "").count("|") == 9
+    assert line.replace("\\|", "").count("|") == 8
     assert json.dumps(rows)

@@ -17,8 +17,16 @@ from datasets import Dataset
 
 from segrl.models import load_vlm
 from segrl.predictions import ImagePromptSettings
-from segrl.scripts import HeadRun, ImageRecipe, sam2_builder
-from segrl.scripts.tiny_images import ON_A_CPU, TINY_IMAGES, TINY_ON_DATA, TINY_SFT, TINY_TEXT
+from segrl.scripts import (
+    ON_A_CPU,
+    TINY_IMAGES,
+    TINY_ON_DATA,
+    TINY_SFT,
+    TINY_TEXT,
+    HeadRun,
+    ImageRecipe,
+    sam2_builder,
+)
 from segrl.segmenters import sam2_config
 
 

@@ -1,9 +1,9 @@
 """LISA (arXiv:2308.00692): its presets and its run.
 
-| preset    | hardware       | time        | held-out mDice                                                           |
-|-----------|----------------|-------------|--------------------------------------------------------------------------|
-| `tiny`    | 1 CPU core     | docs/log.md | docs/log.md                                                              |
-| `lisa_3b` | 2 A6000, 48 GB | not run     | published by CORE-Seg: 22.17 on ComLesion-14K, on this backbone; not run |
+| preset        | hardware       | time        | held-out mDice                                              |
+|---------------|----------------|-------------|-------------------------------------------------------------|
+| `tiny`        | 1 CPU core     | docs/log.md | docs/log.md                                                 |
+| `core_seg_3b` | 2 A6000, 48 GB | not run     | CORE-Seg: 22.17 on ComLesion-14K, on this backbone; not run |
 
 The model answers "It is <seg>." without reasoning, and two linear layers take the state of the token to the mask
 decoder: supervised fine-tuning alone, on text, cross-entropy and Dice of the masks. Data, flags and what is built are
@@ -19,8 +19,14 @@ from datasets import Dataset
 
 from segrl.models import load_vlm
 from segrl.predictions import ImagePromptSettings
-from segrl.scripts import HeadRun, ImageRecipe, sam2_builder
-from segrl.scripts.tiny_images import TINY_IMAGES, TINY_ON_DATA, TINY_SFT
+from segrl.scripts import (
+    TINY_IMAGES,
+    TINY_ON_DATA,
+    TINY_SFT,
+    HeadRun,
+    ImageRecipe,
+    sam2_builder,
+)
 from segrl.segmenters import sam2_config
 
 
@@ -44,7 +50,7 @@ RECIPES = {
         on_data={**TINY_ON_DATA, "sft": {**TINY_SFT, "max_steps": 700}},
     ),
     # formulas E, from LISA's train_ds.py: 10 times 500 steps of 2 x 10 rows per device
-    "lisa_3b": ImageRecipe(
+    "core_seg_3b": ImageRecipe(
         build=build_3b,
         segmenter=sam2_builder(sam2_config("sam2.1_hiera_tiny", image_size=512), "wanglab/MedSAM2:MedSAM2_latest.pt"),
         prompt=ImagePromptSettings(**ANSWER, max_edge=512, max_new_tokens=32),

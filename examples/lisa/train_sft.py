@@ -1,7 +1,7 @@
 """LISA: supervised fine-tuning on text and masks.
 
 accelerate launch examples/lisa/train_sft.py --output_dir runs/lisa
-accelerate launch examples/lisa/train_sft.py --preset lisa_3b --data path/to/folder --output_dir runs/lisa_3b
+accelerate launch examples/lisa/train_sft.py --preset core_seg_3b --data path/to/folder --output_dir runs/core_seg_3b
 """
 
 from recipe import LisaRun

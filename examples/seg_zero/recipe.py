@@ -1,9 +1,9 @@
 """Seg-Zero (arXiv:2503.06520): its presets and its run.
 
-| preset        | hardware       | time        | held-out mDice                                               |
-|---------------|----------------|-------------|--------------------------------------------------------------|
-| `tiny`        | 1 CPU core     | docs/log.md | docs/log.md                                                  |
-| `seg_zero_3b` | 2 A6000, 48 GB | not run     | CORE-Seg: 17.47 on ComLesion-14K, on this backbone; not run  |
+| preset        | hardware       | time        | held-out mDice                                              |
+|---------------|----------------|-------------|-------------------------------------------------------------|
+| `tiny`        | 1 CPU core     | docs/log.md | docs/log.md                                                 |
+| `core_seg_3b` | 2 A6000, 48 GB | not run     | CORE-Seg: 17.47 on ComLesion-14K, on this backbone; not run |
 
 A chat model writes boxes and points as JSON, trained by GRPO alone; a frozen SAM 2 turns them into masks. Data, flags
 and what is built are those of `segrl.scripts.CascadeRun`.
@@ -19,8 +19,16 @@ from datasets import Dataset
 
 from segrl.models import load_vlm
 from segrl.predictions import ImagePromptSettings
-from segrl.scripts import CascadeRun, ImageRecipe, sam2_builder
-from segrl.scripts.tiny_images import ON_A_CPU, TINY_IMAGES, TINY_ON_DATA, TINY_SFT, build_tiny_reader
+from segrl.scripts import (
+    ON_A_CPU,
+    TINY_IMAGES,
+    TINY_ON_DATA,
+    TINY_SFT,
+    CascadeRun,
+    ImageRecipe,
+    build_tiny_reader,
+    sam2_builder,
+)
 from segrl.segmenters import sam2_config
 
 PHRASES = ['[{"bbox_2d": [12, 34, 56, 78], "point_2d": [23, 45]}, {"bbox_2d": [', "[]"] * 20
@@ -62,7 +70,7 @@ RECIPES = {
     ),
     # formulas E, from Seg-Zero's script for the 7B model: n = 8, learning rate 1e-6, KL 5e-3, all weights trained.
     # Images are stretched to 840 x 840 there; here the longest edge is 840 px, and the rewards measure pixels at 840.
-    "seg_zero_3b": ImageRecipe(
+    "core_seg_3b": ImageRecipe(
         build=build_3b,
         segmenter=sam2_builder(sam2_config("sam2.1_hiera_tiny", image_size=512), "wanglab/MedSAM2:MedSAM2_latest.pt"),
         prompt=ImagePromptSettings(max_edge=840, seg_token="", answer_form="json", max_new_tokens=512),

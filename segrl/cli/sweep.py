@@ -70,9 +70,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     finally:
         found = summarise_sweep(rows, seeds, home)
         table = sweep_table(found, data=arguments.data or "synthetic data")
-        write_sweep(home, found, table)
+        written = write_sweep(home, rows, seeds, found, table)
     say(table)
-    say(f"Written to {home}: tables.md, tables.json")
+    say(f"Written to {home}: {', '.join(written)}")
     return OK
 
 

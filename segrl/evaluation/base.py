@@ -11,6 +11,7 @@ from rich.progress import track
 
 from segrl.data.row_texts import texts_of_rows
 from segrl.errors import DataError, SegRLError
+from segrl.geometry.masks import mask_to_rle
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.registry import Metric, make_metric
 from segrl.predictions.prediction import Prediction
@@ -19,7 +20,10 @@ from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
 __all__ = ["OnAnswer", "check_questions", "overlap_record", "score_rows"]
 
-_RECORD_KEYS = {*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"}
+_RECORD_KEYS = {
+    *(*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"),
+    *("predicted_mask", "target_mask"),
+}
 OnAnswer = Callable[[int, Any, Prediction, Any], None]
 """Called for every row with its number, what was shown (image or grey values), the prediction and the target."""
 
@@ -95,7 +99,8 @@ def overlap_record(
         - "query", "modality", "anatomy", "lesion", "name" of the target,
         - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
         - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
-        - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`.
+        - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`,
+        - of an image "predicted_mask", None without one, and "target_mask", as `segrl.geometry.mask_to_rle`.
 
     Raises:
         DataError: The mask has another shape than the ground truth; names the row.
@@ -122,8 +127,15 @@ def overlap_record(
         "status": str(prediction.status.value),
         "text": prediction.text,
         "boxes": prediction.boxes.tolist(),
+        **(_masks(prediction, target) if isinstance(target, Target) else {}),
         **{name: metric(prediction, target) for name, metric in _named(metrics).items()},
     }
+
+
+def _masks(prediction: Prediction, target: Target) -> dict[str, Any]:
+    """Both masks, so that records can be drawn and scored again."""
+    found = None if prediction.mask is None else mask_to_rle(prediction.mask)
+    return {"predicted_mask": found, "target_mask": mask_to_rle(target.mask)}
 
 
 def _named(metrics: Sequence[str | Metric]) -> dict[str, Metric]:

@@ -1,5 +1,6 @@
 """Metrics: scores of a predicted mask against the ground truth, and their summary with bootstrap intervals."""
 
+from segrl.metrics.hedging import count_hedges
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.registry import make_metric, register_metric
 from segrl.metrics.structure import s_measure, soft_dice
@@ -9,6 +10,7 @@ from segrl.metrics.surfaces import boundary_iou, hausdorff, surface, surface_dic
 __all__ = [
     "bootstrap_ci",
     "boundary_iou",
+    "count_hedges",
     "dice",
     "failure",
     "hausdorff",

@@ -28,12 +28,18 @@ from segrl.scripts.run_folder import (
     save_start,
     train_and_save,
 )
+from segrl.scripts.tiny_images import ON_A_CPU, TINY_IMAGES, TINY_ON_DATA, TINY_SFT, TINY_TEXT, build_tiny_reader
 from segrl.scripts.trainer_settings import check_counts, check_trainer
 from segrl.scripts.two_stages import TwoStageRun
 
 __all__ = [
     "MACHINE_FLAGS",
+    "ON_A_CPU",
     "SEGMENTER_HELP",
+    "TINY_IMAGES",
+    "TINY_ON_DATA",
+    "TINY_SFT",
+    "TINY_TEXT",
     "CascadeRun",
     "EvaluationArguments",
     "FrozenSegmenterRun",
@@ -46,6 +52,7 @@ __all__ = [
     "RunArguments",
     "TwoStageArguments",
     "TwoStageRun",
+    "build_tiny_reader",
     "check_batches",
     "check_counts",
     "check_numbers",

@@ -29,6 +29,10 @@ class FrozenSegmenterRun(TwoStageRun):
 
     It is that of `--segmenter`, or else of the run that is continued, or else the preset's, which is trained first
     where it has random weights.
+
+    Example:
+        >>> class MyRun(FrozenSegmenterRun):
+        ...     trains_segmenter = False  # its weights are published
     """
 
     @property

@@ -136,6 +136,10 @@ class ImageRun(TwoStageRun):
 
     Without `--data` the images are synthetic (`make_synthetic`). Of a model with random weights the vision tower and
     the language model learn to see and to say first, as the recipe's `pretraining` says.
+
+    Example:
+        >>> ImageRun.baseline_splits, ImageRun.training_flags.__name__
+        (('train',), 'ImageTrainingFlags')
     """
 
     training_flags = ImageTrainingFlags
@@ -257,7 +261,16 @@ class ImageRun(TwoStageRun):
 
 
 class HeadRun(ImageRun):
-    """A language model whose `<seg>` prompts a segmenter, trained with dense losses on its masks in each stage."""
+    """A language model whose `<seg>` prompts a segmenter, trained with dense losses on its masks in each stage.
+
+    Example:
+        >>> from segrl.scripts import TINY_IMAGES, TINY_SFT
+        >>> class LungRun(HeadRun):
+        ...     name = "lung"
+        ...     recipes = {"tiny": ImageRecipe(**TINY_IMAGES, prompt=ImagePromptSettings(), sft=TINY_SFT, grpo={})}
+        >>> callable(LungRun.check_sft(["--train_limit", "2", "--eval_limit", "2", "--use_cpu"]))
+        True
+    """
 
     training_flags = HeadTrainingFlags
     least: ClassVar = {"dense_weight": 0}
@@ -301,7 +314,17 @@ class HeadRun(ImageRun):
 
 
 class CascadeRun(FrozenSegmenterRun, ImageRun):
-    """A language model that writes boxes or points, and a frozen segmenter that makes masks of them."""
+    """A language model that writes boxes or points, and a frozen segmenter that makes masks of them.
+
+    Example:
+        >>> from segrl.scripts import TINY_IMAGES, TINY_SFT
+        >>> prompt = ImagePromptSettings(seg_token="")
+        >>> class LungRun(CascadeRun):
+        ...     name = "lung"
+        ...     recipes = {"tiny": ImageRecipe(**TINY_IMAGES, prompt=prompt, sft=TINY_SFT, grpo={})}
+        >>> callable(LungRun.check_sft(["--train_limit", "2", "--eval_limit", "2", "--use_cpu"]))
+        True
+    """
 
     evaluation_flags = CascadeEvaluationFlags
 

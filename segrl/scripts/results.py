@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,6 +26,8 @@ from segrl.rewards.factory import make_reward
 
 __all__ = ["ImageResults", "VolumeResults", "results_for"]
 
+
+SAMPLES = "samples"  # folder of the first images, as they were
 
 _BOX_F1 = make_reward("box_f1")
 
@@ -58,6 +61,7 @@ class ImageResults:
 
     def __init__(self, folder: Path, pictures: int | None = None) -> None:
         self.folder, self._shown = folder, []
+        self.seconds: list[float] = []  # for one answer, of each model that was scored
         self.pictures = self.pictures if pictures is None else pictures
 
     def score(
@@ -65,6 +69,7 @@ class ImageResults:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return summary and records of a model, or of masks, on some rows; `draw` draws the first answers, too."""
         asked: dict[str, Any] = {"batch_size": batch_size, "on_answer": self._see if draw else None}
+        began = time.monotonic()
         if isinstance(system, StoredMasks):
             records = evaluate_masks(system, rows, **asked)
         else:
@@ -74,6 +79,7 @@ class ImageResults:
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
         summary = self.summarise(records)
         if not isinstance(system, StoredMasks):  # which have no text that could be invalid
+            self.seconds.append((time.monotonic() - began) / max(1, len(records)))
             summary["statuses"] = dict(Counter(record["status"] for record in records))
         return summary, records
 
@@ -89,7 +95,8 @@ class ImageResults:
             name = "predictions.json" if stage == last else f"predictions_{stage}.json"
             write_results(self.folder / name, answers)  # pyright: ignore[reportArgumentType]
         # last: it says that the run has ended (segrl.sweeps)
-        write_results(self.folder / "results.json", {**results, "versions": versions()})
+        time_taken = {"seconds_per_answer": self.seconds} if self.seconds else {}  # in the order of evaluation
+        write_results(self.folder / "results.json", {**results, **time_taken, "versions": versions()})
         for key, what in (
             ("gain", "stage 2 - stage 1"),
             ("gain_over_control", "stage 2 - stage 1 continued for the same time"),
@@ -124,6 +131,9 @@ class ImageResults:
     def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
         if number < self.pictures:
             self._shown.append({"image": shown, "prediction": prediction, "target": target})
+            path = self.folder / SAMPLES / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shown.convert("RGB").save(path)  # what sheets of several runs draw on
 
 
 def _gain(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], score: str) -> list[float]:

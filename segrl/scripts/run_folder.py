@@ -224,8 +224,25 @@ def train_and_save(trainer: Any) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         history: Any = [{key: _finite(value) for key, value in entry.items()} for entry in trainer.state.log_history]
+        if history:
+            history[-1] |= parameter_counts(trainer.model)
         write_results(folder / HISTORY, history)  # last: `is_finished` looks for it
     trainer.accelerator.wait_for_everyone()
+
+
+def parameter_counts(model: Any) -> dict[str, int]:
+    """Return the numbers of all parameters of a model and of those that are trained.
+
+    Example:
+        >>> import torch
+        >>> parameter_counts(torch.nn.Linear(3, 2).requires_grad_(False))
+        {'parameters': 8, 'trainable_parameters': 0}
+    """
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {
+        "parameters": sum(count for count, _ in counts),
+        "trainable_parameters": sum(count for count, trains in counts if trains),
+    }
 
 
 def save_start(model: Any, processor: Any, folder: Path) -> None:

@@ -42,6 +42,12 @@ def build_tiny_reader(train: Dataset, path: str | None, *, phrases: Sequence[str
 
     Returns:
         Model and processor.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> model, processor = build_tiny_reader(make_synthetic(4, size=96), None)
+        >>> model.config.model_type, processor.tokenizer.tokenize("cyst 2142")[-4:]
+        ('qwen3_vl', ['2', '1', '4', '2'])
     """
     if path:
         return load_vlm(path)

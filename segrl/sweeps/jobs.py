@@ -21,11 +21,18 @@ class Job:
         script: Path of the script.
         flags: Its flags, without those that all jobs share.
         stage1: The job whose run is `--model`; None if there is none.
+        example: Folder of the script, where it is not that of the published scores; "" where it is.
     """
 
     script: Path
     flags: tuple[str, ...]
     stage1: Job | None = None
+    example: str = ""
+
+    @property
+    def title(self) -> str:
+        """The command as a person would say it."""
+        return " ".join([f"{self.example}/{self.script.stem}".lstrip("/"), *self.flags])
 
     @property
     def name(self) -> str:
@@ -35,7 +42,7 @@ class Job:
             >>> Job(Path("train_grpo.py"), ("--dense_weight", "0"), Job(Path("train_sft.py"), ())).name
             'train_grpo--dense_weight-0--after-train_sft'
         """
-        words = re.sub(r"[^\w.,=+-]+", "-", " ".join([self.script.stem, *self.flags]).replace(" --", "--"))
+        words = re.sub(r"[^\w.,=+-]+", "-", self.title.replace(" --", "--"))
         return words if self.stage1 is None else f"{words}--after-{self.stage1.name}"
 
     def command(self, seed: int, home: Path, shared: Sequence[str]) -> list[str]:
@@ -89,15 +96,17 @@ def plan_sweep(path: str | Path, tables: Sequence[str]) -> list[tuple[PublishedR
 def _job(row: PublishedRow, folder: Path) -> Job | None:
     if not row.command:
         return None
-    stage1 = None if not row.stage1 else Job(_script(row.stage1[0], folder), tuple(row.stage1[1:]))
-    return Job(_script(row.command[0], folder), tuple(row.command[1:]), stage1)
+    return _made(row.command, folder, None if not row.stage1 else _made(row.stage1, folder, None))
 
 
-def _script(name: str, folder: Path) -> Path:
-    path = folder / f"{name}.py"
+def _made(command: Sequence[str], folder: Path, stage1: Job | None) -> Job:
+    name, *flags = command
+    path = (folder / f"{name}.py").resolve()
     if not path.is_file():
-        raise DataError(f"command {name!r}: no {path}; expected a script beside the file of published scores")
-    return path
+        raise DataError(f"command {name!r}: no {path}; expected a script beside the file of published scores, or that "
+                        "of another example, such as ../lisa/train_sft")  # fmt: skip
+    own = path.parent == folder.resolve()
+    return Job(path if not own else folder / f"{name}.py", tuple(flags), stage1, "" if own else path.parent.name)
 
 
 def distinct_jobs(rows: Sequence[tuple[PublishedRow, Job | None]]) -> list[Job]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -70,11 +70,11 @@ def check_jobs(jobs: Sequence[Job], seed: int, home: Path, shared: Sequence[str]
         if job.folder(seed, home).exists():
             continue  # it passed before it began
         there = job.stage1 is None or is_done(job.stage1.folder(seed, home))
-        checked = job if there else Job(job.script, job.flags)
+        checked = job if there else replace(job, stage1=None)
         command = [sys.executable, *checked.command(seed, home, shared), "--check_only"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            problems.append(f"{_said(job)}: {_last_lines(done.stderr)}")
+            problems.append(f"{job.title}: {_last_lines(done.stderr)}")
     if problems:
         raise SegRLError("nothing was started:\n" + "\n".join(problems))
 
@@ -123,7 +123,7 @@ def run_sweep(
         for seed in seeds:
             folder = job.folder(seed, home)
             needs = None if job.stage1 is None else job.stage1.folder(seed, home)
-            title = f"{_said(job)}, seed {seed}"
+            title = f"{job.title}, seed {seed}"
             tasks.append(_Task(title, folder, (*launcher, *job.command(seed, home, shared)), needs))
             for name, data in (elsewhere or {}).items():
                 other = evaluation_folder(folder, name)
@@ -198,10 +198,6 @@ def evaluation_folder(run: Path, name: str) -> Path:
         'train_sft/seed1_on_TN-SCUI-2020'
     """
     return run.with_name(f"{run.name}_on_{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}")
-
-
-def _said(job: Job) -> str:
-    return " ".join([job.script.stem, *job.flags])
 
 
 def _last_lines(text: str) -> str:
