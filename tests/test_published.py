@@ -12,7 +12,7 @@ from segrl.reports import PublishedRow, load_published
 from segrl.scripts import check_rewards, parse
 
 FILES = {name: ROOT / "examples" / name / "published.yaml" for name in ("core_seg", "medvol_r1")}
-RUNS = {"core_seg": "CoreSegRun", "medvol_r1": "MedVolRun"}
+RUNS = {"core_seg": "CoreSegRun", "medvol_r1": "MedVolRun", "lisa": "LisaRun", "seg_zero": "SegZeroRun"}
 CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
 
 
@@ -72,11 +72,13 @@ def test_values_of_medvol_r1():
 
 
 def test_commands_are_ones_that_the_scripts_take(name):
-    runs = getattr(Example(name).modules["recipe"], RUNS[name])
     rows = load_published(FILES[name])
     assert sum(bool(row.command) for row in rows) >= 15
     for command in {row.command for row in rows if row.command}:
-        script, *flags = command
+        place, *flags = command
+        *other, script = place.removeprefix("../").split("/")
+        example = other[0] if other else name
+        runs = getattr(Example(example).modules["recipe"], RUNS[example])
         stage = script.removeprefix("train_")
         config = {"sft": SegSFTConfig, "grpo": SegGRPOConfig}[stage]
         arguments, _, given = parse([*flags, *CPU], runs.training_flags, config)

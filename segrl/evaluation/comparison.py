@@ -94,7 +94,7 @@ def compare_records(
         >>> found["scores"]["dice"]["difference"], found["gained"][0]["name"], found["lost"]
         (0.25, 'b', [])
     """
-    first, second = list(first), _matched(first, second, names)
+    first, second = list(first), match_records(first, second, names)
     if scores is None:
         scores = [name for name in SCORES if all(name in record for record in (*first, *second))]
         if not scores:
@@ -126,10 +126,19 @@ def _key(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(record.get(key) or "") for key in _KEYS)
 
 
-def _matched(
+def match_records(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], names: tuple[str, str]
 ) -> list[Mapping[str, Any]]:
-    """Return the second records in the order of the first."""
+    """Return the second records in the order of the first.
+
+    Args:
+        first: Records of one system.
+        second: Records of another.
+        names: Of the two systems, for errors.
+
+    Raises:
+        DataError: The systems were not asked the same.
+    """
     keys = [[_key(record) for record in records] for records in (first, second)]
     if keys[0] == keys[1]:
         return list(second)
