@@ -40,7 +40,7 @@ DENSE = {"cross_entropy": 2.0, "dice": 0.5}  # beside 1.0 for the text (formulas
 
 RECIPES = {
     "tiny": ImageRecipe(
-        **TINY_IMAGES,
+        **TINY_IMAGES | {"synthetic": {**TINY_IMAGES["synthetic"], "sft": 2000}},  # masks are all that it needs
         prompt=ImagePromptSettings(**ANSWER, frame_kind="resized_px", max_new_tokens=16),
         adapter=("mlp", {}),
         dense=DENSE,

@@ -42,7 +42,7 @@ def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
 # GRPO as published; both peers of this loss average within an answer, then over answers.
 AS_PUBLISHED = {"loss_type": "grpo", "use_bias_correction_kl": False, "importance_sampling_level": "token"}
 # A chat model knows how to answer before GRPO; the tiny one learns it in a stage 1 of text alone.
-TEXT_SFT = {**TINY_SFT, "learning_rate": 3e-3, "max_steps": 650}
+TEXT_SFT = {**TINY_SFT, "learning_rate": 3e-3, "max_steps": 400}
 
 RECIPES = {
     "tiny": ImageRecipe(
@@ -60,7 +60,7 @@ RECIPES = {
             "learning_rate": 2e-4,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 5,
-            "max_steps": 64,
+            "max_steps": 100,
             "logging_steps": 5,
             "beta": 5e-3,
             "temperature": 0.7,

@@ -55,7 +55,9 @@ def bar_chart(
         ends = np.array([scores[groups[n]]["ci95"] for n in places]).reshape(-1, 2)
         errors = np.abs(ends.T - means) * factor
         across = np.array(places) + (number - (len(systems) - 1) / 2) * width
-        axes.bar(across, means * factor, width, yerr=errors.tolist(), label=name, capsize=2, error_kw={"linewidth": 0.8})
+        axes.bar(
+            across, means * factor, width, yerr=errors.tolist(), label=name, capsize=2, error_kw={"linewidth": 0.8}
+        )
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
     axes.set_ylabel(ylabel)
     axes.set_title(title)

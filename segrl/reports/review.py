@@ -70,8 +70,8 @@ def write_review(
 ) -> list[int]:
     """Write a sheet on which people say which of two masks is better, without knowing whose it is.
 
-    Samples are drawn at random among those whose masks differ, and so are the sides, each system's equally often. The ground truth is
-    not shown.
+    Samples are drawn at random among those whose masks differ, and so are the sides, each system's equally often. The
+    ground truth is not shown.
 
     Args:
         first: Records of one system, see `overlap_record`.

@@ -70,6 +70,9 @@ class ImageRecipe(Recipe):
         brief: Short template reasoning.
         max_boxes: Boxes that a reference answer names at most.
 
+    Of synthetic data, "sft" in `synthetic` is the number of training rows with written answers, which stage 1 sees;
+    stage 2 sees all of them, since it needs their masks alone. Without it, stage 1 sees all as well.
+
     Example:
         >>> from segrl.models import tiny_qwen2_5_vl
         >>> parts = {"build": lambda rows, model: tiny_qwen2_5_vl(), "sft": {}, "grpo": {}, "rewards": ["box_f1"]}
@@ -190,18 +193,20 @@ class ImageRun(TwoStageRun):
 
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
         rows, recipe = self.repeated, self.recipe
+        if completions and self.arguments.data is None and (written := recipe.synthetic.get("sft")):
+            rows = rows.select(range(min(written, len(rows))))
         if completions and self.pretrains and self.prompt.reasoning and "reasoning" not in rows.column_names:
-            rows = rows.add_column("reasoning", [list_findings(picture) for picture in self.pictures()])  # type: ignore[call-arg]
+            rows = rows.add_column("reasoning", [list_findings(picture) for picture in self.pictures(rows)])  # type: ignore[call-arg]
         limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes, "coordinates": self.arguments.coordinates}
         return prepare(rows, processor, self.prompt, completions=completions, **limits)
 
-    def pictures(self) -> list[Picture]:
-        """Return what is known about `repeated`: of synthetic rows all lesions, of others the one that is asked for."""
+    def pictures(self, rows: Dataset) -> list[Picture]:
+        """Return what is known about training rows: of synthetic ones all lesions, of others the one asked for."""
         if self.arguments.data is None:
-            numbers = [int(name.rsplit("_", 1)[1]) for name in self.repeated["name"]]
+            numbers = [int(name.rsplit("_", 1)[1]) for name in rows["name"]]
             return [make_scene(number, **self.scenes("train")).picture() for number in numbers]
-        rows = map(dict, self.repeated)  # type: ignore[call-overload]
-        return [Picture.from_mask(row["image"], binarize(row["mask"]), row["lesion"] or "lesion") for row in rows]
+        dicts = map(dict, rows)  # type: ignore[call-overload]
+        return [Picture.from_mask(row["image"], binarize(row["mask"]), row["lesion"] or "lesion") for row in dicts]
 
     def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
         train = self.rows.get("train")
@@ -218,7 +223,7 @@ class ImageRun(TwoStageRun):
     def material(self) -> list[Picture]:
         """What pretraining learns from: synthetic scenes of its own, or the training rows."""
         if self.arguments.data is not None or self.recipe.pretraining is None:
-            return self.pictures()
+            return self.pictures(self.repeated)
         scenes = range(self.arguments.count(self.recipe.pretraining["scenes"], "train"))
         return [make_scene(n, **self.scenes("pretraining")).picture() for n in scenes]
 
