@@ -395,3 +395,21 @@ def test_a_damaged_segmenter_file(change, message, tmp_path):
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     with pytest.raises(CheckpointError, match=message):
         load_segmenter(tmp_path)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_keep_their_precision(kind, dtype):
+    exact, cast = small(kind), torch.nn.Sequential(small(kind)).to(dtype)[0]
+    places: Any = [segmenter.sam.get_image_wide_positional_embeddings() for segmenter in (exact, cast)]
+    assert torch.equal(*places)
+    boxes = (BOXES * 64)[:, None]
+    sparse = [
+        segmenter.sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=boxes, input_masks=None)[0]
+        for segmenter in (exact, cast)
+    ]
+    # what is learned of corners is rounded; a rounded matrix would move the sines by up to 2
+    torch.testing.assert_close(*sparse, atol=0.05, rtol=0.02)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        assert cast.decode_boxes(cast.encode(images), BOXES, INDEX, points=POINTS).dtype == dtype

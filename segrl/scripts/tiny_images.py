@@ -89,8 +89,8 @@ TINY_IMAGES: dict[str, Any] = {
 TINY_ON_DATA: dict[str, Any] = {
     "pretraining": {
         "vision": {"steps": 400},
-        "captions": {"steps": 200},
-        "segmenter": {"encoder_steps": 400, "decoder_steps": 700, "decoder_batch_size": 12, "unprompted": 0.5},
+        "captions": {"steps": 100},
+        "segmenter": {"encoder_steps": 2000, "decoder_steps": 400, "decoder_batch_size": 12, "unprompted": 0.5},
     },
     "fill_to": 4200,
 }

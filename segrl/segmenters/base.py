@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["ImageFeatures", "Segmenter", "evaluating", "square_pixels"]
+__all__ = ["ExactPositions", "ImageFeatures", "Segmenter", "evaluating", "square_pixels"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,31 @@ def square_pixels(image: Image.Image | np.ndarray, side: int) -> Tensor:
         image = Image.fromarray(np.asarray(image))
     resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+
+
+class ExactPositions(nn.Module):
+    """A segmenter whose position encoding keeps its precision when the whole model is cast.
+
+    It multiplies coordinates by a fixed random matrix and takes sines of the products: in bfloat16 they would be those
+    of other positions. Whatever casts a model, such as an engine, calls `_apply`.
+    """
+
+    def position_matrices(self) -> list[tuple[nn.Module, str]]:
+        """Return the modules with these matrices, each with the name of its buffer or parameter."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        exact = [(module, name, getattr(module, name).detach()) for module, name in self.position_matrices()]
+        super()._apply(fn, recurse)
+        for module, name, before in exact:
+            now = getattr(module, name)
+            if now.dtype == before.dtype:
+                continue
+            if isinstance(now, nn.Parameter):
+                now.data = before.to(now.device)
+            else:
+                setattr(module, name, before.to(now.device))
+        return self
 
 
 @contextmanager

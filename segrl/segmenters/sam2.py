@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
 from segrl.models.saved_files import ShapesOnly, check_counts, read_object, read_weights, require_shapes
-from segrl.segmenters.base import ImageFeatures, square_pixels
+from segrl.segmenters.base import ExactPositions, ImageFeatures, square_pixels
 from segrl.segmenters.registry import register_segmenter
 
 __all__ = [
@@ -249,7 +249,7 @@ _UNTRAINED = ("sam_mask_decoder.iou_prediction_head.", "sam_mask_decoder.pred_ob
 
 
 @register_segmenter("sam2")
-class Sam2Segmenter(nn.Module):
+class Sam2Segmenter(ExactPositions):
     """SAM 2 as a `Segmenter`: prompt embeddings go straight into its mask decoder, which returns one mask for each.
 
     `decode` uses the decoder's single-mask token and no output other than its logits: stride 4, so `mask_size` is S /
@@ -445,18 +445,8 @@ class Sam2Segmenter(nn.Module):
         sparse, _ = self.sam.sam_prompt_encoder(points=(places, labels), boxes=None, masks=None)
         return self.decode(features, sparse.to(features.tensors[0].dtype), index)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As in `torch.nn.Module`, but the position encoding keeps its precision.
-
-        It multiplies coordinates, which are float32, by a fixed random matrix and takes sines of the products: in
-        bfloat16 they would be those of other positions. Whatever casts the whole model, such as an engine, calls this.
-        """
-        layer = self.sam.sam_prompt_encoder.pe_layer
-        exact = layer.positional_encoding_gaussian_matrix
-        super()._apply(fn, recurse)
-        if layer.positional_encoding_gaussian_matrix.dtype != exact.dtype:
-            layer.positional_encoding_gaussian_matrix = exact.to(layer.positional_encoding_gaussian_matrix.device)
-        return self
+    def position_matrices(self) -> list[tuple[nn.Module, str]]:
+        return [(self.sam.sam_prompt_encoder.pe_layer, "positional_encoding_gaussian_matrix")]
 
     def to_config(self) -> dict[str, Any]:
         """Return JSON-ready settings from which `from_config` builds the same architecture."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from segrl.errors import CheckpointError, unknown_name
 from segrl.hub import reraise_as
 from segrl.segmenters import original_sam
-from segrl.segmenters.base import ImageFeatures, square_pixels
+from segrl.segmenters.base import ExactPositions, ImageFeatures, square_pixels
 from segrl.segmenters.registry import register_segmenter
 from segrl.segmenters.sam2 import IMAGENET_MEAN, IMAGENET_STD, read_checkpoint
 
@@ -33,7 +33,7 @@ Scaling = Literal["imagenet", "half", "minmax"]
 _UNTRAINED = ("mask_decoder.iou_prediction_head.", "mask_decoder.pred_obj_score_head.")
 
 
-class _TransformersSegmenter(nn.Module):
+class _TransformersSegmenter(ExactPositions):
     """Common part of the models of `transformers`; the decoder's single-mask token gives the mask."""
 
     model_class: ClassVar[str]
@@ -93,6 +93,10 @@ class _TransformersSegmenter(nn.Module):
         for name, parameter in self.sam.named_parameters():
             trains = name.startswith("mask_decoder.") and not name.startswith(_UNTRAINED)
             parameter.requires_grad_(trains or (name.startswith("vision_encoder.") and not encoder))
+
+    def position_matrices(self) -> list[tuple[nn.Module, str]]:
+        name = "positional_embedding"
+        return [(part, name) for part in self.sam.modules() if isinstance(getattr(part, name, None), Tensor)]
 
     def preprocess(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an image as (3, S, S), resized to a square; see `Segmenter.preprocess`."""
