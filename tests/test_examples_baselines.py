@@ -108,7 +108,10 @@ def test_lisa_has_no_stage_2():
 
 def test_seg_zero_trains_on_boxes_and_points_with_a_frozen_segmenter(seg_zero):
     results = read_json(seg_zero / "results.json")
-    assert set(results) >= {"baseline", "stage1", "stage2", "gain", "zero_spread"}
+    assert set(results) >= {"baseline", "oracle", "stage1", "stage2", "gain", "zero_spread"}
+    truth = read_json(seg_zero / "predictions_oracle.json")
+    assert all(record["status"] == "valid" for record in truth)
+    assert any(record["boxes"] for record in truth)
     assert not (seg_zero / "mask_head.json").exists()
     assert results["config"]["grpo"]["num_generations"] == 8
     (steps,) = [[e for e in read_json(seg_zero / "log_history.json") if "reward" in e]]
@@ -157,7 +160,7 @@ def test_a_preset_without_stage_1(tmp_path, monkeypatch):
     short = ("--max_steps", "1", "--max_completion_length", "8", "--output_dir", str(tmp_path / "run"), "--use_cpu")
     kind.check_grpo([*map(str, SHORT), *short])()
     assert not (tmp_path / "run" / "stage1").exists()
-    assert set(read_json(tmp_path / "run" / "results.json")) >= {"baseline", "stage2"}
+    assert set(read_json(tmp_path / "run" / "results.json")) >= {"baseline", "oracle", "stage2"}
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_table_without_a_terminal_is_wide_enough_for_its_cells(capsys):
 
 def test_table_refuses_no_stage_and_values_that_are_no_fractions():
     with pytest.raises(
-        DataError, match=r"at least one of baseline, stage1, stage2, control, model, got the keys \['config'\]"
+        DataError, match=r"at least one of baseline, oracle, stage1, stage2, control, model, got the keys \['config'\]"
     ):
         printed({"config": {}})
     with pytest.raises(DataError, match=r"stage1: mdice is 37.06; expected a fraction"):

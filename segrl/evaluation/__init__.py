@@ -3,7 +3,7 @@
 from segrl.evaluation.base import OnAnswer, overlap_record
 from segrl.evaluation.comparison import compare_records, read_records
 from segrl.evaluation.constant_mask import constant_mask_baseline, evaluate_constant_mask
-from segrl.evaluation.images import evaluate
+from segrl.evaluation.images import evaluate, evaluate_true_boxes
 from segrl.evaluation.stored_masks import StoredMasks, evaluate_masks
 from segrl.evaluation.volumes import (
     VOLUME_GROUPINGS,
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_constant_mask",
     "evaluate_masks",
     "evaluate_oracle_boxes",
+    "evaluate_true_boxes",
     "evaluate_volumes",
     "overlap_record",
     "read_records",

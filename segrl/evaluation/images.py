@@ -14,9 +14,11 @@ from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import binarize
 from segrl.inference.images import ReasoningSegmenter
 from segrl.metrics.registry import Metric
+from segrl.predictions.prediction import Prediction, Status
 from segrl.predictions.target import Target
+from segrl.segmenters.box_segmenter import BoxSegmenter
 
-__all__ = ["evaluate", "read_image_target", "whole_image"]
+__all__ = ["evaluate", "evaluate_true_boxes", "read_image_target", "whole_image"]
 
 
 def evaluate(
@@ -70,6 +72,63 @@ def evaluate(
         answer,
         partial(overlap_record, metrics=metrics),
         title="evaluate",
+        batch_size=batch_size,
+        progress=progress,
+        on_answer=on_answer,
+    )
+
+
+def evaluate_true_boxes(
+    box_segmenter: BoxSegmenter,
+    dataset: Dataset,
+    *,
+    batch_size: int = 16,
+    metrics: Sequence[str | Metric] = (),
+    progress: bool = True,
+    on_answer: OnAnswer | None = None,
+) -> list[dict[str, Any]]:
+    """Score what a frozen segmenter makes of the true boxes, the ceiling of a cascade; `evaluate_oracle_boxes` in 3D.
+
+    Args:
+        box_segmenter: Prompted with the box of each component, and with a point in it if it takes points.
+        dataset: As in `evaluate`.
+        batch_size: Rows at a time.
+        metrics: See `evaluate`.
+        progress: Show a progress bar.
+        on_answer: See `evaluate`.
+
+    Returns:
+        One record per row, in order.
+
+    Raises:
+        DataError: As `evaluate`.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter
+        >>> boxes = BoxSegmenter(Sam2Segmenter(Sam2Config(image_size=64)))
+        >>> (record,) = evaluate_true_boxes(boxes, make_synthetic(1, size=56), progress=False)
+        >>> record["status"], len(record["boxes"]) > 0
+        ('valid', True)
+    """
+
+    def answer(batch: list[tuple[Any, Target]]) -> list[Prediction]:
+        pixels = [box_segmenter.segmenter.preprocess(read_image(image)) for image, _ in batch]
+        targets = [target for _, target in batch]
+        sizes = [(target.height, target.width) for target in targets]
+        boxes, points = [target.boxes for target in targets], [target.points for target in targets]
+        masks = box_segmenter(pixels, boxes, sizes, points)
+        return [
+            Prediction("", None, None, target.boxes, Status.VALID, has_seg=False, mask=mask, points=target.points)
+            for target, mask in zip(targets, masks, strict=True)
+        ]
+
+    return score_rows(
+        dataset,
+        lambda row: (whole_image(row), read_image_target(row)),
+        answer,
+        partial(overlap_record, metrics=metrics),
+        title="oracle",
         batch_size=batch_size,
         progress=progress,
         on_answer=on_answer,

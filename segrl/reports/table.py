@@ -23,8 +23,9 @@ from segrl.reports.terminal import printable
 
 __all__ = ["Column", "results_table"]
 
-STAGES = ("baseline", "stage1", "stage2", "control", "model")  # "model": one that is only evaluated
-VOLUME_STAGES = ("oracle", *STAGES[1:])  # "oracle": the segmenter prompted with the ground truth
+# "oracle": the segmenter prompted with the ground truth; "model": one that is only evaluated
+STAGES = ("baseline", "oracle", "stage1", "stage2", "control", "model")
+VOLUME_STAGES = STAGES[1:]
 PLAIN_WIDTH = 100  # smallest width in columns if the output is not a terminal
 WIDEST = 1000  # columns, wide enough for every table
 _PLAIN = (1, sys.float_info.max, "a finite number of at least 0")

@@ -18,6 +18,7 @@ from segrl.data.images.prompts import prepare
 from segrl.data.images.synthetic import make_scene, make_synthetic
 from segrl.errors import CheckpointError, SegRLError
 from segrl.evaluation.constant_mask import evaluate_constant_mask
+from segrl.evaluation.images import evaluate_true_boxes
 from segrl.geometry.mask_images import binarize
 from segrl.heads.attach import attach_mask_head, find_mask_head
 from segrl.heads.dense import DenseLoss
@@ -339,6 +340,12 @@ class CascadeRun(FrozenSegmenterRun, ImageRun):
 
     def trained_segmenter(self, segmenter: Any) -> None:
         self.train_segmenter(segmenter)
+
+    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
+        """The constant mask, and the ceiling of the frozen segmenter, prompted with what is true."""
+        frozen = BoxSegmenter(segmenter.segmenter, points=self.prompt.answer_form == "json")
+        asked = {"batch_size": self.arguments.eval_batch_size}
+        return {**super().baselines(segmenter, rows), "oracle": evaluate_true_boxes(frozen, rows, **asked)}
 
     def check_run(self, folder: str | Path) -> None:
         if (Path(folder) / "mask_head.json").is_file():
