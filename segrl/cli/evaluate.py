@@ -40,6 +40,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     command.add_argument("--output_dir", type=Path, metavar="FOLDER", help="where to write; default: evaluation in the "
                          "folder of the run, or FOLDER_evaluation beside the masks")  # fmt: skip
     command.add_argument("--overwrite", action="store_true", help="replace the results in output_dir")
+    command.add_argument("--conventions", nargs="+", metavar="NAME", help="images: also score the masks as published "
+                         "evaluators do, such as lisa rela; all: every one, side by side, with sources")  # fmt: skip
     command.add_argument("--pictures", type=count, metavar="N", help="answers drawn (default: 16 images, 8 volumes)")
     command.set_defaults(run=_evaluate)
 
@@ -49,8 +51,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from segrl.data.splits import load_split
     from segrl.data.volumes.folder import check_volumes, load_volumes
     from segrl.errors import SegRLError
+    from segrl.evaluation.conventions import cases_of, check_conventions, compare_conventions, conventions_page
     from segrl.inference.base import find_run
     from segrl.predictions.prompt_settings import load_prompt_settings
+    from segrl.reports.terminal import say
     from segrl.scripts.results import results_for
     from segrl.scripts.run_folder import check_output, claimed
 
@@ -79,13 +83,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     rows = load_split(arguments.data, arguments.split, **readers, allow_outside=arguments.allow_outside)
     if arguments.limit is not None and arguments.limit < len(rows):
         rows = rows.select(range(arguments.limit))
+    if arguments.conventions:
+        if task == "volumes":
+            raise SegRLError("--conventions is for images, whose records hold masks; drop it")
+        names = check_conventions(arguments.conventions)
     results = results_for(task)(output, arguments.pictures)
     size = arguments.batch_size or (4 if task == "volumes" else 16)
     system = _loaded(arguments, task) if arguments.predictions is None else _stored(arguments, rows)
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}
     with claimed(output, asked):
         summary, records = results.score(system, rows, size, draw=True)
-        results.write({"config": asked, "model": summary}, {"model": records}, "model")
+        found = {"config": asked, "model": summary}
+        if arguments.conventions:
+            found["conventions"] = compare_conventions(cases_of(records), names)
+            page = conventions_page(found["conventions"])
+            (output / "conventions.md").write_text(page, encoding="utf-8")
+        results.write(found, {"model": records}, "model")
+        if arguments.conventions:
+            say(page)
     return OK
 
 

@@ -1,0 +1,23 @@
+"""What published evaluators make of the same masks: named conventions, side by side, with their sources."""
+
+from segrl.evaluation.conventions.cases import KINDS, Case, cases_of
+from segrl.evaluation.conventions.compared import (
+    check_conventions,
+    compare_conventions,
+    conventions_page,
+    explain_difference,
+)
+from segrl.evaluation.conventions.published import CONVENTIONS, Convention, ConventionError
+
+__all__ = [
+    "CONVENTIONS",
+    "KINDS",
+    "Case",
+    "Convention",
+    "ConventionError",
+    "cases_of",
+    "check_conventions",
+    "compare_conventions",
+    "conventions_page",
+    "explain_difference",
+]

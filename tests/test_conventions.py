@@ -1,0 +1,351 @@
+"""Conventions of published evaluators against oracles that follow each source step by step, on 10,000 random rows."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from segrl.cli.main import main
+from segrl.data import make_synthetic, write_folder
+from segrl.errors import DataError, UnknownNameError
+from segrl.evaluation.conventions import (
+    CONVENTIONS,
+    KINDS,
+    Case,
+    ConventionError,
+    cases_of,
+    compare_conventions,
+    conventions_page,
+    explain_difference,
+)
+from segrl.geometry import mask_to_rle
+from segrl.metrics import dice, iou
+
+COUNT, BATCHES = 10_000, 100
+
+
+def random_cases(count: int, seed: int, shape: tuple[int, ...] = (6, 7)) -> list[Case]:
+    """Rows with empty masks, no masks, false alarms and ignored pixels, each often."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for n in range(count):
+        true = rng.random(shape) < rng.choice([0.0, 0.1, 0.5, 1.0], p=[0.3, 0.3, 0.3, 0.1])
+        predicted = None
+        if rng.random() < 0.8:
+            flipped = rng.random(shape) < rng.choice([0.0, 0.1, 0.5])
+            predicted = (true ^ flipped) if rng.random() < 0.7 else rng.random(shape) < rng.choice([0.0, 0.3])
+        ignored = rng.random(shape) < rng.choice([0.1, 1.0], p=[0.95, 0.05]) if rng.random() < 0.2 else None
+        group = str(rng.choice(["cyst", "nodule"]))
+        found.append(Case(true, predicted, ignored, bool(rng.random() < 0.9), f"row {n}", group))
+    return found
+
+
+def labels(case: Case) -> np.ndarray:
+    """The truth as LISA's data has it: 0, 1, and 255 for ignored."""
+    found = case.true.astype(np.int64)
+    if case.ignored is not None:
+        found[case.ignored] = 255
+    return found
+
+
+def lisa(cases: Sequence[Case]) -> dict[str, float]:
+    total, inter, union, count = 0.0, 0, 0, 0
+    for case in cases:
+        target = labels(case).ravel()
+        output = np.zeros_like(target) if case.predicted is None else case.predicted.astype(np.int64).ravel()
+        output = np.where(target == 255, 255, output)
+        same = output[output == target]
+        i = int((same == 1).sum())
+        u = int((output == 1).sum()) + int((target == 1).sum()) - i
+        value = i / (u + 1e-5)
+        if u == 0:
+            value += 1.0
+        total, inter, union, count = total + value, inter + i, union + u, count + 1
+    return {"giou": total / (count + 1e-5), "ciou": inter / (union + 1e-10)}
+
+
+def mmr(cases: Sequence[Case]) -> dict[str, float]:
+    return lisa([case for case in cases if case.predicted is not None])
+
+
+def rela(cases: Sequence[Case]) -> dict[str, float]:
+    sums = {"iou": 0.0, "i": 0, "u": 0, "targets": 0, "TP": 0, "TN": 0, "FP": 0, "FN": 0}
+    hits = dict.fromkeys((0.7, 0.8, 0.9), 0)
+    for case in cases:
+        predicted = np.zeros_like(case.true) if case.predicted is None else case.predicted
+        says_none = not predicted.any()
+        i, u = int(np.logical_and(predicted, case.true).sum()), int(np.logical_or(predicted, case.true).sum())
+        if not case.true.any():
+            if says_none:
+                sums["TP"] += 1
+                sums["iou"] += 1
+            else:
+                sums["FN"] += 1
+                sums["u"] += u
+            continue
+        if says_none:
+            sums["FP"] += 1
+            i = 0
+        else:
+            sums["TN"] += 1
+        value = 0.0 if u == 0 else i / u
+        sums["iou"] += value
+        sums["i"] += i
+        sums["u"] += u
+        sums["targets"] += 1
+        for threshold in hits:
+            hits[threshold] += value >= threshold
+    found = {"giou": sums["iou"] / len(cases), "ciou": sums["i"] / sums["u"]}
+    found |= {f"p@{threshold}": hit / sums["targets"] for threshold, hit in hits.items()}
+    if sums["TP"] + sums["FN"]:
+        found |= {"t_acc": sums["TN"] / (sums["TN"] + sums["FP"]), "n_acc": sums["TP"] / (sums["TP"] + sums["FN"])}
+    else:
+        found |= {"t_acc": 0, "n_acc": 0}
+    return found
+
+
+def vision_reasoner(cases: Sequence[Case]) -> dict[str, float]:
+    items = []
+    for case in cases:
+        truth = labels(case) == 1
+        if case.predicted is None:
+            items.append((0, int(truth.sum())))
+            continue
+        union = int((case.predicted | truth).sum())
+        if union:  # else its two values cannot be unpacked, and the row is skipped
+            items.append((int((case.predicted & truth).sum()), union))
+    inter, union = (sum(item[n] for item in items) for n in (0, 1))
+    ious = [i / u if u > 0 else 0 for i, u in items]
+    return {"giou": float(np.mean(ious)), "ciou": inter / union if union > 0 else 0}
+
+
+def m3d(cases: Sequence[Case]) -> dict[str, float]:
+    scores = []
+    for case in cases:
+        target = (labels(case) == 1).astype(float).ravel()
+        assert case.predicted is not None
+        predict = case.predicted.astype(float).ravel()
+        scores.append(2 * (predict * target).sum() / (predict.sum() + target.sum() + 1))
+    return {"mdice": float(np.mean(scores))}
+
+
+def unibiomed(cases: Sequence[Case]) -> dict[str, float]:
+    sums: dict[str, list[list[float]]] = {}
+    for case in cases:
+        assert case.predicted is not None
+        pred, gt = case.predicted.astype(np.uint8), case.true.astype(np.uint8)
+        score = 2.0 * (pred * gt).sum() / (pred.sum() + gt.sum() + 1e-8)
+        if pred.sum() == 0 or gt.sum() == 0:
+            hd95, nsd = math.nan, 0.0
+        else:
+            pred_dist: Any = ndimage.distance_transform_edt(1 - pred)
+            gt_dist: Any = ndimage.distance_transform_edt(1 - gt)
+            one, other = pred * gt_dist, gt * pred_dist
+            wrong = np.concatenate([one[one > 0], other[other > 0]])
+            hd95 = math.nan if not len(wrong) else float(np.percentile(wrong, 95))
+            rim_pred: Any = pred - ndimage.binary_erosion(pred)
+            rim_gt: Any = gt - ndimage.binary_erosion(gt)
+            near = ((rim_pred > 0) & (gt_dist <= 2)).sum() + ((rim_gt > 0) & (pred_dist <= 2)).sum()
+            nsd = near / (rim_pred.sum() + rim_gt.sum() + 1e-8)
+        sums.setdefault(case.group, []).append([score, hd95, nsd])
+    mean = np.mean([np.mean(rows, axis=0) for rows in sums.values()], axis=0)
+    return {"mdice": mean[0], "hd95_voxels": mean[1], "nsd": mean[2]}
+
+
+def core_seg(cases: Sequence[Case]) -> dict[str, float]:
+    scores, ious, failed = [], [], []
+    for case in cases:
+        predicted = np.zeros_like(case.true) if case.predicted is None else case.predicted
+        i, u = (predicted & case.true).sum(), (predicted | case.true).sum()
+        scores.append(2 * i / (predicted.sum() + case.true.sum()))
+        ious.append(i / u)
+        failed.append(scores[-1] == 0 or not case.valid)
+    return {"mdice": np.mean(scores), "miou": np.mean(ious), "fail": np.mean(failed)}
+
+
+def segrl(cases: Sequence[Case]) -> dict[str, float]:
+    ious, dices, failed, hits, right, kept = [], [], [], [], [], []
+    inter = union = 0
+    for case in cases:
+        keep = np.ones_like(case.true) if case.ignored is None else ~case.ignored
+        true = case.true[keep][None]
+        predicted = np.zeros_like(true) if case.predicted is None else case.predicted[keep][None]
+        if not true.size:  # every pixel is ignored
+            true = predicted = np.zeros((1, 1), dtype=bool)
+        ious.append(iou(predicted, true))
+        dices.append(dice(predicted, true))
+        failed.append(dices[-1] == 0 or not case.valid)
+        inter += (predicted & true).sum()
+        union += (predicted | true).sum()
+        if true.any():
+            hits.append(float(ious[-1]))
+            kept.append(predicted.any())
+        else:
+            right.append(not predicted.any())
+    found = {"giou": np.mean(ious), "ciou": inter / union, "mdice": np.mean(dices), "miou": np.mean(ious)}
+    found |= {"fail": np.mean(failed)} | {f"p@{t}": np.mean(np.array(hits) > t) for t in (0.5, 0.7, 0.9)}
+    return found | {name: np.mean(rows) for name, rows in (("n_acc", right), ("t_acc", kept)) if rows}
+
+
+ORACLES: dict[str, Callable[[Sequence[Case]], dict[str, float]]] = {
+    "lisa": lisa,
+    "mmr": mmr,
+    "rela": rela,
+    "vision_reasoner": vision_reasoner,
+    "m3d": m3d,
+    "unibiomed": unibiomed,
+    "core_seg": core_seg,
+    "segrl": segrl,
+}
+
+
+def allowed(cases: Sequence[Case], name: str) -> list[Case]:
+    return [case for case in cases if not case.traits.intersection(CONVENTIONS[name].refuses)]
+
+
+def test_every_convention_has_an_oracle_and_every_kind_occurs():
+    assert ORACLES.keys() == CONVENTIONS.keys()
+    cases = random_cases(2000, 0)
+    assert {case.kind for case in cases} == set(KINDS)
+    for name in CONVENTIONS:
+        assert len(allowed(cases, name)) > 400
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_a_convention_equals_its_oracle_on_ten_thousand_rows(name):
+    shape = (3, 5, 5) if name == "unibiomed" else (6, 7)
+    cases = allowed(random_cases(COUNT * 3, 1, shape), name)[:COUNT]
+    assert len(cases) == COUNT
+    for start in [0, *range(0, COUNT, COUNT // BATCHES)]:
+        rows = cases if not start else cases[start : start + COUNT // BATCHES]
+        if name == "unibiomed":  # one NaN makes a mean NaN: also rows without any
+            assert math.isnan(CONVENTIONS[name](rows)["hd95_voxels"])
+            rows = [case for case in rows if not math.isnan(unibiomed([case])["hd95_voxels"])]
+        found, expected = CONVENTIONS[name](rows), ORACLES[name](rows)
+        assert found.keys() == expected.keys()
+        for score, value in expected.items():
+            assert found[score] == pytest.approx(float(value), abs=1e-9), (score, start)
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_the_mean_of_a_convention_is_that_of_its_rows(name):
+    cases = allowed(random_cases(500, 2), name)
+    rows = [value for case in cases if (value := CONVENTIONS[name].row(case)) is not None]
+    if name != "unibiomed":  # which averages over classes
+        assert CONVENTIONS[name](cases)[CONVENTIONS[name].mean] == pytest.approx(np.mean(rows), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("lisa", Case(np.eye(3, dtype=bool), name="a"), r"lisa states no rule for 1 of 2 rows \(no mask\), such as a"),
+        ("lisa", Case(np.zeros((3, 3), dtype=bool), name="a"), r"no rule for 1 of 2 rows \(no mask\)"),
+        ("m3d", Case(np.eye(3, dtype=bool)), r"\(no mask\), such as a row without a name"),
+        ("core_seg", Case(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool)), r"\(both empty\)"),
+        ("rela", Case(np.eye(3, dtype=bool), np.eye(3, dtype=bool), np.eye(3, dtype=bool)), r"\(ignored pixels\)"),
+    ],
+)
+def test_rows_without_a_rule_are_refused(name, row, message):
+    plain = Case(np.eye(3, dtype=bool), np.eye(3, dtype=bool))
+    with pytest.raises(ConventionError, match=message):
+        CONVENTIONS[name]([plain, row])
+    assert CONVENTIONS[name]([plain])
+
+
+def test_nothing_and_division_by_zero():
+    nothing = Case(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool))
+    for name, message in (
+        ("rela", "no pixel is true or predicted"),
+        ("vision_reasoner", "every row is left out"),
+    ):
+        with pytest.raises(ConventionError, match=message):
+            CONVENTIONS[name]([nothing])
+    with pytest.raises(ConventionError, match="no row has a mask"):
+        CONVENTIONS["mmr"]([Case(np.eye(3, dtype=bool))])
+    alarm = Case(np.zeros((3, 3), dtype=bool), np.eye(3, dtype=bool))
+    with pytest.raises(ConventionError, match="no row has a target"):
+        CONVENTIONS["rela"]([alarm])
+    for convention in CONVENTIONS.values():
+        with pytest.raises(ConventionError, match="at least one row"):
+            convention([])
+
+
+def test_masks_that_are_none():
+    for wrong in (np.zeros((3, 3)), np.zeros((3, 4), dtype=bool), [[True]]):
+        with pytest.raises(DataError, match="row 3: predicted mask is"):
+            Case(np.eye(3, dtype=bool), wrong, name="row 3")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="record 0: holds no masks"):
+        cases_of([{"dice": 1.0}])
+
+
+def test_a_difference_is_divided_among_the_rows_that_cause_it():
+    for seed, (first, second) in enumerate((("segrl", "vision_reasoner"), ("mmr", "segrl"), ("rela", "vision_reasoner"))):
+        cases = allowed(allowed(random_cases(400, seed), first), second)
+        parts = explain_difference(cases, first, second)
+        means = []
+        for name in (first, second):
+            rows = [value for case in cases if (value := CONVENTIONS[name].row(case)) is not None]
+            means.append(sum(rows) / len(rows))
+        assert sum(parts.values()) == pytest.approx(means[1] - means[0], abs=1e-12)
+        assert any(abs(part) > 1e-3 for part in parts.values())
+    assert explain_difference(cases, "segrl", "segrl") == dict.fromkeys(parts, 0.0)
+    with pytest.raises(ConventionError, match="averages giou, core_seg mdice"):
+        explain_difference(cases, "segrl", "core_seg")
+
+
+def test_side_by_side():
+    cases = random_cases(300, 5)
+    found = compare_conventions(cases)
+    assert json.loads(json.dumps(found)) == found
+    assert sum(found["kinds"].values()) == 300
+    assert found["conventions"]["lisa"]["scores"] is None
+    assert "lisa states no rule for" in found["conventions"]["lisa"]["reason"]
+    page = conventions_page(found)
+    table = page.splitlines()[2:]
+    assert table[0] == f"| | {' | '.join(CONVENTIONS)} |"
+    assert table[2].startswith("| gIoU | - | ")
+    for convention in CONVENTIONS.values():
+        assert convention.source in page
+    with pytest.raises(UnknownNameError, match="convention 'lissa'"):
+        compare_conventions(cases, ["lissa"])
+
+
+def test_eval_in_all_conventions(tmp_path, capsys):
+    rows = make_synthetic(4, size=48)
+    data = write_folder(rows, tmp_path / "data", split="test")
+    (tmp_path / "theirs").mkdir()
+    masks = []
+    for n, (row, source) in enumerate(zip(map(dict, rows), sorted((data / "masks").iterdir()), strict=True)):
+        mask = np.asarray(row["mask"]) > 0
+        mask = np.roll(mask, 3 * n, axis=1) if n < 3 else np.zeros_like(mask)
+        masks.append(mask)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "theirs" / source.name)
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(data)]
+    assert main([*argv, "--conventions", "rela", "segrl", "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "| | rela | segrl |" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["conventions"]
+    truth = [np.asarray(row["mask"]) > 0 for row in map(dict, rows)]
+    expected = segrl([Case(true, mask) for true, mask in zip(truth, masks, strict=True)])
+    assert found["conventions"]["segrl"]["scores"]["giou"] == pytest.approx(expected["giou"])
+    assert (tmp_path / "out" / "conventions.md").read_text().startswith("# 4 rows in 2 conventions")
+    assert main([*argv, "--conventions", "lissa", "--output_dir", str(tmp_path / "x")]) == 2
+    assert "convention 'lissa'; did you mean 'lisa'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_records_keep_the_masks_exactly():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        true, predicted = rng.random((9, 11)) < rng.random(), rng.random((9, 11)) < rng.random()
+        record = {"target_mask": mask_to_rle(true), "predicted_mask": mask_to_rle(predicted), "status": "no_answer"}
+        (case,) = cases_of([json.loads(json.dumps(record))])
+        assert np.array_equal(case.true, true)
+        assert case.predicted is not None
+        assert np.array_equal(case.predicted, predicted)
+        assert not case.valid
