@@ -284,7 +284,9 @@ def test_masks_that_are_none():
 
 
 def test_a_difference_is_divided_among_the_rows_that_cause_it():
-    for seed, (first, second) in enumerate((("segrl", "vision_reasoner"), ("mmr", "segrl"), ("rela", "vision_reasoner"))):
+    for seed, (first, second) in enumerate(
+        (("segrl", "vision_reasoner"), ("mmr", "segrl"), ("rela", "vision_reasoner"))
+    ):
         cases = allowed(allowed(random_cases(400, seed), first), second)
         parts = explain_difference(cases, first, second)
         means = []

@@ -11,7 +11,7 @@ from test_examples import KINDS, PIN, Kind
 from segrl import SegGRPOConfig, make_reward
 from segrl.errors import RewardError, SegRLError
 from segrl.rewards.trial import try_reward
-from segrl.scripts import check_trainer, claimed
+from segrl.scripts import check_trainer, claimed, image_run
 
 BOTH = [  # flags of either stage
     (["--learning_rate", "-1"], "--learning_rate -1.0: expected 0 or more"),
@@ -141,10 +141,11 @@ def counted(make: Any, counts: list[int]) -> Any:
 def made(kind, monkeypatch) -> list[int]:
     """Numbers of images or volumes that were made."""
     counts: list[int] = []
-    module: Any = kind.example.modules["recipe"]
-    for name in ("make_synthetic", "make_synthetic_volumes"):
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, counted(getattr(module, name), counts))
+    places: list[tuple[Any, str]] = [(image_run, "make_synthetic"), (image_run, "make_scene")]
+    if kind.example.name == "medvol_r1":
+        places = [(kind.example.modules["recipe"], "make_synthetic_volumes")]
+    for module, name in places:
+        monkeypatch.setattr(module, name, counted(getattr(module, name), counts))
     return counts
 
 

@@ -1,5 +1,5 @@
 """The command `segrl`: rewards and parts listed and described; rewards checked, audited, and applied to completions;
-runs evaluated and compared.
+runs evaluated and compared; data converted and checked.
 
 Exit status: 0 if all is well, 1 if a check fails or a reward can be hacked, 2 for wrong arguments or unreadable data.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from segrl._version import __version__
 from segrl.cli.compare import add_compare_command
+from segrl.cli.data import add_data_commands
 from segrl.cli.evaluate import add_eval_command
 from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval_command(areas, common)
     add_compare_command(areas, common, as_json)
     add_sweep_command(areas, common)
+    add_data_commands(areas, common, as_json)
 
     def command(name: str, run: Any, text: str, *parents: CommandParser, **more: Any):
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",

@@ -28,6 +28,12 @@ def save_segmenter(segmenter: Any, folder: str | os.PathLike) -> None:
 
     Raises:
         SegRLError: Its class is local and not registered.
+
+    Example:
+        >>> from segrl.segmenters import Sam2Config, Sam2Segmenter
+        >>> save_segmenter(Sam2Segmenter(Sam2Config(image_size=64)), "frozen")
+        >>> sorted(path.name for path in Path("frozen").iterdir())
+        ['segmenter.json', 'segmenter.safetensors']
     """
     if isinstance(segmenter, Sam2Segmenter):
         segmenter.save_pretrained(folder)

@@ -1,0 +1,118 @@
+"""`segrl data`: data in other layouts converted, and data checked as training would."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from segrl.cli.output import OK, print_json
+
+__all__ = ["add_data_commands"]
+
+_TEXTS = ("lesion", "modality", "anatomy", "query", "source")
+
+
+def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argparse.ArgumentParser) -> None:
+    """Add `segrl data` to the areas of the command."""
+    text = "convert data from other layouts, and check data as training does"
+    area = areas.add_parser("data", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    commands = area.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check", parents=[common, as_json], help="read every file, and say what the splits hold"
+    )
+    check.add_argument("path", metavar="PATH", help="folder with manifest.csv, or a DatasetDict saved to disk")
+    check.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
+    check.add_argument("--sheet", type=Path, metavar="FILE", help="images: draw the first rows of each split")
+    check.set_defaults(run=_check)
+
+    convert = commands.add_parser("convert", help="write a folder with manifest.csv that the trainers read")
+    formats = convert.add_subparsers(dest="format", required=True, metavar="FORMAT")
+
+    def add(name: str, help: str, *places: tuple[str, str]) -> argparse.ArgumentParser:
+        command = formats.add_parser(name, parents=[common], help=help)
+        for place, meaning in places:
+            command.add_argument(place, type=Path, metavar=place.upper(), help=meaning)
+        command.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
+        command.add_argument("--hardlink", action="store_true", help="link files instead of copying them")
+        for column in _TEXTS:
+            command.add_argument(f"--{column}", metavar="TEXT", help=f"column {column} of every row")
+        command.set_defaults(run=_convert)
+        return command
+
+    def divides(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--test_fraction", type=float, default=0.0, metavar="X", help="share of images drawn for "
+                             "the split test, where the source has no splits (default: 0)")  # fmt: skip
+        command.add_argument("--seed", type=int, default=0, metavar="N", help="of that draw")
+
+    divides(add("pairs", "x.jpg with x_mask.png, or images/x.jpg with masks/x.png", ("source", "the folder")))
+    coco = add("coco", "polygons and run lengths", ("annotations", "the JSON file"), ("images", "folder of its images"))
+    coco.add_argument("--split", metavar="NAME", help="split of all rows (default: train, but for --test_fraction)")
+    divides(coco)
+    nnunet = add("nnunet", "a data set of nnU-Net, images or scans", ("source", "the folder with dataset.json"))
+    nnunet.add_argument("--channel", metavar="NAME", help="of several channels the one to take")
+    hub = add("hf", "a Hugging Face data set", ("source", "folder, file, or owner/name on the hub"))
+    hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from segrl.data import formats
+    from segrl.errors import SegRLError
+    from segrl.reports.terminal import say
+
+    texts = {name: value for name in _TEXTS if (value := getattr(arguments, name)) is not None}
+    drawn = {name: getattr(arguments, name) for name in ("test_fraction", "seed") if hasattr(arguments, name)}
+    if arguments.format == "pairs":
+        if not texts.keys() & {"lesion", "query"}:
+            raise SegRLError("pairs: what do the masks show? Pass --lesion, such as --lesion polyp, or --query")
+        rows = formats.read_pairs(arguments.source, texts=texts, **drawn)
+    elif arguments.format == "coco":
+        rows = formats.read_coco(arguments.annotations, arguments.images, texts=texts, split=arguments.split, **drawn)
+    elif arguments.format == "nnunet":
+        rows = formats.read_nnunet(arguments.source, texts=texts, channel=arguments.channel)
+    else:
+        rows = formats.read_columns(arguments.source, columns=_columns(arguments.columns), texts=texts)
+    counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)
+    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+    say(f"Written to {arguments.destination}: {listed}")
+    missing = [name for name in ("train", "test") if name not in counts]
+    if missing:
+        say(f"training needs the split {' and '.join(missing)} too: see --test_fraction, or --folds of the scripts")
+    return OK
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    from segrl.data.formats.columns import COLUMNS
+    from segrl.errors import SegRLError, unknown_name
+
+    found: dict[str, str] = {}
+    for pair in given:
+        theirs, equals, ours = pair.partition("=")
+        if not equals or not theirs or not ours:
+            raise SegRLError(f"--columns {pair}: expected THEIRS=OURS, such as text=query")
+        if ours not in COLUMNS:
+            raise unknown_name("column", ours, COLUMNS)
+        if ours in found:
+            raise SegRLError(f"--columns: {found[ours]} and {theirs} are both {ours}; drop one")
+        found[ours] = theirs
+    return found
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from segrl.data.overview import data_overview
+    from segrl.reports.terminal import say
+
+    found = data_overview(arguments.path, allow_outside=arguments.allow_outside, sheet=arguments.sheet)
+    if arguments.json:
+        return print_json(found)
+    for name, split in found["splits"].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in split["lesions"].items())
+        say(f"{name}: {split['rows']} rows about {split['images']} {found['task']}: {kinds}")
+        if split["foreground"]:
+            low, middle, high = (100 * share for share in split["foreground"])
+            say(f"  {split['empty']} empty masks; foreground {low:.2f} to {high:.2f} %, median {middle:.2f} %; "
+                f"{split['sizes']}")  # fmt: skip
+        for query in split["queries"]:
+            say(f"  {query}")
+    say(f"{arguments.path}: all {sum(split['rows'] for split in found['splits'].values())} rows can be read")
+    return OK

@@ -1,0 +1,19 @@
+"""Data in the layouts that people have, read into rows and written as a folder with a manifest."""
+
+from segrl.data.formats.coco import coco_annotations, coco_mask, read_coco
+from segrl.data.formats.columns import read_columns
+from segrl.data.formats.nnunet import read_nnunet
+from segrl.data.formats.pairs import read_pairs
+from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
+
+__all__ = [
+    "FormatRow",
+    "ScanRow",
+    "coco_annotations",
+    "coco_mask",
+    "read_coco",
+    "read_columns",
+    "read_nnunet",
+    "read_pairs",
+    "write_rows",
+]

@@ -1,0 +1,84 @@
+"""Hugging Face data sets, whatever their columns are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from PIL import Image as PILImage
+
+from segrl.data.formats.rows import FormatRow
+from segrl.data.text_columns import name_classes
+from segrl.errors import DataError, unknown_name
+from segrl.geometry.mask_images import binarize
+
+__all__ = ["read_columns"]
+
+_TEXTS = ("query", "lesion", "modality", "anatomy", "source", "reasoning", "patient", "name")
+COLUMNS = ("image", "mask", *_TEXTS)
+
+
+def read_columns(source: str | Path, *, columns: Mapping[str, str], texts: Mapping[str, str]) -> Iterator[FormatRow]:
+    """Read a data set of images and masks.
+
+    Args:
+        source: A folder of `save_to_disk`, any folder or file that `datasets.load_dataset` reads, or `owner/name` on
+            the hub.
+        columns: The data set's columns by what they are here: "image", "mask" and "query" or "lesion", and other texts
+            of the manifest; those that have the right name need no entry.
+        texts: Columns that every row gets.
+
+    Raises:
+        DataError: It cannot be loaded, columns are missing or of another type, or a mask is not binary; names the row.
+        UnknownNameError: A column that the data set has not.
+
+    Example:
+        >>> from segrl.data import make_synthetic
+        >>> rows = make_synthetic(1, size=32).rename_columns({"query": "text", "mask": "gt"})
+        >>> rows.save_to_disk("theirs")
+        >>> (row,) = read_columns("theirs", columns={"query": "text", "mask": "gt"}, texts={})
+        >>> row.split, row.mask.shape, row.texts["lesion"]
+        ('train', (32, 32), 'ring abscess')
+    """
+    for split, rows in _loaded(source).items():
+        names = {here: columns.get(here, here) for here in COLUMNS}
+        for here, theirs in columns.items():
+            if theirs not in rows.column_names:
+                raise unknown_name(f"column of {source} for {here}", theirs, rows.column_names)
+        lacking = [here for here in ("image", "mask") if names[here] not in rows.column_names]
+        given = [here for here in _TEXTS if names[here] in rows.column_names]
+        if lacking or not ({"query", "lesion"} & ({*given, *texts})):
+            what = ", ".join(lacking) or "query or lesion"
+            raise DataError(f"{source}, split {split}: no column for {what}, only {rows.column_names}; pass --columns "
+                            "theirs=ours, such as text=query")  # fmt: skip
+        named = name_classes(rows)
+        for column in (names["image"], names["mask"]):
+            if not isinstance(named.features[column], Image):
+                named = named.cast_column(column, Image())
+        for number, row in enumerate(map(dict, named)):
+            yield _row(row, names, given, split, texts, f"{source}, split {split}, row {number}")
+
+
+def _row(
+    row: Mapping[str, Any], names: Mapping[str, str], given: list[str], split: str, texts: Mapping[str, str], where: str
+) -> FormatRow:
+    image = row[names["image"]]
+    if not isinstance(image, PILImage.Image):
+        raise DataError(f"{where}: no image")
+    own = {here: str(row[names[here]] or "") for here in given}
+    name = own.pop("name", "") or where.rpartition(" ")[2]
+    return FormatRow(image, binarize(row[names["mask"]], f"mask of {where}"), name, split, {**texts, **own})
+
+
+def _loaded(source: str | Path) -> dict[str, Dataset]:
+    path = Path(source)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found: Any = load_from_disk(str(path))
+        else:
+            found = load_dataset(str(source))
+    except Exception as error:  # whatever the library makes of a folder or of the hub
+        raise DataError(f"{source}: cannot be loaded as a data set: {type(error).__name__}: {error}") from error
+    return {str(name): part for name, part in found.items()} if isinstance(found, DatasetDict) else {"train": found}

@@ -1,0 +1,162 @@
+"""What every reader of a format yields, and the folder with a manifest that is written of it."""
+
+# H, W pixels of an image, D slices of a scan
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from segrl.data.manifest import write_manifest
+from segrl.errors import DataError
+
+__all__ = ["FormatRow", "ScanRow", "write_rows"]
+
+_KEPT = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # files of images that are copied as they are
+
+
+@dataclass
+class FormatRow:
+    """One question about an image.
+
+    Attributes:
+        image: Its file, or the image.
+        mask: (H, W) bool.
+        name: Of the image; rows of one image share it.
+        split: For example "train".
+        texts: Columns of the manifest, such as lesion, query, modality, anatomy, source and reasoning.
+    """
+
+    image: Path | Image.Image
+    mask: np.ndarray
+    name: str
+    split: str
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ScanRow:
+    """One question about a scan, whose label file stays as it is.
+
+    Attributes:
+        scan: Its file.
+        label: The file of its label, on the same grid.
+        label_value: The value of the structure in it, as text.
+        split: For example "train".
+        texts: Columns of the manifest.
+    """
+
+    scan: Path
+    label: Path
+    label_value: str
+    split: str
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_rows(
+    rows: Iterable[FormatRow | ScanRow], folder: str | Path, *, hardlink: bool = False, title: str = "convert"
+) -> dict[str, int]:
+    """Write rows as a folder with `manifest.csv` that the trainers read; images or scans, not both.
+
+    Files of images and scans are copied once, however many rows are about them; other images become PNG.
+
+    Args:
+        rows: From the reader of a format.
+        folder: A new folder.
+        hardlink: Link files instead of copying them, where source and folder are on one disk.
+        title: Of the progress bar.
+
+    Returns:
+        Number of rows of each split.
+
+    Raises:
+        DataError: The folder is not empty, there are no rows, or a file cannot be copied or linked.
+
+    Example:
+        >>> square = np.eye(4, dtype=bool)
+        >>> row = FormatRow(Image.new("RGB", (4, 4)), square, "a", "train", {"lesion": "cyst"})
+        >>> write_rows([row], "mine")
+        convert ... 100% ...
+        {'train': 1}
+        >>> from segrl.data import load_folder
+        >>> load_folder("mine", "train")["query"][0]
+        'Segment every cyst in this image.'
+    """
+    home = Path(folder)
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise DataError(f"{home} is not an empty folder; pass a new one")
+    writer = _Writer(home, hardlink)
+    lines = [writer.line(row) for row in track(rows, title)]
+    if not lines:
+        raise DataError(f"{home}: nothing to write, the source has no rows")
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    write_manifest(home, [{name: line.get(name, "") for name in names} for line in lines])
+    return dict(sorted(Counter(line["split"] for line in lines).items()))
+
+
+class _Writer:
+    def __init__(self, home: Path, hardlink: bool) -> None:
+        self.home, self.hardlink = home, hardlink
+        self.files: dict[Any, str] = {}  # what was copied, by its source
+        self.taken: set[str] = set()
+
+    def line(self, row: FormatRow | ScanRow) -> dict[str, str]:
+        if isinstance(row, ScanRow):
+            files = {"image": self._copied(row.scan, "images"), "label": self._copied(row.label, "labels")}
+            return {**files, "label_value": row.label_value, "split": row.split, **row.texts}
+        if isinstance(row.image, Path) and row.image.suffix.lower() in _KEPT:
+            image = self._copied(row.image, "images")
+        else:
+            image = self._drawn(row)
+        mask = self._place("masks", Path(image).stem, ".png")
+        Image.fromarray(row.mask.astype(np.uint8) * 255).save(self.home / mask)
+        return {"image": image, "mask": mask, "split": row.split, **row.texts}
+
+    def _place(self, part: str, stem: str, suffix: str) -> str:
+        """A path in the folder that is not taken, whatever the capitals."""
+        (self.home / part).mkdir(parents=True, exist_ok=True)
+        plain = re.sub(r"[^\w.+-]+", "_", stem).strip("._") or "row"
+        path, number = f"{part}/{plain}{suffix}", 1
+        while path.casefold() in self.taken:
+            path, number = f"{part}/{plain}_{number}{suffix}", number + 1
+        self.taken.add(path.casefold())
+        return path
+
+    def _copied(self, source: Path, part: str) -> str:
+        key = (part, source.absolute())
+        if key not in self.files:
+            suffix = ".nii.gz" if source.name.lower().endswith(".nii.gz") else source.suffix
+            path = self._place(part, source.name[: len(source.name) - len(suffix)], suffix)
+            try:
+                if self.hardlink:
+                    os.link(source, self.home / path)
+                else:
+                    shutil.copyfile(source, self.home / path)
+            except OSError as error:
+                fix = "; leave --hardlink out" if self.hardlink else ""
+                raise DataError(f"{source}: cannot be copied: {error.strerror or error}{fix}") from error
+            self.files[key] = path
+        return self.files[key]
+
+    def _drawn(self, row: FormatRow) -> str:
+        key = row.image if isinstance(row.image, Path) else (row.split, row.name)
+        if key not in self.files:
+            path = self._place("images", Path(row.name).stem, ".png")
+            image = row.image
+            if isinstance(image, Path):
+                with Image.open(image) as opened:
+                    opened.convert("RGB").save(self.home / path)
+            else:
+                image.save(self.home / path)
+            self.files[key] = path
+        return self.files[key]

@@ -1,0 +1,124 @@
+"""What the splits of a data set hold, after every file was read as training reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, load_from_disk
+from PIL import Image
+
+from segrl.data.contents import SplitContents
+from segrl.data.csv_files import read_csv
+from segrl.data.images.folder import check_rows, load_folder
+from segrl.data.splits import load_split
+from segrl.data.volumes.folder import check_volumes, load_volumes
+from segrl.errors import DataError
+from segrl.geometry.mask_images import binarize
+
+__all__ = ["data_overview"]
+
+_QUERIES = 4
+_DRAWN = 8  # rows of each split on the sheet
+
+
+def data_overview(path: str | Path, *, allow_outside: bool = False, sheet: Path | None = None) -> dict[str, Any]:
+    """Read every file of a data set, and say what its splits hold.
+
+    Args:
+        path: A folder with `manifest.csv`, of images or of scans, or a `DatasetDict` saved to disk.
+        allow_outside: Whether the manifest may name files outside its folder.
+        sheet: Of images, a picture of the first rows of each split with their masks is drawn here.
+
+    Returns:
+        Plain Python values: "task", "images" or "volumes"; "splits", for each "rows", "images" (distinct ones),
+        "empty", "lesions" and "modalities" with their numbers of rows, "sizes", "foreground" (smallest, median and
+        largest share of masks that are not empty, None for volumes), and a few "queries".
+
+    Raises:
+        DataError: As the loaders: all problems of a split in one message.
+
+    Warns:
+        UserWarning: Images that splits share, masks that are all empty or all full, as training warns.
+
+    Example:
+        >>> from segrl.data import make_synthetic, write_folder
+        >>> _ = write_folder(make_synthetic(4, size=32), "mine", split=["train", "train", "train", "test"])
+        >>> found = data_overview("mine")
+        >>> found["task"], {name: split["rows"] for name, split in found["splits"].items()}
+        ('images', {'test': 1, 'train': 3})
+    """
+    home = Path(path)
+    task, names = _layout(home)
+    contents = SplitContents()
+    readers = (
+        {"folder": load_volumes, "check": check_volumes}
+        if task == "volumes"
+        else {"folder": load_folder, "check": check_rows}
+    )
+    splits = {
+        name: load_split(str(path), name, contents=contents, allow_outside=allow_outside, argument="", **readers)
+        for name in names
+    }
+    if sheet is not None:
+        if task == "volumes":
+            raise DataError("sheet: only images are drawn; leave it out")
+        _draw(splits, sheet)
+    return {"task": task, "splits": {name: _described(rows, task) for name, rows in splits.items()}}
+
+
+def _layout(home: Path) -> tuple[str, list[str]]:
+    """The task, and the names of the splits."""
+    if (home / "dataset_dict.json").is_file():
+        found: Any = load_from_disk(str(home))
+        volumes = any("scan" in part.column_names for part in found.values())
+        return ("volumes" if volumes else "images"), sorted(map(str, found))
+    manifest = home / "manifest.csv"
+    if not manifest.is_file():
+        raise DataError(f"{home}: no manifest.csv and no dataset_dict.json; segrl data convert makes such a folder")
+    table = read_csv(manifest, (), ("image", "scan", "mask", "label", "split"))
+    at = table.header.index("split") if "split" in table.header else None
+    names = {cells[at] for _, cells in table.lines if at is not None and at < len(cells) and cells[at]}
+    if not names:
+        raise DataError(f"{manifest}: no split; add the column split with train and test")
+    return ("volumes" if "label" in table.header else "images"), sorted(names)
+
+
+def _described(rows: Dataset, task: str) -> dict[str, Any]:
+    file = "image" if task == "images" else "scan"
+    shares, sizes = [], Counter()
+    if task == "images":
+        for row in rows.select_columns(["mask"]):
+            mask = binarize(dict(row)["mask"])  # type: ignore[call-overload]
+            shares.append(float(mask.mean()))
+            sizes[f"{mask.shape[1]} x {mask.shape[0]} px"] += 1
+    found = [share for share in shares if share]
+    listed = [f"{count} of {size}" for size, count in sizes.most_common(3)]
+    return {
+        "rows": len(rows),
+        "images": len(set(rows["name"])) if file == "image" else len(set(rows["scan"])),
+        "empty": len(shares) - len(found),
+        "lesions": dict(Counter(name or "unnamed" for name in rows["lesion"]).most_common()),
+        "modalities": dict(Counter(name or "unspecified" for name in rows["modality"]).most_common()),
+        "sizes": ", ".join(listed) + (f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""),
+        "foreground": [min(found), float(np.median(found)), max(found)] if found else None,
+        "queries": list(dict.fromkeys(rows["query"]))[:_QUERIES],
+    }
+
+
+def _draw(splits: dict[str, Dataset], path: Path) -> None:
+    from segrl.reports.drawing import draw_overlay
+
+    cell = 160
+    sheet = Image.new("RGB", (_DRAWN * cell, max(1, len(splits)) * cell), (255, 255, 255))
+    for down, rows in enumerate(splits.values()):
+        for across in range(min(_DRAWN, len(rows))):
+            row: Any = rows[across]
+            image = row["image"]
+            scale = (cell - 4) / max(image.size)
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            sheet.paste(draw_overlay(image, size, target=binarize(row["mask"])), (across * cell, down * cell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,494 @@
+"""Data in the layouts that people have: read, written as a folder that trains, and what can be wrong with it."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from datasets import DatasetDict
+from PIL import Image
+from pycocotools import mask as coco
+from script_modules import ROOT
+from shapely.geometry import Polygon
+
+from segrl.cli.main import main
+from segrl.data import load_folder, load_volumes, make_synthetic
+from segrl.data.formats import (
+    FormatRow,
+    coco_annotations,
+    coco_mask,
+    read_coco,
+    read_columns,
+    read_nnunet,
+    read_pairs,
+    write_rows,
+)
+from segrl.data.overview import data_overview
+from segrl.errors import DataError, UnknownNameError
+from segrl.geometry import mask_to_rle
+
+LESION = {"lesion": "polyp"}
+REAL = ROOT.parent / "shared" / "data" / "lesions2d"
+
+
+def masks(count: int, seed: int = 0, shape: tuple[int, int] = (13, 17)) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.random(shape) < rng.choice([0.02, 0.3, 0.9]) for _ in range(count)]
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def picture(seed: int, shape: tuple[int, int] = (13, 17)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (*shape, 3), dtype=np.uint8)
+
+
+def grey(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.uint8) * 255
+
+
+def back(folder: Path, split: str = "train") -> dict[str, np.ndarray]:
+    """Masks of a converted folder by the name of the image and the lesion."""
+    rows = load_folder(folder, split)
+    return {f"{Path(r['name']).stem}/{r['lesion']}": np.asarray(r["mask"]) > 0 for r in map(dict, rows)}
+
+
+# ---- what is read is what was there ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("a{n}.jpg", "a{n}_mask.png"),
+        ("images/a{n}.png", "masks/a{n}.png"),
+        ("Images/a{n}.png", "Ground Truth/a{n}.tif"),
+        ("train/images/a{n}.png", "train/labels/a{n}_seg.png"),
+        ("set/train/a{n}.bmp", "set/train/a{n}_segmentation.png"),
+    ],
+)
+def test_paired_files(image, mask, tmp_path):
+    truth = masks(4)
+    for n, found in enumerate(truth):
+        save(tmp_path / "src" / image.format(n=n), picture(n))
+        save(tmp_path / "src" / mask.format(n=n), grey(found))
+    rows = list(read_pairs(tmp_path / "src", texts=LESION))
+    assert [row.split for row in rows] == ["train"] * 4
+    assert write_rows(rows, tmp_path / "out") == {"train": 4}
+    assert {name: found.tolist() for name, found in back(tmp_path / "out").items()} == {
+        f"a{n}/polyp": found.tolist() for n, found in enumerate(truth)
+    }
+
+
+def test_splits_of_paired_files(tmp_path):
+    for n in range(20):
+        folder = ("training", "validation", "test")[n % 3]
+        save(tmp_path / "named" / folder / f"{n}.png", picture(n))
+        save(tmp_path / "named" / folder / f"{n}_mask.png", grey(masks(1, n)[0]))
+        save(tmp_path / "plain" / f"{n}.png", picture(n))
+        save(tmp_path / "plain" / f"{n}_mask.png", grey(masks(1, n)[0]))
+    assert {row.split for row in read_pairs(tmp_path / "named", texts=LESION)} == {"train", "val", "test"}
+    drawn = [
+        [row.split for row in read_pairs(tmp_path / "plain", texts=LESION, test_fraction=0.25, seed=s)]
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0].count("test") == 5
+    with pytest.raises(DataError, match="test_fraction=1"):
+        list(read_pairs(tmp_path / "plain", texts=LESION, test_fraction=1))
+
+
+def test_a_thousand_masks_survive_coco_exactly(tmp_path):
+    truth = masks(1000)
+    rows = [FormatRow(Image.new("RGB", (17, 13)), mask, f"{n}.png", "train", LESION) for n, mask in enumerate(truth)]
+    for n in range(1000):
+        save(tmp_path / "images" / f"{n}.png", picture(0)) if n < 2 else os.link(
+            *(tmp_path / "images" / f"{k}.png" for k in (0, n))
+        )
+    (tmp_path / "a.json").write_text(json.dumps(coco_annotations(rows)))
+    found = list(read_coco(tmp_path / "a.json", tmp_path / "images", texts={}))
+    assert all(np.array_equal(row.mask, mask) for row, mask in zip(found, truth, strict=True))
+    assert {row.texts["lesion"] for row in found} == {"polyp"}
+    for mask in truth[:200]:  # what pycocotools writes
+        packed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = {**packed, "counts": packed["counts"].decode()}
+        assert np.array_equal(coco_mask(text, 13, 17), mask)
+        assert np.array_equal(coco_mask(packed, 13, 17), mask)
+
+
+def test_a_thousand_masks_survive_the_folder_exactly(tmp_path):
+    truth = masks(1000, 3)
+    image = Image.fromarray(picture(1))
+    rows = [FormatRow(image, mask, f"row {n // 2}", "train", {"lesion": f"l{n % 2}"}) for n, mask in enumerate(truth)]
+    write_rows(rows, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 500  # once, however many rows are about it
+    loaded = load_folder(tmp_path / "out", "train", validate=False)
+    assert all(
+        np.array_equal(np.asarray(row["mask"]) > 0, mask) for row, mask in zip(map(dict, loaded), truth, strict=True)
+    )
+
+
+def test_polygons_are_filled_as_pycocotools_fills_them():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        angles = np.sort(rng.random(9)) * 2 * np.pi
+        points = np.stack([20 + 15 * rng.random() * np.cos(angles), 16 + 12 * np.sin(angles)], 1)
+        if not Polygon(points).is_valid:
+            continue
+        found = coco_mask([points.ravel().tolist()], 32, 40)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            expected = coco.decode(coco.frPyObjects([points.ravel().tolist()], 32, 40))[..., 0]
+        assert np.array_equal(found, expected.astype(bool))
+
+
+def test_coco_makes_one_row_of_an_image_and_a_category(tmp_path):
+    save(tmp_path / "images" / "x.png", picture(0, (8, 8)))
+    save(tmp_path / "images" / "y.png", picture(1, (8, 8)))
+    box = [[0, 0, 3, 0, 3, 3, 0, 3]]
+    other = [[4, 4, 8, 4, 8, 8, 4, 8]]
+    content = {
+        "images": [{"id": n, "file_name": f"{name}.png", "height": 8, "width": 8} for n, name in ((7, "x"), (9, "y"))],
+        "categories": [{"id": 1, "name": "cyst"}, {"id": 2, "name": "node"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "segmentation": box},
+            {"id": 2, "image_id": 7, "category_id": 1, "segmentation": other},
+            {"id": 3, "image_id": 7, "category_id": 2, "segmentation": [*box, *other]},
+            {"id": 4, "image_id": 9, "category_id": 2, "segmentation": mask_to_rle(np.eye(8, dtype=bool))},
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert (
+        main(["data", "convert", "coco", *(str(tmp_path / p) for p in ("a.json", "images", "out")), "--modality", "CT"])
+        == 0
+    )
+    found = back(tmp_path / "out")
+    assert set(found) == {"x/cyst", "x/node", "y/node"}
+    assert found["x/cyst"].sum() == 9 + 16
+    assert np.array_equal(found["x/cyst"], found["x/node"])
+    assert load_folder(tmp_path / "out", "train")["modality"][0] == "CT"
+
+
+def nnunet(home: Path, ending: str, cases: int = 3, channels: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    truth = {}
+    for split, (images, folder) in {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}.items():
+        for n in range(cases if split == "train" else 1):
+            label = rng.integers(0, 3, (6, 7, 5) if ending == ".nii.gz" else (6, 7)).astype(np.uint8)
+            truth[f"{split}{n}"] = label
+            for channel in range(channels):
+                name = f"{split}{n}_{channel:04d}{ending}"
+                if ending == ".nii.gz":
+                    (home / images).mkdir(parents=True, exist_ok=True)
+                    nib.save(
+                        nib.Nifti1Image(rng.normal(size=label.shape).astype(np.float32), np.eye(4)),
+                        home / images / name,
+                    )
+                else:
+                    save(home / images / name, picture(n + channel, (6, 7)))
+            if ending == ".nii.gz":
+                (home / folder).mkdir(parents=True, exist_ok=True)
+                nib.save(nib.Nifti1Image(label, np.eye(4)), home / folder / f"{split}{n}{ending}")
+            else:
+                save(home / folder / f"{split}{n}{ending}", label)
+    content = {
+        "channel_names": {str(n): name for n, name in enumerate(["T1", "FLAIR"][:channels])},
+        "labels": {"background": 0, "core": 1, "edema": 2},
+        "file_ending": ending,
+    }
+    (home / "dataset.json").write_text(json.dumps(content))
+    return truth
+
+
+def test_nnunet_images(tmp_path):
+    truth = nnunet(tmp_path / "src", ".png")
+    assert main(["data", "convert", "nnunet", str(tmp_path / "src"), str(tmp_path / "out"), "--anatomy", "Head"]) == 0
+    for split in ("train", "test"):
+        for name, mask in back(tmp_path / "out", split).items():
+            case, lesion = name.split("/")
+            label = truth[case.removesuffix("_0000")]
+            assert np.array_equal(mask, label == {"core": 1, "edema": 2}[lesion])
+    assert load_folder(tmp_path / "out", "train")["modality"][0] == "T1"
+
+
+def test_nnunet_scans(tmp_path):
+    truth = nnunet(tmp_path / "src", ".nii.gz", channels=2)
+    argv = ["data", "convert", "nnunet", str(tmp_path / "src"), str(tmp_path / "out"), "--hardlink"]
+    assert main(argv) == 2  # two channels
+    assert main([*argv, "--channel", "flair"]) == 0
+    rows = load_volumes(tmp_path / "out", "train")
+    assert sorted(set(rows["lesion"])) == ["core", "edema"]
+    assert len(rows) == 6
+    assert set(rows["modality"]) == {"FLAIR"}
+    copied = nib.load(tmp_path / "out" / "labels" / "train0.nii.gz")
+    assert np.array_equal(np.asarray(copied.dataobj), truth["train0"])  # type: ignore[attr-defined]
+    assert os.stat(tmp_path / "src" / "labelsTr" / "train0.nii.gz").st_nlink == 2
+
+
+def test_hugging_face_columns(tmp_path):
+    rows = make_synthetic(4, size=40).rename_columns({"query": "text", "mask": "gt"})
+    DatasetDict({"train": rows.select(range(3)), "test": rows.select([3])}).save_to_disk(tmp_path / "src")
+    argv = ["data", "convert", "hf", str(tmp_path / "src"), str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert main([*argv, "--columns", "text=query", "gt=mask"]) == 0
+    found = load_folder(tmp_path / "out", "train")
+    assert found["query"][:] == rows["text"][:3]
+    for row, theirs in zip(map(dict, found), map(dict, rows), strict=False):
+        assert np.array_equal(np.asarray(row["mask"]) > 0, np.asarray(theirs["gt"]) > 0)
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(theirs["image"]))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no shared data")
+def test_real_images_through_coco(tmp_path):
+    rows = load_folder(REAL, "test", limit=30)
+    given = [
+        FormatRow(row["image"], np.asarray(row["mask"]) > 0, f"{n}.png", "test", {"lesion": row["lesion"]})
+        for n, row in enumerate(map(dict, rows))
+    ]
+    for row in given:
+        save(tmp_path / "images" / row.name, np.asarray(row.image))
+    (tmp_path / "a.json").write_text(json.dumps(coco_annotations(given)))
+    found = list(read_coco(tmp_path / "a.json", tmp_path / "images", texts={}, split="test"))
+    write_rows(found, tmp_path / "out")
+    assert [np.array_equal(a, b.mask) for a, b in zip(back(tmp_path / "out", "test").values(), given, strict=True)] == [
+        True
+    ] * 30
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def broken_coco(tmp_path: Path, **changes: Any) -> Path:
+    save(tmp_path / "images" / "x.png", picture(0, (8, 8)))
+    content = {
+        "images": [{"id": 1, "file_name": "x.png", "height": 8, "width": 8}],
+        "categories": [{"id": 1, "name": "cyst"}],
+        "annotations": [{"id": 5, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 3, 0, 3, 3]]}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def annotation(segmentation: Any) -> dict[str, Any]:
+    return {"annotations": [{"id": 5, "image_id": 1, "category_id": 1, "segmentation": segmentation}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (annotation([[0, 0, 3, 3]]), "annotation 5: a polygon of 2 points; expected three or more"),
+        (annotation([[0, 0, 4, 4, 4, 0, 0, 4]]), "annotation 5: a polygon that cannot be filled: Self-intersection"),
+        (annotation([[0, 0, 3]]), "annotation 5: polygon .* expected an even number"),
+        (annotation([[0, 0, "3", 0, 3, 3]]), "expected an even number of finite numbers"),
+        (annotation({"size": [4, 8], "counts": [32]}), r"run lengths of the size \[4, 8\], expected \[8, 8\]"),
+        (annotation({"size": [8, 8], "counts": [3]}), "the counts cover 3 pixels"),
+        (annotation([]), "expected polygons or run lengths"),
+        (annotation(None), "expected polygons or run lengths"),
+        ({"annotations": [{"id": 5, "image_id": 2, "category_id": 1}]}, "annotation 5: image_id 2 is not in the file"),
+        ({"annotations": [{"image_id": 1, "category_id": 8}]}, "annotation 0: category_id 8 is not in the file"),
+        ({"categories": [{"id": 1, "name": "Cyst"}, {"id": 2, "name": "cyst "}]}, "categories 1 and 2 are both called"),
+        ({"categories": [{"id": 1}]}, r"categories\[0\] has no name"),
+        ({"images": "x"}, "expected an object with the lists"),
+        ({"images": [{"id": 1, "file_name": "y.png", "height": 8, "width": 8}]}, "image y.png: not in"),
+    ],
+)
+def test_broken_coco(changes, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        list(read_coco(broken_coco(tmp_path, **changes), tmp_path / "images", texts={}))
+
+
+def test_all_problems_of_a_coco_file_are_counted(tmp_path):
+    many = [{"id": n, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 1, 1]]} for n in range(25)]
+    with pytest.raises(DataError, match=r"25 problems, expected none:(?s:.*)and 15 more"):
+        list(read_coco(broken_coco(tmp_path, annotations=many), tmp_path / "images", texts={}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file_ending": "png"}, "file_ending 'png'; expected one such as"),
+        ({"channel_names": {}}, "expected names by number"),
+        ({"labels": {"background": 0, "whole": [1, 2]}}, r"label 'whole' is \[1, 2\]; regions"),
+        ({"labels": {"background": 0, "core": 1, "Core": 2}}, "two labels have the same name"),
+        ({"file_ending": ".tif"}, "no labels that end in .tif"),
+    ],
+)
+def test_broken_nnunet(changes, message, tmp_path):
+    nnunet(tmp_path, ".png")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(DataError, match=message):
+        list(read_nnunet(tmp_path, texts={}))
+
+
+def test_nnunet_of_version_1_and_without_an_image(tmp_path):
+    nnunet(tmp_path, ".png")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["labels"] = {"0": "background", "1": "core", "2": "edema"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert {row.texts["lesion"] for row in read_nnunet(tmp_path, texts={})} == {"core", "edema"}
+    with pytest.raises(UnknownNameError, match="channel 'T2'"):
+        list(read_nnunet(tmp_path, texts={}, channel="T2"))
+    next((tmp_path / "imagesTr").iterdir()).unlink()
+    with pytest.raises(DataError, match="1 labels have no image, such as"):
+        list(read_nnunet(tmp_path, texts={}))
+
+
+def test_broken_pairs(tmp_path):
+    tmp_path.joinpath("empty").mkdir()
+    with pytest.raises(DataError, match="no files that end in"):
+        list(read_pairs(tmp_path / "empty", texts=LESION))
+    save(tmp_path / "a" / "x.png", picture(0))
+    save(tmp_path / "a" / "y_mask.png", grey(masks(1)[0]))
+    with pytest.raises(DataError, match=r"2 files have no partner, such as x\.png, y_mask\.png"):
+        list(read_pairs(tmp_path / "a", texts=LESION))
+    save(tmp_path / "b" / "x.png", picture(0))
+    save(tmp_path / "b" / "x_mask.png", grey(masks(1)[0]))
+    save(tmp_path / "b" / "x_seg.png", grey(masks(1)[0]))
+    with pytest.raises(DataError, match="1 names are those of several files"):
+        list(read_pairs(tmp_path / "b", texts=LESION))
+    save(tmp_path / "c" / "x.png", picture(0, (9, 9)))
+    save(tmp_path / "c" / "x_mask.png", grey(masks(1)[0]))
+    with pytest.raises(DataError, match="the mask is 17 x 13 px, the image 9 x 9"):
+        list(read_pairs(tmp_path / "c", texts=LESION))
+
+
+def test_broken_columns(tmp_path):
+    make_synthetic(2, size=32).save_to_disk(tmp_path / "src")
+    with pytest.raises(UnknownNameError, match=r"column of .* for query 'text'"):
+        list(read_columns(tmp_path / "src", columns={"query": "text"}, texts={}))
+    with pytest.raises(DataError, match="cannot be loaded as a data set"):
+        list(read_columns(tmp_path / "nothing", columns={}, texts={}))
+    without = make_synthetic(2, size=32).remove_columns(["query", "lesion"])
+    without.save_to_disk(tmp_path / "plain")
+    with pytest.raises(DataError, match="no column for query or lesion"):
+        list(read_columns(tmp_path / "plain", columns={}, texts={}))
+    assert len(list(read_columns(tmp_path / "plain", columns={}, texts={"lesion": "cyst"}))) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["text"], "expected THEIRS=OURS"),
+        (["text=qeury"], "column 'qeury'; did you mean 'query'"),
+        (["a=query", "b=query"], "a and b are both query"),
+    ],
+)
+def test_columns_on_the_command_line(columns, message, tmp_path, capsys):
+    make_synthetic(2, size=32).save_to_disk(tmp_path / "src")
+    argv = ["data", "convert", "hf", str(tmp_path / "src"), str(tmp_path / "out"), "--columns", *columns]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken_and_sources_without_rows(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("precious")
+    row = FormatRow(Image.new("RGB", (4, 4)), np.eye(4, dtype=bool), "a", "train", LESION)
+    with pytest.raises(DataError, match="is not an empty folder"):
+        write_rows([row], tmp_path / "mine")
+    with pytest.raises(DataError, match="the source has no rows"):
+        write_rows([], tmp_path / "new")
+    rows = [
+        FormatRow(Image.new("RGB", (4, 4), n), np.eye(4, dtype=bool), f"../{n % 2}/A?.png", "train", LESION)
+        for n in (1, 2)
+    ]
+    write_rows(rows, tmp_path / "names")
+    assert sorted(path.name for path in (tmp_path / "names" / "images").iterdir()) == ["A.png", "A_1.png"]
+
+
+def test_pairs_need_to_say_what_they_show(tmp_path, capsys):
+    save(tmp_path / "x.png", picture(0))
+    save(tmp_path / "x_mask.png", grey(masks(1)[0]))
+    assert main(["data", "convert", "pairs", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "what do the masks show? Pass --lesion" in capsys.readouterr().err
+    assert main(["data", "convert", "pairs", str(tmp_path), str(tmp_path / "out"), "--lesion", "polyp"]) == 0
+    assert "training needs the split test too" in capsys.readouterr().out
+
+
+# ---- the checker -----------------------------------------------------------------------------------------------------
+
+
+def test_the_overview_of_a_folder(tmp_path, capsys):
+    for n in range(6):
+        save(tmp_path / "src" / ("train", "test")[n % 2] / f"{n}.png", picture(n))
+        save(
+            tmp_path / "src" / ("train", "test")[n % 2] / f"{n}_mask.png",
+            grey(masks(1, n)[0] if n else np.zeros((13, 17), bool)),
+        )
+    assert main(["data", "convert", "pairs", str(tmp_path / "src"), str(tmp_path / "out"), "--lesion", "polyp"]) == 0
+    capsys.readouterr()
+    assert main(["data", "check", str(tmp_path / "out"), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    out = capsys.readouterr().out
+    assert "train: 3 rows about 3 images: 3 polyp" in out
+    assert "1 empty masks" in out
+    assert "all 6 rows can be read" in out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 160, 2 * 160)
+    assert main(["data", "check", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == data_overview(tmp_path / "out")
+    assert found["splits"]["train"]["foreground"][0] > 0
+    (tmp_path / "out" / "masks" / "1.png").write_bytes(b"no image")
+    assert main(["data", "check", str(tmp_path / "out")]) == 2
+    assert "1 problems in 3 rows" in capsys.readouterr().err
+
+
+def test_the_overview_of_volumes_and_of_nothing(tmp_path, capsys):
+    nnunet(tmp_path / "src", ".nii.gz")
+    assert main(["data", "convert", "nnunet", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    found = data_overview(tmp_path / "out")
+    assert found["task"] == "volumes"
+    assert found["splits"]["train"]["rows"] == 6
+    assert found["splits"]["train"]["images"] == 3
+    with pytest.raises(DataError, match=r"no manifest\.csv"):
+        data_overview(tmp_path)
+    with pytest.raises(DataError, match="only images are drawn"):
+        data_overview(tmp_path / "out", sheet=tmp_path / "x.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pairs", "coco", "nnunet", "hf"])
+def test_every_format_trains_after_one_command(kind, tmp_path):
+    from script_modules import Example
+
+    rows = make_synthetic(24, size=64)
+    source, out = tmp_path / "src", tmp_path / "out"
+    if kind == "hf":
+        split = {"train": rows.select(range(16)), "test": rows.select(range(16, 24))}
+        DatasetDict({name: part.rename_columns({"query": "text"}) for name, part in split.items()}).save_to_disk(source)
+        argv = ["hf", str(source), str(out), "--columns", "text=query"]
+    elif kind == "pairs":
+        for row in map(dict, rows):
+            save(source / f"{row['name']}.png", np.asarray(row["image"]))
+            save(source / f"{row['name']}_mask.png", np.asarray(row["mask"]))
+        argv = ["pairs", str(source), str(out), "--lesion", "spot", "--test_fraction", "0.3"]
+    elif kind == "coco":
+        given = [
+            FormatRow(row["image"], np.asarray(row["mask"]) > 0, f"{row['name']}.png", "", {"lesion": row["lesion"]})
+            for row in map(dict, rows)
+        ]
+        for row in given:
+            save(source / row.name, np.asarray(row.image))
+        (tmp_path / "a.json").write_text(json.dumps(coco_annotations(given)))
+        argv = ["coco", str(tmp_path / "a.json"), str(source), str(out), "--test_fraction", "0.3"]
+    else:
+        for n, row in enumerate(map(dict, rows)):
+            part = ("Tr", "Ts")[n >= 16]
+            save(source / f"images{part}" / f"{n}_0000.png", np.asarray(row["image"]))
+            save(source / f"labels{part}" / f"{n}.png", (np.asarray(row["mask"]) > 0).astype(np.uint8))
+        content = {"channel_names": {"0": "US"}, "labels": {"background": 0, "spot": 1}, "file_ending": ".png"}
+        (source / "dataset.json").write_text(json.dumps(content))
+        argv = ["nnunet", str(source), str(out)]
+    assert main(["data", "convert", *argv]) == 0
+    short = ("--max_steps", 1, "--eval_limit", 2, "--train_limit", 16, "--max_completion_length", 8)
+    Example("core_seg").done("train_grpo", "--data", out, *short, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").is_file()
