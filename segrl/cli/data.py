@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from segrl.cli.output import OK, print_json
 
 __all__ = ["add_data_commands"]
 
+_DRAWN, _CELL = 8, 160  # rows of each split on a sheet; pixels
 _TEXTS = ("lesion", "modality", "anatomy", "query", "source")
 
 
@@ -102,7 +104,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from segrl.data.overview import data_overview
     from segrl.reports.terminal import say
 
-    found = data_overview(arguments.path, allow_outside=arguments.allow_outside, sheet=arguments.sheet)
+    draw = None if arguments.sheet is None else partial(_draw, arguments.sheet)
+    found = data_overview(arguments.path, allow_outside=arguments.allow_outside, on_splits=draw)
     if arguments.json:
         return print_json(found)
     for name, split in found["splits"].items():
@@ -116,3 +119,26 @@ def _check(arguments: argparse.Namespace) -> int:
             say(f"  {query}")
     say(f"{arguments.path}: all {sum(split['rows'] for split in found['splits'].values())} rows can be read")
     return OK
+
+
+def _draw(path: Path, task: str, splits: dict[str, Any]) -> None:
+    """Draw the first rows of each split with their masks, a line a split."""
+    from PIL import Image
+
+    from segrl.errors import SegRLError
+    from segrl.geometry.mask_images import binarize
+    from segrl.reports.drawing import draw_overlay
+
+    if task == "volumes":
+        raise SegRLError("--sheet: only images are drawn; leave it out")
+    sheet = Image.new("RGB", (_DRAWN * _CELL, max(1, len(splits)) * _CELL), (255, 255, 255))
+    for down, rows in enumerate(splits.values()):
+        for across in range(min(_DRAWN, len(rows))):
+            row = rows[across]
+            image = row["image"].convert("RGB")
+            scale = (_CELL - 4) / max(image.size)
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            drawn = draw_overlay(image, size, target=binarize(row["mask"]))
+            sheet.paste(drawn, (across * _CELL, down * _CELL))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

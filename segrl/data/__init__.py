@@ -12,6 +12,7 @@ from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
 from segrl.data.manifest import write_manifest
+from segrl.data.overview import data_overview
 from segrl.data.queries import Queries
 from segrl.data.reasoning import build_query, build_reasoning
 from segrl.data.splits import load_split
@@ -49,6 +50,7 @@ __all__ = [
     "build_volume_prompt",
     "check_rows",
     "check_volumes",
+    "data_overview",
     "find_coordinates",
     "format_slice_answer",
     "grey_values",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_from_disk
-from PIL import Image
 
 from segrl.data.contents import SplitContents
 from segrl.data.csv_files import read_csv
@@ -21,16 +21,17 @@ from segrl.geometry.mask_images import binarize
 __all__ = ["data_overview"]
 
 _QUERIES = 4
-_DRAWN = 8  # rows of each split on the sheet
 
 
-def data_overview(path: str | Path, *, allow_outside: bool = False, sheet: Path | None = None) -> dict[str, Any]:
+def data_overview(
+    path: str | Path, *, allow_outside: bool = False, on_splits: Callable[[str, dict[str, Dataset]], None] | None = None
+) -> dict[str, Any]:
     """Read every file of a data set, and say what its splits hold.
 
     Args:
         path: A folder with `manifest.csv`, of images or of scans, or a `DatasetDict` saved to disk.
         allow_outside: Whether the manifest may name files outside its folder.
-        sheet: Of images, a picture of the first rows of each split with their masks is drawn here.
+        on_splits: Called with the task and the rows of each split, once all are read; to draw them, for example.
 
     Returns:
         Plain Python values: "task", "images" or "volumes"; "splits", for each "rows", "images" (distinct ones),
@@ -62,10 +63,8 @@ def data_overview(path: str | Path, *, allow_outside: bool = False, sheet: Path 
         name: load_split(str(path), name, contents=contents, allow_outside=allow_outside, argument="", **readers)
         for name in names
     }
-    if sheet is not None:
-        if task == "volumes":
-            raise DataError("sheet: only images are drawn; leave it out")
-        _draw(splits, sheet)
+    if on_splits is not None:
+        on_splits(task, splits)
     return {"task": task, "splits": {name: _described(rows, task) for name, rows in splits.items()}}
 
 
@@ -106,19 +105,3 @@ def _described(rows: Dataset, task: str) -> dict[str, Any]:
         "foreground": [min(found), float(np.median(found)), max(found)] if found else None,
         "queries": list(dict.fromkeys(rows["query"]))[:_QUERIES],
     }
-
-
-def _draw(splits: dict[str, Dataset], path: Path) -> None:
-    from segrl.reports.drawing import draw_overlay
-
-    cell = 160
-    sheet = Image.new("RGB", (_DRAWN * cell, max(1, len(splits)) * cell), (255, 255, 255))
-    for down, rows in enumerate(splits.values()):
-        for across in range(min(_DRAWN, len(rows))):
-            row: Any = rows[across]
-            image = row["image"]
-            scale = (cell - 4) / max(image.size)
-            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-            sheet.paste(draw_overlay(image, size, target=binarize(row["mask"])), (across * cell, down * cell))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)

@@ -35,6 +35,10 @@ class FormatRow:
         name: Of the image; rows of one image share it.
         split: For example "train".
         texts: Columns of the manifest, such as lesion, query, modality, anatomy, source and reasoning.
+
+    Example:
+        >>> FormatRow(Path("a.png"), np.eye(2, dtype=bool), "a", "train", {"lesion": "cyst"}).texts["lesion"]
+        'cyst'
     """
 
     image: Path | Image.Image
@@ -54,6 +58,10 @@ class ScanRow:
         label_value: The value of the structure in it, as text.
         split: For example "train".
         texts: Columns of the manifest.
+
+    Example:
+        >>> ScanRow(Path("ct.nii.gz"), Path("label.nii.gz"), "2", "test").label_value
+        '2'
     """
 
     scan: Path
@@ -90,7 +98,7 @@ def write_rows(
         {'train': 1}
         >>> from segrl.data import load_folder
         >>> load_folder("mine", "train")["query"][0]
-        'Segment every cyst in this image.'
+        'Segment the cyst in this image.'
     """
     home = Path(folder)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):

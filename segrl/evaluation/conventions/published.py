@@ -47,7 +47,7 @@ class Convention:
         True
         >>> CONVENTIONS["core_seg"]([Case(true & False, true & False, name="row 7")])
         Traceback (most recent call last):
-        segrl.evaluation.conventions.published.ConventionError: core_seg states no rule for 1 of 1 rows, ...
+        segrl.evaluation.conventions.published.ConventionError: core_seg states no rule for 1 of 1 rows (both empty), ...
     """
 
     name: str
