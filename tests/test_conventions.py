@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,7 +29,27 @@ from segrl.metrics import dice, iou
 COUNT, BATCHES = 10_000, 100
 
 
-def random_cases(count: int, seed: int, shape: tuple[int, ...] = (6, 7)) -> list[Case]:
+class Row(NamedTuple):
+    """What a case is made of, for the oracles."""
+
+    true: np.ndarray
+    predicted: np.ndarray | None = None
+    ignored: np.ndarray | None = None
+    valid: bool = True
+    name: str = ""
+    group: str = ""
+
+    @property
+    def case(self) -> Case:
+        masks = self.true, self.predicted, self.ignored
+        return Case.of(*masks, valid=self.valid, name=self.name, group=self.group)
+
+
+def score(name: str, rows: Sequence[Row]) -> dict[str, float]:
+    return CONVENTIONS[name]([row.case for row in rows])
+
+
+def random_cases(count: int, seed: int, shape: tuple[int, ...] = (6, 7)) -> list[Row]:
     """Rows with empty masks, no masks, false alarms and ignored pixels, each often."""
     rng = np.random.default_rng(seed)
     found = []
@@ -41,11 +61,11 @@ def random_cases(count: int, seed: int, shape: tuple[int, ...] = (6, 7)) -> list
             predicted = (true ^ flipped) if rng.random() < 0.7 else rng.random(shape) < rng.choice([0.0, 0.3])
         ignored = rng.random(shape) < rng.choice([0.1, 1.0], p=[0.95, 0.05]) if rng.random() < 0.2 else None
         group = str(rng.choice(["cyst", "nodule"]))
-        found.append(Case(true, predicted, ignored, bool(rng.random() < 0.9), f"row {n}", group))
+        found.append(Row(true, predicted, ignored, bool(rng.random() < 0.9), f"row {n}", group))
     return found
 
 
-def labels(case: Case) -> np.ndarray:
+def labels(case: Row) -> np.ndarray:
     """The truth as LISA's data has it: 0, 1, and 255 for ignored."""
     found = case.true.astype(np.int64)
     if case.ignored is not None:
@@ -53,7 +73,7 @@ def labels(case: Case) -> np.ndarray:
     return found
 
 
-def lisa(cases: Sequence[Case]) -> dict[str, float]:
+def lisa(cases: Sequence[Row]) -> dict[str, float]:
     total, inter, union, count = 0.0, 0, 0, 0
     for case in cases:
         target = labels(case).ravel()
@@ -69,11 +89,11 @@ def lisa(cases: Sequence[Case]) -> dict[str, float]:
     return {"giou": total / (count + 1e-5), "ciou": inter / (union + 1e-10)}
 
 
-def mmr(cases: Sequence[Case]) -> dict[str, float]:
+def mmr(cases: Sequence[Row]) -> dict[str, float]:
     return lisa([case for case in cases if case.predicted is not None])
 
 
-def rela(cases: Sequence[Case]) -> dict[str, float]:
+def rela(cases: Sequence[Row]) -> dict[str, float]:
     sums = {"iou": 0.0, "i": 0, "u": 0, "targets": 0, "TP": 0, "TN": 0, "FP": 0, "FN": 0}
     hits = dict.fromkeys((0.7, 0.8, 0.9), 0)
     for case in cases:
@@ -109,7 +129,7 @@ def rela(cases: Sequence[Case]) -> dict[str, float]:
     return found
 
 
-def vision_reasoner(cases: Sequence[Case]) -> dict[str, float]:
+def vision_reasoner(cases: Sequence[Row]) -> dict[str, float]:
     items = []
     for case in cases:
         truth = labels(case) == 1
@@ -124,7 +144,7 @@ def vision_reasoner(cases: Sequence[Case]) -> dict[str, float]:
     return {"giou": float(np.mean(ious)), "ciou": inter / union if union > 0 else 0}
 
 
-def m3d(cases: Sequence[Case]) -> dict[str, float]:
+def m3d(cases: Sequence[Row]) -> dict[str, float]:
     scores = []
     for case in cases:
         target = (labels(case) == 1).astype(float).ravel()
@@ -134,7 +154,7 @@ def m3d(cases: Sequence[Case]) -> dict[str, float]:
     return {"mdice": float(np.mean(scores))}
 
 
-def unibiomed(cases: Sequence[Case]) -> dict[str, float]:
+def unibiomed(cases: Sequence[Row]) -> dict[str, float]:
     sums: dict[str, list[list[float]]] = {}
     for case in cases:
         assert case.predicted is not None
@@ -157,7 +177,7 @@ def unibiomed(cases: Sequence[Case]) -> dict[str, float]:
     return {"mdice": mean[0], "hd95_voxels": mean[1], "nsd": mean[2]}
 
 
-def core_seg(cases: Sequence[Case]) -> dict[str, float]:
+def core_seg(cases: Sequence[Row]) -> dict[str, float]:
     scores, ious, failed = [], [], []
     for case in cases:
         predicted = np.zeros_like(case.true) if case.predicted is None else case.predicted
@@ -168,7 +188,7 @@ def core_seg(cases: Sequence[Case]) -> dict[str, float]:
     return {"mdice": np.mean(scores), "miou": np.mean(ious), "fail": np.mean(failed)}
 
 
-def segrl(cases: Sequence[Case]) -> dict[str, float]:
+def segrl(cases: Sequence[Row]) -> dict[str, float]:
     ious, dices, failed, hits, right, kept = [], [], [], [], [], []
     inter = union = 0
     for case in cases:
@@ -192,7 +212,7 @@ def segrl(cases: Sequence[Case]) -> dict[str, float]:
     return found | {name: np.mean(rows) for name, rows in (("n_acc", right), ("t_acc", kept)) if rows}
 
 
-ORACLES: dict[str, Callable[[Sequence[Case]], dict[str, float]]] = {
+ORACLES: dict[str, Callable[[Sequence[Row]], dict[str, float]]] = {
     "lisa": lisa,
     "mmr": mmr,
     "rela": rela,
@@ -204,14 +224,14 @@ ORACLES: dict[str, Callable[[Sequence[Case]], dict[str, float]]] = {
 }
 
 
-def allowed(cases: Sequence[Case], name: str) -> list[Case]:
-    return [case for case in cases if not case.traits.intersection(CONVENTIONS[name].refuses)]
+def allowed(cases: Sequence[Row], name: str) -> list[Row]:
+    return [case for case in cases if not case.case.traits.intersection(CONVENTIONS[name].refuses)]
 
 
 def test_every_convention_has_an_oracle_and_every_kind_occurs():
     assert ORACLES.keys() == CONVENTIONS.keys()
     cases = random_cases(2000, 0)
-    assert {case.kind for case in cases} == set(KINDS)
+    assert {case.case.kind for case in cases} == set(KINDS)
     for name in CONVENTIONS:
         assert len(allowed(cases, name)) > 400
 
@@ -224,52 +244,52 @@ def test_a_convention_equals_its_oracle_on_ten_thousand_rows(name):
     for start in [0, *range(0, COUNT, COUNT // BATCHES)]:
         rows = cases if not start else cases[start : start + COUNT // BATCHES]
         if name == "unibiomed":  # one NaN makes a mean NaN: also rows without any
-            assert math.isnan(CONVENTIONS[name](rows)["hd95_voxels"])
+            assert math.isnan(score(name, rows)["hd95_voxels"])
             rows = [case for case in rows if not math.isnan(unibiomed([case])["hd95_voxels"])]
-        found, expected = CONVENTIONS[name](rows), ORACLES[name](rows)
+        found, expected = score(name, rows), ORACLES[name](rows)
         assert found.keys() == expected.keys()
-        for score, value in expected.items():
-            assert found[score] == pytest.approx(float(value), abs=1e-9), (score, start)
+        for what, value in expected.items():
+            assert found[what] == pytest.approx(float(value), abs=1e-9), (what, start)
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_the_mean_of_a_convention_is_that_of_its_rows(name):
     cases = allowed(random_cases(500, 2), name)
-    rows = [value for case in cases if (value := CONVENTIONS[name].row(case)) is not None]
+    rows = [value for case in cases if (value := CONVENTIONS[name].row(case.case)) is not None]
     if name != "unibiomed":  # which averages over classes
-        assert CONVENTIONS[name](cases)[CONVENTIONS[name].mean] == pytest.approx(np.mean(rows), abs=1e-6)
+        assert score(name, cases)[CONVENTIONS[name].mean] == pytest.approx(np.mean(rows), abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("lisa", Case(np.eye(3, dtype=bool), name="a"), r"lisa states no rule for 1 of 2 rows \(no mask\), such as a"),
-        ("lisa", Case(np.zeros((3, 3), dtype=bool), name="a"), r"no rule for 1 of 2 rows \(no mask\)"),
-        ("m3d", Case(np.eye(3, dtype=bool)), r"\(no mask\), such as a row without a name"),
-        ("core_seg", Case(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool)), r"\(both empty\)"),
-        ("rela", Case(np.eye(3, dtype=bool), np.eye(3, dtype=bool), np.eye(3, dtype=bool)), r"\(ignored pixels\)"),
+        ("lisa", Row(np.eye(3, dtype=bool), name="a"), r"lisa states no rule for 1 of 2 rows \(no mask\), such as a"),
+        ("lisa", Row(np.zeros((3, 3), dtype=bool), name="a"), r"no rule for 1 of 2 rows \(no mask\)"),
+        ("m3d", Row(np.eye(3, dtype=bool)), r"\(no mask\), such as a row without a name"),
+        ("core_seg", Row(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool)), r"\(both empty\)"),
+        ("rela", Row(np.eye(3, dtype=bool), np.eye(3, dtype=bool), np.eye(3, dtype=bool)), r"\(ignored pixels\)"),
     ],
 )
 def test_rows_without_a_rule_are_refused(name, row, message):
-    plain = Case(np.eye(3, dtype=bool), np.eye(3, dtype=bool))
+    plain = Row(np.eye(3, dtype=bool), np.eye(3, dtype=bool))
     with pytest.raises(ConventionError, match=message):
-        CONVENTIONS[name]([plain, row])
-    assert CONVENTIONS[name]([plain])
+        score(name, [plain, row])
+    assert score(name, [plain])
 
 
 def test_nothing_and_division_by_zero():
-    nothing = Case(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool))
+    nothing = Row(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool))
     for name, message in (
         ("rela", "no pixel is true or predicted"),
         ("vision_reasoner", "every row is left out"),
     ):
         with pytest.raises(ConventionError, match=message):
-            CONVENTIONS[name]([nothing])
+            score(name, [nothing])
     with pytest.raises(ConventionError, match="no row has a mask"):
-        CONVENTIONS["mmr"]([Case(np.eye(3, dtype=bool))])
-    alarm = Case(np.zeros((3, 3), dtype=bool), np.eye(3, dtype=bool))
+        score("mmr", [Row(np.eye(3, dtype=bool))])
+    alarm = Row(np.zeros((3, 3), dtype=bool), np.eye(3, dtype=bool))
     with pytest.raises(ConventionError, match="no row has a target"):
-        CONVENTIONS["rela"]([alarm])
+        score("rela", [alarm])
     for convention in CONVENTIONS.values():
         with pytest.raises(ConventionError, match="at least one row"):
             convention([])
@@ -278,7 +298,7 @@ def test_nothing_and_division_by_zero():
 def test_masks_that_are_none():
     for wrong in (np.zeros((3, 3)), np.zeros((3, 4), dtype=bool), [[True]]):
         with pytest.raises(DataError, match="row 3: predicted mask is"):
-            Case(np.eye(3, dtype=bool), wrong, name="row 3")  # type: ignore[arg-type]
+            Case.of(np.eye(3, dtype=bool), wrong, name="row 3")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="record 0: holds no masks"):
         cases_of([{"dice": 1.0}])
 
@@ -288,21 +308,21 @@ def test_a_difference_is_divided_among_the_rows_that_cause_it():
         (("segrl", "vision_reasoner"), ("mmr", "segrl"), ("rela", "vision_reasoner"))
     ):
         cases = allowed(allowed(random_cases(400, seed), first), second)
-        parts = explain_difference(cases, first, second)
+        parts = explain_difference([row.case for row in cases], first, second)
         means = []
         for name in (first, second):
-            rows = [value for case in cases if (value := CONVENTIONS[name].row(case)) is not None]
+            rows = [value for case in cases if (value := CONVENTIONS[name].row(case.case)) is not None]
             means.append(sum(rows) / len(rows))
         assert sum(parts.values()) == pytest.approx(means[1] - means[0], abs=1e-12)
         assert any(abs(part) > 1e-3 for part in parts.values())
-    assert explain_difference(cases, "segrl", "segrl") == dict.fromkeys(parts, 0.0)
+    assert explain_difference([row.case for row in cases], "segrl", "segrl") == dict.fromkeys(parts, 0.0)
     with pytest.raises(ConventionError, match="averages giou, core_seg mdice"):
-        explain_difference(cases, "segrl", "core_seg")
+        explain_difference([row.case for row in cases], "segrl", "core_seg")
 
 
 def test_side_by_side():
     cases = random_cases(300, 5)
-    found = compare_conventions(cases)
+    found = compare_conventions([row.case for row in cases])
     assert json.loads(json.dumps(found)) == found
     assert sum(found["kinds"].values()) == 300
     assert found["conventions"]["lisa"]["scores"] is None
@@ -314,7 +334,7 @@ def test_side_by_side():
     for convention in CONVENTIONS.values():
         assert convention.source in page
     with pytest.raises(UnknownNameError, match="convention 'lissa'"):
-        compare_conventions(cases, ["lissa"])
+        compare_conventions([row.case for row in cases], ["lissa"])
 
 
 def test_eval_in_all_conventions(tmp_path, capsys):
@@ -333,7 +353,7 @@ def test_eval_in_all_conventions(tmp_path, capsys):
     assert "| | rela | segrl |" in out
     found = json.loads((tmp_path / "out" / "results.json").read_text())["conventions"]
     truth = [np.asarray(row["mask"]) > 0 for row in map(dict, rows)]
-    expected = segrl([Case(true, mask) for true, mask in zip(truth, masks, strict=True)])
+    expected = segrl([Row(true, mask) for true, mask in zip(truth, masks, strict=True)])
     assert found["conventions"]["segrl"]["scores"]["giou"] == pytest.approx(expected["giou"])
     assert (tmp_path / "out" / "conventions.md").read_text().startswith("# 4 rows in 2 conventions")
     assert main([*argv, "--conventions", "lissa", "--output_dir", str(tmp_path / "x")]) == 2
@@ -347,7 +367,8 @@ def test_records_keep_the_masks_exactly():
         true, predicted = rng.random((9, 11)) < rng.random(), rng.random((9, 11)) < rng.random()
         record = {"target_mask": mask_to_rle(true), "predicted_mask": mask_to_rle(predicted), "status": "no_answer"}
         (case,) = cases_of([json.loads(json.dumps(record))])
-        assert np.array_equal(case.true, true)
-        assert case.predicted is not None
-        assert np.array_equal(case.predicted, predicted)
+        found = case.masks()
+        assert np.array_equal(found[0], true)
+        assert found[1] is not None
+        assert np.array_equal(found[1], predicted)
         assert not case.valid

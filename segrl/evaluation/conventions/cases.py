@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,83 +47,116 @@ class Overlap:
         return self.predicted + self.true - self.both
 
 
+Masks = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One row: a question about an image or a volume.
+    """One row: a question about an image or a volume. `Case.of` makes one of masks.
 
     Attributes:
-        true: (H, W) or (D, H, W) bool.
-        predicted: The same shape; None where there is no mask.
-        ignored: The same shape, pixels that do not count, such as the label 255; None for none.
+        masks: Returns the true mask, the predicted one and the pixels that do not count, (H, W) or (D, H, W) bool, the
+            last two None where there are none.
+        overlap: Counts with ignored pixels left out.
+        painted: Counts with ignored pixels as background: what is predicted there is wrong.
+        answered: Whether there is a mask, be it empty.
+        ignores: Whether some pixels do not count.
         valid: Whether the text of the answer can be read.
         name: Of the row, for errors.
         group: Class of what is asked for, over which some evaluators average.
 
-    Raises:
-        DataError: Masks of different shapes, or no bool arrays; names the row.
-
     Example:
-        >>> case = Case(np.eye(4, dtype=bool), np.ones((4, 4), dtype=bool), ignored=np.tri(4, k=-1, dtype=bool))
+        >>> ignored = np.tri(4, k=-1, dtype=bool)
+        >>> case = Case.of(np.eye(4, dtype=bool), np.ones((4, 4), dtype=bool), ignored)
         >>> case.kind, case.overlap.either, case.painted.either
         ('ignored pixels', 10, 16)
     """
 
-    true: np.ndarray
-    predicted: np.ndarray | None = None
-    ignored: np.ndarray | None = None
+    masks: Callable[[], Masks]
+    overlap: Overlap
+    painted: Overlap
+    answered: bool
+    ignores: bool
     valid: bool = True
     name: str = ""
     group: str = ""
 
-    def __post_init__(self) -> None:
-        for what in ("true", "predicted", "ignored"):
-            mask = getattr(self, what)
+    @classmethod
+    def of(
+        cls,
+        true: np.ndarray,
+        predicted: np.ndarray | None = None,
+        ignored: np.ndarray | None = None,
+        *,
+        valid: bool = True,
+        name: str = "",
+        group: str = "",
+        keep: Callable[[], Masks] | None = None,
+    ) -> Case:
+        """Make a case of masks.
+
+        Args:
+            true: (H, W) or (D, H, W) bool.
+            predicted: The same shape; None where there is no mask.
+            ignored: The same shape, pixels that do not count, such as the label 255; None for none.
+            valid: See the class.
+            name: See the class.
+            group: See the class.
+            keep: Returns the masks again, so that they are not kept in memory; None keeps them.
+
+        Raises:
+            DataError: Masks of different shapes, or no bool arrays; names the row.
+        """
+        for what, mask in (("true", true), ("predicted", predicted), ("ignored", ignored)):
             if mask is None and what != "true":
                 continue
-            if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != self.true.shape:
+            if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != true.shape:
                 found = f"{getattr(mask, 'dtype', type(mask).__name__)} {getattr(mask, 'shape', '')}".strip()
-                shape = getattr(self.true, "shape", "")
-                raise DataError(f"{self.name or 'case'}: {what} mask is {found}, expected bool {shape}")
+                shape = getattr(true, "shape", "")
+                raise DataError(f"{name or 'case'}: {what} mask is {found}, expected bool {shape}")
+        ignores = ignored is not None and bool(ignored.any())
+        counts = painted = _counted(true, predicted)
+        if ignores:
+            kept = ~ignored  # type: ignore[operator]
+            painted = _counted(true & kept, predicted)
+            counts = _counted(true & kept, None if predicted is None else predicted & kept)
+        masks = keep or (lambda: (true, predicted, ignored))
+        return cls(masks, counts, painted, predicted is not None, ignores, valid, name, group)
 
-    @cached_property
-    def overlap(self) -> Overlap:
-        """Counts with ignored pixels left out."""
-        if self.ignored is None:
-            return self._counted(self.true, self.predicted)
-        keep = ~self.ignored
-        return self._counted(self.true & keep, None if self.predicted is None else self.predicted & keep)
-
-    @cached_property
-    def painted(self) -> Overlap:
-        """Counts with ignored pixels as background: what is predicted there is wrong."""
-        true = self.true if self.ignored is None else self.true & ~self.ignored
-        return self._counted(true, self.predicted)
-
-    @cached_property
+    @property
     def kind(self) -> str:
         """The first of `KINDS` that applies."""
-        counts = self.overlap
-        if not counts.true:
-            return "false alarm" if counts.predicted else "both empty"
-        if self.predicted is None:
+        if not self.overlap.true:
+            return "false alarm" if self.overlap.predicted else "both empty"
+        if not self.answered:
             return "no mask"
-        if not counts.predicted:
+        if not self.overlap.predicted:
             return "empty mask"
-        return "plain" if self.ignored is None or not self.ignored.any() else "ignored pixels"
+        return "ignored pixels" if self.ignores else "plain"
 
     @property
     def traits(self) -> frozenset[str]:
         """All of `KINDS` that apply, for conventions that state no rule for one of them."""
-        missing = {"no mask"} if self.predicted is None else set()
-        ignored = {"ignored pixels"} if self.ignored is not None and self.ignored.any() else set()
+        missing = set() if self.answered else {"no mask"}
+        ignored = {"ignored pixels"} if self.ignores else set()
         return frozenset({self.kind} | missing | ignored)
 
-    @staticmethod
-    def _counted(true: np.ndarray, predicted: np.ndarray | None) -> Overlap:
-        count = int(np.count_nonzero(true))
-        if predicted is None:
-            return Overlap(0, count, 0)
-        return Overlap(int(np.count_nonzero(predicted)), count, int(np.count_nonzero(predicted & true)))
+
+def _counted(true: np.ndarray, predicted: np.ndarray | None) -> Overlap:
+    count = int(np.count_nonzero(true))
+    if predicted is None:
+        return Overlap(0, count, 0)
+    return Overlap(int(np.count_nonzero(predicted)), count, int(np.count_nonzero(predicted & true)))
+
+
+def _stored(record: Mapping[str, Any], name: str) -> Masks:
+    masks = [
+        None if record.get(key) is None else rle_to_mask(record[key], f"{key} of {name}")
+        for key in ("target_mask", "predicted_mask", "ignored_mask")
+    ]
+    true, predicted, ignored = masks
+    assert true is not None
+    return true, predicted, ignored
 
 
 def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
@@ -138,18 +171,12 @@ def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
         >>> cases_of([record])[0].kind
         'no mask'
     """
-    found = []
+    found: list[Case] = []
     for number, record in enumerate(records):
         name = str(record.get("name") or f"record {number}")
         if "target_mask" not in record:
             raise DataError(f"{name}: holds no masks; evaluate the run again, and on images")
-        masks = {
-            key: None if record.get(key) is None else rle_to_mask(record[key], f"{key} of {name}")
-            for key in ("target_mask", "predicted_mask", "ignored_mask")
-        }
-        true = masks["target_mask"]
-        assert true is not None
-        valid = record.get("status", "valid") == "valid"
-        group = str(record.get("lesion") or "")
-        found.append(Case(true, masks["predicted_mask"], masks["ignored_mask"], valid, name, group))
+        valid, group = record.get("status", "valid") == "valid", str(record.get("lesion") or "")
+        keep = partial(_stored, record, name)  # a thousand masks of 512 x 512 px are a quarter of a gigabyte
+        found.append(Case.of(*keep(), valid=valid, name=name, group=group, keep=keep))
     return found

@@ -63,7 +63,7 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
 
     Example:
         >>> import numpy as np
-        >>> found = compare_conventions([Case(np.zeros((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool))])
+        >>> found = compare_conventions([Case.of(np.zeros((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool))])
         >>> {name: (one["scores"] or {}).get("giou") for name, one in found["conventions"].items()}["rela"]
         >>> found["conventions"]["rela"]["reason"]
         'rela divides by zero on these rows: no pixel is true or predicted'
@@ -99,7 +99,7 @@ def explain_difference(cases: Sequence[Case], first: str, second: str) -> dict[s
     Example:
         >>> import numpy as np
         >>> nothing, square = np.zeros((4, 4), dtype=bool), np.ones((4, 4), dtype=bool)
-        >>> cases = [Case(nothing, nothing), Case(square, square)]
+        >>> cases = [Case.of(nothing, nothing), Case.of(square, square)]
         >>> explain_difference(cases, "vision_reasoner", "segrl")
         {'both empty': 0.5, 'plain': -0.5}
     """
@@ -127,7 +127,7 @@ def conventions_page(found: Mapping[str, Any]) -> str:
     Example:
         >>> import numpy as np
         >>> square = np.ones((4, 4), dtype=bool)
-        >>> print(conventions_page(compare_conventions([Case(square, square)], ["segrl"])).splitlines()[4])
+        >>> print(conventions_page(compare_conventions([Case.of(square, square)], ["segrl"])).splitlines()[4])
         | gIoU | 100.00 |
     """
     ones = found["conventions"]

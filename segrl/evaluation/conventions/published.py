@@ -43,11 +43,11 @@ class Convention:
 
     Example:
         >>> true = np.eye(4, dtype=bool)
-        >>> CONVENTIONS["lisa"]([Case(true, true), Case(true & False, true & False)])["giou"] > 0.99
+        >>> CONVENTIONS["lisa"]([Case.of(true, true), Case.of(true & False, true & False)])["giou"] > 0.99
         True
-        >>> CONVENTIONS["core_seg"]([Case(true & False, true & False, name="row 7")])
+        >>> CONVENTIONS["core_seg"]([Case.of(true & False, true & False, name="row 7")])
         Traceback (most recent call last):
-        segrl.evaluation.conventions.published.ConventionError: core_seg states no rule for 1 of 1 rows (both empty), ...
+        segrl.evaluation.conventions.published.ConventionError: core_seg states no rule for 1 of 1 rows (both ...
     """
 
     name: str
@@ -106,7 +106,7 @@ def _lisa(cases: Sequence[Case]) -> Scores:
 
 
 def _mmr(cases: Sequence[Case]) -> Scores:
-    answered = [case for case in cases if case.predicted is not None]
+    answered = [case for case in cases if case.answered]
     if not answered:
         raise ZeroDivisionError("no row has a mask")
     return _lisa(answered)
@@ -148,7 +148,7 @@ def _rela(cases: Sequence[Case]) -> Scores:
 
 def _vision_reasoner_row(case: Case) -> float | None:
     counts = case.painted
-    if case.predicted is None:  # "penalty": no intersection, the truth as union
+    if not case.answered:  # "penalty": no intersection, the truth as union
         return 0.0
     return counts.both / counts.either if counts.either else None
 
@@ -180,8 +180,8 @@ def _unibiomed_row(case: Case) -> float:
 
 def _unibiomed_surfaces(case: Case) -> tuple[float, float]:
     """95th percentile of the distances of wrong pixels, and surface Dice within 2 voxels, both without spacing."""
-    assert case.predicted is not None
-    predicted, true = case.predicted, case.true
+    true, predicted, _ = case.masks()
+    assert predicted is not None  # others are refused
     if not predicted.any() or not true.any():
         return math.nan, 0.0
     to_predicted, to_true = (np.asarray(ndimage.distance_transform_edt(~mask)) for mask in (predicted, true))
@@ -280,7 +280,7 @@ CONVENTIONS: dict[str, Convention] = {
                 _IGNORED: "left out",
                 _MEAN: "as LISA, over the rows that are not skipped",
             },
-            *("giou", lambda case: None if case.predicted is None else _lisa_row(case), _mmr),
+            *("giou", lambda case: _lisa_row(case) if case.answered else None, _mmr),
         ),
         Convention(
             "rela",
