@@ -210,3 +210,26 @@ def test_a_run_by_the_command(data, rows, tmp_path, capsys):
     assert main(["eval", "--model", str(tmp_path / "none"), "--data", str(data)]) == 2
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_rows_without_a_target_are_counted_apart(tmp_path, capsys):
+    from PIL import Image
+
+    nothing, something = np.zeros((20, 20), dtype=np.uint8), np.zeros((20, 20), dtype=np.uint8)
+    something[3:9, 4:10] = 255
+    truth = {"a": something, "b": nothing, "c": nothing, "d": nothing}
+    theirs = {"a": something, "b": nothing, "c": something, "d": nothing}
+    lines = ["image,mask,split,lesion"]
+    for n, name in enumerate(truth):
+        for part, array in (("images", np.random.default_rng(n).integers(0, 255, (20, 20, 3), dtype=np.uint8)),
+                            ("masks", truth[name]), ("theirs", theirs[name])):  # fmt: skip
+            path = tmp_path / ("data" if part != "theirs" else "") / part / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+        lines.append(f"images/{name}.png,masks/{name}.png,test,cyst")
+    (tmp_path / "data" / "manifest.csv").write_text("\n".join(lines))
+    assert main(["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "data")]) == 0
+    assert "model: N-acc 66.7 % of 3 rows without a target" in capsys.readouterr().out
+    model = read_json(tmp_path / "theirs_evaluation" / "results.json")["model"]
+    assert model["no_target"] == {"n": 3, "n_acc": pytest.approx(2 / 3)}
+    assert model["mdice"] == pytest.approx(0.75)

@@ -39,8 +39,18 @@ def box_f1(prediction: Any, target: Any) -> float | None:
 
 def _summarise_images(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not all("box_f1" in record for record in records):  # of a baseline that names no box
-        return summarise(records)
-    return summarise(records, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
+        summary = summarise(records)
+    else:
+        summary = summarise(records, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
+    said_none = [_empty(record["predicted_mask"]) for record in records if _empty(record["target_mask"])]
+    if said_none:  # rows that ask for something that is not there
+        summary["no_target"] = {"n": len(said_none), "n_acc": sum(said_none) / len(said_none)}
+    return summary
+
+
+def _empty(mask: Mapping[str, Any] | None) -> bool:
+    """Whether run lengths have no foreground; no mask has none."""
+    return mask is None or not sum(mask["counts"][1::2])
 
 
 class ImageResults:
@@ -106,6 +116,8 @@ class ImageResults:
                 mean, low, high = (100 * value for value in gain)
                 say(f"{what}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
         for stage in ("stage1", "stage2", "control", "model"):
+            if (none := results.get(stage, {}).get("no_target")) is not None:
+                say(f"{stage}: N-acc {100 * none['n_acc']:.1f} % of {none['n']} rows without a target")
             if "statuses" in results.get(stage, {}):
                 say(f"{stage}: {invalid_text(results[stage]['statuses'])}")
         if "zero_spread" in results:
