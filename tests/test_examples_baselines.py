@@ -13,11 +13,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from script_modules import Example, read_json
 
-from segrl.data import make_synthetic, prepare, write_folder
+from segrl.data import make_scene, make_synthetic, prepare, write_folder
 from segrl.errors import SegRLError, UnknownNameError
 from segrl.heads import find_mask_head
 from segrl.inference import load
-from segrl.models import language_model_lora, tiny_qwen2_5_vl
+from segrl.models import language_model_lora, list_findings, tiny_qwen2_5_vl
 from segrl.scripts import TwoStageRun
 from segrl.segmenters import BoxSegmenter, Sam2Segmenter, sam2_config
 
@@ -189,3 +189,35 @@ def test_seg_zero_goes_on_where_it_was(seg_zero, tmp_path):
     SEG_ZERO.done("train_grpo", *SHORT, *saved, "--output_dir", stopped, "--resume_from_checkpoint", "last")
     one, other = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# ---- synthetic rows --------------------------------------------------------------------------------------------------
+
+
+def test_repeated_scenes_keep_their_own_reasoning(tmp_path):
+    """A short training split is repeated, whole pass after whole pass, and each row says what its own scene shows."""
+    kind = runs(Example("core_seg"), "CoreSegRun")
+    run: Any = kind(kind.training_flags(train_limit=5, eval_limit=1), 3, tmp_path / "run")
+    run.rows["train"] = run.load("train")
+    _, processor = tiny_qwen2_5_vl()
+    rows = run.prepare(None, processor, completions=True)
+    assert rows["name"][:10] == run.train_rows["name"][:] * 2
+    assert len(rows) == run.views()
+    assert len(set(rows["name"])) == 5
+    for row in map(dict, rows):
+        number = int(row["name"].rsplit("_", 1)[1])
+        picture = make_scene(number, **run.scenes("train")).picture()
+        assert row["reasoning"] == list_findings(picture)
+        assert f"<think>{list_findings(picture)}</think>" in row["completion"][0]["content"]
+
+
+def test_stage_1_sees_the_rows_with_written_answers(tmp_path):
+    kind = runs(Example("core_seg"), "CoreSegRun")
+    run: Any = kind(kind.training_flags(), 3, tmp_path / "run")
+    run.rows["train"] = make_synthetic(3, size=96).select([0] * 450)
+    _, processor = tiny_qwen2_5_vl()
+    written = run.recipe.synthetic["sft"]
+    assert written == 400
+    run.recipe = replace(run.recipe, fill_to=0, pretraining=None)
+    assert len(run.prepare(None, processor, completions=True)) == written
+    assert len(run.prepare(None, processor, completions=False)) == 450

@@ -189,7 +189,7 @@ class ImageRun(TwoStageRun):
         if not any(copies):
             return rows
         if self.arguments.data is None:
-            return rows.select([n for n, more in enumerate(copies) for _ in range(1 + more)])
+            return rows.select([n for turn in range(1 + max(copies)) for n, more in enumerate(copies) if turn <= more])
         return augment(rows, copies)
 
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
