@@ -25,11 +25,13 @@ from segrl.data.formats import (
     read_columns,
     read_nnunet,
     read_pairs,
+    read_reasonseg,
     write_rows,
 )
 from segrl.data.overview import data_overview
 from segrl.errors import DataError, UnknownNameError
 from segrl.geometry import mask_to_rle
+from segrl.predictions import Target
 
 LESION = {"lesion": "polyp"}
 REAL = ROOT.parent / "shared" / "data" / "lesions2d"
@@ -492,3 +494,106 @@ def test_every_format_trains_after_one_command(kind, tmp_path):
     short = ("--max_steps", 1, "--eval_limit", 2, "--train_limit", 16, "--max_completion_length", 8)
     Example("core_seg").done("train_grpo", "--data", out, *short, "--output_dir", tmp_path / "run")
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+# ---- pixels that do not count ----------------------------------------------------------------------------------------
+
+
+def reasonseg(home: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Three images in the layout of ReasonSeg: one plain, one with regions to ignore, one in another encoding."""
+    square = [[2.9, 2], [12, 2], [12, 12], [2, 12]]
+    inner = [[5, 5], [8, 5], [8, 8], [5, 8]]
+    files = {
+        "train/a": ([("target", square)], ["Where is it?", "What is bright?"], "utf-8"),
+        "val/b": ([("Ignore", inner), ("target", square), ("flag", [[0, 0]])], ["The thing…"], "utf-8"),
+        "test/c": ([("target", inner), ("ignore", square)], ["Größe?"], "cp1252"),
+    }
+    for name, (shapes, text, encoding) in files.items():
+        save((home / name).with_suffix(".jpg"), picture(0, (16, 20)))
+        listed = [{"label": label, "points": points} for label, points in shapes]
+        content = json.dumps({"shapes": listed, "text": text, "is_sentence": True}, ensure_ascii=False)
+        (home / name).with_suffix(".json").write_bytes(content.encode(encoding))
+    large, small = np.zeros((16, 20), dtype=bool), np.zeros((16, 20), dtype=bool)
+    large[2:13, 2:13], small[5:9, 5:9] = True, True
+    return {
+        "train": (large, large & False),
+        "val": (large & ~small, small),  # the larger shape is painted first, whatever the order
+        "test": (small, large & ~small),
+    }
+
+
+def test_reasonseg(tmp_path):
+    pytest.importorskip("cv2")
+    truth = reasonseg(tmp_path / "src")
+    assert main(["data", "convert", "reasonseg", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    for split, (target, ignored) in truth.items():
+        rows = load_folder(tmp_path / "out", split)
+        assert len(rows) == 1
+        row = dict(rows[0])
+        assert np.array_equal(np.asarray(row["mask"]) > 0, target)
+        assert (row["ignored"] is None) == (split == "train")
+        if split != "train":
+            assert np.array_equal(np.asarray(row["ignored"]) > 0, ignored)
+    assert load_folder(tmp_path / "out", "test")["query"][0] == "Größe?"
+    both = list(read_reasonseg(tmp_path / "src", texts={}, questions="all"))
+    assert [row.texts["query"] for row in both][:2] == ["Where is it?", "What is bright?"]
+    assert len(both) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda home: (home / "train" / "a.json").write_text("{"), "a.json: not JSON"),
+        (lambda home: (home / "train" / "a.json").write_text('{"shapes": []}'), "a.json: no shapes, text"),
+        (lambda home: (home / "train" / "a.jpg").unlink(), "a.json: no a.jpg"),
+        (lambda home: (home / "train" / "a.json").unlink(), "a.jpg: no .json beside it"),
+        (
+            lambda home: (home / "train" / "a.json").write_text(
+                '{"shapes": [{"label": "x", "points": [[1, 2]]}], "text": "a"}'
+            ),
+            "shape 0 has no label, or fewer than three points",
+        ),
+    ],
+)
+def test_broken_reasonseg(change, message, tmp_path):
+    reasonseg(tmp_path)
+    change(tmp_path)
+    with pytest.raises(DataError, match=f"1 problems in (?s:.*){message}"):
+        list(read_reasonseg(tmp_path, texts={}))
+
+
+def test_ignored_pixels_count_nowhere(tmp_path, capsys):
+    """What is predicted on them is neither right nor wrong, in records, in summaries and in LISA's convention."""
+    true, ignored = np.zeros((13, 17), dtype=bool), np.zeros((13, 17), dtype=bool)
+    true[2:8, 2:8], ignored[5:11, 5:11] = True, True
+    rows = [FormatRow(Image.fromarray(picture(n)), true, f"r{n}", "test", LESION, ignored) for n in range(2)]
+    write_rows(rows, tmp_path / "data")
+    kept = true & ~ignored
+    save(tmp_path / "theirs" / "r0.png", grey(true | ignored))
+    save(tmp_path / "theirs" / "r1.png", grey(np.roll(kept, 2, axis=0)))
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "data"), "--conventions", "all"]
+    assert main(argv) == 0
+    out = tmp_path / "theirs_evaluation"
+    records = json.loads((out / "predictions.json").read_text())
+    moved = np.roll(kept, 2, axis=0) & ~ignored
+    expected = [1.0, 2 * (moved & kept).sum() / (moved.sum() + kept.sum())]
+    assert [record["dice"] for record in records] == pytest.approx(expected)
+    found = json.loads((out / "results.json").read_text())["conventions"]["conventions"]
+    union = (moved | kept).sum()
+    giou = (1 + (moved & kept).sum() / union) / 2
+    assert found["lisa"]["scores"]["giou"] == pytest.approx(giou, abs=1e-4)
+    assert found["segrl"]["scores"]["giou"] == pytest.approx(giou)
+    assert found["vision_reasoner"]["scores"]["giou"] < giou  # there they are background
+    assert "ignored pixels" in found["rela"]["reason"]
+    assert "- 2 ignored pixels" in capsys.readouterr().out
+
+
+def test_wrong_ignored_pixels(tmp_path):
+    mask = np.eye(13, 17, dtype=bool)
+    row = FormatRow(Image.fromarray(picture(1)), mask, "r", "test", LESION, mask)
+    write_rows([row], tmp_path / "data")
+    save(next((tmp_path / "data" / "ignored").iterdir()), grey(np.ones((5, 5), dtype=bool)))
+    with pytest.raises(DataError, match="the ignored pixels are 5 x 5 px, the mask 17 x 13"):
+        load_folder(tmp_path / "data", "test")
+    with pytest.raises(DataError, match=r"Target\.ignored: shape \(5, 5\)"):
+        Target.from_mask(np.eye(3, dtype=bool)).ignoring(np.ones((5, 5), dtype=bool))

@@ -53,6 +53,10 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     divides(coco)
     nnunet = add("nnunet", "a data set of nnU-Net, images or scans", ("source", "the folder with dataset.json"))
     nnunet.add_argument("--channel", metavar="NAME", help="of several channels the one to take")
+    layout = "the layout of ReasonSeg, with pixels to ignore"
+    reasonseg = add("reasonseg", layout, ("source", "folder with train, val, test"))
+    reasonseg.add_argument("--questions", choices=("first", "all"), default="first", help="of an image; LISA evaluates "
+                           "the first (default)")  # fmt: skip
     hub = add("hf", "a Hugging Face data set", ("source", "folder, file, or owner/name on the hub"))
     hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
 
@@ -72,6 +76,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         rows = formats.read_coco(arguments.annotations, arguments.images, texts=texts, split=arguments.split, **drawn)
     elif arguments.format == "nnunet":
         rows = formats.read_nnunet(arguments.source, texts=texts, channel=arguments.channel)
+    elif arguments.format == "reasonseg":
+        rows = formats.read_reasonseg(arguments.source, texts=texts, questions=arguments.questions)
     else:
         rows = formats.read_columns(arguments.source, columns=_columns(arguments.columns), texts=texts)
     counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)

@@ -22,7 +22,7 @@ __all__ = ["OnAnswer", "check_questions", "overlap_record", "score_rows"]
 
 _RECORD_KEYS = {
     *(*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"),
-    *("predicted_mask", "target_mask"),
+    *("predicted_mask", "target_mask", "ignored_mask"),
 }
 OnAnswer = Callable[[int, Any, Prediction, Any], None]
 """Called for every row with its number, what was shown (image or grey values), the prediction and the target."""
@@ -100,7 +100,8 @@ def overlap_record(
         - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
         - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
         - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`,
-        - of an image "predicted_mask", None without one, and "target_mask", as `segrl.geometry.mask_to_rle`.
+        - of an image "predicted_mask", None without one, "target_mask" and, where some are ignored, "ignored_mask", as
+          `segrl.geometry.mask_to_rle`. Ignored pixels count in no score of the record but `metrics`.
 
     Raises:
         DataError: The mask has another shape than the ground truth; names the row.
@@ -119,11 +120,15 @@ def overlap_record(
             f"{target.name or 'row'}: the predicted mask has shape {mask.shape}, the true one {target.mask.shape}; "
             "put the prediction on the grid of the image or scan"
         )
+    true, found = target.mask, prediction.mask
+    if isinstance(target, Target) and target.ignored is not None:
+        kept = ~target.ignored
+        mask, true, found = mask & kept, true & kept, None if found is None else found & kept
     return {
         **target.to_dict(),
-        "dice": dice(mask, target.mask),
-        "iou": iou(mask, target.mask),
-        "fail": failure(prediction.mask, target.mask, prediction.valid),
+        "dice": dice(mask, true),
+        "iou": iou(mask, true),
+        "fail": failure(found, true, prediction.valid),
         "status": str(prediction.status.value),
         "text": prediction.text,
         "boxes": prediction.boxes.tolist(),
@@ -135,7 +140,8 @@ def overlap_record(
 def _masks(prediction: Prediction, target: Target) -> dict[str, Any]:
     """Both masks, so that records can be drawn and scored again."""
     found = None if prediction.mask is None else mask_to_rle(prediction.mask)
-    return {"predicted_mask": found, "target_mask": mask_to_rle(target.mask)}
+    ignored = {} if target.ignored is None else {"ignored_mask": mask_to_rle(target.ignored)}
+    return {"predicted_mask": found, "target_mask": mask_to_rle(target.mask), **ignored}
 
 
 def _named(metrics: Sequence[str | Metric]) -> dict[str, Metric]:

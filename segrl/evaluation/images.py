@@ -142,10 +142,13 @@ def whole_image(row: dict[str, Any]) -> Any:
 
 
 def read_image_target(row: dict[str, Any]) -> Target:
-    """The ground truth of a row with the column `mask`.
+    """The ground truth of a row with the column `mask`, and perhaps `ignored`.
 
     Raises:
         DataError: The mask is not binary; names the row.
     """
     texts = Target.texts_of(row)
-    return Target.from_mask(binarize(row["mask"], texts["name"] or "row"), **texts)
+    where = texts["name"] or "row"
+    target = Target.from_mask(binarize(row["mask"], where), **texts)
+    ignored = row.get("ignored")
+    return target if ignored is None else target.ignoring(binarize(ignored, f"ignored pixels of {where}"))

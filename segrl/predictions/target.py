@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,10 +94,13 @@ class Target(Metadata):
     Attributes:
         mask: (H, W) bool in original pixels; all False when the image holds nothing that was asked for.
         boxes: (N, 4) float64, one box per lesion; (0, 4) for an empty mask.
+        ignored: (H, W) bool, pixels that scores of an evaluation leave out, such as ReasonSeg's; None for none. Rewards
+            and losses count them: what is predicted there is wrong in training.
     """
 
     mask: np.ndarray
     boxes: np.ndarray
+    ignored: np.ndarray | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         label = f" of {self.name!r}" if self.name else ""
@@ -123,6 +126,28 @@ class Target(Metadata):
         """
         foreground = binarize(mask, fields.get("name") or "mask")
         return cls(mask=foreground, boxes=boxes_from_mask(foreground), **fields)
+
+    def ignoring(self, pixels: np.ndarray) -> Target:
+        """Return the same target with pixels that scores of an evaluation leave out.
+
+        Args:
+            pixels: (H, W) bool.
+
+        Raises:
+            DataError: No bool array, or of another shape than the mask.
+
+        Example:
+            >>> target = Target.from_mask(np.ones((2, 2), dtype=bool)).ignoring(np.eye(2, dtype=bool))
+            >>> int(target.ignored.sum())
+            2
+        """
+        label = f" of {self.name!r}" if self.name else ""
+        check_mask(pixels, f"Target.ignored{label}")
+        if pixels.shape != self.mask.shape:
+            raise DataError(f"Target.ignored{label}: shape {pixels.shape}, expected that of the mask {self.mask.shape}")
+        found = replace(self)
+        object.__setattr__(found, "ignored", pixels)
+        return found
 
     @property
     def height(self) -> int:

@@ -4,6 +4,7 @@ from segrl.data.formats.coco import coco_annotations, coco_mask, read_coco
 from segrl.data.formats.columns import read_columns
 from segrl.data.formats.nnunet import read_nnunet
 from segrl.data.formats.pairs import read_pairs
+from segrl.data.formats.reasonseg import read_reasonseg, reasonseg_mask
 from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "read_columns",
     "read_nnunet",
     "read_pairs",
+    "read_reasonseg",
+    "reasonseg_mask",
     "write_rows",
 ]

@@ -35,6 +35,7 @@ class FormatRow:
         name: Of the image; rows of one image share it.
         split: For example "train".
         texts: Columns of the manifest, such as lesion, query, modality, anatomy, source and reasoning.
+        ignored: (H, W) bool, pixels that scores leave out; None for none.
 
     Example:
         >>> FormatRow(Path("a.png"), np.eye(2, dtype=bool), "a", "train", {"lesion": "cyst"}).texts["lesion"]
@@ -46,6 +47,7 @@ class FormatRow:
     name: str
     split: str
     texts: Mapping[str, str] = field(default_factory=dict)
+    ignored: np.ndarray | None = None
 
 
 @dataclass
@@ -128,7 +130,11 @@ class _Writer:
             image = self._drawn(row)
         mask = self._place("masks", Path(image).stem, ".png")
         Image.fromarray(row.mask.astype(np.uint8) * 255).save(self.home / mask)
-        return {"image": image, "mask": mask, "split": row.split, **row.texts}
+        line = {"image": image, "mask": mask, "split": row.split, **row.texts}
+        if row.ignored is not None and row.ignored.any():
+            line["ignored"] = self._place("ignored", Path(image).stem, ".png")
+            Image.fromarray(row.ignored.astype(np.uint8) * 255).save(self.home / line["ignored"])
+        return line
 
     def _place(self, part: str, stem: str, suffix: str) -> str:
         """A path in the folder that is not taken, whatever the capitals."""

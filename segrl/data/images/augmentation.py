@@ -64,6 +64,7 @@ def augment(dataset: Dataset, copies: int | Sequence[int], *, seed: int = 0) -> 
                 rng = np.random.default_rng((seed, index, copy))
                 changed, moved = _changed(np.asarray(image), np.asarray(mask), rng)
                 pictures = {"image": _png(PILImage.fromarray(changed)), "mask": _png(PILImage.fromarray(moved))}
+                pictures |= dict.fromkeys({"ignored"} & row.keys())  # of the unchanged image; no training reads it
                 yield {**row, **pictures, "name": f"{row['name']}#{copy}"}
 
     return Dataset.from_list(list(rows()), features=dataset.features)

@@ -19,13 +19,16 @@ from PIL import Image as PILImage
 
 from segrl.caching.content import content_key
 from segrl.data.contents import SplitContents
+from segrl.data.listed_files import find_file
 from segrl.data.manifest import check_dataset, parts_of, raise_all, read_manifest
 from segrl.errors import DataError
 from segrl.geometry.image_files import image_orientation, open_image, read_image
 from segrl.geometry.mask_images import binarize, read_mask_file
 from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["check_rows", "load_folder"]
+__all__ = ["IGNORED", "check_rows", "load_folder"]
+
+IGNORED = "ignored"  # column of pixels that scores leave out
 
 
 def load_folder(
@@ -40,7 +43,8 @@ def load_folder(
     """Load the pairs of image and mask that `<path>/manifest.csv` lists.
 
     The manifest has the columns image and mask (paths relative to the folder) and optionally split, query, reasoning,
-    modality, anatomy, lesion and name; any other column is kept as text. Without a query column the query is built from
+    modality, anatomy, lesion, name and ignored, the path of a mask of pixels that the scores of an evaluation leave
+    out; any other column is kept as text. Without a query column the query is built from
     lesion, anatomy and modality. Pixels are decoded when a row is read. Several masks of one image and question are
     merged if one cell names them all, as in `masks/a.png;masks/a_1.png`. Cells may be separated by commas, semicolons
     or tabs.
@@ -77,12 +81,13 @@ def load_folder(
     for row, location in zip(found.rows, found.locations, strict=True):
         try:
             image = {"path": row["image"], "bytes": None}
-            rows.append({**row, "image": image, "mask": _merged(parts_of(row["mask"]))})
+            more = _ignored(Path(path), row, allow_outside)
+            rows.append({**row, "image": image, "mask": _merged(parts_of(row["mask"])), **more})
             locations.append(location)
         except DataError as error:
             problems.append(f"{location}: {error}")
     names = list(found.rows[0]) if found.rows else ["image", "mask", *METADATA_COLUMNS]
-    features = {name: Image() if name in ("image", "mask") else Value("string") for name in names}
+    features = {name: Image() if name in ("image", "mask", IGNORED) else Value("string") for name in names}
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(features))
     contents = contents or SplitContents()
     if validate:
@@ -143,14 +148,16 @@ def _problems(dataset: Dataset, locations: Iterable[str], contents: SplitContent
             )
     contents = contents or SplitContents()
     encoded = dataset
-    for column in ("image", "mask"):
-        encoded = encoded.cast_column(column, Image(decode=False))
+    for column in ("image", "mask", IGNORED):
+        if column in encoded.column_names:
+            encoded = encoded.cast_column(column, Image(decode=False))
     for location, row in zip(locations, encoded, strict=True):
         assert isinstance(row, dict)
         pair = _Pair()
-        for column, read in (("image", pair.read_image), ("mask", pair.read_mask)):
+        for column, read in (("image", pair.read_image), ("mask", pair.read_mask), (IGNORED, pair.read_ignored)):
             try:
-                read(row[column])
+                if row.get(column) is not None or column != IGNORED:
+                    read(row.get(column))
             except DataError as error:
                 yield f"{location}: {error}{_path(error, row[column])}"
         problem = pair.problem()
@@ -168,6 +175,7 @@ class _Pair:
     def __init__(self) -> None:
         self.image: np.ndarray | None = None  # (H, W, 3) uint8
         self.mask: np.ndarray | None = None  # (H, W) bool
+        self.ignored: np.ndarray | None = None  # (H, W) bool
         self.stored: dict[str, tuple[int, tuple[int, int]]] = {}  # EXIF orientation, (width, height) before it
 
     def read_image(self, value: Any) -> None:
@@ -180,11 +188,20 @@ class _Pair:
             self.stored["mask"] = image_orientation(image), image.size
             self.mask = binarize(image, "mask")
 
+    def read_ignored(self, value: Any) -> None:
+        with open_image(value, IGNORED) as image:
+            self.ignored = binarize(image, IGNORED)
+
     def problem(self) -> str | None:
         """Say why the two do not belong together; None if they do, or if one of them was not read."""
         if self.image is None or self.mask is None:
             return None
         (height, width), (mask_height, mask_width) = self.image.shape[:2], self.mask.shape
+        if self.ignored is not None and self.ignored.shape != self.mask.shape:
+            return (
+                f"the ignored pixels are {self.ignored.shape[1]} x {self.ignored.shape[0]} px, the mask {mask_width} x "
+                f"{mask_height}; expected the same size"
+            )
         (turned, stored), (mask_turned, mask_stored) = self.stored["image"], self.stored["mask"]
         if (height, width) != (mask_height, mask_width):
             advice = "resize the mask with nearest neighbour"
@@ -225,6 +242,15 @@ def _merged(paths: Sequence[str]) -> dict[str, Any]:
     buffer = io.BytesIO()
     PILImage.fromarray(np.logical_or.reduce(masks)).save(buffer, format="PNG")
     return {"path": None, "bytes": buffer.getvalue()}
+
+
+def _ignored(folder: Path, row: dict[str, str], allow_outside: bool) -> dict[str, Any]:
+    """The file of pixels that do not count, where the manifest has the column; None where its cell is empty."""
+    if IGNORED not in row:
+        return {}
+    if not row[IGNORED]:
+        return {IGNORED: None}
+    return {IGNORED: {"path": str(find_file(folder, row[IGNORED], allow_outside=allow_outside)), "bytes": None}}
 
 
 def _path(error: DataError, value: dict[str, Any] | None) -> str:
