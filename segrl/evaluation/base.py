@@ -100,8 +100,8 @@ def overlap_record(
         - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
         - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
         - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`,
-        - of an image "predicted_mask", None without one, "target_mask" and, where some are ignored, "ignored_mask", as
-          `segrl.geometry.mask_to_rle`. Ignored pixels count in no score of the record but `metrics`.
+        - of an image "predicted_mask", None without one, "target_mask" and, where some pixels are ignored,
+        "ignored_mask", as `segrl.geometry.mask_to_rle`. Ignored pixels count in no score of the record but `metrics`.
 
     Raises:
         DataError: The mask has another shape than the ground truth; names the row.
