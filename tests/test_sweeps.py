@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
@@ -17,10 +18,12 @@ from script_modules import ROOT, read_json
 from segrl.cli.main import main
 from segrl.data import make_synthetic, write_folder
 from segrl.errors import DataError, SegRLError, UnknownNameError
+from segrl.geometry import mask_to_rle
 from segrl.metrics import bootstrap_ci, nested_bootstrap_ci
 from segrl.sweeps import Job, plan_sweep, run_sweep, summarise_sweep, sweep_table
 from segrl.sweeps.jobs import distinct_jobs
 from segrl.sweeps.running import check_jobs, claim_sweep
+from segrl.sweeps.samples import CELL, LABEL, MARGIN, samples_sheet
 
 PUBLISHED = ROOT / "examples" / "core_seg" / "published.yaml"
 TABLE = """
@@ -357,3 +360,55 @@ def test_a_table_keeps_its_columns_whatever_names_hold(paper, tmp_path):
     (line,) = [line for line in sweep_table(rows).splitlines() if "a\\|b" in line]
     assert line.replace("\\|", "").count("|") == 8
     assert json.dumps(rows)
+
+
+# ---- baselines and pictures ------------------------------------------------------------------------------------------
+
+
+def test_rows_of_other_examples_have_runs_of_their_own(paper):
+    jobs = {row.method: job for row, job in plan_sweep(PUBLISHED, ["1"]) if job is not None}
+    assert {method: job.name for method, job in jobs.items()} == {
+        "LISA-3B": "lisa-train_sft",
+        "SegZero-3B": "seg_zero-train_grpo",
+        "CORE-Seg": "train_grpo--after-train_sft",
+    }
+    for method, example in (("LISA-3B", "lisa"), ("SegZero-3B", "seg_zero")):
+        assert jobs[method].script == ROOT / "examples" / example / f"{jobs[method].script.stem}.py"
+        assert jobs[method].title.startswith(f"{example}/train_")
+    paper.write_text(TABLE.replace("command: train_sft}", "command: ../lisa/train_grpo}"))
+    with pytest.raises(DataError, match=r"or that of another example, such as \.\./lisa/train_sft"):
+        plan_sweep(paper, [])
+
+
+def test_a_sheet_of_samples_has_a_row_for_each_run(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = {}
+    for number, name in enumerate(("full", "boxes only", "other rows")):
+        folder = tmp_path / name
+        (folder / "samples").mkdir(parents=True)
+        records = []
+        for n in range(3):
+            Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(folder / "samples" / f"{n:03d}.png")
+            mask = mask_to_rle(np.full((30, 40), n == number))
+            asked = {"name": f"row {n}" if number < 2 else f"x {n}", "query": "Where?"}
+            records.append(
+                {
+                    **asked,
+                    "dice": 0.5,
+                    "boxes": [[1, 1, 9, 9]],
+                    "target_mask": mask,
+                    "predicted_mask": mask if n else None,
+                }
+            )
+        (folder / "predictions.json").write_text(json.dumps(records))
+        runs[name] = folder
+    assert samples_sheet(runs, tmp_path / "new" / "sheet.png")
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.height == 24 + 3 * (CELL + MARGIN)  # images, and the two runs on the same rows
+        assert sheet.width == LABEL + 3 * (CELL + MARGIN)
+        red = np.asarray(sheet)[24 + 2 * (CELL + MARGIN) :, LABEL + CELL + MARGIN : LABEL + 2 * CELL]
+        assert (red[..., 0] > red[..., 2].astype(int) + 40).any()  # the mask of "boxes only" covers its second image
+    assert not samples_sheet({}, tmp_path / "none.png")
+    (tmp_path / "full" / "predictions.json").write_text(json.dumps([{"dice": 1.0}] * 3))
+    assert not samples_sheet({"full": tmp_path / "full"}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
