@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,25 @@ from shapely.geometry import Polygon
 
 from segrl.cli.main import main
 from segrl.data import load_folder, load_volumes, make_synthetic
+from segrl.data.benchmarks import BENCHMARKS
 from segrl.data.formats import (
     FormatRow,
     coco_annotations,
     coco_mask,
+    read_biomedparse,
     read_coco,
     read_columns,
+    read_medsegbench,
     read_nnunet,
     read_pairs,
+    read_pickled_lists,
     read_reasonseg,
+    read_refcoco,
     write_rows,
 )
 from segrl.data.overview import data_overview
 from segrl.errors import DataError, UnknownNameError
+from segrl.evaluation.conventions import CONVENTIONS
 from segrl.geometry import mask_to_rle
 from segrl.predictions import Target
 
@@ -175,6 +182,7 @@ def test_coco_makes_one_row_of_an_image_and_a_category(tmp_path):
     assert found["x/cyst"].sum() == 9 + 16
     assert np.array_equal(found["x/cyst"], found["x/node"])
     assert load_folder(tmp_path / "out", "train")["modality"][0] == "CT"
+    assert "source" not in load_folder(tmp_path / "out", "train").column_names
 
 
 def nnunet(home: Path, ending: str, cases: int = 3, channels: int = 1) -> dict[str, np.ndarray]:
@@ -597,3 +605,139 @@ def test_wrong_ignored_pixels(tmp_path):
         load_folder(tmp_path / "data", "test")
     with pytest.raises(DataError, match=r"Target\.ignored: shape \(5, 5\)"):
         Target.from_mask(np.eye(3, dtype=bool)).ignoring(np.ones((5, 5), dtype=bool))
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def refcoco(home: Path, **changes: Any) -> list[Any]:
+    """A small copy of gRefCOCO's layout: one object, two objects, none, and a polygon that crosses itself."""
+    save(home / "images" / "x.jpg", picture(0, (10, 12)))
+    boxes = {1: [[0, 0, 3, 0, 3, 3, 0, 3]], 2: [[5, 5, 9, 5, 9, 9, 5, 9]], 3: [[0, 0, 4, 4, 4, 0, 0, 4]]}
+    content = {
+        "images": [{"id": 7, "file_name": "x.jpg", "height": 10, "width": 12}],
+        "annotations": [{"id": n, "image_id": 7, "iscrowd": 0, "segmentation": box} for n, box in boxes.items()],
+        "categories": [],
+    }
+    (home / "instances.json").write_text(json.dumps(content))
+    said = [["left one", "it"], ["both"], ["dog"], ["bow"]]
+    parts = [
+        {"ann_id": [1], "split": "train"},
+        {"ann_id": [1, 2], "split": "testA"},
+        {"ann_id": [-1], "split": "testA"},
+        {"ann_id": 3, "split": "val", **changes},
+    ]
+    refs = [
+        {"ref_id": n, "image_id": 7, "sentences": [{"sent": text} for text in texts], **part}
+        for n, (texts, part) in enumerate(zip(said, parts, strict=True), 1)
+    ]
+    (home / "grefs(unc).json").write_text(json.dumps(refs))
+    return refs
+
+
+@pytest.mark.parametrize("kind", ["json", "p"])
+def test_refcoco_and_grefcoco(kind, tmp_path):
+    refs = refcoco(tmp_path)
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(refs, protocol=2))
+    file = tmp_path / ("grefs(unc).json" if kind == "json" else "refs.p")
+    places = [str(file), str(tmp_path / "instances.json"), str(tmp_path / "images"), str(tmp_path / "out")]
+    assert main(["data", "convert", "refcoco", *places]) == 0
+    found = {split: load_folder(tmp_path / "out", split) for split in ("train", "testA", "val")}
+    assert found["train"]["query"][:] == ["left one", "it"]
+    assert [int((np.asarray(row["mask"]) > 0).sum()) for row in map(dict, found["testA"])] == [9 + 16, 0]
+    assert (np.asarray(dict(found["val"][0])["mask"]) > 0).any()  # filled as COCO's own data is
+    assert main(["data", "convert", "refcoco", *places[:3], str(tmp_path / "only"), "--split", "testA"]) == 0
+    assert len(load_folder(tmp_path / "only", "testA")) == 2
+    assert main(["data", "convert", "refcoco", *places[:3], str(tmp_path / "x"), "--split", "testC"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ann_id": 9}, "ref 4: ann_id 9 is not in"),
+        ({"image_id": 8}, "ref 4: image_id 8 is not in"),
+        ({"ann_id": []}, "ref 4: neither ann_id nor no_target"),
+    ],
+)
+def test_broken_refcoco(changes, message, tmp_path):
+    refcoco(tmp_path, **changes)
+    with pytest.raises(DataError, match=message):
+        list(read_refcoco(tmp_path / "grefs(unc).json", tmp_path / "instances.json", tmp_path / "images", texts={}))
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch harmed",)
+
+
+def test_a_pickle_never_runs_anything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for protocol in range(6):
+        with pytest.raises(DataError, match=r"refused: it holds (posix|os|nt)\.system"):
+            read_pickled_lists(pickle.dumps([{"a": Harmful()}], protocol=protocol), "refs.p")
+    assert not Path("harmed").exists()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_pickled_lists(b"no pickle")
+    plain = [{"a": [1, 2.5, "x", None, True, (1, 2)]}]
+    assert all(read_pickled_lists(pickle.dumps(plain, protocol=p)) == plain for p in range(6))
+
+
+def test_biomedparse(tmp_path):
+    truth = masks(3)
+    for n, (split, target) in enumerate((("train", "liver+tumor"), ("train", "kidney"), ("test", "liver"))):
+        save(tmp_path / "SET" / split / f"case_{n}_CT_abdomen.png", picture(n))
+        save(tmp_path / "SET" / f"{split}_mask" / f"case_{n}_CT_abdomen_{target}.png", grey(truth[n]))
+    assert main(["data", "convert", "biomedparse", str(tmp_path), str(tmp_path / "out")]) == 0
+    rows = load_folder(tmp_path / "out", "train")
+    assert rows["lesion"][:] == ["liver tumor", "kidney"]
+    assert set(zip(rows["modality"], rows["anatomy"], rows["source"], strict=True)) == {("CT", "abdomen", "SET")}
+    assert np.array_equal(np.asarray(dict(rows[1])["mask"]) > 0, truth[1])
+    save(tmp_path / "SET" / "test_mask" / "other_1_CT_abdomen_liver.png", grey(truth[0]))
+    save(tmp_path / "SET" / "test_mask" / "short.png", grey(truth[0]))
+    with pytest.raises(
+        DataError, match=r"2 masks cannot be read: .*no test/other_1_CT_abdomen.png; short.png: expected"
+    ):
+        list(read_biomedparse(tmp_path / "SET", texts={}))
+
+
+def test_medsegbench(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, (4, 8, 9)).astype(np.uint8)
+    images = rng.integers(0, 255, (4, 8, 9, 3), dtype=np.uint8)
+    both = {"train_images": images, "train_label": label, "test_images": images[:1], "test_label": label[:1]}
+    np.savez(tmp_path / "a_256.npz", **both)
+    argv = ["data", "convert", "medsegbench", str(tmp_path / "a_256.npz"), str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert "what do the masks show?" in capsys.readouterr().err
+    assert main([*argv, "--labels", "1=core"]) == 2
+    assert "label 2 of train 0 has no name; pass --labels 2=NAME" in capsys.readouterr().err
+    assert main([*argv, "--labels", "one=core"]) == 2
+    assert main([*argv, "--labels", "1=core", "2=edema"]) == 0
+    for n, row in enumerate(map(dict, load_folder(tmp_path / "out", "train"))):
+        assert np.array_equal(np.asarray(row["mask"]) > 0, label[n // 2] == 1 + n % 2)
+        assert np.array_equal(np.asarray(row["image"]), images[n // 2])
+    assert len(list(read_medsegbench(tmp_path / "a_256.npz", texts=LESION))) == 5
+    np.savez(tmp_path / "b.npz", train_images=images, train_label=label[:, :4])
+    with pytest.raises(DataError, match=r"train_label \(4, 4, 9\); expected uint8"):
+        list(read_medsegbench(tmp_path / "b.npz", texts=LESION))
+    np.savez(tmp_path / "c.npz", train_images=np.array([Harmful()]))
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
+        list(read_medsegbench(tmp_path / "c.npz", texts=LESION))
+
+
+def test_the_list_of_benchmarks(capsys):
+    assert main(["data", "list"]) == 0
+    out = capsys.readouterr().out
+    for name, benchmark in BENCHMARKS.items():
+        assert f"{name}: {benchmark.what}" in out
+        assert set(benchmark.conventions) <= set(CONVENTIONS)
+        words = benchmark.command.split()
+        if words[:3] == ["segrl", "data", "convert"]:  # a command that there is
+            with pytest.raises(SystemExit) as stopped:
+                main(["data", "convert", words[3], "--help"])
+            assert stopped.value.code == 0
+            shown = capsys.readouterr().out
+            assert all(word in shown for word in words if word.startswith("--"))
+    assert "Nothing is downloaded here" in out
+    assert main(["data", "list", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(BENCHMARKS)

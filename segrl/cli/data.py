@@ -34,7 +34,7 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     def add(name: str, help: str, *places: tuple[str, str]) -> argparse.ArgumentParser:
         command = formats.add_parser(name, parents=[common], help=help)
         for place, meaning in places:
-            command.add_argument(place, type=Path, metavar=place.upper(), help=meaning)
+            command.add_argument(place, type=Path, metavar=place.upper(), help=meaning)  # "source" is a column
         command.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
         command.add_argument("--hardlink", action="store_true", help="link files instead of copying them")
         for column in _TEXTS:
@@ -47,18 +47,45 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
                              "the split test, where the source has no splits (default: 0)")  # fmt: skip
         command.add_argument("--seed", type=int, default=0, metavar="N", help="of that draw")
 
-    divides(add("pairs", "x.jpg with x_mask.png, or images/x.jpg with masks/x.png", ("source", "the folder")))
+    divides(add("pairs", "x.jpg with x_mask.png, or images/x.jpg with masks/x.png", ("path", "the folder")))
     coco = add("coco", "polygons and run lengths", ("annotations", "the JSON file"), ("images", "folder of its images"))
     coco.add_argument("--split", metavar="NAME", help="split of all rows (default: train, but for --test_fraction)")
+    coco.add_argument(
+        "--crossing", action="store_true", help="fill polygons that cross themselves, as pycocotools does"
+    )
     divides(coco)
-    nnunet = add("nnunet", "a data set of nnU-Net, images or scans", ("source", "the folder with dataset.json"))
+    nnunet = add("nnunet", "a data set of nnU-Net, images or scans", ("path", "the folder with dataset.json"))
     nnunet.add_argument("--channel", metavar="NAME", help="of several channels the one to take")
     layout = "the layout of ReasonSeg, with pixels to ignore"
-    reasonseg = add("reasonseg", layout, ("source", "folder with train, val, test"))
+    reasonseg = add("reasonseg", layout, ("path", "folder with train, val, test"))
     reasonseg.add_argument("--questions", choices=("first", "all"), default="first", help="of an image; LISA evaluates "
                            "the first (default)")  # fmt: skip
-    hub = add("hf", "a Hugging Face data set", ("source", "folder, file, or owner/name on the hub"))
+    places = (("refs", "expressions: grefs(unc).json or refs(unc).p"), ("instances", "instances.json"))
+    refcoco = add("refcoco", "RefCOCO, +, g and gRefCOCO", *places, ("images", "folder of COCO's images"))
+    refcoco.add_argument("--split", metavar="NAME", help="only this one, such as testA")
+    add("biomedparse", "file names that say what masks show", ("path", "folder of one set, or of several"))
+    bench = add("medsegbench", "arrays of images and labels", ("path", "the .npz file"))
+    bench.add_argument("--labels", nargs="+", metavar="VALUE=NAME", help="of labels with several values")
+    hub = add("hf", "a Hugging Face data set", ("path", "folder, file, or owner/name on the hub"))
     hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from segrl.data.benchmarks import BENCHMARKS
+    from segrl.reports.terminal import say
+
+    if arguments.json:
+        return print_json({name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()})
+    for name, benchmark in BENCHMARKS.items():
+        say(f"{name}: {benchmark.what}")
+        say(f"  {benchmark.place}")
+        say(f"  {benchmark.command}")
+        if benchmark.conventions:
+            say(f"  then: segrl eval ... --conventions {' '.join(benchmark.conventions)}")
+    say("Layouts are those of public loaders, not checked against the downloads. Nothing is downloaded here.")
+    return OK
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -68,18 +95,34 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     texts = {name: value for name in _TEXTS if (value := getattr(arguments, name)) is not None}
     drawn = {name: getattr(arguments, name) for name in ("test_fraction", "seed") if hasattr(arguments, name)}
+    unnamed = arguments.format == "pairs" or (arguments.format == "medsegbench" and not arguments.labels)
+    if unnamed and not texts.keys() & {"lesion", "query"}:
+        kind = arguments.format
+        raise SegRLError(f"{kind}: what do the masks show? Pass --lesion, such as --lesion polyp, or --query")
     if arguments.format == "pairs":
-        if not texts.keys() & {"lesion", "query"}:
-            raise SegRLError("pairs: what do the masks show? Pass --lesion, such as --lesion polyp, or --query")
-        rows = formats.read_pairs(arguments.source, texts=texts, **drawn)
+        rows = formats.read_pairs(arguments.path, texts=texts, **drawn)
     elif arguments.format == "coco":
-        rows = formats.read_coco(arguments.annotations, arguments.images, texts=texts, split=arguments.split, **drawn)
+        rows = formats.read_coco(
+            arguments.annotations,
+            arguments.images,
+            texts=texts,
+            split=arguments.split,
+            crossing=arguments.crossing,
+            **drawn,
+        )
     elif arguments.format == "nnunet":
-        rows = formats.read_nnunet(arguments.source, texts=texts, channel=arguments.channel)
+        rows = formats.read_nnunet(arguments.path, texts=texts, channel=arguments.channel)
     elif arguments.format == "reasonseg":
-        rows = formats.read_reasonseg(arguments.source, texts=texts, questions=arguments.questions)
+        rows = formats.read_reasonseg(arguments.path, texts=texts, questions=arguments.questions)
+    elif arguments.format == "refcoco":
+        places = arguments.refs, arguments.instances, arguments.images
+        rows = formats.read_refcoco(*places, texts=texts, split=arguments.split)
+    elif arguments.format == "biomedparse":
+        rows = formats.read_biomedparse(arguments.path, texts=texts)
+    elif arguments.format == "medsegbench":
+        rows = formats.read_medsegbench(arguments.path, texts=texts, labels=_labels(arguments.labels))
     else:
-        rows = formats.read_columns(arguments.source, columns=_columns(arguments.columns), texts=texts)
+        rows = formats.read_columns(arguments.path, columns=_columns(arguments.columns), texts=texts)
     counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)
     listed = ", ".join(f"{count} {split}" for split, count in counts.items())
     say(f"Written to {arguments.destination}: {listed}")
@@ -104,6 +147,18 @@ def _columns(given: list[str]) -> dict[str, str]:
             raise SegRLError(f"--columns: {found[ours]} and {theirs} are both {ours}; drop one")
         found[ours] = theirs
     return found
+
+
+def _labels(given: list[str] | None) -> dict[int, str] | None:
+    from segrl.errors import SegRLError
+
+    found: dict[int, str] = {}
+    for pair in given or ():
+        value, equals, name = pair.partition("=")
+        if not equals or not name or not value.isdigit() or not int(value):
+            raise SegRLError(f"--labels {pair}: expected VALUE=NAME, such as 1=polyp")
+        found[int(value)] = name
+    return found or None
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,13 @@
 """Data in the layouts that people have, read into rows and written as a folder with a manifest."""
 
+from segrl.data.formats.biomedparse import read_biomedparse
 from segrl.data.formats.coco import coco_annotations, coco_mask, read_coco
 from segrl.data.formats.columns import read_columns
+from segrl.data.formats.medsegbench import read_medsegbench
 from segrl.data.formats.nnunet import read_nnunet
 from segrl.data.formats.pairs import read_pairs
 from segrl.data.formats.reasonseg import read_reasonseg, reasonseg_mask
+from segrl.data.formats.refcoco import read_pickled_lists, read_refcoco
 from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
 
 __all__ = [
@@ -12,11 +15,15 @@ __all__ = [
     "ScanRow",
     "coco_annotations",
     "coco_mask",
+    "read_biomedparse",
     "read_coco",
     "read_columns",
+    "read_medsegbench",
     "read_nnunet",
     "read_pairs",
+    "read_pickled_lists",
     "read_reasonseg",
+    "read_refcoco",
     "reasonseg_mask",
     "write_rows",
 ]

@@ -30,6 +30,7 @@ def read_coco(
     split: str | None = None,
     test_fraction: float = 0.0,
     seed: int = 0,
+    crossing: bool = False,
 ) -> Iterator[FormatRow]:
     """Read a COCO file of annotations, and the folder of its images.
 
@@ -42,6 +43,7 @@ def read_coco(
         split: Split of all rows; None: "train", but for `test_fraction`.
         test_fraction: Share of images whose split is "test", drawn at random.
         seed: Of the draw.
+        crossing: See `coco_mask`.
 
     Raises:
         DataError: No JSON, or of another layout; categories whose names are equal; annotations that refer to nothing,
@@ -67,7 +69,7 @@ def read_coco(
             problems.append(f"{where}: {what} {entry.get(what)!r} is not in the file")
             continue
         try:
-            mask = coco_mask(entry.get("segmentation"), picture["height"], picture["width"], where)
+            mask = coco_mask(entry.get("segmentation"), picture["height"], picture["width"], where, crossing=crossing)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -84,7 +86,9 @@ def read_coco(
         yield FormatRow(Path(images) / picture["file_name"], mask, picture["file_name"], split or splits[image], row)
 
 
-def coco_mask(segmentation: Any, height: int, width: int, where: str = "annotation") -> np.ndarray:
+def coco_mask(
+    segmentation: Any, height: int, width: int, where: str = "annotation", *, crossing: bool = False
+) -> np.ndarray:
     """Return the mask of one annotation, as pycocotools fills it.
 
     Args:
@@ -92,13 +96,14 @@ def coco_mask(segmentation: Any, height: int, width: int, where: str = "annotati
         height: Of the image, pixels.
         width: Of the image, pixels.
         where: Name of the annotation, for errors.
+        crossing: Fill polygons that cross themselves, too, as COCO's own data has them.
 
     Returns:
         (H, W) bool.
 
     Raises:
-        DataError: Neither; a polygon with fewer than three points, an odd number of numbers, or that crosses itself;
-            run lengths of another size.
+        DataError: Neither; a polygon with fewer than three points, an odd number of numbers, or, without `crossing`,
+            that crosses itself; run lengths of another size.
 
     Example:
         >>> coco_mask([[0, 0, 2, 0, 2, 2, 0, 2]], 3, 3).astype(int).tolist()
@@ -121,7 +126,7 @@ def coco_mask(segmentation: Any, height: int, width: int, where: str = "annotati
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
         raise DataError(f"{where}: segmentation {segmentation!r:.60}; expected polygons or run lengths")
     for polygon in segmentation:
-        _check_polygon(polygon, where)
+        _check_polygon(polygon, where, crossing)
     polygons: Any = [list(map(float, polygon)) for polygon in segmentation]
     joined: Any = coco.merge(coco.frPyObjects(polygons, height, width))
     return _decoded(joined)
@@ -135,7 +140,7 @@ def _decoded(packed: Any) -> np.ndarray:
         return np.asarray(coco.decode(packed), dtype=bool)
 
 
-def _check_polygon(polygon: Any, where: str) -> None:
+def _check_polygon(polygon: Any, where: str, crossing: bool) -> None:
     numbers = polygon if isinstance(polygon, Sequence) and not isinstance(polygon, str) else None
     if (
         numbers is None
@@ -151,8 +156,11 @@ def _check_polygon(polygon: Any, where: str) -> None:
     if len(points) < 3:
         raise DataError(f"{where}: a polygon of {len(points)} points; expected three or more")
     shape = Polygon(points)
-    if not shape.is_valid:
-        raise DataError(f"{where}: a polygon that cannot be filled: {explain_validity(shape)}; draw it anew")
+    if not (crossing or shape.is_valid):
+        raise DataError(
+            f"{where}: a polygon that cannot be filled: {explain_validity(shape)}; draw it anew, or pass --crossing to "
+            "fill it as pycocotools does"
+        )
 
 
 def _content(path: Path) -> dict[str, Any]:

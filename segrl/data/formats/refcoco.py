@@ -1,0 +1,164 @@
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO: expressions about objects of COCO images, some of which have no target.
+
+Layout as in `utils/grefer.py` of dvlab-research/LISA, f1abb5a, read on 2026-11-29; the downloads were not seen.
+Annotations come from the REFER project and from gRefCOCO's page, images are COCO's train2014; nothing is fetched here.
+
+    refs(unc).p, refs(google).p, refs(umd).p or grefs(unc).json     [{"image_id", "ann_id", "split", "sentences", ...}]
+    instances.json                                                  COCO's images and annotations
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segrl.data.formats.coco import coco_mask
+from segrl.data.formats.rows import FormatRow
+from segrl.errors import DataError, unknown_name
+
+__all__ = ["read_pickled_lists", "read_refcoco"]
+
+_LISTED = 10
+
+
+def read_refcoco(
+    refs: str | Path, instances: str | Path, images: str | Path, *, texts: Mapping[str, str], split: str | None = None
+) -> Iterator[FormatRow]:
+    """Read expressions, one row for each sentence; its mask is the union of the objects that it refers to.
+
+    Args:
+        refs: The list of expressions: JSON, or a pickle, which is read without running what it may hold.
+        instances: JSON with COCO's images and annotations.
+        images: The folder in which their `file_name` is found.
+        texts: Columns that every row gets.
+        split: Read only this one, such as "testA"; None reads all.
+
+    Yields:
+        Rows whose query is the sentence; where an expression has no target, with an empty mask.
+
+    Raises:
+        DataError: Files of another layout, a pickle that holds anything but lists, mappings, texts and numbers,
+            references to what is not there: all are counted, ten named.
+        UnknownNameError: No such split.
+
+    Example:
+        >>> list(read_refcoco("refs.json", "instances.json", "images", texts={}))
+        Traceback (most recent call last):
+        segrl.errors.DataError: refs.json: cannot be read: No such file or directory
+    """
+    listed = _listed(Path(refs))
+    if split is not None and split not in (known := {str(ref.get("split")) for ref in listed}):
+        raise unknown_name(f"split of {refs}", split, sorted(known))
+    wanted = [ref for ref in listed if split is None or ref.get("split") == split]
+    content = _object(Path(instances))
+    pictures = {entry["id"]: entry for entry in content["images"]}
+    shapes = {entry["id"]: entry for entry in content["annotations"]}
+    problems = []
+    for number, ref in enumerate(wanted):
+        where = f"ref {ref.get('ref_id', number)}"
+        missing = [key for key in ("image_id", "split", "sentences") if key not in ref]
+        if missing:
+            problems.append(f"{where}: no {', '.join(missing)}")
+            continue
+        if ref["image_id"] not in pictures:
+            problems.append(f"{where}: image_id {ref['image_id']} is not in {instances}")
+        elif not (Path(images) / pictures[ref["image_id"]]["file_name"]).is_file():
+            problems.append(f"{where}: {pictures[ref['image_id']]['file_name']} is not in {images}")
+        problems += [f"{where}: ann_id {ann} is not in {instances}" for ann in _objects(ref) if ann not in shapes]
+        if not _without_target(ref) and not _objects(ref):
+            problems.append(f"{where}: neither ann_id nor no_target")
+    if problems:
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
+        raise DataError(f"{refs}: {len(problems)} problems, expected none:{shown}{more}")
+    for ref in wanted:
+        picture = pictures[ref["image_id"]]
+        mask = np.zeros((picture["height"], picture["width"]), dtype=bool)
+        for ann in _objects(ref):
+            if not shapes[ann].get("iscrowd"):  # as in the source
+                mask |= coco_mask(shapes[ann]["segmentation"], *mask.shape, f"annotation {ann}", crossing=True)
+        for sentence in ref["sentences"]:
+            query = str(sentence["sent"] if isinstance(sentence, Mapping) else sentence)
+            row = {**texts, "query": query}
+            yield FormatRow(Path(images) / picture["file_name"], mask, picture["file_name"], str(ref["split"]), row)
+
+
+def _objects(ref: Mapping[str, Any]) -> list[Any]:
+    """Ids of the objects; gRefCOCO writes -1 where there is none."""
+    given = ref.get("ann_id")
+    ids = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    return [] if _without_target(ref) else ids
+
+
+def _without_target(ref: Mapping[str, Any]) -> bool:
+    return bool(ref.get("no_target")) or ref.get("ann_id") in (-1, [-1])
+
+
+def read_pickled_lists(data: bytes, where: str = "pickle") -> Any:
+    """Read a pickle of lists, mappings, texts and numbers; anything else in it is refused, and nothing is run.
+
+    Args:
+        data: The pickle, also of Python 2.
+        where: The file, for errors.
+
+    Raises:
+        DataError: Another content, or damaged data.
+
+    Example:
+        >>> read_pickled_lists(pickle.dumps([{"sent": "left cyst"}]))
+        [{'sent': 'left cyst'}]
+        >>> read_pickled_lists(pickle.dumps(Path("a")))
+        Traceback (most recent call last):
+        segrl.errors.DataError: pickle: refused: it holds pathlib...
+    """
+
+    class Plain(pickle.Unpickler):
+        def find_class(self, module_name: str, global_name: str, /) -> Any:
+            raise DataError(f"{where}: refused: it holds {module_name}.{global_name}, expected lists, mappings, texts "
+                            "and numbers")  # fmt: skip
+
+        def persistent_load(self, pid: Any) -> Any:
+            raise DataError(f"{where}: refused: it refers to something outside of it")
+
+    try:
+        return Plain(io.BytesIO(data), encoding="latin1").load()
+    except DataError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of the format
+        raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parsed(path: Path) -> Any:
+    data = _read(path)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+
+
+def _listed(path: Path) -> Sequence[Mapping[str, Any]]:
+    pickled = path.suffix in (".p", ".pkl", ".pickle")
+    found = read_pickled_lists(_read(path), str(path)) if pickled else _parsed(path)
+    if not isinstance(found, list) or not found or not all(isinstance(ref, Mapping) for ref in found):
+        raise DataError(f"{path}: expected a list of expressions")
+    return found
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    content = _parsed(path)
+    if not isinstance(content, Mapping) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        raise DataError(f"{path}: expected an object with the lists images and annotations")
+    return content
