@@ -20,6 +20,9 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     text = "convert data from other layouts, and check data as training does"
     area = areas.add_parser("data", help=text, description=f"{text[0].upper()}{text[1:]}.")
     commands = area.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    text = "public benchmarks: where they are, and how they are read"
+    listed = commands.add_parser("list", parents=[common, as_json], help=text)
+    listed.set_defaults(run=_list)
     check = commands.add_parser(
         "check", parents=[common, as_json], help="read every file, and say what the splits hold"
     )
