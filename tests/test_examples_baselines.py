@@ -214,10 +214,10 @@ def test_repeated_scenes_keep_their_own_reasoning(tmp_path):
 def test_stage_1_sees_the_rows_with_written_answers(tmp_path):
     kind = runs(Example("core_seg"), "CoreSegRun")
     run: Any = kind(kind.training_flags(), 3, tmp_path / "run")
-    run.rows["train"] = make_synthetic(3, size=96).select([0] * 450)
+    run.rows["train"] = make_synthetic(3, size=96).select([0] * 550)
     _, processor = tiny_qwen2_5_vl()
     written = run.recipe.synthetic["sft"]
-    assert written == 400
+    assert written == 500
     run.recipe = replace(run.recipe, fill_to=0, pretraining=None)
     assert len(run.prepare(None, processor, completions=True)) == written
-    assert len(run.prepare(None, processor, completions=False)) == 450
+    assert len(run.prepare(None, processor, completions=False)) == 550

@@ -58,7 +58,7 @@ RECIPES = {
             "max_steps": 100,
             "logging_steps": 5,
             "beta": 0.01,
-            "temperature": 0.7,
+            "temperature": 0.8,
             "feature_cache_memory": 2**31,
         },
         rewards=REWARDS,
