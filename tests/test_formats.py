@@ -407,6 +407,17 @@ def test_a_folder_that_is_taken_and_sources_without_rows(tmp_path):
         write_rows([row], tmp_path / "mine")
     with pytest.raises(DataError, match="the source has no rows"):
         write_rows([], tmp_path / "new")
+
+    def broken() -> Any:
+        yield row
+        raise DataError("row 2 is broken")
+
+    for folder in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match="row 2 is broken"):
+            write_rows(broken(), folder)
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "there").iterdir()) == []
     rows = [
         FormatRow(Image.new("RGB", (4, 4), n), np.eye(4, dtype=bool), f"../{n % 2}/A?.png", "train", LESION)
         for n in (1, 2)

@@ -90,7 +90,8 @@ def write_rows(
         Number of rows of each split.
 
     Raises:
-        DataError: The folder is not empty, there are no rows, or a file cannot be copied or linked.
+        DataError: The folder is not empty, there are no rows, a file cannot be copied or linked, or what the reader
+            raises; nothing is left behind then.
 
     Example:
         >>> square = np.eye(4, dtype=bool)
@@ -105,12 +106,19 @@ def write_rows(
     home = Path(folder)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise DataError(f"{home} is not an empty folder; pass a new one")
-    writer = _Writer(home, hardlink)
-    lines = [writer.line(row) for row in track(rows, title)]
-    if not lines:
-        raise DataError(f"{home}: nothing to write, the source has no rows")
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    write_manifest(home, [{name: line.get(name, "") for name in names} for line in lines])
+    writer, made = _Writer(home, hardlink), not home.exists()
+    try:
+        lines = [writer.line(row) for row in track(rows, title)]
+        if not lines:
+            raise DataError(f"{home}: nothing to write, the source has no rows")
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        write_manifest(home, [{name: line.get(name, "") for name in names} for line in lines])
+    except BaseException:  # half a data set would be taken for a whole one
+        for part in ("images", "masks", "ignored", "labels"):
+            shutil.rmtree(home / part, ignore_errors=True)
+        if made and home.exists():
+            home.rmdir()
+        raise
     return dict(sorted(Counter(line["split"] for line in lines).items()))
 
 
