@@ -344,7 +344,7 @@ class MedVolRun(FrozenSegmenterRun):
     def gather_segmenter_data(self) -> Any:
         self.synthetic_lesions = self.synthesize("segmenter")
 
-    def trained_segmenter(self, segmenter: Any) -> None:
+    def train_segmenter(self, segmenter: Any) -> None:
         settings = dict(self.recipe.segmenter_training or {})
         settings["steps"] = self.arguments.segmenter_steps or self.shortened(settings["steps"])
         more = self.train_rows if self.arguments.data is not None else ()

@@ -41,9 +41,9 @@ class FrozenSegmenterRun(TwoStageRun):
         raise NotImplementedError
 
     def gather_segmenter_data(self) -> Any:
-        """Return what `trained_segmenter` learns from; all processes meet in it. None by default."""
+        """Return what `train_segmenter` learns from; all processes meet in it. None by default."""
 
-    def trained_segmenter(self, segmenter: Any) -> None:
+    def train_segmenter(self, segmenter: Any) -> None:
         """Train a segmenter with random weights in place, on the first process."""
         raise NotImplementedError
 
@@ -66,7 +66,7 @@ class FrozenSegmenterRun(TwoStageRun):
             if state.is_main_process:
                 torch.manual_seed(self.seed)
                 self.segmenter = self.build_segmenter(None)
-                self.trained_segmenter(self.segmenter)
+                self.train_segmenter(self.segmenter)
         kept = self.progress.inside and (self.folder / SEGMENTER_CONFIG).is_file()  # a continued run has its own
         if self.segmenter is not None and state.is_main_process and not kept:
             save_segmenter(self.segmenter, self.folder)

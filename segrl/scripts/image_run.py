@@ -319,7 +319,7 @@ class HeadRun(ImageRun):
         return {**super().trainer_arguments(model, stage), "dense_losses": losses if factor else None}
 
 
-class CascadeRun(FrozenSegmenterRun, ImageRun):
+class CascadeRun(ImageRun, FrozenSegmenterRun):
     """A language model that writes boxes or points, and a frozen segmenter that makes masks of them.
 
     Example:
@@ -337,9 +337,6 @@ class CascadeRun(FrozenSegmenterRun, ImageRun):
     @property
     def trains_segmenter(self) -> bool:
         return self.recipe.pretraining is not None
-
-    def trained_segmenter(self, segmenter: Any) -> None:
-        self.train_segmenter(segmenter)
 
     def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
         """The constant mask, and the ceiling of the frozen segmenter, prompted with what is true."""
