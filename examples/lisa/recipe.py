@@ -38,9 +38,12 @@ def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
 ANSWER: dict[str, Any] = {"reasoning": False, "answer_form": "mask", "answer_tags": False, "instruction": ""}
 DENSE = {"cross_entropy": 2.0, "dice": 0.5}  # beside 1.0 for the text (formulas E)
 
+# masks are all that it learns from, so stage 1 sees all images
+EVERY_MASK: dict[str, Any] = TINY_IMAGES | {"synthetic": {**TINY_IMAGES["synthetic"], "sft": 2000}}
+
 RECIPES = {
     "tiny": ImageRecipe(
-        **TINY_IMAGES | {"synthetic": {**TINY_IMAGES["synthetic"], "sft": 2000}},  # masks are all that it needs
+        **EVERY_MASK,
         prompt=ImagePromptSettings(**ANSWER, frame_kind="resized_px", max_new_tokens=16),
         adapter=("mlp", {}),
         dense=DENSE,
