@@ -173,7 +173,7 @@ def unibiomed(cases: Sequence[Row]) -> dict[str, float]:
             near = ((rim_pred > 0) & (gt_dist <= 2)).sum() + ((rim_gt > 0) & (pred_dist <= 2)).sum()
             nsd = near / (rim_pred.sum() + rim_gt.sum() + 1e-8)
         sums.setdefault(case.group, []).append([score, hd95, nsd])
-    mean = np.mean([np.mean(rows, axis=0) for rows in sums.values()], axis=0)
+    mean = [float(value) for value in np.mean([np.mean(rows, axis=0) for rows in sums.values()], axis=0)]
     return {"mdice": mean[0], "hd95_voxels": mean[1], "nsd": mean[2]}
 
 
@@ -185,7 +185,7 @@ def core_seg(cases: Sequence[Row]) -> dict[str, float]:
         scores.append(2 * i / (predicted.sum() + case.true.sum()))
         ious.append(i / u)
         failed.append(scores[-1] == 0 or not case.valid)
-    return {"mdice": np.mean(scores), "miou": np.mean(ious), "fail": np.mean(failed)}
+    return {"mdice": float(np.mean(scores)), "miou": float(np.mean(ious)), "fail": float(np.mean(failed))}
 
 
 def segrl(cases: Sequence[Row]) -> dict[str, float]:
@@ -209,7 +209,7 @@ def segrl(cases: Sequence[Row]) -> dict[str, float]:
             right.append(not predicted.any())
     found = {"giou": np.mean(ious), "ciou": inter / union, "mdice": np.mean(dices), "miou": np.mean(ious)}
     found |= {"fail": np.mean(failed)} | {f"p@{t}": np.mean(np.array(hits) > t) for t in (0.5, 0.7, 0.9)}
-    return found | {name: np.mean(rows) for name, rows in (("n_acc", right), ("t_acc", kept)) if rows}
+    return found | {name: float(np.mean(rows)) for name, rows in (("n_acc", right), ("t_acc", kept)) if rows}
 
 
 ORACLES: dict[str, Callable[[Sequence[Row]], dict[str, float]]] = {

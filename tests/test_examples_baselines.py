@@ -74,7 +74,7 @@ def test_lisa_trains_its_head_with_its_own_losses(lisa):
         weighted = next(entry[f"dense/{name}_weighted"] for entry in history if f"dense/{name}_weighted" in entry)
         assert weighted == pytest.approx(weight * plain, rel=1e-3)
     assert "dense/dice_ce" not in logged
-    loaded = load(lisa, device="cpu")
+    loaded: Any = load(lisa, device="cpu")
     assert find_mask_head(loaded.model) is not None
     assert loaded.settings.answer_form == "mask"
 
@@ -117,7 +117,7 @@ def test_seg_zero_trains_on_boxes_and_points_with_a_frozen_segmenter(seg_zero):
     (steps,) = [[e for e in read_json(seg_zero / "log_history.json") if "reward" in e]]
     parts = {"json_format", "box_iou", "box_l1", "point_distance", "think_answer_format"}
     assert {f"seg_zero/{part}" for part in parts} <= set(steps[0])
-    loaded = load(seg_zero, device="cpu")
+    loaded: Any = load(seg_zero, device="cpu")
     assert (loaded.settings.answer_form, loaded.settings.seg_token) == ("json", "")
     assert isinstance(loaded.task.box_segmenter, BoxSegmenter)
     assert loaded.task.box_segmenter.points

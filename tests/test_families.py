@@ -109,11 +109,12 @@ def test_answers_without_tags(text, status, answer, reasoning):
 
 
 def test_settings_of_answers():
-    for settings, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"answer_tags": False}, "answer_tags=False with reasoning=True"),
         ({"answer_form": "mask", "seg_token": ""}, "the answer would say nothing"),
         ({"answer_form": "boxes"}, "answer_form"),
-    ):
+    ]
+    for settings, message in refused:
         with pytest.raises((DataError, Exception), match=message):
             ImagePromptSettings(**settings)
     json_form = ImagePromptSettings(answer_form="json", seg_token="")

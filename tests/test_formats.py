@@ -125,7 +125,7 @@ def test_a_thousand_masks_survive_coco_exactly(tmp_path):
     assert all(np.array_equal(row.mask, mask) for row, mask in zip(found, truth, strict=True))
     assert {row.texts["lesion"] for row in found} == {"polyp"}
     for mask in truth[:200]:  # what pycocotools writes
-        packed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        packed: Any = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         text = {**packed, "counts": packed["counts"].decode()}
         assert np.array_equal(coco_mask(text, 13, 17), mask)
         assert np.array_equal(coco_mask(packed, 13, 17), mask)
@@ -153,7 +153,8 @@ def test_polygons_are_filled_as_pycocotools_fills_them():
         found = coco_mask([points.ravel().tolist()], 32, 40)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            expected = coco.decode(coco.frPyObjects([points.ravel().tolist()], 32, 40))[..., 0]
+            outlines: Any = [points.ravel().tolist()]
+            expected = coco.decode(coco.frPyObjects(outlines, 32, 40))[..., 0]
         assert np.array_equal(found, expected.astype(bool))
 
 
@@ -715,7 +716,12 @@ def test_medsegbench(tmp_path, capsys):
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, (4, 8, 9)).astype(np.uint8)
     images = rng.integers(0, 255, (4, 8, 9, 3), dtype=np.uint8)
-    both = {"train_images": images, "train_label": label, "test_images": images[:1], "test_label": label[:1]}
+    both: dict[str, Any] = {
+        "train_images": images,
+        "train_label": label,
+        "test_images": images[:1],
+        "test_label": label[:1],
+    }
     np.savez(tmp_path / "a_256.npz", **both)
     argv = ["data", "convert", "medsegbench", str(tmp_path / "a_256.npz"), str(tmp_path / "out")]
     assert main(argv) == 2

@@ -87,7 +87,8 @@ def test_structures_without_a_text_are_named(tmp_path):
 
 def test_scripts_ask_for_every_split(tmp_path, capsys):
     """The synthetic lesions of CORE-Seg, which its own questions name."""
-    kinds = {row["lesion"] for row in make_synthetic(60, size=32)}
+    rows: Any = make_synthetic(60, size=32)
+    kinds = {row["lesion"] for row in rows}
     terms = written(
         tmp_path, {kind: [f"What an expert calls number {n}.", f"A {kind}."] for n, kind in enumerate(sorted(kinds))}
     )

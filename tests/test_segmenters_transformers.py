@@ -400,7 +400,8 @@ def test_a_damaged_segmenter_file(change, message, tmp_path):
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_positions_keep_their_precision(kind, dtype):
-    exact, cast = small(kind), torch.nn.Sequential(small(kind)).to(dtype)[0]
+    exact: Any = small(kind)
+    cast: Any = torch.nn.Sequential(small(kind)).to(dtype)[0]
     places: Any = [segmenter.sam.get_image_wide_positional_embeddings() for segmenter in (exact, cast)]
     assert torch.equal(*places)
     boxes = (BOXES * 64)[:, None]
