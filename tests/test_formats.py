@@ -27,11 +27,13 @@ from segrl.data.formats import (
     read_coco,
     read_columns,
     read_medsegbench,
+    read_mmr,
     read_nnunet,
     read_pairs,
     read_pickled_lists,
     read_reasonseg,
     read_refcoco,
+    read_sa_med2d,
     write_rows,
 )
 from segrl.data.overview import data_overview
@@ -740,6 +742,97 @@ def test_medsegbench(tmp_path, capsys):
     np.savez(tmp_path / "c.npz", train_images=np.array([Harmful()]))
     with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         list(read_medsegbench(tmp_path / "c.npz", texts=LESION))
+
+
+def sa_med2d(home: Path, truth: list[np.ndarray]) -> Path:
+    """Two slices of a case and one of another set, with two instances of one class, and one class named union_."""
+    named: dict[str, list[str]] = {}
+    slices = ("ct_00--KiTS--case_1--x_0040", "ct_00--KiTS--case_1--x_0041", "mr_t1--BraTS--case_2--z_0001")
+    for n, name in enumerate(slices):
+        save(home / "images" / f"{name}.png", picture(n))
+        for end in ("0000_000", "0000_001", "0001_000"):
+            save(home / "masks" / f"{name}--{end}.png", grey(truth[len(named.get("all", []))]))
+            named.setdefault(f"images/{name}.png", []).append(f"masks/{name}--{end}.png")
+            named.setdefault("all", []).append(name)
+    named.pop("all")
+    (home / "SAMed2D_v1.json").write_text(json.dumps(named))
+    classes = {"KiTS": {"kidney": "0000", "union_tumor_cyst": "0001"}, "BraTS": {"edema": "0000", "core": "0001"}}
+    (home / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(classes))
+    return home
+
+
+def test_sa_med2d(tmp_path, capsys):
+    truth = masks(9)
+    home = sa_med2d(tmp_path / "SAMed2Dv1", truth)
+    argv = ["data", "convert", "sa_med2d", str(home), str(tmp_path / "out"), "--test_fraction", "0.5", "--seed", "1"]
+    assert main(argv) == 0
+    found = {split: load_folder(tmp_path / "out", split) for split in ("train", "test")}
+    assert sorted(map(len, found.values())) == [2, 4]  # slices of one case stay together
+    rows = [dict(row) for split in found.values() for row in map(dict, split)]
+    expected = {
+        (row["name"].split("--")[1], row["name"].split("--")[3][:6], row["lesion"], row["modality"]) for row in rows
+    }
+    assert expected == {
+        *((("KiTS", number, term, "CT")) for number in ("x_0040", "x_0041") for term in ("kidney", "union tumor cyst")),
+        *((("BraTS", "z_0001", term, "MRI t1")) for term in ("edema", "core")),
+    }
+    for row in rows:
+        at = 3 * ("x_0040", "x_0041", "z_0001").index(row["name"].split("--")[3][:6])
+        mask = truth[at] | truth[at + 1] if row["lesion"] in ("kidney", "edema") else truth[at + 2]
+        assert np.array_equal(np.asarray(row["mask"]) > 0, mask)
+    assert {row.texts["source"] for row in read_sa_med2d(home, texts={}, sets=["BraTS"])} == {"BraTS"}
+    with pytest.raises(UnknownNameError, match=r"BraTs.*did you mean 'BraTS'"):
+        list(read_sa_med2d(home, texts={}, sets=["BraTs"]))
+    capsys.readouterr()
+
+    other = "masks/mr_t1--BraTS--case_2--z_0001--0000_001.png"
+    save(home / other, grey(np.ones((3, 4), dtype=bool)))
+    with pytest.warns(
+        UserWarning, match=f"1 masks have another size than their image and were left out, such as {other}"
+    ):
+        kept = {row.texts["lesion"]: row.mask for row in read_sa_med2d(home, texts={}, sets=["BraTS"])}
+    assert np.array_equal(kept["edema"], truth[6])
+    (home / other).unlink()
+    (home / "images" / "ct_00--KiTS--case_1--x_0041.png").unlink()
+    terms = json.loads((home / "SAMed2D_v1_class_mapping_id.json").read_text())
+    del terms["KiTS"]["kidney"]
+    (home / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(terms))
+    with pytest.raises(
+        DataError, match=r"6 problems in 3 images:(?s:.)*x_0041.png: no such file(?s:.)*class 0000 of KiTS"
+    ):
+        list(read_sa_med2d(home, texts={}))
+    (home / "SAMed2D_v1.json").write_text("[1]")
+    with pytest.raises(DataError, match="holds a list, expected an object"):
+        list(read_sa_med2d(home, texts={}))
+
+
+def test_mmr(tmp_path):
+    truth = masks(3)
+    save(tmp_path / "images" / "train2017" / "a.png", picture(0))
+    parts = [{"segmentation": mask_to_rle(mask), "bbox": [0, 0, 1, 1]} for mask in truth]
+    entry = {
+        "file_name": "train2017/a.png",
+        "height": 13,
+        "width": 17,
+        "questions": ["Which two?", "Which one?", "Which none?"],
+        "answers": [parts[:2], parts[2:], []],
+    }
+    path = tmp_path / "MMR_test_mixed.json"
+    path.write_text(json.dumps([entry]))
+    assert main(["data", "convert", "mmr", str(path), str(tmp_path / "images"), str(tmp_path / "out")]) == 0
+    rows = [dict(row) for row in map(dict, load_folder(tmp_path / "out", "test_mixed"))]
+    assert [row["query"] for row in rows] == entry["questions"]
+    for row, mask in zip(rows, (truth[0] | truth[1], truth[2], np.zeros((13, 17), dtype=bool)), strict=True):
+        assert np.array_equal(np.asarray(row["mask"]) > 0, mask)
+    for change, message in (
+        ({"file_name": "b.png"}, "image b.png: not in"),
+        ({"questions": ["Which?"]}, "1 questions, 3 answers"),
+        ({"height": 14}, "13 x 17|13.*14|14"),
+        ({"answers": [[{}], [], []]}, "not a list of objects with a segmentation"),
+    ):
+        path.write_text(json.dumps([{**entry, **change}, {"height": 1}]))
+        with pytest.raises(DataError, match=rf"problems, expected none:(?s:.)*{message}(?s:.)*image 1: no file_name"):
+            list(read_mmr(path, tmp_path / "images", texts={}))
 
 
 def test_the_list_of_benchmarks(capsys):

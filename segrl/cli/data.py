@@ -69,6 +69,11 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     add("biomedparse", "file names that say what masks show", ("path", "folder of one set, or of several"))
     bench = add("medsegbench", "arrays of images and labels", ("path", "the .npz file"))
     bench.add_argument("--labels", nargs="+", metavar="VALUE=NAME", help="of labels with several values")
+    mmr = add("mmr", "questions about objects and parts", ("annotations", "MMR_NAME.json"), ("images", "COCO's images"))
+    mmr.add_argument("--split", metavar="NAME", help="of all rows (default: NAME of the file)")
+    med2d = add("sa_med2d", "SA-Med2D-20M, a file for each instance", ("path", "the folder SAMed2Dv1"))
+    med2d.add_argument("--sets", nargs="+", metavar="SET", help="only these, such as kvasir_seg")
+    divides(med2d)
     hub = add("hf", "a Hugging Face data set", ("path", "folder, file, or owner/name on the hub"))
     hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
 
@@ -124,6 +129,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         rows = formats.read_biomedparse(arguments.path, texts=texts)
     elif arguments.format == "medsegbench":
         rows = formats.read_medsegbench(arguments.path, texts=texts, labels=_labels(arguments.labels))
+    elif arguments.format == "mmr":
+        rows = formats.read_mmr(arguments.annotations, arguments.images, texts=texts, split=arguments.split)
+    elif arguments.format == "sa_med2d":
+        rows = formats.read_sa_med2d(arguments.path, texts=texts, sets=arguments.sets, **drawn)
     else:
         rows = formats.read_columns(arguments.path, columns=_columns(arguments.columns), texts=texts)
     counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)

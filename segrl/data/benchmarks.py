@@ -60,6 +60,17 @@ BENCHMARKS: dict[str, Benchmark] = {
         "linked from github.com/zekikus/MedSegBench; each set has a licence of its own",
         "segrl data convert medsegbench SET_256.npz DESTINATION --lesion NAME",
     ),
+    "sa_med2d_20m": Benchmark(
+        "SA-Med2D-20M: slices and images of ten modalities, a mask for each instance; no split: divide by case",
+        "huggingface.co/datasets/OpenGVLab/SA-Med2D-20M; each set has a licence of its own",
+        "segrl data convert sa_med2d SAMed2Dv1/ DESTINATION --sets NAME --test_fraction 0.2",
+    ),
+    "mmr": Benchmark(
+        "MMR: questions about objects and parts of COCO images, several masks to an answer",
+        "github.com/jdg900/MMR; cocodataset.org for the images, under COCO's terms",
+        "segrl data convert mmr MMR_test_mixed.json COCO/ DESTINATION",
+        ("mmr",),
+    ),
     "cvc_clinicdb": Benchmark(
         "612 frames of 31 colonoscopy sequences with polyps; no published split: divide by sequence",
         "polyp.grand-challenge.org/CVCClinicDB; for research",

@@ -4,11 +4,13 @@ from segrl.data.formats.biomedparse import read_biomedparse
 from segrl.data.formats.coco import coco_annotations, coco_mask, read_coco
 from segrl.data.formats.columns import read_columns
 from segrl.data.formats.medsegbench import read_medsegbench
+from segrl.data.formats.mmr import read_mmr
 from segrl.data.formats.nnunet import read_nnunet
 from segrl.data.formats.pairs import read_pairs
 from segrl.data.formats.reasonseg import read_reasonseg, reasonseg_mask
 from segrl.data.formats.refcoco import read_pickled_lists, read_refcoco
 from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
+from segrl.data.formats.sa_med2d import read_sa_med2d
 
 __all__ = [
     "FormatRow",
@@ -19,11 +21,13 @@ __all__ = [
     "read_coco",
     "read_columns",
     "read_medsegbench",
+    "read_mmr",
     "read_nnunet",
     "read_pairs",
     "read_pickled_lists",
     "read_reasonseg",
     "read_refcoco",
+    "read_sa_med2d",
     "reasonseg_mask",
     "write_rows",
 ]

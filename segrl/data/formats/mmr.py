@@ -1,0 +1,91 @@
+"""MMR: questions about objects and parts, with several masks to an answer (Jang et al., arXiv:2503.13881).
+
+Layout as in the README of jdg900/MMR, read on 2026-11-30; the download was not seen. Images are those of COCO, under
+its terms; nothing is fetched here.
+
+    MMR_{train,val,test_mixed,test_obj_only,test_part_only}.json
+        [{"file_name", "height", "width", "questions": [...], "answers": [[{"segmentation", "bbox"}, ...], ...]}]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segrl.data.formats.coco import coco_mask
+from segrl.data.formats.rows import FormatRow
+from segrl.errors import DataError
+
+__all__ = ["read_mmr"]
+
+_KEYS = ("file_name", "height", "width", "questions", "answers")
+_LISTED = 10
+
+
+def read_mmr(
+    annotations: str | Path, images: str | Path, *, texts: Mapping[str, str], split: str | None = None
+) -> Iterator[FormatRow]:
+    """Read one file of MMR, one row for each question: the union of the masks of its answer.
+
+    Args:
+        annotations: The JSON file.
+        images: The folder in which `file_name` is found.
+        texts: Columns that every row gets.
+        split: Split of all rows; None: what the file is called after "MMR_", such as "test_mixed".
+
+    Raises:
+        DataError: No JSON, or of another layout; images that are not there, masks of another size, another number of
+            answers than of questions: all are counted, ten named.
+
+    Example:
+        >>> list(read_mmr("no.json", "images", texts={}))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no.json: cannot be read: No such file or directory
+    """
+    path = Path(annotations)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path}: expected a list of images, with {', '.join(_KEYS)}")
+    problems = [problem for number, entry in enumerate(entries) for problem in _problems(number, entry, Path(images))]
+    if problems:
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
+        raise DataError(f"{path}: {len(problems)} problems, expected none:{listed}{more}")
+    named = split or path.stem.removeprefix("MMR_")
+    for entry in entries:
+        image = Path(images) / entry["file_name"]
+        for question, answer in zip(entry["questions"], entry["answers"], strict=True):
+            yield FormatRow(image, _mask(entry, answer), entry["file_name"], named, {**texts, "query": question})
+
+
+def _mask(entry: Mapping[str, Any], answer: list[Mapping[str, Any]]) -> np.ndarray:
+    size = entry["height"], entry["width"]
+    parts = [coco_mask(part["segmentation"], *size, entry["file_name"]) for part in answer]
+    return np.any([np.zeros(size, dtype=bool), *parts], axis=0)
+
+
+def _problems(number: int, entry: Any, images: Path) -> Iterator[str]:
+    missing = [key for key in _KEYS if not isinstance(entry, dict) or key not in entry]
+    if missing:
+        yield f"image {number}: no {', '.join(missing)}"
+        return
+    if not (images / entry["file_name"]).is_file():
+        yield f"image {entry['file_name']}: not in {images}"
+    if len(entry["questions"]) != len(entry["answers"]):
+        yield f"image {entry['file_name']}: {len(entry['questions'])} questions, {len(entry['answers'])} answers"
+    for answer in entry["answers"]:
+        try:
+            _mask(entry, answer)
+        except DataError as error:
+            yield str(error)
+        except (KeyError, TypeError):
+            yield f"image {entry['file_name']}: an answer is not a list of objects with a segmentation"

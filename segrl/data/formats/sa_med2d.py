@@ -1,0 +1,146 @@
+"""SA-Med2D-20M: a file for each instance, named by image, class and number (Ye et al., arXiv:2311.11969).
+
+Layout as in public loaders, read on 2026-11-30; the download was not seen. Its sets have licences of their own; nothing
+is fetched here.
+
+    SAMed2Dv1/images/ct_00--SET--CASE--x_0040.png      SAMed2Dv1/masks/ct_00--SET--CASE--x_0040--CCCC_III.png
+    SAMed2Dv1/SAMed2D_v1.json                          {"images/...": ["masks/...", ...]}
+    SAMed2Dv1/SAMed2D_v1_class_mapping_id.json         {SET: {name of the class: "CCCC"}}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segrl.data.formats.pairs import divided
+from segrl.data.formats.rows import FormatRow
+from segrl.errors import DataError, unknown_name
+from segrl.geometry.image_files import open_image
+from segrl.geometry.mask_images import read_mask_file
+
+__all__ = ["read_sa_med2d"]
+
+_INDEX, _CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
+_INSTANCE = re.compile(r"--(\d+)_(\d+)\.png$")
+_MODALITIES = {
+    "ct": "CT",
+    "mr": "MRI",
+    "pet": "PET",
+    "x": "X-ray",
+    "ultrasound": "Ultrasound",
+    "fundus": "Fundus photography",
+    "endoscopy": "Endoscopy",
+    "dermoscopy": "Dermoscopy",
+}
+_LISTED = 10
+
+
+def read_sa_med2d(
+    source: str | Path,
+    *,
+    texts: Mapping[str, str],
+    sets: Sequence[str] | None = None,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+) -> Iterator[FormatRow]:
+    """Read SA-Med2D-20M, one row for each image and class: the union of the instances of that class.
+
+    Instances whose mask has another size than the image, of which the data hold some, are left out, with a warning that
+    counts them.
+
+    Args:
+        source: The folder `SAMed2Dv1`.
+        texts: Columns that every row gets, in place of what the file names say.
+        sets: Names of the sets to read, such as "kvasir_seg"; None: all.
+        test_fraction: Share of cases whose split is "test", drawn at random; slices of one case stay together.
+        seed: Of the draw.
+
+    Raises:
+        DataError: One of the two JSON files cannot be read or has another layout; files that are not there, names that
+            do not say set, case and class, classes without a name: all are counted, ten named.
+        UnknownNameError: A set that the file does not name.
+
+    Example:
+        >>> list(read_sa_med2d("no/such/folder", texts={}))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/such/folder/SAMed2D_v1.json: cannot be read: No such file or directory
+    """
+    home = Path(source)
+    index, classes = _mapping(home / _INDEX), _mapping(home / _CLASSES)
+    names = {found: _parts(found) for found in index}
+    known = sorted({parts[1] for parts in names.values() if parts is not None})
+    for name in sets or ():
+        if name not in known:
+            raise unknown_name("set of SA-Med2D-20M", name, known)
+    problems = [
+        f"{found}: expected images/MODALITY--SET--CASE--SLICE.png" for found, parts in names.items() if not parts
+    ]
+    wanted = {found: parts for found, parts in names.items() if parts and (sets is None or parts[1] in sets)}
+    by_class: dict[str, dict[str, list[str]]] = {}
+    for found, (_, of_set, _) in wanted.items():
+        if not (home / found).is_file():
+            problems.append(f"{found}: no such file")
+        terms = classes.get(of_set)
+        terms = {str(number): term for term, number in terms.items()} if isinstance(terms, dict) else {}
+        for path in index[found] if isinstance(index[found], list) else ():
+            match = _INSTANCE.search(str(path))
+            if match is None:
+                problems.append(f"{path}: expected a name that ends in --CLASS_INSTANCE.png")
+            elif not (home / path).is_file():
+                problems.append(f"{path}: no such file")
+            elif match[1] not in terms:
+                problems.append(f"{path}: class {match[1]} of {of_set} has no name in {_CLASSES}")
+            else:
+                by_class.setdefault(found, {}).setdefault(terms[match[1]], []).append(path)
+    if problems or not by_class:
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
+        raise DataError(f"{home}: {len(problems)} problems in {len(wanted)} images:{listed}{more}")
+    splits = divided(list(dict.fromkeys(parts[1:] for parts in wanted.values())), test_fraction, seed)
+    other_size = []
+    for found, terms in by_class.items():
+        modality, of_set, case = wanted[found]
+        with open_image(home / found, f"image {home / found}") as opened:
+            size = opened.height, opened.width
+        for term, paths in terms.items():
+            masks = {path: read_mask_file(home / path, f"mask {home / path}") for path in paths}
+            other_size += [path for path, mask in masks.items() if mask.shape != size]
+            kept = [mask for mask in masks.values() if mask.shape == size]
+            if kept:
+                words = {"modality": modality, "source": of_set, "lesion": term.replace("_", " ")}
+                name = Path(found).name
+                yield FormatRow(home / found, np.any(kept, axis=0), name, splits[of_set, case], {**words, **texts})
+    if other_size:
+        warnings.warn(
+            f"{len(other_size)} masks have another size than their image and were left out, such as {other_size[0]}",
+            stacklevel=2,
+        )
+
+
+def _parts(found: str) -> tuple[str, str, str] | None:
+    """Modality, set and case."""
+    parts = Path(found).name.split("--")
+    if len(parts) < 4 or not all(parts):
+        return None
+    kind, _, more = parts[0].partition("_")
+    modality = _MODALITIES.get(kind, kind)
+    return modality if kind in ("fundus", "x") or more in ("", "00") else f"{modality} {more}", parts[1], parts[2]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
