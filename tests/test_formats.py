@@ -530,8 +530,8 @@ def reasonseg(home: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "val/b": ([("Ignore", inner), ("target", square), ("flag", [[0, 0]])], ["The thing…"], "utf-8"),
         "test/c": ([("target", inner), ("ignore", square)], ["Größe?"], "cp1252"),
     }
-    for name, (shapes, text, encoding) in files.items():
-        save((home / name).with_suffix(".jpg"), picture(0, (16, 20)))
+    for n, (name, (shapes, text, encoding)) in enumerate(files.items()):
+        save((home / name).with_suffix(".jpg"), picture(n, (16, 20)))
         listed = [{"label": label, "points": points} for label, points in shapes]
         content = json.dumps({"shapes": listed, "text": text, "is_sentence": True}, ensure_ascii=False)
         (home / name).with_suffix(".json").write_bytes(content.encode(encoding))
@@ -833,6 +833,43 @@ def test_mmr(tmp_path):
         path.write_text(json.dumps([{**entry, **change}, {"height": 1}]))
         with pytest.raises(DataError, match=rf"problems, expected none:(?s:.)*{message}(?s:.)*image 1: no file_name"):
             list(read_mmr(path, tmp_path / "images", texts={}))
+
+
+def test_benchmarks_are_checked_and_evaluated_as_downloaded(tmp_path, capsys):
+    """The same scores as of the converted folder, and of it again."""
+    pytest.importorskip("cv2")
+    home = tmp_path / "ReasonSeg"
+    reasonseg(home)
+    assert main(["data", "check", str(home), "--benchmark", "reasonseg"]) == 0
+    out = capsys.readouterr().out
+    assert f"{home}: all 3 rows can be read" in out
+    assert "Where is it?" in out
+    assert main(["data", "convert", "reasonseg", str(home), str(tmp_path / "data")]) == 0
+    split = "test"
+    for row in map(dict, load_folder(tmp_path / "data", split)):
+        save(tmp_path / "theirs" / f"{Path(row['name']).stem}.png", np.roll(np.asarray(row["mask"]), 1, axis=0))
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--split", split]
+    scores = []
+    for n, (data, more) in enumerate(
+        (
+            (home, ["--benchmark", "reasonseg"]),
+            (tmp_path / "data", ["--benchmark", "reasonseg"]),
+            (tmp_path / "data", ["--conventions", "lisa", "vision_reasoner"]),
+        )
+    ):
+        assert main([*argv, "--data", str(data), "--output_dir", str(tmp_path / f"out{n}"), *more]) == 0
+        found = json.loads((tmp_path / f"out{n}" / "results.json").read_text())
+        scores.append(found["conventions"]["conventions"])
+    assert scores[0] == scores[1] == scores[2]
+    assert set(scores[0]) == {"lisa", "vision_reasoner"}
+    capsys.readouterr()
+    assert main([*argv, "--data", str(home), "--benchmark", "reasonsegg"]) == 2
+    assert "benchmark 'reasonsegg'; did you mean 'reasonseg'" in capsys.readouterr().err
+    assert main([*argv, "--data", str(home), "--benchmark", "grefcoco"]) == 2
+    assert "grefcoco is not read from one folder: segrl data convert refcoco" in capsys.readouterr().err
+    (home / "train" / "a.json").unlink()
+    assert main(["data", "check", str(home), "--benchmark", "reasonseg"]) == 2
+    assert "a.jpg: no .json beside it" in capsys.readouterr().err
 
 
 def test_the_list_of_benchmarks(capsys):

@@ -27,6 +27,8 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
         "check", parents=[common, as_json], help="read every file, and say what the splits hold"
     )
     check.add_argument("path", metavar="PATH", help="folder with manifest.csv, or a DatasetDict saved to disk")
+    check.add_argument("--benchmark", metavar="NAME", help="PATH is a download in the layout of this one of "
+                       "`segrl data list`")  # fmt: skip
     check.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
     check.add_argument("--sheet", type=Path, metavar="FILE", help="images: draw the first rows of each split")
     check.set_defaults(run=_check)
@@ -79,13 +81,12 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from segrl.data.benchmarks import BENCHMARKS
     from segrl.reports.terminal import say
 
     if arguments.json:
-        return print_json({name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()})
+        kept = ("what", "place", "command", "conventions", "seen")
+        return print_json({name: {k: getattr(found, k) for k in kept} for name, found in BENCHMARKS.items()})
     for name, benchmark in BENCHMARKS.items():
         say(f"{name}: {benchmark.what}")
         say(f"  {benchmark.place}")
@@ -174,11 +175,16 @@ def _labels(given: list[str] | None) -> dict[int, str] | None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from segrl.data.benchmarks import benchmark_folder
     from segrl.data.overview import data_overview
     from segrl.reports.terminal import say
 
     draw = None if arguments.sheet is None else partial(_draw, arguments.sheet)
-    found = data_overview(arguments.path, allow_outside=arguments.allow_outside, on_splits=draw)
+    named = arguments.benchmark
+    with nullcontext(arguments.path) if named is None else benchmark_folder(named, arguments.path) as folder:
+        found = data_overview(folder, allow_outside=arguments.allow_outside, on_splits=draw)
     if arguments.json:
         return print_json(found)
     for name, split in found["splits"].items():

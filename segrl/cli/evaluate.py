@@ -21,6 +21,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     system.add_argument("--predictions", type=Path, metavar="FOLDER", help="one mask file a row, named as the row is")
     command.add_argument("--data", required=True, metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
                          "disk, or hub data set owner/name")  # fmt: skip
+    command.add_argument("--benchmark", metavar="NAME", help="one of `segrl data list`: --data may be its download, "
+                         "and the masks are scored in the conventions of its papers")  # fmt: skip
     command.add_argument("--split", default="test", metavar="NAME", help="default: test")
     command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes")
     command.add_argument("--missing_empty", action="store_true", help="with --predictions: no file means an empty mask")
@@ -47,6 +49,16 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.benchmark is None:
+        return _evaluate_on(arguments.data, arguments)
+    from segrl.data.benchmarks import BENCHMARKS, benchmark_folder
+
+    with benchmark_folder(arguments.benchmark, arguments.data) as folder:
+        arguments.conventions = arguments.conventions or list(BENCHMARKS[arguments.benchmark].conventions)
+        return _evaluate_on(folder, arguments)
+
+
+def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
     from segrl.data.images.folder import check_rows, load_folder
     from segrl.data.splits import load_split
     from segrl.data.volumes.folder import check_volumes, load_volumes
@@ -80,7 +92,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if task == "volumes"
         else {"folder": load_folder, "check": check_rows}
     )
-    rows = load_split(arguments.data, arguments.split, **readers, allow_outside=arguments.allow_outside)
+    rows = load_split(str(data), arguments.split, **readers, allow_outside=arguments.allow_outside)
     if arguments.limit is not None and arguments.limit < len(rows):
         rows = rows.select(range(arguments.limit))
     if arguments.conventions:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-__all__ = ["BENCHMARKS", "Benchmark"]
+from segrl.data.formats import read_biomedparse, read_pairs, read_reasonseg, write_rows
+from segrl.errors import DataError, unknown_name
+
+__all__ = ["BENCHMARKS", "Benchmark", "benchmark_folder"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Benchmark:
         conventions: Evaluators whose numbers are published on it, by their names in
             `segrl.evaluation.conventions.CONVENTIONS`.
         seen: Whether the layout was checked against the download, rather than against public loaders.
+        read: Reads the folder of the download, where that says all; None: `command` needs more.
 
     Example:
         >>> BENCHMARKS["reasonseg"].conventions, BENCHMARKS["reasonseg"].seen
@@ -29,6 +39,42 @@ class Benchmark:
     command: str
     conventions: tuple[str, ...] = ()
     seen: bool = False
+    read: Callable[[Path], Iterator[Any]] | None = field(default=None, repr=False)
+
+
+@contextmanager
+def benchmark_folder(name: str, path: str | Path) -> Iterator[str | Path]:
+    """Yield a folder that evaluations read: `path` itself, or what a download in the benchmark's layout holds.
+
+    Args:
+        name: One of `BENCHMARKS`.
+        path: The download, all of whose splits are read into a temporary folder that is removed afterwards; or a
+            folder with `manifest.csv`, a `DatasetDict` saved to disk, or `owner/name` on the hub, which are yielded.
+
+    Raises:
+        UnknownNameError: No such benchmark.
+        DataError: A download that takes more than its folder to be read, with the command that does; or what the
+            reader raises.
+
+    Example:
+        >>> with benchmark_folder("reasonseg", "."):
+        ...     pass
+        Traceback (most recent call last):
+        segrl.errors.DataError: .: none of the folders train, val, test
+    """
+    if name not in BENCHMARKS:
+        raise unknown_name("benchmark", name, BENCHMARKS)
+    benchmark, home = BENCHMARKS[name], Path(path)
+    if not home.exists() or any(
+        (home / part).is_file() for part in ("manifest.csv", "dataset_dict.json", "dataset_info.json")
+    ):
+        yield path
+        return
+    if benchmark.read is None:
+        raise DataError(f"{path} has no manifest.csv, and {name} is not read from one folder: {benchmark.command}")
+    with tempfile.TemporaryDirectory() as place:
+        write_rows(benchmark.read(home), Path(place) / name, title=name)
+        yield Path(place) / name
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -37,6 +83,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "linked from github.com/dvlab-research/LISA; for research",
         "segrl data convert reasonseg ReasonSeg/ DESTINATION",
         ("lisa", "vision_reasoner"),
+        read=partial(read_reasonseg, texts={}),
     ),
     "refcoco": Benchmark(
         "RefCOCO, RefCOCO+, RefCOCOg: expressions about one object of a COCO image",
@@ -54,6 +101,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "BiomedParseData: images of nine modalities, masks named by their target",
         "huggingface.co/datasets/microsoft/BiomedParseData; each set has a licence of its own",
         "segrl data convert biomedparse BiomedParseData/ DESTINATION",
+        read=partial(read_biomedparse, texts={}),
     ),
     "medsegbench": Benchmark(
         "35 sets of medical images at 128, 256 and 512 px",
@@ -75,17 +123,18 @@ BENCHMARKS: dict[str, Benchmark] = {
         "612 frames of 31 colonoscopy sequences with polyps; no published split: divide by sequence",
         "polyp.grand-challenge.org/CVCClinicDB; for research",
         "segrl data convert pairs CVC-ClinicDB/ DESTINATION --lesion polyp --modality Endoscopy",
+        read=partial(read_pairs, texts={"lesion": "polyp", "modality": "Endoscopy"}),
     ),
     "tnscui2020": Benchmark(
         "3,644 ultrasound images of thyroid nodules",
         "tn-scui2020.grand-challenge.org; its terms forbid passing it on",
         "segrl data convert pairs TNSCUI2020/ DESTINATION --lesion nodule --modality Ultrasound --anatomy Thyroid",
+        read=partial(read_pairs, texts={"lesion": "nodule", "modality": "Ultrasound", "anatomy": "Thyroid"}),
     ),
     "m3d_seg": Benchmark(
         "CT volumes of 25 sets with labels",
         "huggingface.co/datasets/GoodBaiBai88/M3D-Seg; each set has a licence of its own",
         "examples/medvol_r1/train_grpo.py --data M3D_Seg_npy/ --m3d_seg NAME",
-        ("m3d", "unibiomed"),
     ),
     "comlesion_14k": Benchmark(
         "CORE-Seg's images, questions and reasoning",
