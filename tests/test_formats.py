@@ -17,7 +17,7 @@ from script_modules import ROOT
 from shapely.geometry import Polygon
 
 from segrl.cli.main import main
-from segrl.data import load_folder, load_volumes, make_synthetic
+from segrl.data import load_folder, load_volumes, make_synthetic, read_label
 from segrl.data.benchmarks import BENCHMARKS
 from segrl.data.formats import (
     FormatRow,
@@ -26,6 +26,7 @@ from segrl.data.formats import (
     read_biomedparse,
     read_coco,
     read_columns,
+    read_m3d_refseg,
     read_medsegbench,
     read_mmr,
     read_nnunet,
@@ -804,6 +805,45 @@ def test_sa_med2d(tmp_path, capsys):
     (home / "SAMed2D_v1.json").write_text("[1]")
     with pytest.raises(DataError, match="holds a list, expected an object"):
         list(read_sa_med2d(home, texts={}))
+
+
+def test_m3d_refseg(tmp_path, capsys):
+    home, rng, labels = tmp_path / "M3D_RefSeg", np.random.default_rng(0), {}
+    for case in ("s0000", "s0001"):
+        (home / case).mkdir(parents=True)
+        labels[case] = rng.integers(0, 3, (8, 9, 5)).astype(np.uint8)
+        nib.save(
+            nib.Nifti1Image(rng.normal(0, 300, (8, 9, 5)).astype(np.float32), np.eye(4)), home / case / "ct.nii.gz"
+        )
+        nib.save(nib.Nifti1Image(labels[case], np.eye(4)), home / case / "mask.nii.gz")
+    head = "Image,Mask,Mask_ID,Question_Type,Question,Answer\n"
+    lines = [f'{c}/ct.nii.gz,{c}/mask.nii.gz,{n},0,"Where, if at all, is {n}?",[SEG]\n' for c in labels for n in (1, 2)]
+    (home / "M3D_RefSeg.csv").write_text(head + "".join(lines))
+    argv = ["data", "convert", "m3d_refseg", str(home)]
+    assert main([*argv, str(tmp_path / "drawn"), "--test_fraction", "0.5"]) == 0
+    assert [len(load_volumes(tmp_path / "drawn", split)) for split in ("train", "test")] == [2, 2]
+
+    (home / "M3D_RefSeg_test.csv").write_text(head + lines[3])
+    with pytest.warns(UserWarning, match=r"2 questions about cases of M3D_RefSeg_test\.csv were left out"):
+        found = list(read_m3d_refseg(home, texts={}))
+    assert [(row.scan.parent.name, row.label_value, row.split) for row in found] == [
+        ("s0000", "1", "train"),
+        ("s0000", "2", "train"),
+        ("s0001", "2", "test"),
+    ]
+    (home / "M3D_RefSeg_train.csv").write_text(head + "".join(lines[:2]))
+    assert main([*argv, str(tmp_path / "out")]) == 0
+    (row,) = map(dict, load_volumes(tmp_path / "out", "test"))
+    assert row["query"] == "Where, if at all, is 2?"
+    mask = read_label(row["label"], row["scan"], row["label_value"])
+    assert mask.sum() == (labels["s0001"] == 2).sum()
+    assert main(["data", "check", str(home), "--benchmark", "m3d_refseg"]) == 0
+    (home / "s0001" / "ct.nii.gz").unlink()
+    (home / "M3D_RefSeg_train.csv").write_text(head + lines[0].replace(",1,0,", ",one,0,"))
+    with pytest.raises(
+        DataError, match=r"2 problems, (?s:.)*Mask_ID 'one'; (?s:.)*line 2: s0001/ct.nii.gz: no such file"
+    ):
+        list(read_m3d_refseg(home, texts={}))
 
 
 def test_mmr(tmp_path):

@@ -2,7 +2,7 @@
 
 | preset        | hardware       | time        | held-out mDice                                              |
 |---------------|----------------|-------------|-------------------------------------------------------------|
-| `tiny`        | 1 CPU core     | docs/log.md | docs/log.md                                                 |
+| `tiny`        | 1 CPU core     | not timed   | not measured yet                                            |
 | `core_seg_3b` | 2 A6000, 48 GB | not run     | CORE-Seg: 17.47 on ComLesion-14K, on this backbone; not run |
 
 A chat model writes boxes and points as JSON, trained by GRPO alone; a frozen SAM 2 turns them into masks. Data, flags

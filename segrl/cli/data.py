@@ -76,6 +76,7 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     med2d = add("sa_med2d", "SA-Med2D-20M, a file for each instance", ("path", "the folder SAMed2Dv1"))
     med2d.add_argument("--sets", nargs="+", metavar="SET", help="only these, such as kvasir_seg")
     divides(med2d)
+    divides(add("m3d_refseg", "M3D-RefSeg, questions about scans", ("path", "folder of M3D_RefSeg.csv and the cases")))
     hub = add("hf", "a Hugging Face data set", ("path", "folder, file, or owner/name on the hub"))
     hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
 
@@ -134,6 +135,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         rows = formats.read_mmr(arguments.annotations, arguments.images, texts=texts, split=arguments.split)
     elif arguments.format == "sa_med2d":
         rows = formats.read_sa_med2d(arguments.path, texts=texts, sets=arguments.sets, **drawn)
+    elif arguments.format == "m3d_refseg":
+        rows = formats.read_m3d_refseg(arguments.path, texts=texts, **drawn)
     else:
         rows = formats.read_columns(arguments.path, columns=_columns(arguments.columns), texts=texts)
     counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segrl.data.formats import read_biomedparse, read_pairs, read_reasonseg, write_rows
+from segrl.data.formats import read_biomedparse, read_m3d_refseg, read_pairs, read_reasonseg, write_rows
 from segrl.errors import DataError, unknown_name
 
 __all__ = ["BENCHMARKS", "Benchmark", "benchmark_folder"]
@@ -135,6 +135,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         "CT volumes of 25 sets with labels",
         "huggingface.co/datasets/GoodBaiBai88/M3D-Seg; each set has a licence of its own",
         "examples/medvol_r1/train_grpo.py --data M3D_Seg_npy/ --m3d_seg NAME",
+    ),
+    "m3d_refseg": Benchmark(
+        "M3D-RefSeg: 210 CT scans with questions about their structures",
+        "huggingface.co/datasets/GoodBaiBai88/M3D-RefSeg; scans of TotalSegmentator, under its terms",
+        "segrl data convert m3d_refseg M3D_RefSeg/ DESTINATION",
+        read=partial(read_m3d_refseg, texts={}),
     ),
     "comlesion_14k": Benchmark(
         "CORE-Seg's images, questions and reasoning",
