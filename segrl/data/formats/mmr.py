@@ -1,7 +1,7 @@
 """MMR: questions about objects and parts, with several masks to an answer (Jang et al., arXiv:2503.13881).
 
-Layout as in the README of jdg900/MMR, read on 2026-11-30; the download was not seen. Images are those of COCO, under
-its terms; nothing is fetched here.
+Layout as in the README and `utils/multi_part_reason_seg_dataset.py` of jdg900/MMR, 702a7b6, read on 2026-11-30; the
+download was not seen. Images are those of COCO, under its terms; nothing is fetched here.
 
     MMR_{train,val,test_mixed,test_obj_only,test_part_only}.json
         [{"file_name", "height", "width", "questions": [...], "answers": [[{"segmentation", "bbox"}, ...], ...]}]
@@ -30,6 +30,8 @@ def read_mmr(
     annotations: str | Path, images: str | Path, *, texts: Mapping[str, str], split: str | None = None
 ) -> Iterator[FormatRow]:
     """Read one file of MMR, one row for each question: the union of the masks of its answer.
+
+    MMR's own evaluation takes every mask of an answer by itself, in the order of its tokens.
 
     Args:
         annotations: The JSON file.

@@ -272,11 +272,11 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "mmr",
-            "MMR as described by its authors: LISA's validate, samples without a mask skipped; its code was not seen",
+            "jdg900/MMR, 702a7b6, train_ds.py, validate; there every mask of an answer by itself, a row here has one",
             {
                 _BOTH: "IoU 1; skipped where there is no mask",
                 _NONE: "IoU 0; its pixels add to the union of cIoU",
-                _MISS: "the row is skipped",
+                _MISS: "the row is skipped: `continue` where there is no mask",
                 _IGNORED: "left out",
                 _MEAN: "as LISA, over the rows that are not skipped",
             },
