@@ -337,6 +337,21 @@ def test_side_by_side():
         compare_conventions([row.case for row in cases], ["lissa"])
 
 
+def test_differences_on_the_page():
+    """Of two means: the table says the same as the two scores above it."""
+    square, nothing = np.ones((4, 4), dtype=bool), np.zeros((4, 4), dtype=bool)
+    cases = [Case.of(nothing, nothing), Case.of(nothing, square), Case.of(square, square), Case.of(square, None)]
+    found = compare_conventions(cases, ["vision_reasoner", "mmr", "segrl", "core_seg"])
+    scores: Any = {name: (one["scores"] or {}).get("giou") for name, one in found["conventions"].items()}
+    pairs = [(one["of"], one["from"]) for one in found["differences"]]
+    assert pairs == [("vision_reasoner", "segrl"), ("mmr", "segrl")]
+    for one in found["differences"]:
+        assert sum(one["points"].values()) == pytest.approx(scores[one["of"]] - scores[one["from"]], abs=1e-5)
+    page = conventions_page(found)
+    assert "| vision_reasoner - segrl, gIoU | -16.67 | -25.00 | +0.00 | +0.00 | +8.33 |" in page
+    assert "## Differences" not in conventions_page(compare_conventions(cases, ["segrl", "core_seg"]))
+
+
 def test_eval_in_all_conventions(tmp_path, capsys):
     rows = make_synthetic(4, size=48)
     data = write_folder(rows, tmp_path / "data", split="test")
@@ -359,6 +374,42 @@ def test_eval_in_all_conventions(tmp_path, capsys):
     assert main([*argv, "--conventions", "lissa", "--output_dir", str(tmp_path / "x")]) == 2
     assert "convention 'lissa'; did you mean 'lisa'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_stored_records_are_scored_again(tmp_path, capsys):
+    """Without data and without a model, to the same numbers as when the answers were evaluated."""
+    rows = make_synthetic(3, size=48)
+    data = write_folder(rows, tmp_path / "data", split="test")
+    for row, source in zip(map(dict, rows), sorted((data / "masks").iterdir()), strict=True):
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        mask = np.roll(np.asarray(row["mask"]) > 0, 3, axis=1)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "theirs" / source.name)
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(data)]
+    assert main([*argv, "--conventions", "all"]) == 0
+    first = json.loads((tmp_path / "theirs_evaluation" / "results.json").read_text())["conventions"]
+    stored = tmp_path / "theirs_evaluation" / "predictions.json"
+    argv = ["eval", "--predictions", str(stored)]
+    assert main(argv) == 0
+    again = tmp_path / "theirs_evaluation" / "predictions_evaluation"
+    assert json.loads((again / "results.json").read_text())["conventions"] == first
+    assert (again / "conventions.md").read_text() in capsys.readouterr().out
+    assert main([*argv, "--benchmark", "reasonseg", "--output_dir", str(tmp_path / "b")]) == 0
+    found = json.loads((tmp_path / "b" / "results.json").read_text())["conventions"]["conventions"]
+    assert found == {name: first["conventions"][name] for name in ("lisa", "vision_reasoner")}
+    for more, message in (
+        ([], "is not empty"),
+        (["--data", str(data)], "--data: predictions.json holds the answers and the true masks"),
+        (["--benchmark", "reason_seg"], "benchmark 'reason_seg'; did you mean 'reasonseg'"),
+    ):
+        capsys.readouterr()
+        assert main([*argv, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["eval", "--predictions", str(tmp_path / "theirs")]) == 2
+    assert "--data is missing" in capsys.readouterr().err
+    stored.write_text("{}")
+    assert main([*argv, "--output_dir", str(tmp_path / "c")]) == 2
+    assert "expected a list of records" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_records_keep_the_masks_exactly():

@@ -18,8 +18,9 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     system = command.add_mutually_exclusive_group(required=True)
     system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub; "
                         "or a chat model that was not trained by segrl, with --segmenter")  # fmt: skip
-    system.add_argument("--predictions", type=Path, metavar="FOLDER", help="one mask file a row, named as the row is")
-    command.add_argument("--data", required=True, metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
+    system.add_argument("--predictions", type=Path, metavar="PATH", help="folder with one mask file a row, "
+                        "named as the row is; or predictions.json of a run on images, scored once more")  # fmt: skip
+    command.add_argument("--data", metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
                          "disk, or hub data set owner/name")  # fmt: skip
     command.add_argument("--benchmark", metavar="NAME", help="one of `segrl data list`: --data may be its download, "
                          "and the masks are scored in the conventions of its papers")  # fmt: skip
@@ -49,6 +50,12 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from segrl.errors import SegRLError
+
+    if arguments.predictions is not None and arguments.predictions.is_file():
+        return _score_again(arguments)
+    if arguments.data is None:
+        raise SegRLError("--data is missing: what is the system evaluated on?")
     if arguments.benchmark is None:
         return _evaluate_on(arguments.data, arguments)
     from segrl.data.benchmarks import BENCHMARKS, benchmark_folder
@@ -56,6 +63,37 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with benchmark_folder(arguments.benchmark, arguments.data) as folder:
         arguments.conventions = arguments.conventions or list(BENCHMARKS[arguments.benchmark].conventions)
         return _evaluate_on(folder, arguments)
+
+
+def _score_again(arguments: argparse.Namespace) -> int:
+    """Of records only the conventions are left to find: they hold both masks and every score of segrl's own."""
+    from segrl.data.benchmarks import BENCHMARKS
+    from segrl.errors import SegRLError, unknown_name
+    from segrl.evaluation import read_records
+    from segrl.evaluation.conventions import cases_of, check_conventions, compare_conventions, conventions_page
+    from segrl.reports.results_file import versions, write_results
+    from segrl.reports.terminal import say
+    from segrl.scripts.run_folder import check_output, claimed
+
+    path = arguments.predictions.absolute()
+    for flag in ("data", "volumes", "missing_empty", "batch_size", "device", "segmenter", "frame_kind", "pictures"):
+        if getattr(arguments, flag):
+            raise SegRLError(f"--{flag}: {path.name} holds the answers and the true masks; drop the flag")
+    if arguments.benchmark is not None and arguments.benchmark not in BENCHMARKS:
+        raise unknown_name("benchmark", arguments.benchmark, BENCHMARKS)
+    of_papers = BENCHMARKS[arguments.benchmark].conventions if arguments.benchmark else ()
+    names = check_conventions(arguments.conventions or of_papers or ["all"])
+    output = arguments.output_dir or path.with_name(f"{path.stem}_evaluation")
+    check_output(output, overwrite=arguments.overwrite, inputs={"predictions": path})
+    cases = cases_of(read_records(path)[: arguments.limit])
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}
+    with claimed(output, asked):
+        found = {"config": asked, "conventions": compare_conventions(cases, names)}
+        page = conventions_page(found["conventions"])
+        (output / "conventions.md").write_text(page, encoding="utf-8")
+        write_results(output / "results.json", {**found, "versions": versions()})
+    say(page)
+    return OK
 
 
 def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:

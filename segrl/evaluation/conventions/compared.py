@@ -56,7 +56,8 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
 
     Returns:
         Plain Python values: "n"; "kinds", the number of rows of each of `KINDS`; "conventions", for each its "source"
-        and "rules", and its "scores", or None with the "reason" why there are none.
+        and "rules", and its "scores", or None with the "reason" why there are none; "differences", for pairs whose
+        means are of the same score, "of" the one and "from" the other, what `explain_difference` says of them.
 
     Raises:
         UnknownNameError: No such convention.
@@ -78,7 +79,22 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
             scores, reason = None, str(error)
         found[name] = {**entry, "scores": scores, "reason": reason}
     kinds = {kind: sum(case.kind == kind for case in cases) for kind in KINDS}
-    return {"n": len(cases), "kinds": kinds, "conventions": found}
+    return {"n": len(cases), "kinds": kinds, "conventions": found, "differences": _differences(cases, found)}
+
+
+def _differences(cases: Sequence[Case], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each convention from segrl's, or else from the first, whose mean is of the same score."""
+    scored = [name for name, entry in found.items() if entry["scores"] is not None]
+    listed = []
+    for mean in dict.fromkeys(CONVENTIONS[name].mean for name in scored):
+        names = [name for name in scored if CONVENTIONS[name].mean == mean]
+        base = "segrl" if "segrl" in names else names[0]
+        listed += [
+            {"of": name, "from": base, "score": mean, "points": explain_difference(cases, base, name)}
+            for name in names
+            if name != base
+        ]
+    return listed
 
 
 def explain_difference(cases: Sequence[Case], first: str, second: str) -> dict[str, float]:
@@ -140,6 +156,15 @@ def conventions_page(found: Mapping[str, Any]) -> str:
     lines += ["", *(f"- {one['reason']}" for one in ones.values() if one["reason"])]
     lines += ["", "## Rows", ""]
     lines += [f"- {count} {kind}: {KINDS[kind]}" for kind, count in found["kinds"].items() if count]
+    if found["differences"]:
+        kinds = [kind for kind, count in found["kinds"].items() if count]
+        lines += ["", "## Differences, in points, by the rows that cause them", ""]
+        lines += [f"| | all | {' | '.join(kinds)} |", "| --- " * (2 + len(kinds)) + "|"]
+        for one in found["differences"]:
+            values = [math.fsum(one["points"].values()), *(one["points"].get(kind, 0.0) for kind in kinds)]
+            what = f"{one['of']} - {one['from']}, {_TITLES.get(one['score'], one['score'])}"
+            lines.append(f"| {what} | {' | '.join(f'{100 * value:+.2f}' for value in values)} |")
+        lines += ["", "A row that a convention leaves out changes what every other row weighs."]
     lines += ["", "## Rules", ""]
     questions = list(dict.fromkeys(question for one in ones.values() for question in one["rules"]))
     lines += [f"| | {' | '.join(questions)} |", "| --- " * (1 + len(questions)) + "|"]
