@@ -13,6 +13,7 @@ import pytest
 from datasets import DatasetDict
 from PIL import Image
 from pycocotools import mask as coco
+from scipy import sparse
 from script_modules import ROOT
 from shapely.geometry import Polygon
 
@@ -26,6 +27,7 @@ from segrl.data.formats import (
     read_biomedparse,
     read_coco,
     read_columns,
+    read_imed_361m,
     read_m3d_refseg,
     read_medsegbench,
     read_mmr,
@@ -844,6 +846,44 @@ def test_m3d_refseg(tmp_path, capsys):
         DataError, match=r"2 problems, (?s:.)*Mask_ID 'one'; (?s:.)*line 2: s0001/ct.nii.gz: no such file"
     ):
         list(read_m3d_refseg(home, texts={}))
+
+
+def test_imed_361m(tmp_path):
+    home, truth = tmp_path / "BTCV", np.array(masks(6)).reshape(2, 3, 13, 17)
+    truth[1, 1] = False  # not in that image
+    (home / "label").mkdir(parents=True)
+    entries = []
+    for n, stack in enumerate(truth):
+        save(home / "image" / f"ABD_{n}.png", picture(n))
+        name = f"label/x___ABD_{n}.(3, 13, 17, 1).npz"
+        sparse.save_npz(home / name, sparse.csr_matrix(stack.reshape(3, -1).astype(np.int32)))
+        entries.append({"image": f"image/ABD_{n}.png", "label": name, "imask": f"imask/x___ABD_{n}.npy"})
+    content = {
+        "name": "BTCV",
+        "modality": {"0": "ct"},
+        "labels": {"0": "background", "1": "spleen", "2": "kidney_right", "3": "aorta"},
+        "training": entries[:1],
+        "test": entries[1:],
+    }
+    (home / "dataset.json").write_text(json.dumps(content))
+    assert main(["data", "convert", "imed_361m", str(tmp_path), str(tmp_path / "out")]) == 0
+    found = [back(tmp_path / "out", split) for split in ("train", "test")]
+    assert set(found[0]) == {"ABD_0/spleen", "ABD_0/kidney right", "ABD_0/aorta"}
+    assert set(found[1]) == {"ABD_1/spleen", "ABD_1/aorta"}
+    for n, rows in enumerate(found):
+        for name, mask in rows.items():
+            assert np.array_equal(mask, truth[n, ["spleen", "kidney right", "aorta"].index(name.split("/")[1])])
+    assert load_folder(tmp_path / "out", "test")["modality"][:] == ["CT", "CT"]
+    assert main(["data", "check", str(home), "--benchmark", "imed_361m"]) == 0
+
+    for change, message in (
+        ({"labels": {"1": "spleen"}}, "expected names by number, from 0"),
+        ({"labels": {"0": "background", "1": "spleen"}}, "3 masks of 13 x 17; (?s:.)*names 1 structures"),
+        ({"test": [{"image": "image/a.png"}]}, "1 problems, 1 images can be read:(?s:.)*image/a.png: no such file"),
+    ):
+        (home / "dataset.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(DataError, match=message):
+            list(read_imed_361m(home, texts={}))
 
 
 def test_mmr(tmp_path):

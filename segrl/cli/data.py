@@ -77,6 +77,7 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     med2d.add_argument("--sets", nargs="+", metavar="SET", help="only these, such as kvasir_seg")
     divides(med2d)
     divides(add("m3d_refseg", "M3D-RefSeg, questions about scans", ("path", "folder of M3D_RefSeg.csv and the cases")))
+    add("imed_361m", "IMed-361M, sparse masks of all structures", ("path", "folder of one set, or of several"))
     hub = add("hf", "a Hugging Face data set", ("path", "folder, file, or owner/name on the hub"))
     hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
 
@@ -94,7 +95,8 @@ def _list(arguments: argparse.Namespace) -> int:
         say(f"  {benchmark.command}")
         if benchmark.conventions:
             say(f"  then: segrl eval ... --conventions {' '.join(benchmark.conventions)}")
-    say("Layouts are those of public loaders, not checked against the downloads. Nothing is downloaded here.")
+    seen = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.seen)
+    say(f"Layouts are those of public loaders; only samples of {seen} were seen. Nothing is downloaded here.")
     return OK
 
 
@@ -137,6 +139,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         rows = formats.read_sa_med2d(arguments.path, texts=texts, sets=arguments.sets, **drawn)
     elif arguments.format == "m3d_refseg":
         rows = formats.read_m3d_refseg(arguments.path, texts=texts, **drawn)
+    elif arguments.format == "imed_361m":
+        rows = formats.read_imed_361m(arguments.path, texts=texts)
     else:
         rows = formats.read_columns(arguments.path, columns=_columns(arguments.columns), texts=texts)
     counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)

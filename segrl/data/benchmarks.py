@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segrl.data.formats import read_biomedparse, read_m3d_refseg, read_pairs, read_reasonseg, write_rows
+from segrl.data.formats import read_biomedparse, read_imed_361m, read_m3d_refseg, read_pairs, read_reasonseg, write_rows
 from segrl.errors import DataError, unknown_name
 
 __all__ = ["BENCHMARKS", "Benchmark", "benchmark_folder"]
@@ -26,7 +26,7 @@ class Benchmark:
         command: What turns it into a folder that trains and is evaluated on.
         conventions: Evaluators whose numbers are published on it, by their names in
             `segrl.evaluation.conventions.CONVENTIONS`.
-        seen: Whether the layout was checked against the download, rather than against public loaders.
+        seen: Whether published samples were read, rather than the code of public loaders alone.
         read: Reads the folder of the download, where that says all; None: `command` needs more.
 
     Example:
@@ -112,6 +112,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         "SA-Med2D-20M: slices and images of ten modalities, a mask for each instance; no split: divide by case",
         "huggingface.co/datasets/OpenGVLab/SA-Med2D-20M; each set has a licence of its own",
         "segrl data convert sa_med2d SAMed2Dv1/ DESTINATION --sets NAME --test_fraction 0.2",
+    ),
+    "imed_361m": Benchmark(
+        "IMed-361M: images of 14 modalities with masks of named structures",
+        "huggingface.co/datasets/General-Medical-AI/IMed-361M; each set has a licence of its own",
+        "segrl data convert imed_361m SET/ DESTINATION",
+        seen=True,
+        read=partial(read_imed_361m, texts={}),
     ),
     "mmr": Benchmark(
         "MMR: questions about objects and parts of COCO images, several masks to an answer",

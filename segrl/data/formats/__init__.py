@@ -3,6 +3,7 @@
 from segrl.data.formats.biomedparse import read_biomedparse
 from segrl.data.formats.coco import coco_annotations, coco_mask, read_coco
 from segrl.data.formats.columns import read_columns
+from segrl.data.formats.imed_361m import read_imed_361m
 from segrl.data.formats.m3d_refseg import read_m3d_refseg
 from segrl.data.formats.medsegbench import read_medsegbench
 from segrl.data.formats.mmr import read_mmr
@@ -21,6 +22,7 @@ __all__ = [
     "read_biomedparse",
     "read_coco",
     "read_columns",
+    "read_imed_361m",
     "read_m3d_refseg",
     "read_medsegbench",
     "read_mmr",

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from segrl.data.formats.modality import modality_name
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow
 from segrl.errors import DataError, unknown_name
@@ -29,16 +30,6 @@ __all__ = ["read_sa_med2d"]
 
 _INDEX, _CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 _INSTANCE = re.compile(r"--(\d+)_(\d+)\.png$")
-_MODALITIES = {
-    "ct": "CT",
-    "mr": "MRI",
-    "pet": "PET",
-    "x": "X-ray",
-    "ultrasound": "Ultrasound",
-    "fundus": "Fundus photography",
-    "endoscopy": "Endoscopy",
-    "dermoscopy": "Dermoscopy",
-}
 _LISTED = 10
 
 
@@ -129,9 +120,7 @@ def _parts(found: str) -> tuple[str, str, str] | None:
     parts = Path(found).name.split("--")
     if len(parts) < 4 or not all(parts):
         return None
-    kind, _, more = parts[0].partition("_")
-    modality = _MODALITIES.get(kind, kind)
-    return modality if kind in ("fundus", "x") or more in ("", "00") else f"{modality} {more}", parts[1], parts[2]
+    return modality_name(parts[0]), parts[1], parts[2]
 
 
 def _mapping(path: Path) -> dict[str, Any]:
