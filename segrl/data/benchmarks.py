@@ -149,6 +149,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         "segrl data convert m3d_refseg M3D_RefSeg/ DESTINATION",
         read=partial(read_m3d_refseg, texts={}),
     ),
+    "u_mrg_14k": Benchmark(
+        "U-MRG-14K: medical images with questions, reasoning, boxes and points",
+        "announced with MedReasoner; not seen. With the columns of its public loaders in a Hugging Face data set:",
+        "segrl data convert hf PATH DESTINATION --columns question=query think=reasoning",
+    ),
     "comlesion_14k": Benchmark(
         "CORE-Seg's images, questions and reasoning",
         "announced by CORE-Seg; not seen. In any columns of a Hugging Face data set:",
