@@ -347,8 +347,12 @@ def test_differences_on_the_page():
     assert pairs == [("vision_reasoner", "segrl"), ("mmr", "segrl")]
     for one in found["differences"]:
         assert sum(one["points"].values()) == pytest.approx(scores[one["of"]] - scores[one["from"]], abs=1e-5)
+        assert one["averaging"] == pytest.approx(0, abs=1e-5)
     page = conventions_page(found)
-    assert "| vision_reasoner - segrl, gIoU | -16.67 | -25.00 | +0.00 | +0.00 | +8.33 |" in page
+    assert "| vision_reasoner - segrl, gIoU | -16.67 | -25.00 | +0.00 | +0.00 | +8.33 | +0.00 |" in page
+    classes = [Case.of(square, square, group="a"), *(Case.of(square, nothing, group="b") for _ in range(3))]
+    (one,) = compare_conventions(classes, ["core_seg", "unibiomed"])["differences"]
+    assert (one["of"], one["averaging"]) == ("unibiomed", pytest.approx(0.25))  # of two classes, not of four rows
     assert "## Differences" not in conventions_page(compare_conventions(cases, ["segrl", "core_seg"]))
 
 
@@ -398,6 +402,7 @@ def test_stored_records_are_scored_again(tmp_path, capsys):
     assert found == {name: first["conventions"][name] for name in ("lisa", "vision_reasoner")}
     for more, message in (
         ([], "is not empty"),
+        (["--split", "val"], "--split: predictions.json holds the answers"),
         (["--data", str(data)], "--data: predictions.json holds the answers and the true masks"),
         (["--benchmark", "reason_seg"], "benchmark 'reason_seg'; did you mean 'reasonseg'"),
     ):
@@ -406,6 +411,8 @@ def test_stored_records_are_scored_again(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["eval", "--predictions", str(tmp_path / "theirs")]) == 2
     assert "--data is missing" in capsys.readouterr().err
+    assert main(["eval", "--predictions", str(tmp_path / "no.json")]) == 2
+    assert "no.json: no such file" in capsys.readouterr().err
     stored.write_text("{}")
     assert main([*argv, "--output_dir", str(tmp_path / "c")]) == 2
     assert "expected a list of records" in capsys.readouterr().err

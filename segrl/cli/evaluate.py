@@ -24,7 +24,7 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
                          "disk, or hub data set owner/name")  # fmt: skip
     command.add_argument("--benchmark", metavar="NAME", help="one of `segrl data list`: --data may be its download, "
                          "and the masks are scored in the conventions of its papers")  # fmt: skip
-    command.add_argument("--split", default="test", metavar="NAME", help="default: test")
+    command.add_argument("--split", metavar="NAME", help="default: test")
     command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes")
     command.add_argument("--missing_empty", action="store_true", help="with --predictions: no file means an empty mask")
     command.add_argument("--limit", type=positive, metavar="N", help="evaluate only the first rows")
@@ -52,7 +52,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from segrl.errors import SegRLError
 
-    if arguments.predictions is not None and arguments.predictions.is_file():
+    stored = arguments.predictions
+    if stored is not None and stored.suffix == ".json" and not stored.is_dir():
         return _score_again(arguments)
     if arguments.data is None:
         raise SegRLError("--data is missing: what is the system evaluated on?")
@@ -76,7 +77,20 @@ def _score_again(arguments: argparse.Namespace) -> int:
     from segrl.scripts.run_folder import check_output, claimed
 
     path = arguments.predictions.absolute()
-    for flag in ("data", "volumes", "missing_empty", "batch_size", "device", "segmenter", "frame_kind", "pictures"):
+    if not path.is_file():
+        raise SegRLError(f"--predictions {arguments.predictions}: no such file")
+    for flag in (
+        "data",
+        "split",
+        "allow_outside",
+        "volumes",
+        "missing_empty",
+        "batch_size",
+        "device",
+        "segmenter",
+        "frame_kind",
+        "pictures",
+    ):
         if getattr(arguments, flag):
             raise SegRLError(f"--{flag}: {path.name} holds the answers and the true masks; drop the flag")
     if arguments.benchmark is not None and arguments.benchmark not in BENCHMARKS:
@@ -130,7 +144,7 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
         if task == "volumes"
         else {"folder": load_folder, "check": check_rows}
     )
-    rows = load_split(str(data), arguments.split, **readers, allow_outside=arguments.allow_outside)
+    rows = load_split(str(data), arguments.split or "test", **readers, allow_outside=arguments.allow_outside)
     if arguments.limit is not None and arguments.limit < len(rows):
         rows = rows.select(range(arguments.limit))
     if arguments.conventions:

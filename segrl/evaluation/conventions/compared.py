@@ -57,7 +57,8 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
     Returns:
         Plain Python values: "n"; "kinds", the number of rows of each of `KINDS`; "conventions", for each its "source"
         and "rules", and its "scores", or None with the "reason" why there are none; "differences", for pairs whose
-        means are of the same score, "of" the one and "from" the other, what `explain_difference` says of them.
+        means are of the same score, "of" the one and "from" the other, the "points" of `explain_difference`, and what
+        is not of rows: "averaging", such as a mean over classes.
 
     Raises:
         UnknownNameError: No such convention.
@@ -89,11 +90,11 @@ def _differences(cases: Sequence[Case], found: Mapping[str, Any]) -> list[dict[s
     for mean in dict.fromkeys(CONVENTIONS[name].mean for name in scored):
         names = [name for name in scored if CONVENTIONS[name].mean == mean]
         base = "segrl" if "segrl" in names else names[0]
-        listed += [
-            {"of": name, "from": base, "score": mean, "points": explain_difference(cases, base, name)}
-            for name in names
-            if name != base
-        ]
+        for name in names:
+            if name != base:
+                points = explain_difference(cases, base, name)
+                rest = found[name]["scores"][mean] - found[base]["scores"][mean] - math.fsum(points.values())
+                listed.append({"of": name, "from": base, "score": mean, "points": points, "averaging": rest})
     return listed
 
 
@@ -158,13 +159,16 @@ def conventions_page(found: Mapping[str, Any]) -> str:
     lines += [f"- {count} {kind}: {KINDS[kind]}" for kind, count in found["kinds"].items() if count]
     if found["differences"]:
         kinds = [kind for kind, count in found["kinds"].items() if count]
+        columns = ["all", *kinds, "averaging"]
         lines += ["", "## Differences, in points, by the rows that cause them", ""]
-        lines += [f"| | all | {' | '.join(kinds)} |", "| --- " * (2 + len(kinds)) + "|"]
+        lines += [f"| | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
         for one in found["differences"]:
-            values = [math.fsum(one["points"].values()), *(one["points"].get(kind, 0.0) for kind in kinds)]
+            parts = [*(one["points"].get(kind, 0.0) for kind in kinds), one["averaging"]]
+            values = [math.fsum(parts), *parts]
             what = f"{one['of']} - {one['from']}, {_TITLES.get(one['score'], one['score'])}"
-            lines.append(f"| {what} | {' | '.join(f'{100 * value:+.2f}' for value in values)} |")
+            lines.append(f"| {what} | {' | '.join(f'{round(100 * value, 2) + 0.0:+.2f}' for value in values)} |")
         lines += ["", "A row that a convention leaves out changes what every other row weighs."]
+        lines += ["What is not of rows, such as a mean over classes, is averaging."]
     lines += ["", "## Rules", ""]
     questions = list(dict.fromkeys(question for one in ones.values() for question in one["rules"]))
     lines += [f"| | {' | '.join(questions)} |", "| --- " * (1 + len(questions)) + "|"]
