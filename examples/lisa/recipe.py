@@ -2,7 +2,7 @@
 
 | preset        | hardware       | time        | held-out mDice                                              |
 |---------------|----------------|-------------|-------------------------------------------------------------|
-| `tiny`        | 1 CPU core     | not timed   | not measured yet                                            |
+| `tiny`        | 1 CPU core     | 6 minutes   | 79 on its synthetic data, one seed (docs/log.md)            |
 | `core_seg_3b` | 2 A6000, 48 GB | not run     | CORE-Seg: 22.17 on ComLesion-14K, on this backbone; not run |
 
 The model answers "It is <seg>." without reasoning, and two linear layers take the state of the token to the mask
