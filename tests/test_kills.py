@@ -65,7 +65,7 @@ def killed_and_resumed(home: Path, kills: int, steps: int, most: int) -> list[in
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    """Every file of a run; in logs and states without the times that steps took."""
+    """Every file of a run; without the times that steps took, and of evaluations only that they were timed."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -76,6 +76,8 @@ def everything(folder: Path) -> dict[str, Any]:
                 for key in [key for key in entry if "time" in key or "per_second" in key]:
                     del entry[key]
             found[name] = content
+        if path.name == "evaluation_time.json":
+            found[name] = len(json.loads(found[name])["seconds_per_answer"])
     return found
 
 

@@ -246,7 +246,9 @@ def test_a_stage_is_saved_continued_and_finished(tmp_path):
     assert (whole / "model.safetensors").is_file()
     history = json.loads((whole / "log_history.json").read_text())
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
-    assert history[-1] == {"rewards/none/mean": None, "most": None, "note": "x", "step": 2}
+    parameters = sum(parameter.numel() for parameter in tiny_causal_lm()[0].parameters())
+    counts = dict.fromkeys(("parameters", "trainable_parameters"), parameters)
+    assert history[-1] == {"rewards/none/mean": None, "most": None, "note": "x", "step": 2, **counts}
 
     train_and_save(trainer(resumed, resume_from_checkpoint=str(whole / "checkpoint-1")))
     again = json.loads((resumed / "log_history.json").read_text())

@@ -18,6 +18,7 @@ from segrl.errors import DataError
 
 __all__ = ["versions", "write_results"]
 
+EVALUATION_TIME = "evaluation_time.json"  # seconds, beside results.json, which is the same each time
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "sam2")
 
 

@@ -18,7 +18,7 @@ from segrl.inference.volumes import VolumeSegmenter
 from segrl.metrics.summary import SUMMARY_METRICS, paired_difference, summarise
 from segrl.predictions.prediction import invalid_text
 from segrl.reports.contact_sheets import contact_sheet
-from segrl.reports.results_file import versions, write_results
+from segrl.reports.results_file import EVALUATION_TIME, versions, write_results
 from segrl.reports.table import IMAGE_COLUMNS, VOLUME_COLUMNS, VOLUME_STAGES, results_table
 from segrl.reports.terminal import say
 from segrl.reports.volume_pictures import volume_picture
@@ -42,10 +42,15 @@ def _summarise_images(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         summary = summarise(records)
     else:
         summary = summarise(records, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
-    said_none = [_empty(record["predicted_mask"]) for record in records if _empty(record["target_mask"])]
+    said_none = [_empty(record["predicted_mask"]) for record in records if _asks_for_nothing(record)]
     if said_none:  # rows that ask for something that is not there
         summary["no_target"] = {"n": len(said_none), "n_acc": sum(said_none) / len(said_none)}
     return summary
+
+
+def _asks_for_nothing(record: Mapping[str, Any]) -> bool:
+    """Whether the row has no target; not known of answers that are scored without masks."""
+    return "target_mask" in record and _empty(record["target_mask"])
 
 
 def _empty(mask: Mapping[str, Any] | None) -> bool:
@@ -104,9 +109,10 @@ class ImageResults:
         for stage, answers in records.items():
             name = "predictions.json" if stage == last else f"predictions_{stage}.json"
             write_results(self.folder / name, answers)  # pyright: ignore[reportArgumentType]
+        if self.seconds:  # in the order of evaluation; in a file of its own, since all else is the same each time
+            write_results(self.folder / EVALUATION_TIME, {"seconds_per_answer": self.seconds})
         # last: it says that the run has ended (segrl.sweeps)
-        time_taken = {"seconds_per_answer": self.seconds} if self.seconds else {}  # in the order of evaluation
-        write_results(self.folder / "results.json", {**results, **time_taken, "versions": versions()})
+        write_results(self.folder / "results.json", {**results, "versions": versions()})
         for key, what in (
             ("gain", "stage 2 - stage 1"),
             ("gain_over_control", "stage 2 - stage 1 continued for the same time"),

@@ -14,7 +14,7 @@ from segrl.metrics.summary import nested_bootstrap_ci
 from segrl.models.saved_files import read_object
 from segrl.reports.charts import bar_chart
 from segrl.reports.published import PublishedRow
-from segrl.reports.results_file import write_results
+from segrl.reports.results_file import EVALUATION_TIME, write_results
 from segrl.scripts.run_folder import read_history
 from segrl.sweeps.jobs import Job
 from segrl.sweeps.running import evaluation_folder, is_done
@@ -72,6 +72,11 @@ def summarise_sweep(
     return found
 
 
+def _seconds(folder: Path) -> float | None:
+    path = folder / EVALUATION_TIME
+    return read_object(path)["seconds_per_answer"][-1] if path.is_file() else None
+
+
 def _scores(folders: Sequence[Path]) -> dict[str, Any]:
     records = [read_records(folder) for folder in folders]
     results = [read_object(folder / "results.json") for folder in folders]
@@ -90,7 +95,7 @@ def _scores(folders: Sequence[Path]) -> dict[str, Any]:
         "groups": {name: _over([values for values in groups[name] if values]) for name in sorted(groups)},
         "zero_spread": _mean(result.get("zero_spread") for result in results),
         "reward_std": _mean(_mean(entry.get("reward_std") for entry in history) for history in histories),
-        "seconds_per_answer": _mean((result.get("seconds_per_answer") or [None])[-1] for result in results),
+        "seconds_per_answer": _mean(_seconds(folder) for folder in folders),
         "hedged": _mean(hedged / count if count else None for hedged, count in hedges),
         **{
             name: _mean(history[-1].get(name) if history else None for history in histories)
