@@ -1,4 +1,4 @@
-"""What the splits of a data set hold, after every file was read as training reads it."""
+"""Contents of the splits of a data set, after every file was read as training reads it."""
 
 from __future__ import annotations
 

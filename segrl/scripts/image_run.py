@@ -222,7 +222,7 @@ class ImageRun(TwoStageRun):
 
     @cached_property
     def material(self) -> list[Picture]:
-        """What pretraining learns from: synthetic scenes of its own, or the training rows."""
+        """Pictures that pretraining learns from: synthetic scenes of its own, or the training rows."""
         if self.arguments.data is not None or self.recipe.pretraining is None:
             return self.pictures(self.repeated)
         scenes = range(self.arguments.count(self.recipe.pretraining["scenes"], "train"))

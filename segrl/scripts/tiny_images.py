@@ -1,4 +1,4 @@
-"""What the tiny presets of the examples on images share: sizes, settings, and what stands in for pretraining."""
+"""Parts that the tiny presets of the examples on images share: sizes, settings, and what stands in for pretraining."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from shapely.validation import explain_validity
 
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.sources import listed, read_json
 from segrl.errors import DataError
 from segrl.geometry.masks import mask_to_rle, rle_to_mask
 
 __all__ = ["coco_annotations", "coco_mask", "read_coco"]
-
-_LISTED = 10
 
 
 def read_coco(
@@ -75,9 +73,7 @@ def read_coco(
             continue
         shapes.setdefault((picture["id"], entry["category_id"]), []).append(mask_to_rle(mask))
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{annotations}: {len(problems)} problems, expected none:{listed}{more}")
+        raise DataError(f"{annotations}: {len(problems)} problems, expected none:{listed(problems)}")
     splits = divided(list(pictures), test_fraction, seed)
     for (image, category), parts in shapes.items():
         picture = pictures[image]
@@ -164,12 +160,7 @@ def _check_polygon(polygon: Any, where: str, crossing: bool) -> None:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    content = read_json(path)
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         raise DataError(f"{path}: expected an object with the lists images, annotations and categories")

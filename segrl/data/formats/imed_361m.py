@@ -17,6 +17,7 @@ from typing import Any
 
 from segrl.data.formats.modality import modality_name
 from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.sources import listed
 from segrl.data.volumes.arrays import sparse_label
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
@@ -25,7 +26,6 @@ from segrl.models.saved_files import read_object
 __all__ = ["read_imed_361m"]
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
-_LISTED = 10
 
 
 def read_imed_361m(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[FormatRow]:
@@ -65,9 +65,7 @@ def read_imed_361m(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[
                 else:
                     found.append((folder, *files, split, names, words))
     if problems or not found:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{home}: {len(problems)} problems, {len(found)} images can be read:{listed}{more}")
+        raise DataError(f"{home}: {len(problems)} problems, {len(found)} images can be read:{listed(problems)}")
     for folder, image, label, split, names, words in found:
         (height, width, _), masks = sparse_label(folder / label)
         with open_image(folder / image, f"image {folder / image}") as opened:

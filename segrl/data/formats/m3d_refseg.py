@@ -16,13 +16,13 @@ from pathlib import Path
 from segrl.data.csv_files import read_csv
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import ScanRow
+from segrl.data.formats.sources import listed
 from segrl.errors import DataError
 
 __all__ = ["read_m3d_refseg"]
 
 _NEEDED = ("Image", "Mask", "Mask_ID", "Question")
 _ALL, _TRAIN, _TEST = "M3D_RefSeg.csv", "M3D_RefSeg_train.csv", "M3D_RefSeg_test.csv"
-_LISTED = 10
 
 
 def read_m3d_refseg(
@@ -57,9 +57,7 @@ def read_m3d_refseg(
     rest = next((_rows(home / name, problems) for name in there if name != _TEST), [])
     test = _rows(home / _TEST, problems) if _TEST in there else []
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{home}: {len(problems)} problems, expected none:{listed}{more}")
+        raise DataError(f"{home}: {len(problems)} problems, expected none:{listed(problems)}")
     cases = {row["Image"] for row in test}
     train = [row for row in rest if row["Image"] not in cases]
     if len(train) < len(rest):

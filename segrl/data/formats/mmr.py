@@ -9,7 +9,6 @@ download was not seen. Images are those of COCO, under its terms; nothing is fet
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import numpy as np
 
 from segrl.data.formats.coco import coco_mask
 from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.sources import listed, read_json
 from segrl.errors import DataError
 
 __all__ = ["read_mmr"]
 
 _KEYS = ("file_name", "height", "width", "questions", "answers")
-_LISTED = 10
 
 
 def read_mmr(
@@ -49,19 +48,12 @@ def read_mmr(
         segrl.errors.DataError: no.json: cannot be read: No such file or directory
     """
     path = Path(annotations)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: expected a list of images, with {', '.join(_KEYS)}")
     problems = [problem for number, entry in enumerate(entries) for problem in _problems(number, entry, Path(images))]
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{path}: {len(problems)} problems, expected none:{listed}{more}")
+        raise DataError(f"{path}: {len(problems)} problems, expected none:{listed(problems)}")
     named = split or path.stem.removeprefix("MMR_")
     for entry in entries:
         image = Path(images) / entry["file_name"]

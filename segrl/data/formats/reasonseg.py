@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.sources import listed
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import open_image
 
@@ -25,7 +26,6 @@ __all__ = ["read_reasonseg", "reasonseg_mask"]
 
 Questions = Literal["first", "all"]
 _SPLITS = ("train", "val", "test")
-_LISTED = 10
 
 
 def read_reasonseg(
@@ -64,9 +64,7 @@ def read_reasonseg(
         except DataError as error:
             problems.append(str(error))
     if problems or not files:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{home}: {len(problems)} problems in {len(files)} files:{listed}{more}")
+        raise DataError(f"{home}: {len(problems)} problems in {len(files)} files:{listed(problems)}")
     for split, image, content in contents:
         with open_image(image, f"image {image}") as opened:
             size = opened.height, opened.width

@@ -10,7 +10,6 @@ Annotations come from the REFER project and from gRefCOCO's page, images are COC
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,10 @@ import numpy as np
 
 from segrl.data.formats.coco import coco_mask
 from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.sources import listed, read_bytes, read_json
 from segrl.errors import DataError, unknown_name
 
 __all__ = ["read_pickled_lists", "read_refcoco"]
-
-_LISTED = 10
 
 
 def read_refcoco(
@@ -52,10 +50,10 @@ def read_refcoco(
         Traceback (most recent call last):
         segrl.errors.DataError: refs.json: cannot be read: No such file or directory
     """
-    listed = _listed(Path(refs))
-    if split is not None and split not in (known := {str(ref.get("split")) for ref in listed}):
+    expressions = _expressions(Path(refs))
+    if split is not None and split not in (known := {str(ref.get("split")) for ref in expressions}):
         raise unknown_name(f"split of {refs}", split, sorted(known))
-    wanted = [ref for ref in listed if split is None or ref.get("split") == split]
+    wanted = [ref for ref in expressions if split is None or ref.get("split") == split]
     content = _object(Path(instances))
     pictures = {entry["id"]: entry for entry in content["images"]}
     shapes = {entry["id"]: entry for entry in content["annotations"]}
@@ -74,9 +72,7 @@ def read_refcoco(
         if not _without_target(ref) and not _objects(ref):
             problems.append(f"{where}: neither ann_id nor no_target")
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        shown = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{refs}: {len(problems)} problems, expected none:{shown}{more}")
+        raise DataError(f"{refs}: {len(problems)} problems, expected none:{listed(problems)}")
     for ref in wanted:
         picture = pictures[ref["image_id"]]
         mask = np.zeros((picture["height"], picture["width"]), dtype=bool)
@@ -134,31 +130,16 @@ def read_pickled_lists(data: bytes, where: str = "pickle") -> Any:
         raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _parsed(path: Path) -> Any:
-    data = _read(path)
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-
-
-def _listed(path: Path) -> Sequence[Mapping[str, Any]]:
+def _expressions(path: Path) -> Sequence[Mapping[str, Any]]:
     pickled = path.suffix in (".p", ".pkl", ".pickle")
-    found = read_pickled_lists(_read(path), str(path)) if pickled else _parsed(path)
+    found = read_pickled_lists(read_bytes(path), str(path)) if pickled else read_json(path)
     if not isinstance(found, list) or not found or not all(isinstance(ref, Mapping) for ref in found):
         raise DataError(f"{path}: expected a list of expressions")
     return found
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    content = _parsed(path)
+    content = read_json(path)
     if not isinstance(content, Mapping) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{path}: expected an object with the lists images and annotations")
     return content

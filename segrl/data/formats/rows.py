@@ -1,4 +1,4 @@
-"""What every reader of a format yields, and the folder with a manifest that is written of it."""
+"""Rows that every reader of a format yields, and the folder with a manifest that is written of it."""
 
 # H, W pixels of an image, D slices of a scan
 

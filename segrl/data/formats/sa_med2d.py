@@ -10,7 +10,6 @@ is fetched here.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from segrl.data.formats.modality import modality_name
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.sources import listed, read_json
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import open_image
 from segrl.geometry.mask_images import read_mask_file
@@ -30,7 +30,6 @@ __all__ = ["read_sa_med2d"]
 
 _INDEX, _CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 _INSTANCE = re.compile(r"--(\d+)_(\d+)\.png$")
-_LISTED = 10
 
 
 def read_sa_med2d(
@@ -91,9 +90,7 @@ def read_sa_med2d(
             else:
                 by_class.setdefault(found, {}).setdefault(terms[match[1]], []).append(path)
     if problems or not by_class:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        raise DataError(f"{home}: {len(problems)} problems in {len(wanted)} images:{listed}{more}")
+        raise DataError(f"{home}: {len(problems)} problems in {len(wanted)} images:{listed(problems)}")
     splits = divided(list(dict.fromkeys(parts[1:] for parts in wanted.values())), test_fraction, seed)
     other_size = []
     for found, terms in by_class.items():
@@ -124,12 +121,7 @@ def _parts(found: str) -> tuple[str, str, str] | None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content

@@ -1,4 +1,4 @@
-"""What published evaluators make of the same masks: named conventions, side by side, with their sources."""
+"""Scores of the same masks as published evaluators count: named conventions, side by side, with their sources."""
 
 from segrl.evaluation.conventions.cases import KINDS, Case, cases_of
 from segrl.evaluation.conventions.compared import (

@@ -131,7 +131,7 @@ def explain_difference(cases: Sequence[Case], first: str, second: str) -> dict[s
 
 
 def _shares(convention: Convention, cases: Sequence[Case]) -> list[float]:
-    """What each row adds to the mean."""
+    """Return what each row adds to the mean."""
     convention(cases)  # raises where it has no rule
     values = [convention.row(case) for case in cases]
     count = sum(value is not None for value in values)

@@ -30,7 +30,7 @@ class ConventionError(SegRLError):
 
 @dataclass(frozen=True)
 class Convention:
-    """How one evaluator turns masks into numbers.
+    """Rules by which one evaluator turns masks into numbers.
 
     Attributes:
         name: In `CONVENTIONS`.
