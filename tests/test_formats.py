@@ -565,6 +565,14 @@ def test_reasonseg(tmp_path):
     assert len(both) == 4
 
 
+@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("[1]", "holds a list, expected an object")])
+@pytest.mark.parametrize("read", [read_nnunet, read_imed_361m])
+def test_a_damaged_dataset_json(read, content, message, tmp_path):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(DataError, match=rf"dataset\.json: {message}"):
+        list(read(tmp_path, texts={}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -17,11 +17,10 @@ from typing import Any
 
 from segrl.data.formats.modality import modality_name
 from segrl.data.formats.rows import FormatRow
-from segrl.data.formats.sources import listed
+from segrl.data.formats.sources import listed, read_object
 from segrl.data.volumes.arrays import sparse_label
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
-from segrl.models.saved_files import read_object
 
 __all__ = ["read_imed_361m"]
 

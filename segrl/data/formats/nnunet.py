@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from segrl.data.formats.rows import FormatRow, ScanRow
+from segrl.data.formats.sources import read_object
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import open_image
-from segrl.models.saved_files import read_object
 
 __all__ = ["read_nnunet"]
 

@@ -14,14 +14,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from segrl.data.formats.modality import modality_name
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow
-from segrl.data.formats.sources import listed, read_json
+from segrl.data.formats.sources import listed, read_object
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import open_image
 from segrl.geometry.mask_images import read_mask_file
@@ -63,7 +62,7 @@ def read_sa_med2d(
         segrl.errors.DataError: no/such/folder/SAMed2D_v1.json: cannot be read: No such file or directory
     """
     home = Path(source)
-    index, classes = _mapping(home / _INDEX), _mapping(home / _CLASSES)
+    index, classes = read_object(home / _INDEX), read_object(home / _CLASSES)
     names = {found: _parts(found) for found in index}
     known = sorted({parts[1] for parts in names.values() if parts is not None})
     for name in sets or ():
@@ -118,10 +117,3 @@ def _parts(found: str) -> tuple[str, str, str] | None:
     if len(parts) < 4 or not all(parts):
         return None
     return modality_name(parts[0]), parts[1], parts[2]
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content

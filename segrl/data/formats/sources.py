@@ -9,7 +9,7 @@ from typing import Any
 
 from segrl.errors import DataError
 
-__all__ = ["listed", "read_bytes", "read_json"]
+__all__ = ["listed", "read_bytes", "read_json", "read_object"]
 
 _LISTED = 10
 
@@ -47,6 +47,24 @@ def read_json(path: Path) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        DataError: As `read_json`, or it holds something else.
+
+    Example:
+        >>> _ = Path("a.json").write_text("[1, 2]")
+        >>> read_object(Path("a.json"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: a.json: holds a list, expected an object
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
 
 
 def listed(problems: Sequence[str]) -> str:
