@@ -2,12 +2,16 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
+from trove_classifiers import classifiers
 
 import segrl
 
@@ -66,6 +70,24 @@ def test_unknown_attribute_is_an_attribute_error():
         getattr(segrl, "SegPPOTrainer")  # noqa: B009
 
 
+def check_metadata(found: Message) -> None:
+    """What an index shows of the package: known classifiers, a text whose links work anywhere, extras that exist."""
+    assert found["Name"] == "segrl"
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found["Requires-Python"] == ">=3.11"
+    assert set(found.get_all("Classifier", [])) <= classifiers
+    assert found["Description-Content-Type"] == "text/markdown"
+    text = found.get_payload()
+    assert isinstance(text, str)
+    assert "# segrl" in text
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    extras = set(found.get_all("Provides-Extra", []))
+    used = {extra for need in found.get_all("Requires-Dist", []) for extra in re.findall(r"extra == '(\w+)'", need)}
+    assert used == extras
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_works_outside_the_checkout(tmp_path):
     wheels, site, elsewhere = tmp_path / "wheels", tmp_path / "site", tmp_path / "elsewhere"
@@ -76,9 +98,13 @@ def test_wheel_holds_the_package_and_works_outside_the_checkout(tmp_path):
 
     packed = set(zipfile.ZipFile(wheel).namelist())
     sources = {path for path in (ROOT / "segrl").rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert {path.relative_to(ROOT).as_posix() for path in sources} == {
-        name for name in packed if ".dist-info/" not in name
-    }
+    wanted = {path.relative_to(ROOT).as_posix() for path in sources}
+    examples = {path for path in (ROOT / "examples").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    wanted |= {f"segrl/{path.relative_to(ROOT).as_posix()}" for path in examples}
+    assert wanted == {name for name in packed if ".dist-info/" not in name}
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in packed if name.endswith(".dist-info/METADATA"))
+        check_metadata(message_from_bytes(archive.read(name)))
     assert "segrl/py.typed" in packed
     assert any(name.endswith("licenses/LICENSE") for name in packed)
 

@@ -1,5 +1,5 @@
-"""The command `segrl`: rewards and parts listed and described; rewards checked, audited, and applied to completions;
-runs evaluated and compared; data converted and checked.
+"""The command `segrl`: projects begun; rewards and parts listed and described; rewards checked, audited, and applied to
+completions; runs evaluated and compared; data converted and checked.
 
 Exit status: 0 if all is well, 1 if a check fails or a reward can be hacked, 2 for wrong arguments or unreadable data.
 """
@@ -17,6 +17,7 @@ from segrl._version import __version__
 from segrl.cli.compare import add_compare_command
 from segrl.cli.data import add_data_commands
 from segrl.cli.evaluate import add_eval_command
+from segrl.cli.init import add_init_command
 from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     as_json = CommandParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
+    add_init_command(areas, common)
     add_parts_commands(areas, common, as_json)
     add_eval_command(areas, common)
     add_compare_command(areas, common, as_json)
