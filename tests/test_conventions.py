@@ -25,6 +25,7 @@ from segrl.evaluation.conventions import (
 )
 from segrl.geometry import mask_to_rle
 from segrl.metrics import dice, iou
+from segrl.reports.results_file import write_results
 
 COUNT, BATCHES = 10_000, 100
 
@@ -38,11 +39,12 @@ class Row(NamedTuple):
     valid: bool = True
     name: str = ""
     group: str = ""
+    spacing: tuple[float, float, float] | None = None
 
     @property
     def case(self) -> Case:
         masks = self.true, self.predicted, self.ignored
-        return Case.of(*masks, valid=self.valid, name=self.name, group=self.group)
+        return Case.of(*masks, valid=self.valid, name=self.name, group=self.group, spacing_mm=self.spacing)
 
 
 def score(name: str, rows: Sequence[Row]) -> dict[str, float]:
@@ -177,6 +179,21 @@ def unibiomed(cases: Sequence[Row]) -> dict[str, float]:
     return {"mdice": mean[0], "hd95_voxels": mean[1], "nsd": mean[2]}
 
 
+def nnunet(cases: Sequence[Row]) -> dict[str, float]:
+    found: dict[str, list[list[float]]] = {}
+    for case in cases:
+        if case.predicted is None:  # no file
+            continue
+        use = np.ones_like(case.true) if case.ignored is None else ~case.ignored
+        tp = (case.true & case.predicted & use).sum()
+        fp = (~case.true & case.predicted & use).sum()
+        fn = (case.true & ~case.predicted & use).sum()
+        with np.errstate(invalid="ignore"):
+            found.setdefault(case.group, []).append([2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)])
+    means = np.mean([np.nanmean(rows, axis=0) for rows in found.values()], axis=0)
+    return {"mdice": float(means[0]), "miou": float(means[1])}
+
+
 def core_seg(cases: Sequence[Row]) -> dict[str, float]:
     scores, ious, failed = [], [], []
     for case in cases:
@@ -186,6 +203,27 @@ def core_seg(cases: Sequence[Row]) -> dict[str, float]:
         ious.append(i / u)
         failed.append(scores[-1] == 0 or not case.valid)
     return {"mdice": float(np.mean(scores)), "miou": float(np.mean(ious)), "fail": float(np.mean(failed))}
+
+
+def surfaces(cases: Sequence[Row]) -> dict[str, float]:
+    """HD95 and NSD in millimetres, from the distances between all pairs of surface voxels."""
+    distances, shares = [], []
+    for case in cases:
+        if case.spacing is None:
+            continue
+        keep = np.ones_like(case.true) if case.ignored is None else ~case.ignored
+        both = [keep & (np.zeros_like(keep) if mask is None else mask) for mask in (case.predicted, case.true)]
+        rims = [np.argwhere(mask & ~np.asarray(ndimage.binary_erosion(mask))) * case.spacing for mask in both]
+        if not all(map(len, rims)):
+            shares.append(float(not any(map(len, rims))))
+            distances += [] if any(map(len, rims)) else [0.0]
+            continue
+        apart = np.linalg.norm(rims[0][:, None] - rims[1][None], axis=-1)
+        ways = apart.min(axis=1), apart.min(axis=0)
+        distances.append(max(np.percentile(way, 95) for way in ways))
+        shares.append(sum((way <= 2.0 + 1e-9).sum() for way in ways) / sum(map(len, ways)))
+    found = {"hd95_mm": float(np.mean(distances))} if distances else {}
+    return found | ({"nsd": float(np.mean(shares))} if shares else {})
 
 
 def segrl(cases: Sequence[Row]) -> dict[str, float]:
@@ -209,6 +247,7 @@ def segrl(cases: Sequence[Row]) -> dict[str, float]:
             right.append(not predicted.any())
     found = {"giou": np.mean(ious), "ciou": inter / union, "mdice": np.mean(dices), "miou": np.mean(ious)}
     found |= {"fail": np.mean(failed)} | {f"p@{t}": np.mean(np.array(hits) > t) for t in (0.5, 0.7, 0.9)}
+    found |= surfaces(cases)
     return found | {name: float(np.mean(rows)) for name, rows in (("n_acc", right), ("t_acc", kept)) if rows}
 
 
@@ -219,9 +258,13 @@ ORACLES: dict[str, Callable[[Sequence[Row]], dict[str, float]]] = {
     "vision_reasoner": vision_reasoner,
     "m3d": m3d,
     "unibiomed": unibiomed,
+    "nnunet": nnunet,
     "core_seg": core_seg,
     "segrl": segrl,
 }
+
+
+VOLUMETRIC = ("m3d", "unibiomed", "nnunet", "segrl")  # the others state no rule for volumes
 
 
 def allowed(cases: Sequence[Row], name: str) -> list[Row]:
@@ -232,15 +275,22 @@ def test_every_convention_has_an_oracle_and_every_kind_occurs():
     assert ORACLES.keys() == CONVENTIONS.keys()
     cases = random_cases(2000, 0)
     assert {case.case.kind for case in cases} == set(KINDS)
+    volumes = random_cases(2000, 0, (3, 4, 5))
+    for name in VOLUMETRIC:
+        assert len(allowed(volumes, name)) > 400
     for name in CONVENTIONS:
         assert len(allowed(cases, name)) > 400
 
 
-@pytest.mark.parametrize("name", CONVENTIONS)
-def test_a_convention_equals_its_oracle_on_ten_thousand_rows(name):
-    shape = (3, 5, 5) if name == "unibiomed" else (6, 7)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*((name, (6, 7)) for name in CONVENTIONS if name != "unibiomed"), *((name, (3, 5, 5)) for name in VOLUMETRIC)],
+)
+def test_a_convention_equals_its_oracle_on_ten_thousand_rows(name, shape):
     cases = allowed(random_cases(COUNT * 3, 1, shape), name)[:COUNT]
     assert len(cases) == COUNT
+    if len(shape) == 3:  # distances in millimetres are of some only
+        cases = [case._replace(spacing=(3.0, 0.5, 1.0)) if n % 50 == 0 else case for n, case in enumerate(cases)]
     for start in [0, *range(0, COUNT, COUNT // BATCHES)]:
         rows = cases if not start else cases[start : start + COUNT // BATCHES]
         if name == "unibiomed":  # one NaN makes a mean NaN: also rows without any
@@ -256,7 +306,7 @@ def test_a_convention_equals_its_oracle_on_ten_thousand_rows(name):
 def test_the_mean_of_a_convention_is_that_of_its_rows(name):
     cases = allowed(random_cases(500, 2), name)
     rows = [value for case in cases if (value := CONVENTIONS[name].row(case.case)) is not None]
-    if name != "unibiomed":  # which averages over classes
+    if name not in ("unibiomed", "nnunet"):  # which average over classes
         assert score(name, cases)[CONVENTIONS[name].mean] == pytest.approx(np.mean(rows), abs=1e-6)
 
 
@@ -267,6 +317,11 @@ def test_the_mean_of_a_convention_is_that_of_its_rows(name):
         ("lisa", Row(np.zeros((3, 3), dtype=bool), name="a"), r"no rule for 1 of 2 rows \(no mask\)"),
         ("m3d", Row(np.eye(3, dtype=bool)), r"\(no mask\), such as a row without a name"),
         ("core_seg", Row(np.zeros((3, 3), dtype=bool), np.zeros((3, 3), dtype=bool)), r"\(both empty\)"),
+        *(
+            (name, Row(np.ones((2, 3, 3), dtype=bool), np.ones((2, 3, 3), dtype=bool)), r"\(volumes\)")
+            for name in CONVENTIONS
+            if name not in VOLUMETRIC
+        ),
         ("rela", Row(np.eye(3, dtype=bool), np.eye(3, dtype=bool), np.eye(3, dtype=bool)), r"\(ignored pixels\)"),
     ],
 )
@@ -316,8 +371,8 @@ def test_a_difference_is_divided_among_the_rows_that_cause_it():
         assert sum(parts.values()) == pytest.approx(means[1] - means[0], abs=1e-12)
         assert any(abs(part) > 1e-3 for part in parts.values())
     assert explain_difference([row.case for row in cases], "segrl", "segrl") == dict.fromkeys(parts, 0.0)
-    with pytest.raises(ConventionError, match="averages giou, core_seg mdice"):
-        explain_difference([row.case for row in cases], "segrl", "core_seg")
+    with pytest.raises(ConventionError, match="rela averages giou, core_seg mdice"):
+        explain_difference([row.case for row in cases], "rela", "core_seg")
 
 
 def test_side_by_side():
@@ -430,3 +485,12 @@ def test_records_keep_the_masks_exactly():
         assert found[1] is not None
         assert np.array_equal(found[1], predicted)
         assert not case.valid
+
+
+def test_scores_that_are_not_numbers_are_null(tmp_path):
+    square = np.zeros((3, 6, 6), dtype=bool)
+    square[1, 2:4, 2:4] = True
+    found = compare_conventions([Case.of(square, square)], ["unibiomed"])
+    assert found["conventions"]["unibiomed"]["scores"]["hd95_voxels"] is None
+    assert "| hd95_voxels | NaN |" in conventions_page(found)
+    write_results(tmp_path / "results.json", found)

@@ -285,6 +285,30 @@ class TestReasoning:
         assert len(short) < len(long)
 
 
+class TestNothingToFind:
+    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize("seg_token", ["", "<seg>"])
+    def test_the_answer_names_neither_slice_nor_boxes(self, order, seg_token, tmp_path):
+        rows = [row_of(tmp_path, blocks([0, 0]), "none"), row_of(tmp_path, blocks([0, 4]), "some")][::order]
+        found = {row["name"]: row for row in map(dict, prepared(rows, seg_token=seg_token))}
+        assert found["none"]["key_slice"] is None
+        assert found["some"]["key_slice"] == 1
+        text = found["none"]["completion"][0]["content"]
+        assert text.endswith(f"No dark cyst is visible.</think><answer>{{}}{seg_token}</answer>")
+        settings = VolumePromptSettings(slices=64, size=32, frame_kind="original_px", seg_token=seg_token)
+        (row,) = VolumeTask(None, settings).read([found["none"]])
+        assert row.target is not None
+        assert row.target.empty
+        answer = settings.completion_format.parse(text, row.frame)
+        assert (answer.valid, answer.slice_index, len(answer.boxes)) == (True, None, 0)
+
+    def test_alone(self, tmp_path):
+        rows = prepared([row_of(tmp_path, blocks([0, 0]))], reasoning=False)
+        assert rows["key_slice"][:] == [None]
+        assert rows.features["key_slice"].dtype == "int64"
+        assert rows[0]["completion"][0]["content"] == "<answer>{}</answer>"
+
+
 class TestErrors:
     def test_a_lesion_on_no_shown_slice(self, tmp_path):
         row = row_of(tmp_path, blocks([0, 4, 0, 0, 0]), label_value=1)
@@ -297,10 +321,6 @@ class TestErrors:
     def test_no_label(self, tmp_path):
         with pytest.raises(DataError, match="one: no label; expected a path in the column 'label'"):
             prepared([row_of(tmp_path, blocks([4]), label="")])
-
-    def test_an_empty_label(self, tmp_path):
-        with pytest.raises(DataError, match=r"one_label\.nii\.gz: the label has no foreground"):
-            prepared([row_of(tmp_path, blocks([0, 0]))])
 
     def test_a_broken_scan(self, tmp_path):
         row = row_of(tmp_path, blocks([0, 4]))

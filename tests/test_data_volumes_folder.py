@@ -127,7 +127,7 @@ BAD_FILES = {
     ),
     "no foreground": (
         lambda f: save_label(f, 1, np.zeros(SHAPE)),
-        r"labels/1\.nii\.gz: the label has no foreground; remove the row or set allow_empty=True",
+        r"labels/1\.nii\.gz: the label has no foreground; remove the row, or set allow_empty=True",
     ),
     "not whole": (
         lambda f: save_label(f, 1, np.full(SHAPE, 0.5)),

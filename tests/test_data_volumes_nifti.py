@@ -306,7 +306,7 @@ def test_label_values(tmp_path, scan):
 
 def test_an_empty_label(tmp_path, scan):
     path = label_of(tmp_path, np.zeros(SHAPE, np.uint8))
-    with pytest.raises(DataError, match=r"the label has no foreground; remove the row or set allow_empty=True"):
+    with pytest.raises(DataError, match=r"the label has no foreground; remove the row, or set allow_empty=True"):
         read_label(path)
     with pytest.raises(DataError, match=r"has no voxel with the value 2, only no foreground; correct"):
         read_label(path, value=2)

@@ -18,7 +18,7 @@ from script_modules import ROOT
 from shapely.geometry import Polygon
 
 from segrl.cli.main import main
-from segrl.data import load_folder, load_volumes, make_synthetic, read_label
+from segrl.data import load_folder, load_volumes, make_synthetic, read_case, read_label
 from segrl.data.benchmarks import BENCHMARKS
 from segrl.data.formats import (
     FormatRow,
@@ -342,6 +342,31 @@ def test_broken_nnunet(changes, message, tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({**content, **changes}))
     with pytest.raises(DataError, match=message):
         list(read_nnunet(tmp_path, texts={}))
+
+
+@pytest.mark.parametrize("ending", [".png", ".nii.gz"])
+def test_what_nnunet_ignores(ending, tmp_path):
+    truth = nnunet(tmp_path / "src", ending)
+    content = json.loads((tmp_path / "src" / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "core": 1, "ignore": 2}
+    (tmp_path / "src" / "dataset.json").write_text(json.dumps(content))
+    assert main(["data", "convert", "nnunet", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    if ending == ".png":
+        rows = load_folder(tmp_path / "out", "train")
+        assert set(rows["lesion"]) == {"core"}
+        for row in map(dict, rows):
+            label = truth[Path(row["name"]).stem.removesuffix("_0000")]
+            assert np.array_equal(np.asarray(row["ignored"]) > 0, label == 2)
+        return
+    for row in map(dict, load_volumes(tmp_path / "out", "train")):
+        target = read_case(row).target(row)
+        assert target.ignored is not None
+        assert target.ignored.sum() == (truth[Path(row["label"]).name.removesuffix(ending)] == 2).sum()
+    (tmp_path / "out" / "manifest.csv").write_text(
+        (tmp_path / "out" / "manifest.csv").read_text().replace(",2,train", ",0,train", 1)
+    )
+    with pytest.raises(DataError, match=r"line 2.*ignored_value '0': expected a whole number above 0"):
+        load_volumes(tmp_path / "out", "train")
 
 
 def test_nnunet_of_version_1_and_without_an_image(tmp_path):

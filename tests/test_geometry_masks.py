@@ -261,8 +261,11 @@ def test_runs_of_length_0_are_read():
     [
         ([1, 2], r"truth: \[1, 2\]; expected run lengths"),
         ({"size": [2, 2]}, "expected run lengths"),
-        ({"size": [2, 2], "counts": "01T2"}, "the run lengths are compressed; write them out"),
-        ({"size": [2, 2], "counts": b"01T2"}, "the run lengths are compressed"),
+        ({"size": [2, 2], "counts": "~"}, "compressed run lengths with the character '~'; expected those that pyco"),
+        ({"size": [2, 2], "counts": b"3P"}, "compressed run lengths with no end"),
+        ({"size": [2, 2], "counts": ""}, "compressed run lengths with no end"),
+        ({"size": [2, 2], "counts": "oooooooooo0"}, "a run of 2\\*\\*31 or more"),
+        ({"size": [2, 2], "counts": "3"}, "the counts cover 3 pixels; expected 4"),
         ({"size": [2], "counts": [2]}, r"size \[2\]; expected \[height, width\]"),
         ({"size": [2, 0], "counts": [0]}, r"size \[2, 0\]"),
         ({"size": [2, -2], "counts": [4]}, r"size \[2, -2\]"),

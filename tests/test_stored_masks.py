@@ -13,6 +13,7 @@ from script_modules import read_json
 
 from segrl.cli.main import main
 from segrl.data import (
+    Volume,
     load_folder,
     make_synthetic,
     make_synthetic_volumes,
@@ -20,9 +21,11 @@ from segrl.data import (
     read_volume,
     write_folder,
     write_mask,
+    write_volume,
 )
 from segrl.errors import DataError
 from segrl.evaluation import StoredMasks, evaluate, evaluate_masks
+from segrl.geometry import rle_to_mask
 from segrl.inference import ReasoningSegmenter
 from segrl.metrics import dice, hausdorff
 from segrl.predictions import ImagePromptSettings
@@ -181,6 +184,47 @@ def test_masks_of_volumes_by_the_command(tmp_path, capsys):
     assert "slice_boxes" not in model
 
 
+def test_volumes_in_the_conventions_of_evaluators(tmp_path, capsys):
+    """One volume with a target, one without, both with voxels that do not count; scored again from what is stored."""
+    grey = np.random.default_rng(0).normal(100, 20, (2, 5, 12, 12)).astype(np.float32)
+    label, guess = np.zeros((2, 2, 5, 12, 12), dtype=np.uint8)
+    label[0, 1:4, 3:8, 3:8], label[:, 1:4, 3:8, 8:10] = 2, 9
+    guess[0, 1:4, 3:8, 4:10], guess[1, 2, 7, 9] = 2, 9  # the second is only where it does not count
+    for n in range(2):
+        for part, name, voxels in (("data/images", "scan", grey[n]), ("data/labels", "label", label[n]),
+                                   ("theirs", "scan", guess[n])):  # fmt: skip
+            path = tmp_path / part / f"{name}{n}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_volume(path, Volume(voxels, (3.0, 1.0, 1.0)))
+    lines = [f"images/scan{n}.nii.gz,labels/label{n}.nii.gz,2,9,test,cyst,MRI" for n in range(2)]
+    head = "image,label,label_value,ignored_value,split,lesion,modality"
+    (tmp_path / "data" / "manifest.csv").write_text("\n".join([head, *lines]))
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "data"), "--volumes"]
+    assert main(argv) == 2
+    assert "set allow_empty=True (--allow_empty) if there is nothing to find" in capsys.readouterr().err
+    assert main([*argv, "--allow_empty", "--conventions", "all", "--pictures", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "model: N-acc 100.0 % of 1 rows without a target; T-acc 100.0 % of the others" in out
+    evaluated = tmp_path / "theirs_evaluation"
+    records, found = read_json(evaluated / "predictions.json"), read_json(evaluated / "results.json")
+    shared, guessed, true = 3 * 5 * 4, 3 * 5 * 4, 3 * 5 * 5  # of those that count
+    assert records[0]["dice"] == 2 * shared / (guessed + true)
+    assert np.array_equal(rle_to_mask(records[0]["ignored_mask"]), label[0] == 9)
+    assert records[0]["spacing_mm"] == [3, 1, 1]
+    scores = {name: one["scores"] for name, one in found["conventions"]["conventions"].items()}
+    reasons = {name: one["reason"] for name, one in found["conventions"]["conventions"].items()}
+    assert [name for name in scores if scores[name]] == ["m3d", "nnunet", "segrl"]
+    assert "(no target" not in reasons["lisa"]
+    assert "states no rule for 2 of 2 rows (volumes)" in reasons["lisa"]
+    assert "(ignored pixels)" in reasons["unibiomed"]
+    assert scores["segrl"]["mdice"] == pytest.approx((records[0]["dice"] + 1) / 2)
+    assert scores["nnunet"]["mdice"] == pytest.approx(records[0]["dice"])  # without the row of two empty masks
+    assert scores["m3d"]["mdice"] == pytest.approx(shared / (3 * 5 * 6 + true + 1))  # there it is background
+    assert scores["segrl"]["hd95_mm"] == records[0]["hd95_mm"] / 2
+    assert main(["eval", "--predictions", str(evaluated / "predictions.json")]) == 0
+    assert read_json(evaluated / "predictions_evaluation" / "results.json")["conventions"] == found["conventions"]
+
+
 def test_a_run_by_the_command(data, rows, tmp_path, capsys):
     settings = ImagePromptSettings(instruction="", max_new_tokens=4)
     segmenter = ReasoningSegmenter(*tiny_headed_model(), settings)
@@ -231,5 +275,5 @@ def test_rows_without_a_target_are_counted_apart(tmp_path, capsys):
     assert main(["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "data")]) == 0
     assert "model: N-acc 66.7 % of 3 rows without a target" in capsys.readouterr().out
     model = read_json(tmp_path / "theirs_evaluation" / "results.json")["model"]
-    assert model["no_target"] == {"n": 3, "n_acc": pytest.approx(2 / 3)}
+    assert model["no_target"] == {"n": 3, "n_acc": pytest.approx(2 / 3), "t_acc": 1}
     assert model["mdice"] == pytest.approx(0.75)

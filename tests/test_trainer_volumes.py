@@ -176,6 +176,41 @@ class TestSft:
         assert not same(weights(model), before)
 
 
+@pytest.mark.slow
+def test_rows_without_a_target_train(tmp_path):
+    """Beside a row with one: both stages take the two, and the answer that there is nothing has every reward."""
+    rows = [row_of(tmp_path, blocks([0] * 8), "none"), row_of(tmp_path, MASK, "some")]
+    model, processor = model_of()
+    settings = {"per_device_train_batch_size": 2, "max_length": None, "max_steps": 1}
+    trainer: Any = SegSFTTrainer(
+        model,
+        sft_args(tmp_path / "sft", SegSFTConfig, **settings),
+        train_dataset=prepared(rows, completions=True, brief=True),
+        processing_class=processor,
+    )
+    trainer.train()
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
+    collect = Collect()
+    trainer = trainer_of(
+        prepared(rows),
+        [*rewards(), collect],
+        tmp_path / "grpo",
+        model=(model, processor),
+        propagator=propagator(),
+        texts=[text(2, NEAR), "<think>a</think><answer>{}</answer>"] * 2,
+        max_steps=1,
+        per_device_train_batch_size=8,
+    )
+    trainer.train()
+    seen = [pair for call in collect.calls for pair in zip(call["prediction"], call["target"], strict=True)]
+    assert {target.empty for _, target in seen} == {True, False}
+    for prediction, target in seen:
+        said_none = prediction.slice_index is None
+        for reward in map(make_reward, rewards()[1:]):
+            score = float(reward.score(prediction, target) or 0)
+            assert score == float(said_none) if target.empty else score < 1 or not said_none
+
+
 class TestGrpo:
     @pytest.mark.slow
     @pytest.mark.parametrize("settings", [{}, {"checkpointing": True}, {"peft": True}, {"kept": True}])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -216,6 +217,12 @@ class DataFlags(RunArguments):
 
     data: str | None = field(default=None, metadata={"help": DATA})
     m3d_seg: str | None = field(default=None, metadata={"help": M3D_SEG})
+    allow_empty: bool = field(
+        default=False,
+        metadata={
+            "help": "Let labels have no voxel of what a row asks for: the right answer is then that there is none."
+        },
+    )
     segmenter: str | None = field(
         default=None,
         metadata={"help": SEGMENTER_HELP},
@@ -276,7 +283,8 @@ class MedVolRun(FrozenSegmenterRun):
             if self.division is not None:
                 raise SegRLError("--m3d_seg reads the splits of M3D-Seg; drop --folds or --hold_out_source")
             return arguments.limited(load_m3d_seg(arguments.data, arguments.m3d_seg, split, **self.reading()), split)
-        rows = self.read(split, folder=load_volumes, check=check_volumes)
+        empty = {"allow_empty": arguments.allow_empty}
+        rows = self.read(split, folder=partial(load_volumes, **empty), check=partial(check_volumes, **empty))
         for column, default in (("label_value", "0"), ("intensity", "")):  # a data set on disk need not have them
             if column not in rows.column_names:
                 rows = rows.add_column(column, [default] * len(rows))  # type: ignore[call-arg]
@@ -318,12 +326,12 @@ class MedVolRun(FrozenSegmenterRun):
         )
 
     def _with_shown_lesions(self, rows: Dataset) -> Dataset:
-        """Rows of which a slice that is shown has the lesion: no answer can name the others."""
+        """Rows without a lesion, and those of which a slice that is shown has it: no answer can name the others."""
         slices = self.recipe.prompt.slices
         read = functools.lru_cache(maxsize=1)(read_labels)  # neighbouring rows may share a label
         label_rows = map(dict, rows)  # type: ignore[call-overload]
         masks = (read(row["label"], row["scan"]).mask(row["label_value"], allow_empty=True) for row in label_rows)
-        seen = [n for n, mask in enumerate(masks) if mask[uniform_slices(len(mask), slices)].any()]
+        seen = [n for n, mask in enumerate(masks) if mask[uniform_slices(len(mask), slices)].any() or not mask.any()]
         if not seen:
             raise DataError(f"no lesion of {len(rows)} rows is on one of the {slices} slices shown")
         if len(seen) < len(rows) and PartialState().is_main_process:

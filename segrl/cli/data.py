@@ -30,6 +30,7 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     check.add_argument("--benchmark", metavar="NAME", help="PATH is a download in the layout of this one of "
                        "`segrl data list`")  # fmt: skip
     check.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
+    check.add_argument("--allow_empty", action="store_true", help="volumes: rows may ask for what is not there")
     check.add_argument("--sheet", type=Path, metavar="FILE", help="images: draw the first rows of each split")
     check.set_defaults(run=_check)
 
@@ -191,7 +192,8 @@ def _check(arguments: argparse.Namespace) -> int:
     draw = None if arguments.sheet is None else partial(_draw, arguments.sheet)
     named = arguments.benchmark
     with nullcontext(arguments.path) if named is None else benchmark_folder(named, arguments.path) as folder:
-        found = data_overview(folder, allow_outside=arguments.allow_outside, on_splits=draw)
+        may = {"allow_outside": arguments.allow_outside, "allow_empty": arguments.allow_empty}
+        found = data_overview(folder, **may, on_splits=draw)
     if arguments.json:
         return print_json(found)
     for name, split in found["splits"].items():

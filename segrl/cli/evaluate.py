@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub; "
                         "or a chat model that was not trained by segrl, with --segmenter")  # fmt: skip
     system.add_argument("--predictions", type=Path, metavar="PATH", help="folder with one mask file a row, "
-                        "named as the row is; or predictions.json of a run on images, scored once more")  # fmt: skip
+                        "named as the row is; or predictions.json of a run, scored once more")  # fmt: skip
     command.add_argument("--data", metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
                          "disk, or hub data set owner/name")  # fmt: skip
     command.add_argument("--benchmark", metavar="NAME", help="one of `segrl data list`: --data may be its download, "
@@ -40,10 +41,11 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
         help="frame of the boxes of a chat model that was not trained by segrl (default: that of its family)",
     )
     command.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
+    command.add_argument("--allow_empty", action="store_true", help="volumes: rows may ask for what is not there")
     command.add_argument("--output_dir", type=Path, metavar="FOLDER", help="where to write; default: evaluation in the "
                          "folder of the run, or FOLDER_evaluation beside the masks")  # fmt: skip
     command.add_argument("--overwrite", action="store_true", help="replace the results in output_dir")
-    command.add_argument("--conventions", nargs="+", metavar="NAME", help="images: also score the masks as published "
+    command.add_argument("--conventions", nargs="+", metavar="NAME", help="also score the masks as published "
                          "evaluators do, such as lisa rela; all: every one, side by side, with sources")  # fmt: skip
     command.add_argument("--pictures", type=count, metavar="N", help="answers drawn (default: 16 images, 8 volumes)")
     command.set_defaults(run=_evaluate)
@@ -83,6 +85,7 @@ def _score_again(arguments: argparse.Namespace) -> int:
         "data",
         "split",
         "allow_outside",
+        "allow_empty",
         "volumes",
         "missing_empty",
         "batch_size",
@@ -139,17 +142,16 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
         default = masks.with_name(f"{masks.name}_evaluation")
     output = arguments.output_dir or default
     check_output(output, overwrite=arguments.overwrite, inputs={"data": arguments.data, "model": arguments.model})
-    readers = (
-        {"folder": load_volumes, "check": check_volumes}
-        if task == "volumes"
-        else {"folder": load_folder, "check": check_rows}
-    )
+    readers: dict[str, Any] = {"folder": load_folder, "check": check_rows}
+    if task == "volumes":
+        empty = {"allow_empty": arguments.allow_empty}
+        readers = {"folder": partial(load_volumes, **empty), "check": partial(check_volumes, **empty)}
+    elif arguments.allow_empty:
+        raise SegRLError("--allow_empty is for volumes, masks of images may be empty; drop it")
     rows = load_split(str(data), arguments.split or "test", **readers, allow_outside=arguments.allow_outside)
     if arguments.limit is not None and arguments.limit < len(rows):
         rows = rows.select(range(arguments.limit))
     if arguments.conventions:
-        if task == "volumes":
-            raise SegRLError("--conventions is for images, whose records hold masks; drop it")
         names = check_conventions(arguments.conventions)
     results = results_for(task)(output, arguments.pictures)
     size = arguments.batch_size or (4 if task == "volumes" else 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,18 @@ _QUERIES = 4
 
 
 def data_overview(
-    path: str | Path, *, allow_outside: bool = False, on_splits: Callable[[str, dict[str, Dataset]], None] | None = None
+    path: str | Path,
+    *,
+    allow_outside: bool = False,
+    allow_empty: bool = False,
+    on_splits: Callable[[str, dict[str, Dataset]], None] | None = None,
 ) -> dict[str, Any]:
     """Read every file of a data set, and say what its splits hold.
 
     Args:
         path: A folder with `manifest.csv`, of images or of scans, or a `DatasetDict` saved to disk.
         allow_outside: Whether the manifest may name files outside its folder.
+        allow_empty: Whether labels of scans may have no voxel of what a row asks for; masks of images may.
         on_splits: Called with the task and the rows of each split, once all are read; to draw them, for example.
 
     Returns:
@@ -53,9 +59,9 @@ def data_overview(
     """
     home = Path(path)
     task, names = _layout(home)
-    contents = SplitContents()
+    contents, empty = SplitContents(), {"allow_empty": allow_empty}
     readers = (
-        {"folder": load_volumes, "check": check_volumes}
+        {"folder": partial(load_volumes, **empty), "check": partial(check_volumes, **empty)}
         if task == "volumes"
         else {"folder": load_folder, "check": check_rows}
     )

@@ -18,11 +18,11 @@ from segrl.predictions.prediction import Prediction
 from segrl.predictions.reserved_text import check_reserved
 from segrl.predictions.target import METADATA_COLUMNS, Target, VolumeTarget
 
-__all__ = ["OnAnswer", "check_questions", "overlap_record", "score_rows"]
+__all__ = ["OnAnswer", "check_questions", "counted_masks", "overlap_record", "score_rows"]
 
 _RECORD_KEYS = {
     *(*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"),
-    *("predicted_mask", "target_mask", "ignored_mask"),
+    *("predicted_mask", "target_mask", "ignored_mask", "spacing_mm"),
 }
 OnAnswer = Callable[[int, Any, Prediction, Any], None]
 """Called for every row with its number, what was shown (image or grey values), the prediction and the target."""
@@ -100,8 +100,9 @@ def overlap_record(
         - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
         - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
         - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`,
-        - of an image "predicted_mask", None without one, "target_mask" and, where some pixels are ignored,
-        "ignored_mask", as `segrl.geometry.mask_to_rle`. Ignored pixels count in no score of the record but `metrics`.
+        - "predicted_mask", None without one, "target_mask" and, where some pixels or voxels are ignored,
+        "ignored_mask", as compressed run lengths (`segrl.geometry.mask_to_rle`). What is ignored counts in no score of
+        the record but `metrics`.
 
     Raises:
         DataError: The mask has another shape than the ground truth; names the row.
@@ -114,16 +115,13 @@ def overlap_record(
         >>> record["dice"], record["iou"], record["fail"], record["boxes"], record["lesion"]
         (0.4, 0.25, False, [[0.0, 0.0, 2.0, 2.0]], 'cyst')
     """
-    mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
-    if mask.shape != target.mask.shape:
+    if prediction.mask is not None and prediction.mask.shape != target.mask.shape:
         raise DataError(
-            f"{target.name or 'row'}: the predicted mask has shape {mask.shape}, the true one {target.mask.shape}; "
-            "put the prediction on the grid of the image or scan"
+            f"{target.name or 'row'}: the predicted mask has shape {prediction.mask.shape}, the true one "
+            f"{target.mask.shape}; put the prediction on the grid of the image or scan"
         )
-    true, found = target.mask, prediction.mask
-    if isinstance(target, Target) and target.ignored is not None:
-        kept = ~target.ignored
-        mask, true, found = mask & kept, true & kept, None if found is None else found & kept
+    mask, true = counted_masks(prediction, target)
+    found = None if prediction.mask is None else mask
     return {
         **target.to_dict(),
         "dice": dice(mask, true),
@@ -132,16 +130,24 @@ def overlap_record(
         "status": str(prediction.status.value),
         "text": prediction.text,
         "boxes": prediction.boxes.tolist(),
-        **(_masks(prediction, target) if isinstance(target, Target) else {}),
+        **_masks(prediction, target),
         **{name: metric(prediction, target) for name, metric in _named(metrics).items()},
     }
 
 
-def _masks(prediction: Prediction, target: Target) -> dict[str, Any]:
+def counted_masks(prediction: Prediction, target: Target | VolumeTarget) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predicted mask, empty where there is none, and the true one, both without what is ignored."""
+    mask = np.zeros_like(target.mask) if prediction.mask is None else prediction.mask
+    if target.ignored is None:
+        return mask, target.mask
+    return mask & ~target.ignored, target.mask & ~target.ignored
+
+
+def _masks(prediction: Prediction, target: Target | VolumeTarget) -> dict[str, Any]:
     """Both masks, so that records can be drawn and scored again."""
-    found = None if prediction.mask is None else mask_to_rle(prediction.mask)
-    ignored = {} if target.ignored is None else {"ignored_mask": mask_to_rle(target.ignored)}
-    return {"predicted_mask": found, "target_mask": mask_to_rle(target.mask), **ignored}
+    found = None if prediction.mask is None else mask_to_rle(prediction.mask, compressed=True)
+    ignored = {} if target.ignored is None else {"ignored_mask": mask_to_rle(target.ignored, compressed=True)}
+    return {"predicted_mask": found, "target_mask": mask_to_rle(target.mask, compressed=True), **ignored}
 
 
 def _named(metrics: Sequence[str | Metric]) -> dict[str, Metric]:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from segrl.data.volumes.case import Case, CaseReader
-from segrl.data.volumes.prompts import format_slice_answer
-from segrl.evaluation.base import OnAnswer, check_questions, overlap_record, score_rows
+from segrl.data.volumes.prompts import NOTHING, format_slice_answer
+from segrl.evaluation.base import OnAnswer, check_questions, counted_masks, overlap_record, score_rows
 from segrl.inference.volumes import VolumeSegmenter
 from segrl.metrics.registry import Metric
 from segrl.metrics.summary import summarise
@@ -72,7 +71,7 @@ def volume_record(
         - "hd95_mm": `segrl.metrics.hausdorff`, 95th percentile, millimetres; both empty 0.0, exactly one empty None,
         - "nsd": `segrl.metrics.surface_dice`, in [0, 1]; both empty 1.0, exactly one empty 0.0,
         - "slice_visibility", "slice_boxes": the rewards of these names, 0.0 for an invalid text,
-        - "slice_index" of the prediction.
+        - "slice_index" of the prediction, "spacing_mm" of the target.
 
         Without a spacing nobody knows the millimetres: "hd95_mm" and "nsd" are None.
 
@@ -80,6 +79,7 @@ def volume_record(
         DataError: The mask has another shape than the ground truth, which is named, or a tolerance below 0.
 
     Example:
+        >>> import numpy as np
         >>> from segrl.predictions import Frame, parse_completion
         >>> mask = np.zeros((4, 8, 8), dtype=bool)
         >>> mask[1, 2:6, 2:6] = True
@@ -90,11 +90,11 @@ def volume_record(
         (1.0, 0.0, 1.0, 1.0, 1)
     """
     record = overlap_record(prediction, target, metrics)
-    mask = prediction.mask if prediction.mask is not None else np.zeros_like(target.mask)
     distance = nsd = None
     if target.spacing_mm is not None:
-        distance = hausdorff(mask, target.mask, spacing=target.spacing_mm)
-        nsd = surface_dice(mask, target.mask, nsd_tolerance_mm, target.spacing_mm)
+        masks = counted_masks(prediction, target)
+        distance = hausdorff(*masks, spacing=target.spacing_mm)
+        nsd = surface_dice(*masks, nsd_tolerance_mm, target.spacing_mm)
     return {
         **record,
         "hd95_mm": distance if distance is not None and math.isfinite(distance) else None,
@@ -102,6 +102,7 @@ def volume_record(
         "slice_visibility": make_reward("slice_visibility").score(prediction, target),
         "slice_boxes": make_reward("slice_boxes").score(prediction, target),
         "slice_index": prediction.slice_index,
+        "spacing_mm": None if target.spacing_mm is None else list(map(float, target.spacing_mm)),
     }
 
 
@@ -240,7 +241,7 @@ def evaluate_oracle_boxes(
 def _true_answer(target: VolumeTarget) -> Prediction:
     """The true boxes, original pixels, on the slice with most foreground; without any, an answer without a slice."""
     frame = Frame("original_px", (target.width, target.height))
-    answer = "{}"
+    answer = NOTHING
     if not target.empty:
         key = int(target.slice_areas.argmax())
         answer = format_slice_answer(key, target.at(key).boxes, frame)

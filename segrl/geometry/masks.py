@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from segrl.errors import DataError
 from segrl.geometry.boxes import validate_boxes
+from segrl.geometry.run_lengths import counts_to_text, text_to_counts
 
 if TYPE_CHECKING:
     import torch
@@ -192,17 +193,19 @@ def mask_to_box(mask: ArrayLike) -> np.ndarray | None:
     return np.array([columns[0], top, columns[-1] + 1, bottom], dtype=np.float64)
 
 
-def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
-    """Encode a mask as run lengths in COCO's uncompressed format, which pycocotools reads too.
+def mask_to_rle(mask: ArrayLike, *, compressed: bool = False) -> dict[str, Any]:
+    """Encode a mask as run lengths in one of COCO's formats, which pycocotools reads too.
 
     The pixels are read column by column; `counts` are the lengths of the runs, background first (0 if the first pixel
     is foreground). A volume has the counts of its slices side by side, (H, D * W).
 
     Args:
         mask: (H, W) or a volume (D, H, W), bool or integer.
+        compressed: Write the counts as a text, about a tenth as long in JSON.
 
     Returns:
-        `{"size": [H, W], "counts": [...]}` or `{"size": [D, H, W], "counts": [...]}`, which JSON and parquet can hold.
+        `{"size": [H, W], "counts": [...]}` or `{"size": [D, H, W], "counts": [...]}`, which JSON and parquet can hold;
+        the counts are one text if `compressed`.
 
     Raises:
         DataError: Another number of dimensions, a float mask, negative values, or more than 2**30 pixels.
@@ -210,21 +213,25 @@ def mask_to_rle(mask: ArrayLike) -> dict[str, list[int]]:
     Example:
         >>> mask_to_rle(np.array([[0, 1, 1], [0, 1, 0]]))
         {'size': [2, 3], 'counts': [2, 3, 1]}
+        >>> mask_to_rle(np.array([[0, 1, 1], [0, 1, 0]]), compressed=True)
+        {'size': [2, 3], 'counts': '231'}
     """
     inside = foreground(mask, ndim=3 if np.ndim(mask) == 3 else 2)
     if inside.size > MAX_RLE_PIXELS:
         raise DataError(f"mask: shape {inside.shape}; expected at most {MAX_RLE_PIXELS} pixels, what rle_to_mask reads")
     pixels = inside.swapaxes(-1, -2).ravel()
     starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    counts = np.diff(starts, prepend=0, append=pixels.size).tolist()
-    return {"size": list(inside.shape), "counts": [0, *counts] if pixels.size and pixels[0] else counts}
+    counts = np.diff(starts, prepend=0, append=pixels.size)
+    if pixels.size and pixels[0]:
+        counts = np.concatenate([[0], counts])
+    return {"size": list(inside.shape), "counts": counts_to_text(counts) if compressed else counts.tolist()}
 
 
 def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
     """Decode run lengths, the inverse of `mask_to_rle`.
 
     Args:
-        rle: A mapping with `size`, [H, W] or [D, H, W], and `counts`. Runs of length 0 are accepted.
+        rle: A mapping with `size`, [H, W] or [D, H, W], and `counts`, compressed or not. Runs of length 0 are accepted.
         name: Name of the mask in error messages.
 
     Returns:
@@ -232,8 +239,7 @@ def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
 
     Raises:
         DataError: A missing key, a size that is not two or three positive integers, more than 2**30 pixels, or counts
-            that are not whole numbers of 0 or more with the sum H * W or D * H * W. Compressed counts (a text) are
-            not accepted.
+            that are not whole numbers of 0 or more with the sum H * W or D * H * W, or no text of such.
 
     Example:
         >>> rle_to_mask({"size": [2, 3], "counts": [2, 3, 1]}).astype(int).tolist()
@@ -241,9 +247,9 @@ def rle_to_mask(rle: Mapping[str, Any], name: str = "mask") -> np.ndarray:
     """
     if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
         raise DataError(f"{name}: {rle!r:.100}; expected run lengths, such as {{'size': [2, 3], 'counts': [2, 3, 1]}}")
-    if isinstance(rle["counts"], str | bytes):
-        raise DataError(f"{name}: the run lengths are compressed; write them out, as segrl.geometry.mask_to_rle does")
-    size, counts = _whole_numbers(rle["size"]), _whole_numbers(rle["counts"])
+    given = rle["counts"]
+    given = text_to_counts(given, name) if isinstance(given, str | bytes) else given
+    size, counts = _whole_numbers(rle["size"]), _whole_numbers(given)
     if size is None or size.shape not in ((2,), (3,)) or size.min() < 1 or size.max() > MAX_RLE_PIXELS:
         raise DataError(
             f"{name}: size {rle['size']!r:.100}; expected [height, width], two positive whole numbers, or for a volume "

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -87,20 +87,55 @@ METADATA_COLUMNS = tuple(item.name for item in fields(Metadata))
 """Names of the metadata columns of a data set, in the order of `Metadata`."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroundTruth(Metadata):
+    """What targets of images and of volumes share: a mask, and pixels or voxels that do not count.
+
+    Attributes:
+        mask: (H, W) or (D, H, W) bool.
+        ignored: The same shape, bool, what scores of an evaluation leave out, such as ReasonSeg's regions or the label
+            "ignore" of nnU-Net; None for none. Rewards and losses count it: what is predicted there is wrong in
+            training.
+    """
+
+    mask: np.ndarray
+    ignored: np.ndarray | None = field(default=None, init=False)
+
+    def ignoring(self, pixels: np.ndarray) -> Self:
+        """Return the same target with pixels or voxels that scores of an evaluation leave out.
+
+        Args:
+            pixels: bool, of the shape of the mask.
+
+        Raises:
+            DataError: No bool array, or of another shape than the mask.
+
+        Example:
+            >>> target = Target.from_mask(np.ones((2, 2), dtype=bool)).ignoring(np.eye(2, dtype=bool))
+            >>> int(target.ignored.sum())
+            2
+        """
+        label = f"{type(self).__name__}.ignored" + (f" of {self.name!r}" if self.name else "")
+        check_mask(pixels, label, self.mask.ndim)
+        if pixels.shape != self.mask.shape:
+            raise DataError(f"{label}: shape {pixels.shape}, expected that of the mask {self.mask.shape}")
+        found = replace(self)
+        object.__setattr__(found, "ignored", pixels)
+        return found
+
+
 @dataclass(frozen=True, eq=False)
-class Target(Metadata):
+class Target(GroundTruth):
     """The ground truth of an image, with the metadata of its row (see `Metadata`).
 
     Attributes:
         mask: (H, W) bool in original pixels; all False when the image holds nothing that was asked for.
         boxes: (N, 4) float64, one box per lesion; (0, 4) for an empty mask.
-        ignored: (H, W) bool, pixels that scores of an evaluation leave out, such as ReasonSeg's; None for none. Rewards
-            and losses count them: what is predicted there is wrong in training.
+        ignored: See `ignoring`.
     """
 
     mask: np.ndarray
     boxes: np.ndarray
-    ignored: np.ndarray | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         label = f" of {self.name!r}" if self.name else ""
@@ -126,28 +161,6 @@ class Target(Metadata):
         """
         foreground = binarize(mask, fields.get("name") or "mask")
         return cls(mask=foreground, boxes=boxes_from_mask(foreground), **fields)
-
-    def ignoring(self, pixels: np.ndarray) -> Target:
-        """Return the same target with pixels that scores of an evaluation leave out.
-
-        Args:
-            pixels: (H, W) bool.
-
-        Raises:
-            DataError: No bool array, or of another shape than the mask.
-
-        Example:
-            >>> target = Target.from_mask(np.ones((2, 2), dtype=bool)).ignoring(np.eye(2, dtype=bool))
-            >>> int(target.ignored.sum())
-            2
-        """
-        label = f" of {self.name!r}" if self.name else ""
-        check_mask(pixels, f"Target.ignored{label}")
-        if pixels.shape != self.mask.shape:
-            raise DataError(f"Target.ignored{label}: shape {pixels.shape}, expected that of the mask {self.mask.shape}")
-        found = replace(self)
-        object.__setattr__(found, "ignored", pixels)
-        return found
 
     @property
     def height(self) -> int:
@@ -181,13 +194,14 @@ class Target(Metadata):
 
 
 @dataclass(frozen=True, eq=False)
-class VolumeTarget(Metadata):
+class VolumeTarget(GroundTruth):
     """The ground truth of a volume, a stack of slices, with the metadata of its row (see `Metadata`).
 
     Attributes:
         mask: (D, H, W) bool in original pixels; the D slices of the whole volume, of which the model may see fewer.
         spacing_mm: Size of a voxel along D, H and W in millimetres; None if it is not known, and then no score has
             millimetres.
+        ignored: See `ignoring`.
     """
 
     mask: np.ndarray

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from segrl.evaluation.conventions.cases import cases_of
 from segrl.evaluation.images import evaluate
 from segrl.evaluation.stored_masks import StoredMasks, evaluate_masks
 from segrl.evaluation.volumes import VOLUME_GROUPINGS, evaluate_volumes, summarise_volumes
+from segrl.geometry.run_lengths import rle_counts
 from segrl.inference.base import SegmenterBase
 from segrl.inference.images import ReasoningSegmenter
 from segrl.inference.volumes import VolumeSegmenter
@@ -39,23 +41,40 @@ def box_f1(prediction: Any, target: Any) -> float | None:
 
 def _summarise_images(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not all("box_f1" in record for record in records):  # of a baseline that names no box
-        summary = summarise(records)
-    else:
-        summary = summarise(records, metrics={**SUMMARY_METRICS, "box_f1": "box_f1"}, optional=("box_f1",))
-    said_none = [_empty(record["predicted_mask"]) for record in records if _asks_for_nothing(record)]
-    if said_none:  # rows that ask for something that is not there
-        summary["no_target"] = {"n": len(said_none), "n_acc": sum(said_none) / len(said_none)}
-    return summary
+        return summarise(records) | _without_target(records)
+    metrics = {**SUMMARY_METRICS, "box_f1": "box_f1"}
+    return summarise(records, metrics=metrics, optional=("box_f1",)) | _without_target(records)
 
 
-def _asks_for_nothing(record: Mapping[str, Any]) -> bool:
-    """Whether the row has no target; not known of answers that are scored without masks."""
-    return "target_mask" in record and _empty(record["target_mask"])
+def _summarise_volumes(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return summarise_volumes(records) | _without_target(records)
+
+
+def _without_target(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """N-acc of rows that ask for something that is not there, and T-acc of the others; nothing without such rows."""
+    kept = [record for record in records if "target_mask" in record]  # not known of answers scored without masks
+    said_none: dict[bool, list[bool]] = {True: [], False: []}
+    for record in kept:
+        nothing_true, nothing_predicted = _empties(record)
+        said_none[nothing_true].append(nothing_predicted)
+    without, others = said_none[True], said_none[False]
+    if not without:
+        return {}
+    t_acc = 1 - sum(others) / len(others) if others else None
+    return {"no_target": {"n": len(without), "n_acc": sum(without) / len(without), "t_acc": t_acc}}
+
+
+def _empties(record: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the true mask is empty, and the predicted one, without what is ignored."""
+    if "ignored_mask" in record:
+        (case,) = cases_of([record])
+        return not case.overlap.true, not case.overlap.predicted
+    return _empty(record["target_mask"]), _empty(record["predicted_mask"])
 
 
 def _empty(mask: Mapping[str, Any] | None) -> bool:
     """Whether run lengths have no foreground; no mask has none."""
-    return mask is None or not sum(mask["counts"][1::2])
+    return mask is None or not rle_counts(mask)[1::2].any()
 
 
 class ImageResults:
@@ -123,7 +142,8 @@ class ImageResults:
                 say(f"{what}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
         for stage in ("stage1", "stage2", "control", "model"):
             if (none := results.get(stage, {}).get("no_target")) is not None:
-                say(f"{stage}: N-acc {100 * none['n_acc']:.1f} % of {none['n']} rows without a target")
+                kept = "" if none["t_acc"] is None else f"; T-acc {100 * none['t_acc']:.1f} % of the others"
+                say(f"{stage}: N-acc {100 * none['n_acc']:.1f} % of {none['n']} rows without a target{kept}")
             if "statuses" in results.get(stage, {}):
                 say(f"{stage}: {invalid_text(results[stage]['statuses'])}")
         if "zero_spread" in results:
@@ -163,7 +183,7 @@ class VolumeResults(ImageResults):
 
     segmenter_class = VolumeSegmenter
     evaluate = staticmethod(evaluate_volumes)
-    summarise = staticmethod(summarise_volumes)
+    summarise = staticmethod(_summarise_volumes)
     table: ClassVar[Mapping[str, Any]] = {
         "columns": VOLUME_COLUMNS,
         "stages": VOLUME_STAGES,

@@ -16,13 +16,14 @@ from segrl.geometry.image_files import open_image
 __all__ = ["read_nnunet"]
 
 _SCANS = (".nii", ".nii.gz")
+_IGNORE = "ignore"  # its reserved name for what was not annotated
 _FOLDERS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 
 
 def read_nnunet(
     source: str | Path, *, texts: Mapping[str, str], channel: str | None = None
 ) -> Iterator[FormatRow | ScanRow]:
-    """Read a data set of nnU-Net (version 2), one row for each case and label.
+    """Read a data set of nnU-Net (version 2), one row for each case and label; its label "ignore" counts in no score.
 
     Args:
         source: The folder that holds `dataset.json`.
@@ -52,6 +53,7 @@ def read_nnunet(
         raise DataError(f"{path}: file_ending {content.get('file_ending')!r}; expected one such as '.nii.gz'")
     number, name = _channel(path, content.get("channel_names") or content.get("modality"), channel)
     labels = _labels(path, content.get("labels"))
+    ignored = labels.pop(_IGNORE, None)
     kept = {"modality": name, **texts}
     found = False
     for split, (images, folder) in _FOLDERS.items():
@@ -64,17 +66,24 @@ def read_nnunet(
             )
         for file in cases:
             found = True
-            yield from _rows(_image(home / images, file, ending, number), file, labels, split, kept, ending)
+            yield from _rows(_image(home / images, file, ending, number), file, labels, ignored, split, kept, ending)
     if not found:
         raise DataError(f"{home}: no labels that end in {ending} in labelsTr or labelsTs")
 
 
 def _rows(
-    image: Path, label: Path, labels: Mapping[str, int], split: str, texts: Mapping[str, str], ending: str
+    image: Path,
+    label: Path,
+    labels: Mapping[str, int],
+    ignored: int | None,
+    split: str,
+    texts: Mapping[str, str],
+    ending: str,
 ) -> Iterator[FormatRow | ScanRow]:
     if ending.lower() in _SCANS:
         for lesion, value in labels.items():
-            yield ScanRow(image, label, str(value), split, {**texts, "lesion": lesion})
+            kept = "" if ignored is None else str(ignored)
+            yield ScanRow(image, label, str(value), split, {**texts, "lesion": lesion}, kept)
         return
     with open_image(label, f"label {label}") as opened:
         values = np.asarray(opened)  # of a palette the indices: nnU-Net reads values, not colours
@@ -83,7 +92,8 @@ def _rows(
     for lesion, value in labels.items():
         mask = values == value
         if mask.any():
-            yield FormatRow(image, mask, image.name, split, {**texts, "lesion": lesion})
+            unsure = None if ignored is None else values == ignored
+            yield FormatRow(image, mask, image.name, split, {**texts, "lesion": lesion}, unsure)
 
 
 def _image(folder: Path, label: Path, ending: str, channel: int) -> Path:

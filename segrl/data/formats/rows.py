@@ -60,6 +60,7 @@ class ScanRow:
         label_value: The value of the structure in it, as text.
         split: For example "train".
         texts: Columns of the manifest.
+        ignored_value: Values in the label, as text, of voxels that scores leave out; "" for none.
 
     Example:
         >>> ScanRow(Path("ct.nii.gz"), Path("label.nii.gz"), "2", "test").label_value
@@ -71,6 +72,7 @@ class ScanRow:
     label_value: str
     split: str
     texts: Mapping[str, str] = field(default_factory=dict)
+    ignored_value: str = ""
 
 
 def write_rows(
@@ -131,7 +133,8 @@ class _Writer:
     def line(self, row: FormatRow | ScanRow) -> dict[str, str]:
         if isinstance(row, ScanRow):
             files = {"image": self._copied(row.scan, "images"), "label": self._copied(row.label, "labels")}
-            return {**files, "label_value": row.label_value, "split": row.split, **row.texts}
+            ignored = {"ignored_value": row.ignored_value} if row.ignored_value else {}
+            return {**files, "label_value": row.label_value, **ignored, "split": row.split, **row.texts}
         if isinstance(row.image, Path) and row.image.suffix.lower() in _KEPT:
             image = self._copied(row.image, "images")
         else:

@@ -15,7 +15,7 @@ import numpy as np
 
 from segrl.caching.content import content_key
 from segrl.data.volumes.intensity import Intensity, check_intensity, intensity_for, scale_intensity, scaling_note
-from segrl.data.volumes.labels import Labels, read_labels
+from segrl.data.volumes.labels import Labels, ignored_values, read_labels
 from segrl.data.volumes.nifti import read_volume
 from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
@@ -35,6 +35,7 @@ class Case:
         scan: The scan with its grey values as `voxels`, (D, H, W) uint8.
         key: Content key of the grey values: equal scans have equal keys.
         mask: (D, H, W) bool, the row's structure; all False where the label has none. None if no label was asked for.
+        ignored: (D, H, W) bool, voxels that scores leave out; None for none.
         intensity: Text form of the scaling that made the grey values; "" if it is not known.
 
     Example:
@@ -47,6 +48,7 @@ class Case:
     key: str
     mask: np.ndarray | None = None
     intensity: str = ""
+    ignored: np.ndarray | None = None
 
     @property
     def grey(self) -> np.ndarray:
@@ -56,7 +58,8 @@ class Case:
     def target(self, row: Mapping[str, Any]) -> VolumeTarget:
         """The ground truth, with the metadata of the row."""
         assert self.mask is not None
-        return VolumeTarget(self.mask, self.scan.spacing_mm, **VolumeTarget.texts_of(row))
+        target = VolumeTarget(self.mask, self.scan.spacing_mm, **VolumeTarget.texts_of(row))
+        return target if self.ignored is None else target.ignoring(self.ignored)
 
 
 class CaseReader:
@@ -82,7 +85,8 @@ class CaseReader:
         """Read one row.
 
         Args:
-            row: The columns `scan`, `modality` and `intensity`, for a label also `label` and `label_value`, and `name`.
+            row: The columns `scan`, `modality` and `intensity`, for a label also `label`, `label_value` and perhaps
+                `ignored_value`, and `name`.
                 `spacing_mm`, if there, is read for a scan whose file does not say it, see `segrl.data.read_volume`.
             label: Whether the label is read.
             allow_empty: Whether a label without such voxels is an empty mask instead of an error.
@@ -103,7 +107,7 @@ class CaseReader:
                 self._said.add(kind)
                 say_note(f"{path!r}: {note} (other scans of this data set are not named)")
         self._scans.move_to_end(known)
-        case, mask = self._scans[known], None
+        case, mask, ignored = self._scans[known], None, None
         scan = case.scan
         if scan.spacing_mm is None:
             scan = replace(scan, spacing_mm=read_spacing(row.get("spacing_mm"), f"{where}: spacing_mm"))
@@ -113,8 +117,10 @@ class CaseReader:
                 self._labels[pair] = read_labels(pair[0], scan)
             self._labels.move_to_end(pair)
             mask = self._labels[pair].mask(row.get("label_value"), allow_empty=allow_empty)
+            if values := ignored_values(row.get("ignored_value")):
+                ignored = self._labels[pair].mask(values, allow_empty=True)
         self._forget()
-        return replace(case, scan=scan, mask=mask)
+        return replace(case, scan=scan, mask=mask, ignored=ignored)
 
     def _forget(self) -> None:
         """Keep what fits, the newest in any case."""

@@ -14,7 +14,7 @@ from segrl.data.contents import SplitContents
 from segrl.data.manifest import check_dataset, raise_all, read_manifest
 from segrl.data.volumes.case import choose_scaling, say_note
 from segrl.data.volumes.intensity import Intensity
-from segrl.data.volumes.labels import Labels, label_text, read_labels
+from segrl.data.volumes.labels import Labels, ignored_values, label_text, read_labels
 from segrl.data.volumes.nifti import read_volume
 from segrl.errors import DataError
 from segrl.predictions.target import METADATA_COLUMNS, read_spacing
@@ -39,9 +39,9 @@ def load_volumes(
 
     The manifest has the columns image and label (paths relative to the folder, see `read_volume` and `read_label`) and
     optionally split, label_value, intensity, query, reasoning, modality, anatomy, lesion and name; any other column is
-    kept as text. `spacing_mm`, as "[5.0, 0.7, 0.7]" (z, y, x), is read for scans whose files do not say it. Several
-    rows may share a scan, one per structure. Without a query column the query is built from lesion, anatomy and
-    modality. Voxels stay in their files.
+    kept as text. `ignored_value`, such as 255, names values of the label of voxels that scores leave out. `spacing_mm`,
+    as "[5.0, 0.7, 0.7]" (z, y, x), is read for scans whose files do not say it. Several rows may share a scan, one per
+    structure. Without a query column the query is built from lesion, anatomy and modality. Voxels stay in their files.
 
     Args:
         path: The folder.
@@ -81,6 +81,7 @@ def load_volumes(
             raise DataError(f"{found.source}: a column 'scan' beside 'image', which load_volumes calls so; rename it")
         try:
             value, intensity = label_text(row.get("label_value", "")), row.get("intensity", "").strip()
+            ignored_values(row.get("ignored_value"))
             if intensity:
                 Intensity.parse(intensity)
         except DataError as error:
@@ -157,7 +158,7 @@ def file_problems(
     found: dict[int, list[str]] = {}
     notes: list[str] = []
     places = list(locations)
-    wanted = (*COLUMNS, "spacing_mm", "split")  # pictures are not read
+    wanted = (*COLUMNS, "spacing_mm", "split", "ignored_value")  # pictures are not read
     read = [name for name in dict.fromkeys(wanted) if name in dataset.column_names]
     rows: list[dict[str, Any]] = [dict(row) for row in dataset.select_columns(read)]  # type: ignore[call-overload]
     last, scan, key, labels = None, [], "", {}
@@ -237,6 +238,7 @@ def _read_mask(
         known = labels[path]
         if isinstance(known, DataError):
             raise known
+        ignored_values(row.get("ignored_value"))
         return known.mask(row.get("label_value"), allow_empty=allow_empty), []
     except DataError as error:
         return None, [str(error)]

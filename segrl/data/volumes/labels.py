@@ -20,7 +20,7 @@ from segrl.data.volumes.volume import Volume
 from segrl.data.volumes.voxel_files import must_exist, open_voxels
 from segrl.errors import DataError
 
-__all__ = ["Labels", "label_text", "label_values", "read_label", "read_labels", "wanted_values"]
+__all__ = ["Labels", "ignored_values", "label_text", "label_values", "read_label", "read_labels", "wanted_values"]
 
 _MAX_ROUNDING = 1e-4  # largest distance of a value in a scaled label file from a whole number
 _LISTED = 20  # label values named in one error
@@ -79,7 +79,7 @@ class Labels:
                 if wanted
                 else "has no foreground; "
             )
-            + "remove the row or set allow_empty=True"
+            + "remove the row, or set allow_empty=True (--allow_empty) if there is nothing to find"
         )
 
     def _dense(self, wanted: tuple[int, ...]) -> np.ndarray:
@@ -225,6 +225,27 @@ def wanted_values(value: Any) -> tuple[int, ...]:
             "'1,2,3'"
         )
     return tuple(sorted({int(number) for number in numbers} - {0}))
+
+
+def ignored_values(value: Any) -> tuple[int, ...]:
+    """Read the values of voxels that scores leave out, such as 255 or "254,255"; None and "" are none.
+
+    Raises:
+        DataError: As `wanted_values`, or 0, which would be every structure.
+
+    Example:
+        >>> ignored_values("255"), ignored_values("")
+        ((255,), ())
+    """
+    if value is None or not str(value).strip():
+        return ()
+    try:
+        found = wanted_values(value)
+    except DataError:
+        found = ()
+    if not found:
+        raise DataError(f"ignored_value {value!r}: expected a whole number above 0, such as 255, or several: '254,255'")
+    return found
 
 
 def label_text(value: Any) -> str:

@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image, List
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from segrl.data.completions import check_preparation, target_completion
@@ -36,6 +36,14 @@ __all__ = ["build_volume_prompt", "format_slice_answer", "prepare_volumes"]
 
 _COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
 _THIRDS = ("lowest", "middle", "highest")
+NOTHING = "{}"  # the answer where there is nothing: neither a slice nor boxes
+_TEXT = Value("string")
+_SHOWN = {
+    "images": List(Image()),
+    "slices": List(Value("int64")),
+    "prompt": List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})}),
+}
+_FEATURES = {**_SHOWN, "completion": List({"role": _TEXT, "content": _TEXT}), "key_slice": Value("int64")}
 
 
 def build_volume_prompt(query: str, count: int, instruction: str) -> list[dict[str, Any]]:
@@ -113,7 +121,8 @@ def prepare_volumes(
 
     Returns:
         The data set with its columns kept, plus `images` (S pictures), `slices` (S indices in the volume), `prompt`
-        and, if asked for, `completion` and `key_slice` (the index in the volume of the answer's slice).
+        and, if asked for, `completion` and `key_slice` (the index in the volume of the answer's slice). Where the label
+        has no foreground, the answer names neither slice nor boxes, `{}`, and `key_slice` is None.
 
     Raises:
         DataError: There are no rows, a column is missing or holds no texts, a row that needs template reasoning has no
@@ -153,7 +162,8 @@ def prepare_volumes(
     order = rows_by_scan(dataset.select_columns(list(_COLUMNS)).to_list())
     moved = order != list(range(len(order)))
     rows = dataset.select(order) if moved else dataset
-    rows = rows.map(row_columns, num_proc=num_proc, desc="slices").cast_column("images", List(Image()))
+    features = Features({**rows.features, **(_FEATURES if completions else _SHOWN)})
+    rows = rows.map(row_columns, num_proc=num_proc, desc="slices", features=features)
     return rows.select(np.argsort(order)) if moved else rows
 
 
@@ -170,7 +180,7 @@ def _row_columns(
     coordinates: CoordinatePolicy,
     read_case: CaseReader,
 ) -> dict[str, Any]:
-    case = read_case(row, label=completions)
+    case = read_case(row, label=completions, allow_empty=True)
     mask = case.mask
     shown = uniform_slices(len(case.grey), settings.slices)
     images = render_slices(case.grey, shown, settings.size, case.scan.spacing_mm)
@@ -182,12 +192,17 @@ def _row_columns(
     if mask is None:
         return columns
     frame = shown_frame(processor, case.grey.shape, shown, images[0].size, settings.frame_kind)
-    position = _key_position(mask[shown], top_k, f"{row['name']} {seed}", row)
-    key = int(shown[position])
-    height = (position + 0.5) / len(shown)  # of the slice's middle in the stack
-    reasoning = _reasoning(row, mask[key], height, brief, coordinates) if settings.reasoning else None
+    position, key, where = None, None, ""
+    if mask.any():
+        position = _key_position(mask[shown], top_k, f"{row['name']} {seed}", row)
+        key = int(shown[position])
+        third = _THIRDS[min(2, int(3 * (position + 0.5) / len(shown)))]  # of the slice's middle in the stack
+        where = f" It is best seen in the {third} third of the slices."
+    reasoning = _reasoning(row, mask[key or 0], where, brief, coordinates) if settings.reasoning else None
 
     def answer() -> str:
+        if position is None:
+            return NOTHING + settings.seg_token
         return format_slice_answer(
             position, boxes_from_mask(mask[key])[:max_boxes], frame, seg_token=settings.seg_token
         )
@@ -209,12 +224,11 @@ def _key_position(shown: np.ndarray, top_k: int, key: str, row: dict[str, Any]) 
     return pick_by_hash(visible.tolist(), key)
 
 
-def _reasoning(row: dict[str, Any], mask: np.ndarray, height: float, brief: bool, policy: CoordinatePolicy) -> str:
+def _reasoning(row: dict[str, Any], mask: np.ndarray, where: str, brief: bool, policy: CoordinatePolicy) -> str:
     if written := given_reasoning(row, policy, volume=True):
         return written
     texts = {name: row[name] for name in ("anatomy", "modality", "query")} | {"lesion": lesion_name(row)}
-    position = f"It is best seen in the {_THIRDS[min(2, int(3 * height))]} third of the slices."
-    return f"{build_reasoning(mask=mask, key=row['name'], brief=brief, **texts)} {position}"
+    return build_reasoning(mask=mask, key=row["name"], brief=brief, **texts) + where
 
 
 def _png(image: PILImage.Image) -> dict[str, Any]:

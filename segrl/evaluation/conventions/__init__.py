@@ -1,6 +1,6 @@
 """Scores of the same masks as published evaluators count: named conventions, side by side, with their sources."""
 
-from segrl.evaluation.conventions.cases import KINDS, Case, cases_of
+from segrl.evaluation.conventions.cases import KINDS, VOLUMES, Case, cases_of
 from segrl.evaluation.conventions.compared import (
     check_conventions,
     compare_conventions,
@@ -12,6 +12,7 @@ from segrl.evaluation.conventions.published import CONVENTIONS, Convention, Conv
 __all__ = [
     "CONVENTIONS",
     "KINDS",
+    "VOLUMES",
     "Case",
     "Convention",
     "ConventionError",

@@ -13,8 +13,9 @@ import numpy as np
 
 from segrl.errors import DataError
 from segrl.geometry.masks import rle_to_mask
+from segrl.predictions.target import read_spacing
 
-__all__ = ["KINDS", "Case", "Overlap", "cases_of"]
+__all__ = ["KINDS", "VOLUMES", "Case", "Overlap", "cases_of"]
 
 # kinds of rows about which evaluators disagree; the first that applies
 KINDS = {
@@ -25,11 +26,12 @@ KINDS = {
     "ignored pixels": "some pixels do not count",
     "plain": "all others",
 }
+VOLUMES = "volumes"  # of rows that are none of images, for conventions that state no rule for them
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pixels of two masks.
+    """Pixels, or voxels, of two masks.
 
     Attributes:
         predicted: Pixels of the predicted mask.
@@ -64,6 +66,8 @@ class Case:
         valid: Whether the text of the answer can be read.
         name: Of the row, for errors.
         group: Class of what is asked for, over which some evaluators average.
+        volume: Whether the masks are those of a volume.
+        spacing_mm: Of a volume, (z, y, x), millimetres; None if it is not known.
 
     Example:
         >>> ignored = np.tri(4, k=-1, dtype=bool)
@@ -80,6 +84,8 @@ class Case:
     valid: bool = True
     name: str = ""
     group: str = ""
+    volume: bool = False
+    spacing_mm: tuple[float, float, float] | None = None
 
     @classmethod
     def of(
@@ -91,6 +97,7 @@ class Case:
         valid: bool = True,
         name: str = "",
         group: str = "",
+        spacing_mm: tuple[float, float, float] | None = None,
         keep: Callable[[], Masks] | None = None,
     ) -> Case:
         """Make a case of masks.
@@ -102,6 +109,7 @@ class Case:
             valid: See the class.
             name: See the class.
             group: See the class.
+            spacing_mm: See the class.
             keep: Returns the masks again, so that they are not kept in memory; None keeps them.
 
         Raises:
@@ -121,7 +129,8 @@ class Case:
             painted = _counted(true & kept, predicted)
             counts = _counted(true & kept, None if predicted is None else predicted & kept)
         masks = keep or (lambda: (true, predicted, ignored))
-        return cls(masks, counts, painted, predicted is not None, ignores, valid, name, group)
+        known = {"valid": valid, "name": name, "group": group, "volume": true.ndim == 3, "spacing_mm": spacing_mm}
+        return cls(masks, counts, painted, predicted is not None, ignores, **known)
 
     @property
     def kind(self) -> str:
@@ -136,10 +145,10 @@ class Case:
 
     @property
     def traits(self) -> frozenset[str]:
-        """All of `KINDS` that apply, for conventions that state no rule for one of them."""
+        """All of `KINDS` that apply, and `VOLUMES`, for conventions that state no rule for one of them."""
         missing = set() if self.answered else {"no mask"}
         ignored = {"ignored pixels"} if self.ignores else set()
-        return frozenset({self.kind} | missing | ignored)
+        return frozenset({self.kind} | missing | ignored | ({VOLUMES} if self.volume else set()))
 
 
 def _counted(true: np.ndarray, predicted: np.ndarray | None) -> Overlap:
@@ -160,10 +169,10 @@ def _stored(record: Mapping[str, Any], name: str) -> Masks:
 
 
 def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
-    """Return the cases of records of images, see `segrl.evaluation.overlap_record`.
+    """Return the cases of records of images or volumes, see `segrl.evaluation.overlap_record`.
 
     Raises:
-        DataError: A record without masks, such as one of a volume.
+        DataError: A record without masks, such as one that an earlier version wrote of a volume.
 
     Example:
         >>> from segrl.geometry import mask_to_rle
@@ -175,8 +184,9 @@ def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
     for number, record in enumerate(records):
         name = str(record.get("name") or f"record {number}")
         if "target_mask" not in record:
-            raise DataError(f"{name}: holds no masks; evaluate the run again, and on images")
+            raise DataError(f"{name}: holds no masks; evaluate the run again, with this version of segrl")
         valid, group = record.get("status", "valid") == "valid", str(record.get("lesion") or "")
+        spacing = read_spacing(record.get("spacing_mm"), f"spacing_mm of {name}")
         keep = partial(_stored, record, name)  # a thousand masks of 512 x 512 px are a quarter of a gigabyte
-        found.append(Case.of(*keep(), valid=valid, name=name, group=group, keep=keep))
+        found.append(Case.of(*keep(), valid=valid, name=name, group=group, spacing_mm=spacing, keep=keep))
     return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from segrl.errors import unknown_name
 from segrl.evaluation.conventions.cases import KINDS, Case
-from segrl.evaluation.conventions.published import CONVENTIONS, Convention, ConventionError
+from segrl.evaluation.conventions.published import CONVENTIONS, ConventionError
 
 __all__ = ["check_conventions", "compare_conventions", "conventions_page", "explain_difference"]
 
@@ -26,6 +26,7 @@ _ORDER = (
     "fail",
     "nsd",
     "hd95_voxels",
+    "hd95_mm",
 )
 _TITLES = {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc", "mdice": "mDice", "miou": "mIoU"}
 
@@ -56,7 +57,8 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
 
     Returns:
         Plain Python values: "n"; "kinds", the number of rows of each of `KINDS`; "conventions", for each its "source"
-        and "rules", and its "scores", or None with the "reason" why there are none; "differences", for pairs whose
+        and "rules", and its "scores" (None for one that is NaN there), or None with the "reason" why there are none;
+        "differences", for pairs whose
         means are of the same score, "of" the one and "from" the other, the "points" of `explain_difference`, and what
         is not of rows: "averaging", such as a mean over classes.
 
@@ -75,7 +77,8 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
         convention = CONVENTIONS[name]
         entry: dict[str, Any] = {"source": convention.source, "rules": dict(convention.rules)}
         try:
-            scores, reason = convention(cases), ""
+            scores = {score: None if math.isnan(value) else value for score, value in convention(cases).items()}
+            reason = ""
         except ConventionError as error:
             scores, reason = None, str(error)
         found[name] = {**entry, "scores": scores, "reason": reason}
@@ -84,15 +87,15 @@ def compare_conventions(cases: Sequence[Case], names: Sequence[str] = ()) -> dic
 
 
 def _differences(cases: Sequence[Case], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each convention from segrl's, or else from the first, whose mean is of the same score."""
+    """Of each convention from segrl's, or else from the first, for each score whose mean both explain."""
     scored = [name for name, entry in found.items() if entry["scores"] is not None]
     listed = []
-    for mean in dict.fromkeys(CONVENTIONS[name].mean for name in scored):
-        names = [name for name in scored if CONVENTIONS[name].mean == mean]
+    for mean in dict.fromkeys(mean for name in scored for mean in CONVENTIONS[name].rows):
+        names = [name for name in scored if mean in CONVENTIONS[name].rows]
         base = "segrl" if "segrl" in names else names[0]
         for name in names:
             if name != base:
-                points = explain_difference(cases, base, name)
+                points = _explained(cases, CONVENTIONS[base].rows[mean], CONVENTIONS[name].rows[mean])
                 rest = found[name]["scores"][mean] - found[base]["scores"][mean] - math.fsum(points.values())
                 listed.append({"of": name, "from": base, "score": mean, "points": points, "averaging": rest})
     return listed
@@ -104,7 +107,7 @@ def explain_difference(cases: Sequence[Case], first: str, second: str) -> dict[s
     Args:
         cases: The rows.
         first: A convention.
-        second: Another whose mean is of the same score.
+        second: Another that has a mean of the same score; gIoU where both have it.
 
     Returns:
         Points of the difference, second minus first, by kind; their sum is the difference of the means of the rows' own
@@ -121,19 +124,25 @@ def explain_difference(cases: Sequence[Case], first: str, second: str) -> dict[s
         {'both empty': 0.5, 'plain': -0.5}
     """
     one, other = CONVENTIONS[first], CONVENTIONS[second]
-    if one.mean != other.mean:
+    mean = next((mean for mean in one.rows if mean in other.rows), None)
+    if mean is None:
         raise ConventionError(f"{first} averages {one.mean}, {second} {other.mean}; compare two of the same score")
-    shares = [_shares(convention, cases) for convention in (one, other)]
+    for convention in (one, other):
+        convention(cases)  # raises where it has no rule
+    return _explained(cases, one.rows[mean], other.rows[mean])
+
+
+def _explained(cases: Sequence[Case], *rows: Callable[[Case], float | None]) -> dict[str, float]:
+    shares = [_shares(row, cases) for row in rows]
     parts: dict[str, list[float]] = {}
     for case, before, after in zip(cases, *shares, strict=True):
         parts.setdefault(case.kind, []).append(after - before)
     return {kind: math.fsum(parts[kind]) for kind in KINDS if kind in parts}
 
 
-def _shares(convention: Convention, cases: Sequence[Case]) -> list[float]:
+def _shares(row: Callable[[Case], float | None], cases: Sequence[Case]) -> list[float]:
     """Return what each row adds to the mean."""
-    convention(cases)  # raises where it has no rule
-    values = [convention.row(case) for case in cases]
+    values = [row(case) for case in cases]
     count = sum(value is not None for value in values)
     return [0.0 if value is None else value / count for value in values]
 
@@ -152,7 +161,7 @@ def conventions_page(found: Mapping[str, Any]) -> str:
     lines = [f"# {found['n']} rows in {len(ones)} conventions, %", "", f"| | {' | '.join(ones)} |"]
     lines.append("| --- " * (1 + len(ones)) + "|")
     for score in (name for name in _ORDER if name in known):
-        cells = [_cell(score, (one["scores"] or {}).get(score)) for one in ones.values()]
+        cells = [_cell(score, one["scores"] or {}) for one in ones.values()]
         lines.append(f"| {_TITLES.get(score, score)} | {' | '.join(cells)} |")
     lines += ["", *(f"- {one['reason']}" for one in ones.values() if one["reason"])]
     lines += ["", "## Rows", ""]
@@ -177,7 +186,8 @@ def conventions_page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: str, value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-" if value is None else "NaN"
-    return f"{value:.2f}" if score.endswith("voxels") else f"{100 * value:.2f}"
+def _cell(score: str, scores: Mapping[str, float | None]) -> str:
+    value = scores.get(score)
+    if value is None:
+        return "NaN" if score in scores else "-"
+    return f"{value:.2f}" if score.startswith("hd95") else f"{100 * value:.2f}"

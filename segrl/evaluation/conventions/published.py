@@ -4,24 +4,16 @@ Each follows what its source does, edge cases included, in double precision. Whe
 row, the convention refuses such rows. Sources were read on 2026-11-29.
 """
 
-# I, U, P, T: pixels of intersection, union, prediction and truth of one row; N rows
-
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from scipy import ndimage
+from dataclasses import dataclass, field
 
 from segrl.errors import SegRLError
-from segrl.evaluation.conventions.cases import Case
+from segrl.evaluation.conventions import scores
+from segrl.evaluation.conventions.cases import VOLUMES, Case
 
 __all__ = ["CONVENTIONS", "Convention", "ConventionError"]
-
-Scores = dict[str, float]
 
 
 class ConventionError(SegRLError):
@@ -36,10 +28,11 @@ class Convention:
         name: In `CONVENTIONS`.
         source: The public evaluator: repository, revision, file and function.
         rules: What it does about each question on which evaluators disagree.
-        mean: The score of the rows whose mean `row` explains.
+        mean: The score whose mean over rows `row` explains.
         row: The score of one row; None where the row is left out.
         score: All scores of some rows, fractions in [0, 1] but for distances.
-        refuses: Kinds of rows (`KINDS`) for which the source states no rule.
+        refuses: Kinds of rows (`KINDS`, `VOLUMES`) for which the source states no rule.
+        more: As `row`, of further means.
 
     Example:
         >>> true = np.eye(4, dtype=bool)
@@ -55,10 +48,16 @@ class Convention:
     rules: Mapping[str, str]
     mean: str
     row: Callable[[Case], float | None]
-    score: Callable[[Sequence[Case]], Scores]
+    score: Callable[[Sequence[Case]], dict[str, float]]
     refuses: tuple[str, ...] = ()
+    more: Mapping[str, Callable[[Case], float | None]] = field(default_factory=dict)
 
-    def __call__(self, cases: Sequence[Case]) -> Scores:
+    @property
+    def rows(self) -> dict[str, Callable[[Case], float | None]]:
+        """The score of one row, by the name of the mean that it explains."""
+        return {self.mean: self.row, **self.more}
+
+    def __call__(self, cases: Sequence[Case]) -> dict[str, float]:
         """Return the scores of some rows.
 
         Raises:
@@ -79,180 +78,9 @@ class Convention:
             raise ConventionError(f"{self.name} divides by zero on these rows: {error}") from error
 
 
-def _divided(above: float, below: float, what: str) -> float:
-    if not below:
-        raise ZeroDivisionError(what)
-    return above / below
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-# ---- LISA, MMR -------------------------------------------------------------------------------------------------------
-
-
-def _lisa_row(case: Case) -> float:
-    counts = case.overlap
-    return 1.0 if not counts.either else counts.both / (counts.either + 1e-5)
-
-
-def _lisa(cases: Sequence[Case]) -> Scores:
-    both, either = (sum(getattr(case.overlap, part) for case in cases) for part in ("both", "either"))
-    return {
-        "giou": math.fsum(map(_lisa_row, cases)) / (len(cases) + 1e-5),  # its meters add 1e-5 to their counts
-        "ciou": both / (either + 1e-10),
-    }
-
-
-def _mmr(cases: Sequence[Case]) -> Scores:
-    answered = [case for case in cases if case.answered]
-    if not answered:
-        raise ZeroDivisionError("no row has a mask")
-    return _lisa(answered)
-
-
-# ---- ReLA ------------------------------------------------------------------------------------------------------------
-
-
-def _says_none(case: Case) -> bool:
-    return not case.overlap.predicted
-
-
-def _rela_row(case: Case) -> float:
-    counts = case.overlap
-    if not counts.true:
-        return float(_says_none(case))
-    return 0.0 if _says_none(case) else counts.both / counts.either
-
-
-def _rela(cases: Sequence[Case]) -> Scores:
-    ious = [_rela_row(case) for case in cases]
-    targeted = [value for case, value in zip(cases, ious, strict=True) if case.overlap.true]
-    without = [case for case in cases if not case.overlap.true]
-    both = sum(case.overlap.both for case in cases)
-    either = sum(case.overlap.either for case in cases)  # a false alarm adds its pixels, a right "none" nothing
-    found: Scores = {"giou": _mean(ious), "ciou": _divided(both, either, "no pixel is true or predicted")}
-    for threshold in (0.7, 0.8, 0.9):
-        hits = sum(value >= threshold for value in targeted)
-        found[f"p@{threshold}"] = _divided(hits, len(targeted), "no row has a target")
-    if not without:
-        return found | {"n_acc": 0.0, "t_acc": 0.0}
-    right = sum(map(_says_none, without))
-    kept = sum(not _says_none(case) for case in cases if case.overlap.true)
-    return found | {"n_acc": right / len(without), "t_acc": kept / len(targeted)}
-
-
-# ---- VisionReasoner and Seg-Zero -------------------------------------------------------------------------------------
-
-
-def _vision_reasoner_row(case: Case) -> float | None:
-    counts = case.painted
-    if not case.answered:  # "penalty": no intersection, the truth as union
-        return 0.0
-    return counts.both / counts.either if counts.either else None
-
-
-def _vision_reasoner(cases: Sequence[Case]) -> Scores:
-    ious = [value for case in cases if (value := _vision_reasoner_row(case)) is not None]
-    if not ious:
-        raise ZeroDivisionError("every row is left out")
-    both, either = (sum(getattr(case.painted, part) for case in cases) for part in ("both", "either"))
-    return {"giou": _mean(ious), "ciou": both / either if either else 0.0}
-
-
-# ---- M3D, UniBiomed, CORE-Seg, segrl ---------------------------------------------------------------------------------
-
-
-def _m3d_row(case: Case) -> float:
-    counts = case.painted
-    return 2 * counts.both / (counts.predicted + counts.true + 1)
-
-
-def _m3d(cases: Sequence[Case]) -> Scores:
-    return {"mdice": _mean([_m3d_row(case) for case in cases])}
-
-
-def _unibiomed_row(case: Case) -> float:
-    counts = case.painted
-    return 2 * counts.both / (counts.predicted + counts.true + 1e-8)
-
-
-def _unibiomed_surfaces(case: Case) -> tuple[float, float]:
-    """95th percentile of the distances of wrong pixels, and surface Dice within 2 voxels, both without spacing."""
-    true, predicted, _ = case.masks()
-    assert predicted is not None  # others are refused
-    if not predicted.any() or not true.any():
-        return math.nan, 0.0
-    to_predicted, to_true = (np.asarray(ndimage.distance_transform_edt(~mask)) for mask in (predicted, true))
-    outside = predicted & ~true, true & ~predicted
-    # its surfaces are whole masks, of which pixels at distance zero are dropped: the wrong pixels remain
-    wrong = np.concatenate([to_true[outside[0]], to_predicted[outside[1]]])
-    hd95 = float(np.percentile(wrong, 95)) if len(wrong) else math.nan
-    rims = [mask & ~np.asarray(ndimage.binary_erosion(mask)) for mask in (predicted, true)]
-    near = np.count_nonzero(to_true[rims[0]] <= 2) + np.count_nonzero(to_predicted[rims[1]] <= 2)
-    return hd95, float(near / (sum(map(np.count_nonzero, rims)) + 1e-8))
-
-
-def _unibiomed(cases: Sequence[Case]) -> Scores:
-    groups: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for case in cases:
-        groups[case.group].append((_unibiomed_row(case), *_unibiomed_surfaces(case)))
-    means = np.array([np.mean(rows, axis=0) for rows in groups.values()]).mean(axis=0)
-    return dict(zip(("mdice", "hd95_voxels", "nsd"), map(float, means), strict=True))
-
-
-def _core_seg_row(case: Case) -> float:
-    counts = case.painted
-    return 2 * counts.both / (counts.predicted + counts.true)
-
-
-def _core_seg(cases: Sequence[Case]) -> Scores:
-    rows = [_core_seg_row(case) for case in cases]
-    return {
-        "mdice": _mean(rows),
-        "miou": _mean([case.painted.both / case.painted.either for case in cases]),
-        "fail": _mean([float(not (value and case.valid)) for case, value in zip(cases, rows, strict=True)]),
-    }
-
-
-def _segrl_row(case: Case) -> float:
-    counts = case.overlap
-    return counts.both / counts.either if counts.either else 1.0
-
-
-def _segrl_dice(case: Case) -> float:
-    counts = case.overlap
-    return 2 * counts.both / (counts.predicted + counts.true) if counts.either else 1.0
-
-
-def _segrl(cases: Sequence[Case]) -> Scores:
-    ious = [_segrl_row(case) for case in cases]
-    dices = [_segrl_dice(case) for case in cases]
-    both, either = (sum(getattr(case.overlap, part) for case in cases) for part in ("both", "either"))
-    found: Scores = {
-        "giou": _mean(ious),
-        "ciou": both / either if either else 1.0,
-        "mdice": _mean(dices),
-        "miou": _mean(ious),
-        "fail": _mean([float(not (value and case.valid)) for case, value in zip(cases, dices, strict=True)]),
-    }
-    targeted = [value for case, value in zip(cases, ious, strict=True) if case.overlap.true]
-    for threshold in (0.5, 0.7, 0.9):
-        if targeted:
-            found[f"p@{threshold}"] = _mean([float(value > threshold) for value in targeted])
-    for name, rows in (
-        ("n_acc", [not case.overlap.predicted for case in cases if not case.overlap.true]),
-        ("t_acc", [bool(case.overlap.predicted) for case in cases if case.overlap.true]),
-    ):
-        if rows:
-            found[name] = _mean([float(right) for right in rows])
-    return found
-
-
-_BOTH, _NONE, _MISS, _IGNORED, _MEAN = (
+_BOTH, _NONE, _MISS, _IGNORED, _MEAN, _VOLUMES = (
     *("both masks empty", "no target, and a mask", "no mask where there is a target"),
-    *("ignored pixels", "means"),
+    *("ignored pixels", "means", VOLUMES),
 )
 
 CONVENTIONS: dict[str, Convention] = {
@@ -267,8 +95,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "no rule: answers are given, and always have a mask",
                 _IGNORED: "left out",
                 _MEAN: "gIoU over masks, I / (U + 1e-5); cIoU over pixels",
+                _VOLUMES: "no rule",
             },
-            *("giou", _lisa_row, _lisa, ("no mask",)),
+            *("giou", scores.lisa_row, scores.lisa, ("no mask", VOLUMES)),
         ),
         Convention(
             "mmr",
@@ -279,8 +108,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "the row is skipped: `continue` where there is no mask",
                 _IGNORED: "left out",
                 _MEAN: "as LISA, over the rows that are not skipped",
+                _VOLUMES: "no rule",
             },
-            *("giou", lambda case: _lisa_row(case) if case.answered else None, _mmr),
+            *("giou", scores.mmr_row, scores.mmr, (VOLUMES,)),
         ),
         Convention(
             "rela",
@@ -292,8 +122,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "IoU 0; the target adds to the union of cIoU",
                 _IGNORED: "no rule",
                 _MEAN: "gIoU over questions; P@X over those with a target, IoU >= X; N-acc, T-acc 0 if all have one",
+                _VOLUMES: "no rule",
             },
-            *("giou", _rela_row, _rela, ("ignored pixels",)),
+            *("giou", scores.rela_row, scores.rela, ("ignored pixels", VOLUMES)),
         ),
         Convention(
             "vision_reasoner",
@@ -305,8 +136,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "IoU 0; the target adds to the union of cIoU",
                 _IGNORED: "background: what is predicted there is wrong",
                 _MEAN: "gIoU over rows; cIoU over pixels",
+                _VOLUMES: "no rule",
             },
-            *("giou", _vision_reasoner_row, _vision_reasoner),
+            *("giou", scores.vision_reasoner_row, scores.vision_reasoner, (VOLUMES,)),
         ),
         Convention(
             "m3d",
@@ -318,8 +150,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "no rule: the model always gives logits",
                 _IGNORED: "-1 counts as background",
                 _MEAN: "2 I / (P + T + 1) over rows",
+                _VOLUMES: "its own case: Dice of voxels",
             },
-            *("mdice", _m3d_row, _m3d, ("no mask",)),
+            *("mdice", scores.m3d_row, scores.m3d, ("no mask",)),
         ),
         Convention(
             "unibiomed",
@@ -331,8 +164,22 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "no rule: rows are the files that are there",
                 _IGNORED: "no rule",
                 _MEAN: "over volumes, then over classes; one NaN makes HD95 NaN",
+                _VOLUMES: "its own case: HD95 in voxels, NSD within 2 voxels",
             },
-            *("mdice", _unibiomed_row, _unibiomed, ("no mask", "ignored pixels")),
+            *("mdice", scores.unibiomed_row, scores.unibiomed, ("no mask", "ignored pixels")),
+        ),
+        Convention(
+            "nnunet",
+            "MIC-DKFZ/nnUNet, 0a50fa0, nnunetv2/evaluation/evaluate_predictions.py, compute_metrics_on_folder",
+            {
+                _BOTH: "NaN, left out of the mean of its class",
+                _NONE: "Dice 0",
+                _MISS: "the row is left out: rows are the files that are there",
+                _IGNORED: "left out",
+                _MEAN: "over cases, then over classes",
+                _VOLUMES: "its own case: Dice of voxels",
+            },
+            *("mdice", scores.nnunet_row, scores.nnunet),
         ),
         Convention(
             "core_seg",
@@ -343,8 +190,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "Dice 0, a failure",
                 _IGNORED: "no rule",
                 _MEAN: "over samples; a failure is Dice 0 or an invalid format",
+                _VOLUMES: "no rule",
             },
-            *("mdice", _core_seg_row, _core_seg, ("both empty", "ignored pixels")),
+            *("mdice", scores.core_seg_row, scores.core_seg, ("both empty", "ignored pixels", VOLUMES)),
         ),
         Convention(
             "segrl",
@@ -355,8 +203,9 @@ CONVENTIONS: dict[str, Convention] = {
                 _MISS: "0; the target adds to the union of cIoU",
                 _IGNORED: "left out",
                 _MEAN: "over rows; cIoU over pixels; P@X over rows with a target, IoU > X",
+                _VOLUMES: "as pixels; HD95 (both masks not empty) and NSD at 2 mm, where the spacing is known",
             },
-            *("giou", _segrl_row, _segrl),
+            *("giou", scores.segrl_row, scores.segrl, (), {"mdice": scores.segrl_dice}),
         ),
     )
 }
