@@ -19,7 +19,7 @@ from segrl.errors import DataError
 from segrl.geometry import mask_to_rle
 from segrl.metrics import count_hedges
 from segrl.reports.charts import bar_chart
-from segrl.reports.page import data_script, element, html_page
+from segrl.reports.page import data_script, element, figure_picture, html_page, link_list, section, text_table
 from segrl.reports.review import read_review, write_review
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -227,3 +227,19 @@ def test_a_chart_has_a_bar_for_each_group_that_a_system_has(tmp_path):
     assert len(re.findall(r'<g id="patch_\d+">', drawn)) >= 3 + 2  # bars, the background and the frame
     with pytest.raises(DataError, match="at least one group"):
         bar_chart({"full": {}}, tmp_path / "c.png")
+
+
+def test_parts_of_a_page():
+    from matplotlib.figure import Figure
+
+    def drawn() -> str:
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().plot([0, 1])
+        return figure_picture(figure, 'a "b"')
+
+    assert drawn() == drawn()
+    assert 'alt="a &quot;b&quot;"' in drawn()
+    assert 'id="a-b"' in section("A & <b>")
+    assert section("A & <b>").count("<b>") == 0
+    assert link_list(["A & <b>"]) == '<p class="note"><a href="#a-b">A &amp; &lt;b&gt;</a></p>'
+    assert "<td>True</td><td></td>" in text_table(["x", "y"], [[True, None]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,47 +14,15 @@ from segrl.errors import DataError
 from segrl.geometry.masks import rle_to_mask
 from segrl.models.saved_files import read_object
 from segrl.reports.drawing import draw_overlay
-from segrl.reports.page import data_script, element, html_page, picture
+from segrl.reports.page import element, picture
 from segrl.reports.results_file import write_results
+from segrl.reports.sheet import read_sheet, sheet_page
 
 __all__ = ["read_review", "write_review"]
 
 SHEET, KEY = "sheet.html", "key.json"
 ANSWERS = ("left", "equal", "right")
 SIDE = 320  # of a drawn image, pixels
-_SCRIPT = """
-const store = "segrl-review-" + review.id;
-const answers = JSON.parse(localStorage.getItem(store) || "{}");
-function table() {
-  const quoted = value => '"' + String(value).replaceAll('"', '""') + '"';
-  const rows = review.samples.map(sample => {
-    const found = answers[sample] || {};
-    return [review.id, sample, found.answer || "", found.remark || ""].map(quoted).join(",");
-  });
-  return "review,sample,answer,remark\\r\\n" + rows.join("\\r\\n") + "\\r\\n";
-}
-function show() {
-  const done = review.samples.filter(sample => (answers[sample] || {}).answer).length;
-  document.getElementById("done").textContent = done + " of " + review.samples.length + " answered";
-  try { localStorage.setItem(store, JSON.stringify(answers)); } catch (error) { /* private windows keep nothing */ }
-}
-document.querySelectorAll("input").forEach(input => {
-  const sample = input.dataset.sample, found = answers[sample] || {};
-  if (input.type === "radio") input.checked = found.answer === input.value;
-  else input.value = found.remark || "";
-  input.addEventListener("input", () => {
-    answers[sample] = {...answers[sample], [input.type === "radio" ? "answer" : "remark"]: input.value};
-    show();
-  });
-});
-document.getElementById("save").addEventListener("click", () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([table()], {type: "text/csv"}));
-  link.download = "answers.csv";
-  link.click();
-});
-show();
-"""
 
 
 def write_review(
@@ -110,53 +77,27 @@ def write_review(
     chosen = [int(n) for n in rng.permutation(sorted(differ))[:count]]
     swapped = rng.permutation(len(chosen)) % 2 == 1  # each system is on the left equally often
     identity = f"{int(rng.integers(16**8)):08x}"
-    body, key = [], []
+    questions, key = [], []
     for number, (n, swap) in enumerate(zip(chosen, swapped, strict=True), 1):
         records = (second[n], first[n]) if swap else (first[n], second[n])
-        body.append(_question(number, images[n](), records))
+        questions.append((str(records[0].get("query") or ""), _pictures(images[n](), records)))
         sides = {"left": names[1] if swap else names[0], "right": names[0] if swap else names[1]}
         key.append({"sample": number, "name": str(first[n].get("name") or ""), "record": n, **sides})
-    intro = (
-        "For each question, which red mask answers it better? The order of the two is random. Answers stay in this "
-        "browser until they are saved as a CSV file."
-    )
-    end = element("p", element("button", text="Save answers as CSV", id="save"), " ", element("span", id="done"))
-    page = html_page(
-        "Which mask is better?",
-        [element("p", text=intro), *body, end, data_script("review", {"id": identity, "samples": _numbers(chosen)})],
-        script=_SCRIPT,
-    )
+    intro = "For each question, which red mask answers it better? The order of the two is random."
+    page = sheet_page("Which mask is better?", intro, questions, ANSWERS, identity)
     home.mkdir(parents=True, exist_ok=True)
     (home / SHEET).write_text(page, encoding="utf-8")
     write_results(home / KEY, {"id": identity, "systems": list(names), "samples": key})
     return chosen
 
 
-def _numbers(chosen: Sequence[int]) -> list[int]:
-    return list(range(1, len(chosen) + 1))
-
-
-def _question(number: int, image: Image.Image, records: Sequence[Mapping[str, Any]]) -> str:
-    query = str(records[0].get("query") or "")
+def _pictures(image: Image.Image, records: Sequence[Mapping[str, Any]]) -> str:
     cells = [element("div", element("p", text="image"), picture(_drawn(image, None), "the image"))]
     for side, record in zip(("left", "right"), records, strict=True):
         found = record["predicted_mask"]
         mask = np.zeros((1, 1), dtype=bool) if found is None else rle_to_mask(found)
         cells.append(element("div", element("p", text=side), picture(_drawn(image, mask), f"the {side} mask")))
-    radios = [
-        element(
-            "label", f'<input type="radio" name="sample{number}" value="{answer}" data-sample="{number}"> {answer} '
-        )
-        for answer in ANSWERS
-    ]
-    remark = element("label", f'remark <input type="text" size="40" data-sample="{number}">')
-    return "\n".join(
-        [
-            element("h2", text=f"{number}. {query}"),
-            element("div", *cells, class_="row"),
-            element("p", *radios, remark),
-        ]
-    )
+    return element("div", *cells, class_="row")
 
 
 def _drawn(image: Image.Image, mask: np.ndarray | None) -> Image.Image:
@@ -196,19 +137,8 @@ def read_review(folder: str | Path, answers: Sequence[str | Path]) -> dict[str, 
     one, other = key["systems"]
     counts = {"first": 0, "equal": 0, "second": 0}
     unanswered, votes = 0, {sample: [] for sample in sides}
-    for path in map(Path, answers):
-        seen = set()
-        for line, row in _rows(path):
-            where = f"{path}, line {line}"
-            sample, answer = (row.get("sample") or "").strip(), (row.get("answer") or "").strip().lower()
-            if (row.get("review") or "").strip() != key["id"]:
-                raise DataError(f"{where}: review {row.get('review')!r}, expected {key['id']!r}, that of {home}")
-            if sample not in sides or sample in seen:
-                wrong = "twice" if sample in seen else "not on the sheet"
-                raise DataError(f"{where}: sample {sample!r} is {wrong}; restore the file")
-            seen.add(sample)
-            if answer and answer not in ANSWERS:
-                raise DataError(f"{where}: answer {answer!r}; expected one of {', '.join(ANSWERS)}, or nothing")
+    for path in answers:
+        for sample, answer, _ in read_sheet(path, home, key["id"], sides, ANSWERS):
             if not answer:
                 unanswered += 1
                 continue
@@ -232,15 +162,3 @@ def read_review(folder: str | Path, answers: Sequence[str | Path]) -> dict[str, 
 def _agreement(votes: Mapping[str, Sequence[str]]) -> float | None:
     pairs = [one == other for given in votes.values() for n, one in enumerate(given) for other in given[n + 1 :]]
     return float(np.mean(pairs)) if pairs else None
-
-
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in ("review", "sample", "answer") if name not in (reader.fieldnames or ())]
-            if missing:
-                raise DataError(f"{path}: no column {', '.join(missing)}; pass a file that the sheet saved")
-            return [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
