@@ -265,7 +265,9 @@ def _case(source: SourceSettings, row: Mapping[str, Any]) -> tuple[Case, str]:
         split=str(row.get("split") or ""),
         volume=str(row.get("volume") or ""),
         slice=int(row["slice"]) if str(row.get("slice") or "").isdigit() else None,
-        **texts,
+        modality=texts["modality"],
+        anatomy=texts["anatomy"],
+        lesion=texts["lesion"],
     )
     return case, "" if read_mask_file(case.mask, str(case.mask)).any() else "empty mask"
 
