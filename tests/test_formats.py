@@ -1,9 +1,12 @@
 """Data in the layouts that people have: read, written as a folder that trains, and what can be wrong with it."""
 
+import inspect
 import json
 import os
 import pickle
+import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,19 @@ from scipy import sparse
 from script_modules import ROOT
 from shapely.geometry import Polygon
 
+from segrl.cli.formats import FORMATS, TEXTS, imported
 from segrl.cli.main import main
-from segrl.data import load_folder, load_volumes, make_synthetic, read_case, read_label
+from segrl.data import load_folder, load_volumes, make_synthetic, read_case, read_label, write_folder
 from segrl.data.benchmarks import BENCHMARKS
 from segrl.data.formats import (
     FormatRow,
+    ScanRow,
     coco_annotations,
     coco_mask,
     read_biomedparse,
     read_coco,
     read_columns,
+    read_cvc_clinicdb,
     read_imed_361m,
     read_m3d_refseg,
     read_medsegbench,
@@ -36,11 +42,17 @@ from segrl.data.formats import (
     read_pickled_lists,
     read_reasonseg,
     read_refcoco,
+    read_rows,
     read_sa_med2d,
+    write_biomedparse,
+    write_coco,
+    write_columns,
+    write_nnunet,
+    write_pairs,
     write_rows,
 )
 from segrl.data.overview import data_overview
-from segrl.errors import DataError, UnknownNameError
+from segrl.errors import DataError, SegRLError, UnknownNameError
 from segrl.evaluation.conventions import CONVENTIONS
 from segrl.geometry import mask_to_rle
 from segrl.predictions import Target
@@ -134,6 +146,131 @@ def test_a_thousand_masks_survive_coco_exactly(tmp_path):
         text = {**packed, "counts": packed["counts"].decode()}
         assert np.array_equal(coco_mask(text, 13, 17), mask)
         assert np.array_equal(coco_mask(packed, 13, 17), mask)
+
+
+LAYOUTS: dict[str, Any] = {
+    "pairs": (write_pairs, lambda home: read_pairs(home, texts={})),
+    "coco": (write_coco, lambda home: read_coco(home / "train.json", home / "images", texts={})),
+    "nnunet": (write_nnunet, lambda home: read_nnunet(home, texts={})),
+    "biomedparse": (write_biomedparse, lambda home: read_biomedparse(home, texts={})),
+    "hf": (write_columns, lambda home: read_columns(home, columns={}, texts={})),
+    "folder": (write_rows, read_rows),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_thousand_masks_survive_every_layout_exactly(layout, tmp_path):
+    """Written and read back; two of an image where a layout has room for two."""
+    truth = masks(1000)
+    each = 1 if layout in ("pairs", "hf") else 2
+    rows = []
+    for n, mask in enumerate(truth):
+        image, which = divmod(n, each)
+        if layout == "nnunet":  # one value a pixel, and no row without one
+            mask &= np.arange(17) // 9 == which
+            mask[0, 9 * which] = True
+        texts = {"lesion": f"kind {which}", "modality": "CT", "anatomy": "liver", "source": "set"}
+        picture = Image.new("RGB", (17, 13), (image % 256, image // 256, 0))
+        rows.append(FormatRow(picture, mask, f"{image}", "train", texts))
+    write, read = LAYOUTS[layout]
+    assert write(rows, tmp_path / "out") == {"train": 1000}
+    found = {
+        (Path(row.name).stem.split("_")[0], row.texts.get("lesion", "kind 0")): row for row in read(tmp_path / "out")
+    }
+    assert len(found) == 1000
+    for row in rows:
+        again = found[row.name, row.texts["lesion"]]
+        assert np.array_equal(again.mask, row.mask)
+        assert again.split == "train"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_target_survives_the_layouts_that_have_a_place_for_it(layout, tmp_path):
+    texts = {"lesion": "cyst", "modality": "CT", "anatomy": "liver"}
+    rows = [
+        FormatRow(Image.new("RGB", (4, 4), n), np.eye(4, dtype=bool) & bool(n), f"{n}", "train", texts) for n in (0, 1)
+    ]
+    write, read = LAYOUTS[layout]
+    write(rows, tmp_path / "out")
+    assert len(list(read(tmp_path / "out"))) == (1 if layout == "nnunet" else 2)  # there a label without a value
+
+
+def test_what_a_layout_has_no_place_for(tmp_path):
+    mask = np.eye(4, dtype=bool)
+    texts = {"lesion": "cyst", "modality": "CT", "anatomy": "liver"}
+    row = FormatRow(Image.new("RGB", (4, 4)), mask, "x", "train", texts)
+    scan = ScanRow(Path("s.nii.gz"), Path("l.nii.gz"), "1", "train", texts)
+    cases: list[tuple[Any, list[Any], str]] = [
+        (write_pairs, [row, replace(row, mask=~mask)], "x: has several rows, and pairs hold one mask"),
+        (write_pairs, [replace(row, split="testA")], "split of pairs 'testA'"),
+        (write_pairs, [scan], "pairs holds images, and this is a scan"),
+        (write_coco, [row, row], "x: two rows ask for 'cyst'"),
+        (write_coco, [replace(row, texts={})], "x: has no lesion"),
+        (write_coco, [replace(row, ignored=mask)], "coco has no place for ignored pixels"),
+        (write_nnunet, [row, replace(row, texts={**texts, "lesion": "node"})], "masks overlap"),
+        (write_nnunet, [row, replace(row, texts={**texts, "modality": "US"})], "the modalities CT, US"),
+        (write_nnunet, [row, scan], "images and scans"),
+        (write_nnunet, [replace(row, split="val")], "split of nnunet 'val'"),
+        (write_nnunet, [replace(scan, label_value="1,2")], "cyst has the value 1,2"),
+        (write_biomedparse, [replace(row, texts={**texts, "anatomy": ""})], "anatomy ''; biomedparse writes it"),
+        (write_biomedparse, [replace(row, texts={**texts, "lesion": "a_b"})], "lesion 'a_b'; biomedparse writes it"),
+        (write_biomedparse, [row, row], "two rows ask for 'cyst'"),
+    ]
+    for write, rows, message in cases:
+        with pytest.raises(SegRLError, match=re.escape(message)):
+            write(rows, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_export_by_the_command(tmp_path, capsys):
+    """Images to BiomedParse, with texts that they have not, and scans to nnU-Net and back."""
+    rows = make_synthetic(4, size=40)
+    data = write_folder(rows, tmp_path / "data", split=["train", "train", "train", "test"])
+    argv = ["data", "export", "biomedparse", str(data), str(tmp_path / "bp")]
+    assert main([*argv, "--modality", "US", "--anatomy", "breast"]) == 0
+    assert "1 test, 3 train" in capsys.readouterr().out
+    found = [row for row in read_biomedparse(tmp_path / "bp", texts={}) if row.split == "train"]
+    assert sorted(row.texts["lesion"] for row in found) == sorted(rows["lesion"][:3])
+    nnunet(tmp_path / "src", ".nii.gz")
+    assert main(["data", "convert", "nnunet", str(tmp_path / "src"), str(tmp_path / "scans")]) == 0
+    assert main(["data", "export", "nnunet", str(tmp_path / "scans"), str(tmp_path / "again")]) == 0
+    first, second = (json.loads((tmp_path / part / "dataset.json").read_text()) for part in ("src", "again"))
+    assert all(first[name] == second[name] for name in ("labels", "channel_names", "file_ending"))
+    for label in (tmp_path / "src" / "labelsTr").iterdir():
+        assert label.read_bytes() == (tmp_path / "again" / "labelsTr" / label.name).read_bytes()
+    assert main(["data", "export", "pairs", str(tmp_path / "nothing"), str(tmp_path / "x")]) == 2
+    assert "manifest.csv: no such file" in capsys.readouterr().err
+
+
+def test_cvc_clinicdb(tmp_path):
+    for n in (1, 25, 26, 50, 206, 612):
+        save(tmp_path / "CVC" / "Original" / f"{n}.tif", picture(n))
+        save(tmp_path / "CVC" / "Ground Truth" / f"{n}.tif", grey(masks(1, n)[0]))
+    rows = list(read_cvc_clinicdb(tmp_path / "CVC", texts={}, test_fraction=0.5, seed=3))
+    sequences = {int(row.name): row.texts["patient"] for row in rows}
+    assert sequences == {n: f"sequence {k}" for n, k in ((1, 1), (25, 1), (26, 2), (50, 2), (206, 11), (612, 29))}
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row.texts["patient"], set()).add(row.split)
+    assert sorted(map(len, splits.values())) == [1, 1, 1, 1]
+    assert sum(found == {"test"} for found in splits.values()) == 2
+    save(tmp_path / "CVC" / "Original" / "613.tif", picture(0))
+    save(tmp_path / "CVC" / "Ground Truth" / "613.tif", grey(masks(1)[0]))
+    with pytest.raises(DataError, match="613: expected frames 1 to 612"):
+        list(read_cvc_clinicdb(tmp_path / "CVC", texts={}))
+
+
+def test_a_format_is_one_entry_whose_flags_are_its_readers_arguments(capsys):
+    for name, layout in FORMATS.items():
+        arguments = inspect.signature(imported(layout.read)).parameters
+        own = [*layout.places, "texts", *layout.flags]
+        assert list(arguments)[: len(layout.places)] == list(layout.places) or len(layout.places) == 1, name
+        assert set(own[len(layout.places) :]) <= set(arguments), name
+        assert not layout.write or callable(imported(layout.write))
+        with pytest.raises(SystemExit):
+            main(["data", "convert", name, "--help"])
+        shown = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+        assert shown == {*layout.flags, *TEXTS, "hardlink", "help", "import"}, name
 
 
 def test_a_thousand_masks_survive_the_folder_exactly(tmp_path):

@@ -23,9 +23,11 @@ from segrl.data import (
     write_mask,
     write_volume,
 )
+from segrl.data.formats import FormatRow, coco_annotations
 from segrl.errors import DataError
 from segrl.evaluation import StoredMasks, evaluate, evaluate_masks
-from segrl.geometry import rle_to_mask
+from segrl.geometry import mask_to_rle, rle_to_mask
+from segrl.geometry.run_lengths import rle_counts
 from segrl.inference import ReasoningSegmenter
 from segrl.metrics import dice, hausdorff
 from segrl.predictions import ImagePromptSettings
@@ -182,6 +184,98 @@ def test_masks_of_volumes_by_the_command(tmp_path, capsys):
     model = read_json(tmp_path / "theirs_evaluation" / "results.json")["model"]
     assert (model["mdice"], model["hd95_mm"]) == (1, 0)
     assert "slice_boxes" not in model
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """Two images of COCO, one with two categories, converted; and what a detector found on them."""
+    rows = []
+    for n, lesion in enumerate(("cyst", "node", "cyst")):
+        mask = np.zeros((20, 24), dtype=bool)
+        mask[2 + n : 9, 3:10] = True
+        image, name = Image.new("RGB", (24, 20), n // 2), f"im age {n // 2}.png"
+        rows.append(FormatRow(image, mask, name, "test", {"lesion": lesion}))
+    (tmp_path / "images").mkdir()
+    for n in (0, 2):
+        rows[n].image.save(tmp_path / "images" / rows[n].name)
+    content = coco_annotations(rows)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    convert = ["coco", str(tmp_path / "a.json"), str(tmp_path / "images"), str(tmp_path / "data"), "--split", "test"]
+    assert main(["data", "convert", *convert]) == 0
+    moved = [np.roll(row.mask, 1, axis=1) for row in rows]
+    results = [
+        {"image_id": 1, "category_id": 1, "segmentation": mask_to_rle(moved[0], compressed=True), "score": 0.9},
+        {"image_id": 1, "category_id": 1, "segmentation": [[0, 12, 4, 12, 4, 16, 0, 16]], "score": 0.6},
+        {"image_id": 1, "category_id": 1, "segmentation": mask_to_rle(np.ones((20, 24), bool)), "score": 0.4},
+        {"image_id": 2, "category_id": 2, "segmentation": mask_to_rle(moved[1])},  # nobody asks for it
+        {"image_id": 2, "category_id": 1, "segmentation": mask_to_rle(moved[2]), "bbox": [0, 0, 1, 1]},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+def detections(coco: Path, *more: str) -> int:
+    files = ["--predictions", str(coco / "results.json"), "--annotations", str(coco / "a.json")]
+    return main(["eval", *files, "--data", str(coco / "data"), "--pictures", "0", *more])
+
+
+def test_detections_of_coco(coco, capsys):
+    with pytest.warns(UserWarning, match="1 detections are of categories that no row about their image asks for"):
+        assert detections(coco, "--conventions", "segrl") == 0
+    records = read_json(coco / "results_evaluation" / "predictions.json")
+    assert [(record["lesion"], bool(rle_counts(record["predicted_mask"])[1::2].sum())) for record in records] == [
+        ("cyst", True),
+        ("node", False),
+        ("cyst", True),
+    ]
+    rows = load_folder(coco / "data", "test")
+    for n in (0, 2):
+        true = np.asarray(dict(rows[n])["mask"]) > 0
+        predicted = np.roll(true, 1, axis=1)
+        predicted[12:16, 0:4] |= n == 0
+        assert records[n]["dice"] == dice(predicted, true)
+    with pytest.warns(UserWarning, match="1 detections"):
+        assert detections(coco, "--min_score", "0.3", "--output_dir", str(coco / "low")) == 0
+    assert rle_to_mask(read_json(coco / "low" / "predictions.json")[0]["predicted_mask"]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 9}, "result 0: image_id 9 is not in"),
+        ({"category_id": "cyst"}, "result 0: category_id 'cyst' is not in"),
+        (
+            {"segmentation": {"size": [4, 4], "counts": [16]}},
+            "result 0: run lengths of the size [4, 4], expected",
+        ),
+        ({"segmentation": [[1, 2]]}, "result 0: a polygon of 1 points; expected three or more"),
+        ({"segmentation": {"size": [20, 24], "counts": "~"}}, "result 0: compressed run lengths with the character"),
+        ({"score": "high"}, "result 0: score 'high', expected a number"),
+    ],
+)
+def test_broken_detections(coco, change, message, capsys):
+    results = read_json(coco / "results.json")
+    (coco / "results.json").write_text(json.dumps([{**results[0], **change}, {**results[1], **change}]))
+    assert detections(coco) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert f"{coco / 'results.json'}: 2 problems, expected none:" in error
+    assert not (coco / "results_evaluation").exists()
+
+
+def test_detections_for_other_data(coco, capsys):
+    assert main(["eval", "--predictions", str(coco / "results.json"), "--data", str(coco / "data")]) == 2
+    assert "holds COCO's results; pass --annotations" in capsys.readouterr().err
+    assert detections(coco, "--missing_empty") == 2
+    assert "--missing_empty is for folders" in capsys.readouterr().err
+    assert detections(coco, "--volumes", "--split", "test") == 2
+    (coco / "results.json").write_text('[{"image_id": 1, "category_id": 1}]')
+    capsys.readouterr()
+    assert detections(coco) == 2
+    assert "result 0 has no segmentation; expected image_id, category_id, segment" in capsys.readouterr().err
+    folder = write(coco / "theirs", load_folder(coco / "data", "test").select([0]))
+    assert main(["eval", "--predictions", str(folder), "--data", str(coco / "data"), "--min_score", "0.5"]) == 2
+    assert "--min_score is for --predictions of COCO's results; drop it" in capsys.readouterr().err
 
 
 def test_volumes_in_the_conventions_of_evaluators(tmp_path, capsys):

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from segrl.cli.formats import FORMATS, TEXTS, imported
 from segrl.cli.output import OK, print_json
 
 __all__ = ["add_data_commands"]
 
 _DRAWN, _CELL = 8, 160  # rows of each split on a sheet; pixels
-_TEXTS = ("lesion", "modality", "anatomy", "query", "source")
 
 
 def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argparse.ArgumentParser) -> None:
@@ -34,53 +34,38 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
     check.add_argument("--sheet", type=Path, metavar="FILE", help="images: draw the first rows of each split")
     check.set_defaults(run=_check)
 
+    _add_convert(commands, common)
+    _add_export(commands, common)
+
+
+def _add_convert(commands: Any, common: argparse.ArgumentParser) -> None:
     convert = commands.add_parser("convert", help="write a folder with manifest.csv that the trainers read")
     formats = convert.add_subparsers(dest="format", required=True, metavar="FORMAT")
-
-    def add(name: str, help: str, *places: tuple[str, str]) -> argparse.ArgumentParser:
-        command = formats.add_parser(name, parents=[common], help=help)
-        for place, meaning in places:
+    for name, layout in FORMATS.items():
+        command = formats.add_parser(name, parents=[common], help=layout.help, description=layout.help + ".")
+        for place, meaning in layout.places.items():
             command.add_argument(place, type=Path, metavar=place.upper(), help=meaning)  # "source" is a column
         command.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
         command.add_argument("--hardlink", action="store_true", help="link files instead of copying them")
-        for column in _TEXTS:
+        for column in TEXTS:
             command.add_argument(f"--{column}", metavar="TEXT", help=f"column {column} of every row")
+        for flag, entry in layout.flags.items():
+            command.add_argument(f"--{flag}", help=entry.help, **entry.settings)
         command.set_defaults(run=_convert)
-        return command
 
-    def divides(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--test_fraction", type=float, default=0.0, metavar="X", help="share of images drawn for "
-                             "the split test, where the source has no splits (default: 0)")  # fmt: skip
-        command.add_argument("--seed", type=int, default=0, metavar="N", help="of that draw")
 
-    divides(add("pairs", "x.jpg with x_mask.png, or images/x.jpg with masks/x.png", ("path", "the folder")))
-    coco = add("coco", "polygons and run lengths", ("annotations", "the JSON file"), ("images", "folder of its images"))
-    coco.add_argument("--split", metavar="NAME", help="split of all rows (default: train, but for --test_fraction)")
-    coco.add_argument(
-        "--crossing", action="store_true", help="fill polygons that cross themselves, as pycocotools does"
-    )
-    divides(coco)
-    nnunet = add("nnunet", "a data set of nnU-Net, images or scans", ("path", "the folder with dataset.json"))
-    nnunet.add_argument("--channel", metavar="NAME", help="of several channels the one to take")
-    layout = "the layout of ReasonSeg, with pixels to ignore"
-    reasonseg = add("reasonseg", layout, ("path", "folder with train, val, test"))
-    reasonseg.add_argument("--questions", choices=("first", "all"), default="first", help="of an image; LISA evaluates "
-                           "the first (default)")  # fmt: skip
-    places = (("refs", "expressions: grefs(unc).json or refs(unc).p"), ("instances", "instances.json"))
-    refcoco = add("refcoco", "RefCOCO, +, g and gRefCOCO", *places, ("images", "folder of COCO's images"))
-    refcoco.add_argument("--split", metavar="NAME", help="only this one, such as testA")
-    add("biomedparse", "file names that say what masks show", ("path", "folder of one set, or of several"))
-    bench = add("medsegbench", "arrays of images and labels", ("path", "the .npz file"))
-    bench.add_argument("--labels", nargs="+", metavar="VALUE=NAME", help="of labels with several values")
-    mmr = add("mmr", "questions about objects and parts", ("annotations", "MMR_NAME.json"), ("images", "COCO's images"))
-    mmr.add_argument("--split", metavar="NAME", help="of all rows (default: NAME of the file)")
-    med2d = add("sa_med2d", "SA-Med2D-20M, a file for each instance", ("path", "the folder SAMed2Dv1"))
-    med2d.add_argument("--sets", nargs="+", metavar="SET", help="only these, such as kvasir_seg")
-    divides(med2d)
-    divides(add("m3d_refseg", "M3D-RefSeg, questions about scans", ("path", "folder of M3D_RefSeg.csv and the cases")))
-    add("imed_361m", "IMed-361M, sparse masks of all structures", ("path", "folder of one set, or of several"))
-    hub = add("hf", "a Hugging Face data set", ("path", "folder, file, or owner/name on the hub"))
-    hub.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="such as text=query gt=mask")
+def _add_export(commands: Any, common: argparse.ArgumentParser) -> None:
+    export = commands.add_parser("export", help="write a folder with manifest.csv in another layout")
+    formats = export.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, layout in FORMATS.items():
+        if not layout.write:
+            continue
+        command = formats.add_parser(name, parents=[common], help=layout.help, description=layout.help + ".")
+        command.add_argument("path", type=Path, metavar="PATH", help="folder with manifest.csv")
+        command.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
+        for column in TEXTS:
+            command.add_argument(f"--{column}", metavar="TEXT", help=f"in place of the column {column}")
+        command.set_defaults(run=_export)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -102,84 +87,34 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from segrl.data import formats
-    from segrl.errors import SegRLError
+    from segrl.data.formats.rows import write_rows
     from segrl.reports.terminal import say
 
-    texts = {name: value for name in _TEXTS if (value := getattr(arguments, name)) is not None}
-    drawn = {name: getattr(arguments, name) for name in ("test_fraction", "seed") if hasattr(arguments, name)}
-    unnamed = arguments.format == "pairs" or (arguments.format == "medsegbench" and not arguments.labels)
-    if unnamed and not texts.keys() & {"lesion", "query"}:
-        kind = arguments.format
-        raise SegRLError(f"{kind}: what do the masks show? Pass --lesion, such as --lesion polyp, or --query")
-    if arguments.format == "pairs":
-        rows = formats.read_pairs(arguments.path, texts=texts, **drawn)
-    elif arguments.format == "coco":
-        rows = formats.read_coco(
-            arguments.annotations,
-            arguments.images,
-            texts=texts,
-            split=arguments.split,
-            crossing=arguments.crossing,
-            **drawn,
-        )
-    elif arguments.format == "nnunet":
-        rows = formats.read_nnunet(arguments.path, texts=texts, channel=arguments.channel)
-    elif arguments.format == "reasonseg":
-        rows = formats.read_reasonseg(arguments.path, texts=texts, questions=arguments.questions)
-    elif arguments.format == "refcoco":
-        places = arguments.refs, arguments.instances, arguments.images
-        rows = formats.read_refcoco(*places, texts=texts, split=arguments.split)
-    elif arguments.format == "biomedparse":
-        rows = formats.read_biomedparse(arguments.path, texts=texts)
-    elif arguments.format == "medsegbench":
-        rows = formats.read_medsegbench(arguments.path, texts=texts, labels=_labels(arguments.labels))
-    elif arguments.format == "mmr":
-        rows = formats.read_mmr(arguments.annotations, arguments.images, texts=texts, split=arguments.split)
-    elif arguments.format == "sa_med2d":
-        rows = formats.read_sa_med2d(arguments.path, texts=texts, sets=arguments.sets, **drawn)
-    elif arguments.format == "m3d_refseg":
-        rows = formats.read_m3d_refseg(arguments.path, texts=texts, **drawn)
-    elif arguments.format == "imed_361m":
-        rows = formats.read_imed_361m(arguments.path, texts=texts)
-    else:
-        rows = formats.read_columns(arguments.path, columns=_columns(arguments.columns), texts=texts)
-    counts = formats.write_rows(rows, arguments.destination, hardlink=arguments.hardlink)
-    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
-    say(f"Written to {arguments.destination}: {listed}")
+    rows = FORMATS[arguments.format].rows(arguments.format, arguments)
+    counts = write_rows(rows, arguments.destination, hardlink=arguments.hardlink)
+    _say_written(arguments.destination, counts)
     missing = [name for name in ("train", "test") if name not in counts]
     if missing:
         say(f"training needs the split {' and '.join(missing)} too: see --test_fraction, or --folds of the scripts")
     return OK
 
 
-def _columns(given: list[str]) -> dict[str, str]:
-    from segrl.data.formats.columns import COLUMNS
-    from segrl.errors import SegRLError, unknown_name
+def _export(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
 
-    found: dict[str, str] = {}
-    for pair in given:
-        theirs, equals, ours = pair.partition("=")
-        if not equals or not theirs or not ours:
-            raise SegRLError(f"--columns {pair}: expected THEIRS=OURS, such as text=query")
-        if ours not in COLUMNS:
-            raise unknown_name("column", ours, COLUMNS)
-        if ours in found:
-            raise SegRLError(f"--columns: {found[ours]} and {theirs} are both {ours}; drop one")
-        found[ours] = theirs
-    return found
+    from segrl.data.formats.own_folder import read_rows
+
+    texts = {name: value for name in TEXTS if (value := getattr(arguments, name)) is not None}
+    rows = (replace(row, texts={**row.texts, **texts}) for row in read_rows(arguments.path))
+    _say_written(arguments.destination, imported(FORMATS[arguments.format].write)(rows, arguments.destination))
+    return OK
 
 
-def _labels(given: list[str] | None) -> dict[int, str] | None:
-    from segrl.errors import SegRLError
+def _say_written(destination: Path, counts: dict[str, int]) -> None:
+    from segrl.reports.terminal import say
 
-    found: dict[int, str] = {}
-    for pair in given or ():
-        value, equals, name = pair.partition("=")
-        if not equals or not name or not value.isdigit() or not int(value):
-            raise SegRLError(f"--labels {pair}: expected VALUE=NAME, such as 1=polyp")
-        found[int(value)] = name
-    return found or None
+    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+    say(f"Written to {destination}: {listed}")
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import OK, count, positive
+from segrl.cli.output import OK, count, positive, share
 
 __all__ = ["add_eval_command"]
 
@@ -19,14 +19,18 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     system = command.add_mutually_exclusive_group(required=True)
     system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub; "
                         "or a chat model that was not trained by segrl, with --segmenter")  # fmt: skip
-    system.add_argument("--predictions", type=Path, metavar="PATH", help="folder with one mask file a row, "
-                        "named as the row is; or predictions.json of a run, scored once more")  # fmt: skip
+    system.add_argument("--predictions", type=Path, metavar="PATH", help="folder with one mask file a row, named as "
+                        "the row is; COCO's results, with --annotations; or predictions.json of a run")  # fmt: skip
     command.add_argument("--data", metavar="PATH", help="folder with manifest.csv, DatasetDict saved to "
                          "disk, or hub data set owner/name")  # fmt: skip
     command.add_argument("--benchmark", metavar="NAME", help="one of `segrl data list`: --data may be its download, "
                          "and the masks are scored in the conventions of its papers")  # fmt: skip
     command.add_argument("--split", metavar="NAME", help="default: test")
     command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes")
+    command.add_argument("--annotations", type=Path, metavar="FILE", help="with --predictions of COCO's results: JSON "
+                         "with the images and categories that their ids stand for")  # fmt: skip
+    command.add_argument("--min_score", type=share, metavar="X", help="of such results, drop those with a lower score "
+                         "(default: 0.5)")  # fmt: skip
     command.add_argument("--missing_empty", action="store_true", help="with --predictions: no file means an empty mask")
     command.add_argument("--limit", type=positive, metavar="N", help="evaluate only the first rows")
     command.add_argument(
@@ -55,8 +59,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from segrl.errors import SegRLError
 
     stored = arguments.predictions
-    if stored is not None and stored.suffix == ".json" and not stored.is_dir():
+    file = stored is not None and stored.suffix == ".json" and not stored.is_dir()
+    if file and not stored.is_file():
+        raise SegRLError(f"--predictions {stored}: no such file")
+    if file and not _holds_detections(stored):
         return _score_again(arguments)
+    if file and arguments.annotations is None:
+        raise SegRLError(f"--predictions {stored}: holds COCO's results; pass --annotations with the JSON of their ids")
+    if file and arguments.missing_empty:
+        raise SegRLError("--missing_empty is for folders, a row without a detection has an empty mask; drop it")
+    for flag in ("annotations", "min_score"):
+        if not file and getattr(arguments, flag) is not None:
+            raise SegRLError(f"--{flag} is for --predictions of COCO's results; drop it")
     if arguments.data is None:
         raise SegRLError("--data is missing: what is the system evaluated on?")
     if arguments.benchmark is None:
@@ -66,6 +80,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with benchmark_folder(arguments.benchmark, arguments.data) as folder:
         arguments.conventions = arguments.conventions or list(BENCHMARKS[arguments.benchmark].conventions)
         return _evaluate_on(folder, arguments)
+
+
+def _holds_detections(path: Path) -> bool:
+    from segrl.evaluation.coco_results import is_coco_results
+
+    return is_coco_results(path)
 
 
 def _score_again(arguments: argparse.Namespace) -> int:
@@ -79,14 +99,14 @@ def _score_again(arguments: argparse.Namespace) -> int:
     from segrl.scripts.run_folder import check_output, claimed
 
     path = arguments.predictions.absolute()
-    if not path.is_file():
-        raise SegRLError(f"--predictions {arguments.predictions}: no such file")
     for flag in (
         "data",
         "split",
         "allow_outside",
         "allow_empty",
         "volumes",
+        "annotations",
+        "min_score",
         "missing_empty",
         "batch_size",
         "device",
@@ -139,7 +159,7 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
                 raise SegRLError(f"--{flag} is for --model; drop it")
         task = "volumes" if arguments.volumes else "images"
         masks = arguments.predictions.absolute()
-        default = masks.with_name(f"{masks.name}_evaluation")
+        default = masks.with_name(f"{masks.name.removesuffix('.json')}_evaluation")
     output = arguments.output_dir or default
     check_output(output, overwrite=arguments.overwrite, inputs={"data": arguments.data, "model": arguments.model})
     readers: dict[str, Any] = {"folder": load_folder, "check": check_rows}
@@ -199,6 +219,9 @@ def _loaded(arguments: argparse.Namespace, task: str) -> Any:
 
 
 def _stored(arguments: argparse.Namespace, rows: Any) -> Any:
-    from segrl.evaluation.stored_masks import StoredMasks
+    from segrl.evaluation import CocoMasks, StoredMasks
 
+    if arguments.annotations is not None:
+        least = 0.5 if arguments.min_score is None else arguments.min_score
+        return CocoMasks(arguments.predictions, arguments.annotations, rows, min_score=least)
     return StoredMasks(arguments.predictions, rows, missing_empty=arguments.missing_empty)

@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segrl.data.formats import read_biomedparse, read_imed_361m, read_m3d_refseg, read_pairs, read_reasonseg, write_rows
+from segrl.data.formats import (
+    read_biomedparse,
+    read_cvc_clinicdb,
+    read_imed_361m,
+    read_m3d_refseg,
+    read_pairs,
+    read_reasonseg,
+    write_rows,
+)
 from segrl.errors import DataError, unknown_name
 
 __all__ = ["BENCHMARKS", "Benchmark", "benchmark_folder"]
@@ -127,10 +135,10 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("mmr",),
     ),
     "cvc_clinicdb": Benchmark(
-        "612 frames of 31 colonoscopy sequences with polyps; no published split: divide by sequence",
+        "612 frames of 29 colonoscopy sequences with polyps; no published split: drawn by sequence",
         "polyp.grand-challenge.org/CVCClinicDB; for research",
-        "segrl data convert pairs CVC-ClinicDB/ DESTINATION --lesion polyp --modality Endoscopy",
-        read=partial(read_pairs, texts={"lesion": "polyp", "modality": "Endoscopy"}),
+        "segrl data convert cvc_clinicdb CVC-ClinicDB/ DESTINATION --test_fraction 0.2",
+        read=partial(read_cvc_clinicdb, texts={}, test_fraction=0.2),
     ),
     "tnscui2020": Benchmark(
         "3,644 ultrasound images of thyroid nodules",

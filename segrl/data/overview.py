@@ -19,7 +19,7 @@ from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.errors import DataError
 from segrl.geometry.mask_images import binarize
 
-__all__ = ["data_overview"]
+__all__ = ["data_overview", "manifest_task"]
 
 _QUERIES = 4
 
@@ -89,6 +89,16 @@ def _layout(home: Path) -> tuple[str, list[str]]:
     if not names:
         raise DataError(f"{manifest}: no split; add the column split with train and test")
     return ("volumes" if "label" in table.header else "images"), sorted(names)
+
+
+def manifest_task(home: Path) -> str:
+    """Return what a folder with `manifest.csv` holds, "images" or "volumes".
+
+    Raises:
+        DataError: No such file, or one that cannot be read.
+    """
+    table = read_csv(home / "manifest.csv", (), ("image", "scan", "mask", "label"))
+    return "volumes" if "label" in table.header else "images"
 
 
 def _described(rows: Dataset, task: str) -> dict[str, Any]:

@@ -100,9 +100,17 @@ class StoredMasks:
         mask = np.zeros_like(target.mask)
         if path is not None:
             mask = read_label(path, shown.scan, allow_empty=True) if self.volumes else read_mask_file(path, str(path))
+        return self.checked(mask, target, str(path))
+
+    def checked(self, mask: np.ndarray, target: Any, where: str) -> Prediction:
+        """Return a mask as a prediction without text.
+
+        Raises:
+            DataError: It has another size than the true one; begins with `where`.
+        """
         if mask.shape != target.mask.shape:
             raise DataError(
-                f"{path}: the mask is {' x '.join(map(str, mask.shape))}, the true one of {target.name or 'its row'} "
+                f"{where}: the mask is {' x '.join(map(str, mask.shape))}, the true one of {target.name or 'its row'} "
                 f"{' x '.join(map(str, target.mask.shape))} (rows x columns); save predictions at the image's own size"
             )
         return Prediction("", None, None, np.zeros((0, 4)), Status.VALID, has_seg=False, mask=mask)

@@ -8,14 +8,16 @@ sets have licences of their own; nothing is fetched here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder, plain_name
+from segrl.data.formats.writing import ImageFiles, rows_of_images, save_mask
 from segrl.errors import DataError
 from segrl.geometry.mask_images import read_mask_file
 
-__all__ = ["read_biomedparse"]
+__all__ = ["read_biomedparse", "write_biomedparse"]
 
 _LISTED = 8
 
@@ -62,3 +64,57 @@ def read_biomedparse(source: str | Path, *, texts: Mapping[str, str]) -> Iterato
         raise DataError(f"{home}: {len(problems)} masks cannot be read: {listed}")
     for image, path, split, row in found:
         yield FormatRow(image, read_mask_file(path, f"mask {path}"), image.name, split, row)
+
+
+def write_biomedparse(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -> dict[str, int]:
+    """Write BiomedParse's layout, file names that say what masks show; `read_biomedparse` gives them back.
+
+    Args:
+        rows: Images of the splits train, val and test with modality, anatomy and lesion. The set is their source.
+            Queries are not written.
+        folder: A new folder.
+
+    Returns:
+        Number of rows of each split.
+
+    Raises:
+        DataError: The folder is not empty, a scan, a row without one of the three texts or with a character in it that
+            file names cannot give back, two rows about one image and lesion, or pixels that do not count.
+        UnknownNameError: Another split.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> texts = {"modality": "CT", "anatomy": "liver", "lesion": "large cyst", "source": "mine"}
+        >>> row = FormatRow(Image.new("RGB", (2, 2)), np.eye(2, dtype=bool), "a", "train", texts)
+        >>> write_biomedparse([row], "as_biomedparse")
+        export ...
+        {'train': 1}
+        >>> [path.name for path in Path("as_biomedparse/mine/train_mask").iterdir()]
+        ['a_CT_liver_large+cyst.png']
+    """
+    with empty_folder(folder) as home:
+        files, counts, seen = ImageFiles(home), Counter(), set()
+        for row in rows_of_images(rows, "biomedparse", splits=("train", "val", "test")):
+            modality, site, target = (_part(row, name) for name in ("modality", "anatomy", "lesion"))
+            of_set = plain_name(row.texts.get("source") or "data")
+            image, _ = files.add(row, f"{of_set}/{row.split}", f"{{}}_{modality}_{site}", png=True)
+            mask = home / of_set / f"{row.split}_mask" / f"{image.stem}_{target}.png"
+            if str(mask).casefold() in seen:
+                raise DataError(f"{row.name}: two rows ask for {row.texts['lesion']!r}; join their masks")
+            seen.add(str(mask).casefold())
+            save_mask(row.mask, mask)
+            counts[row.split] += 1
+    return dict(sorted(counts.items()))
+
+
+def _part(row: FormatRow, name: str) -> str:
+    """A text as a part of a file name."""
+    text = row.texts.get(name) or ""
+    allowed = " " if name == "lesion" else ""  # written as "+"
+    if not text or any(not (letter.isalnum() or letter in f"-.,(){allowed}") for letter in text):
+        raise DataError(
+            f"{row.name}: {name} {text!r}; biomedparse writes it into file names, and needs letters, digits and -.,() "
+            "there" + (", or blanks" if allowed else "; pass --modality or --anatomy with another word")
+        )
+    return text.replace(" ", "+")

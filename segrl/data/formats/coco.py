@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from shapely.geometry import Polygon
 from shapely.validation import explain_validity
 
 from segrl.data.formats.pairs import divided
-from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
 from segrl.data.formats.sources import listed, read_json
+from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
 from segrl.geometry.masks import mask_to_rle, rle_to_mask
 
-__all__ = ["coco_annotations", "coco_mask", "read_coco"]
+__all__ = ["coco_annotations", "coco_mask", "coco_tables", "read_coco", "write_coco"]
 
 
 def read_coco(
@@ -53,9 +55,8 @@ def read_coco(
         Traceback (most recent call last):
         segrl.errors.DataError: no.json: cannot be read: No such file or directory
     """
-    content = _content(Path(annotations))
-    categories = _categories(content["categories"], str(annotations))
-    pictures = {entry["id"]: entry for entry in content["images"]}
+    content = _content(Path(annotations), ("images", "annotations", "categories"))
+    pictures, categories = coco_tables(Path(annotations))
     missing = [entry["file_name"] for entry in pictures.values() if not (Path(images) / entry["file_name"]).is_file()]
     problems = [f"image {name}: not in {images}" for name in missing]
     shapes: dict[tuple[Any, Any], list[Any]] = {}
@@ -111,13 +112,6 @@ def coco_mask(
         size = segmentation.get("size")
         if list(size or ()) != [height, width]:
             raise DataError(f"{where}: run lengths of the size {size}, expected {[height, width]} as the image has")
-        counts = segmentation.get("counts")
-        if isinstance(counts, str | bytes):
-            packed = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-            try:
-                return _decoded({"size": [height, width], "counts": packed})
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{where}: compressed run lengths cannot be read: {error}") from error
         return rle_to_mask(segmentation, where)
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
         raise DataError(f"{where}: segmentation {segmentation!r:.60}; expected polygons or run lengths")
@@ -159,11 +153,26 @@ def _check_polygon(polygon: Any, where: str, crossing: bool) -> None:
         )
 
 
-def _content(path: Path) -> dict[str, Any]:
+def coco_tables(path: Path) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
+    """Return the images of a file of annotations by their id, and the names of its categories.
+
+    Raises:
+        DataError: No JSON, or of another layout; categories whose names are equal.
+
+    Example:
+        >>> _ = Path("c.json").write_text('{"images": [], "categories": [{"id": 3, "name": "cyst"}]}')
+        >>> coco_tables(Path("c.json"))
+        ({}, {3: 'cyst'})
+    """
+    content = _content(path, ("images", "categories"))
+    return {entry["id"]: entry for entry in content["images"]}, _categories(content["categories"], str(path))
+
+
+def _content(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     content = read_json(path)
-    keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
-        raise DataError(f"{path}: expected an object with the lists images, annotations and categories")
+        *first, last = keys
+        raise DataError(f"{path}: expected an object with the lists {', '.join(first)} and {last}")
     for key, needed in (("images", ("id", "file_name", "height", "width")), ("categories", ("id", "name"))):
         for number, entry in enumerate(content[key]):
             missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
@@ -195,19 +204,76 @@ def coco_annotations(rows: Sequence[FormatRow]) -> dict[str, Any]:
         >>> coco_annotations([row])["annotations"][0]["segmentation"]
         {'size': [2, 2], 'counts': [0, 1, 2, 1]}
     """
-    categories = list(dict.fromkeys(row.texts.get("lesion") or "lesion" for row in rows))
-    names = list(dict.fromkeys(row.name for row in rows))
-    sizes = {row.name: row.mask.shape for row in rows}
-    annotations = []
-    for number, row in enumerate(rows, 1):
+    made = _Annotations()
+    for row in rows:
+        made.add(row, row.name)
+    return made.content()
+
+
+class _Annotations:
+    """Annotations of rows that come one by one, without their masks."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, dict[str, Any]] = {}
+        self.categories: dict[str, int] = {}
+        self.found: list[dict[str, Any]] = []
+        self.asked: set[tuple[str, str]] = set()
+
+    def add(self, row: FormatRow, name: str) -> None:
+        lesion = row.texts.get("lesion") or "lesion"
+        height, width = row.mask.shape
+        picture = {"id": len(self.pictures) + 1, "file_name": name, "height": height, "width": width}
+        places = {
+            "id": len(self.found) + 1,
+            "image_id": self.pictures.setdefault(name, picture)["id"],
+            "category_id": self.categories.setdefault(lesion, len(self.categories) + 1),
+            "iscrowd": 1,
+        }
         ys, xs = np.nonzero(row.mask)
         box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1] if len(xs) else [0, 0, 0, 0]
-        category = categories.index(row.texts.get("lesion") or "lesion") + 1
-        places = {"id": number, "image_id": names.index(row.name) + 1, "category_id": category, "iscrowd": 1}
-        annotations.append({**places, "segmentation": mask_to_rle(row.mask), "bbox": box, "area": len(xs)})
-    pictures = [
-        {"id": n, "file_name": name, "height": sizes[name][0], "width": sizes[name][1]}
-        for n, name in enumerate(names, 1)
-    ]
-    listed = [{"id": n, "name": name} for n, name in enumerate(categories, 1)]
-    return {"images": pictures, "annotations": annotations, "categories": listed}
+        self.found.append({**places, "segmentation": mask_to_rle(row.mask), "bbox": box, "area": len(xs)})
+
+    def content(self) -> dict[str, Any]:
+        categories = [{"id": number, "name": name} for name, number in self.categories.items()]
+        return {"images": list(self.pictures.values()), "annotations": self.found, "categories": categories}
+
+
+def write_coco(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -> dict[str, int]:
+    """Write COCO's annotations, `SPLIT.json` beside `images/`; `read_coco` gives each split back.
+
+    Args:
+        rows: Images with a lesion, which is the category. Other texts are not written.
+        folder: A new folder.
+
+    Returns:
+        Number of rows of each split.
+
+    Raises:
+        DataError: The folder is not empty, a scan, a row without a lesion, two rows about one image and lesion, or
+            pixels that do not count.
+
+    Example:
+        >>> from PIL import Image
+        >>> row = FormatRow(Image.new("RGB", (2, 2)), np.eye(2, dtype=bool), "a", "train", {"lesion": "cyst"})
+        >>> write_coco([row], "as_coco")
+        export ...
+        {'train': 1}
+        >>> [row.mask.tolist() for row in read_coco("as_coco/train.json", "as_coco/images", texts={})]
+        [[[True, False], [False, True]]]
+    """
+    with empty_folder(folder) as home:
+        files = ImageFiles(home)
+        splits: dict[str, _Annotations] = {}
+        for row in rows_of_images(rows, "coco"):
+            lesion = row.texts.get("lesion") or ""
+            if not lesion:
+                raise DataError(f"{row.name}: has no lesion, and coco needs a category; fill the column lesion")
+            path, _ = files.add(row, "images")
+            made = splits.setdefault(row.split or "train", _Annotations())
+            if (path.name, lesion.casefold()) in made.asked:
+                raise DataError(f"{row.name}: two rows ask for {lesion!r}, and coco has one mask for both; join them")
+            made.asked.add((path.name, lesion.casefold()))
+            made.add(row, path.name)
+        for split, made in splits.items():
+            (home / f"{split}.json").write_text(json.dumps(made.content()), encoding="utf-8")
+    return {split: len(made.found) for split, made in sorted(splits.items())}

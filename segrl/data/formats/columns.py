@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
-from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
+from segrl.data.formats.writing import rows_of_images
 from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.mask_images import binarize
 
-__all__ = ["read_columns"]
+__all__ = ["read_columns", "write_columns"]
 
 _TEXTS = ("query", "lesion", "modality", "anatomy", "source", "reasoning", "patient", "name")
 COLUMNS = ("image", "mask", *_TEXTS)
@@ -82,3 +85,48 @@ def _loaded(source: str | Path) -> dict[str, Dataset]:
     except Exception as error:  # whatever the library makes of a folder or of the hub
         raise DataError(f"{source}: cannot be loaded as a data set: {type(error).__name__}: {error}") from error
     return {str(name): part for name, part in found.items()} if isinstance(found, DatasetDict) else {"train": found}
+
+
+def write_columns(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -> dict[str, int]:
+    """Write a `DatasetDict` on disk, with the columns image, mask and the texts; trainers and `read_columns` read it.
+
+    Args:
+        rows: Images.
+        folder: A new folder.
+
+    Returns:
+        Number of rows of each split.
+
+    Raises:
+        DataError: The folder is not empty, a scan, or pixels that do not count.
+
+    Example:
+        >>> row = FormatRow(PILImage.new("RGB", (2, 2)), np.eye(2, dtype=bool), "a", "train", {"lesion": "cyst"})
+        >>> write_columns([row], "as_columns")
+        export ...
+        {'train': 1}
+        >>> [row.texts["lesion"] for row in read_columns("as_columns", columns={}, texts={})]
+        ['cyst']
+    """
+    splits: dict[str, list[dict[str, Any]]] = {}
+    with empty_folder(folder) as home:
+        for row in rows_of_images(rows, "hf"):
+            files = {"image": _stored(row.image), "mask": _stored(PILImage.fromarray(row.mask.astype(np.uint8) * 255))}
+            splits.setdefault(row.split or "train", []).append({**row.texts, **files, "name": row.name})
+        names = sorted({name for found in splits.values() for row in found for name in row} - {"image", "mask"})
+        features = Features({"image": Image(), "mask": Image(), **{name: Value("string") for name in names}})
+        made = {
+            split: Dataset.from_dict({name: [row.get(name, "") for row in found] for name in features}, features)
+            for split, found in splits.items()
+        }
+        DatasetDict(made).save_to_disk(home)  # type: ignore[arg-type]
+    return {split: len(found) for split, found in sorted(splits.items())}
+
+
+def _stored(image: Path | PILImage.Image) -> dict[str, Any]:
+    """A file by its path, whose bytes are stored with the data set, or an image as PNG."""
+    if isinstance(image, Path):
+        return {"path": str(image), "bytes": None}
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"path": None, "bytes": buffer.getvalue()}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from segrl.data.formats.rows import FormatRow
+from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
+from segrl.data.formats.writing import ImageFiles, rows_of_images, save_mask
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
 from segrl.geometry.mask_images import read_mask_file
 
-__all__ = ["divided", "read_pairs"]
+__all__ = ["divided", "read_pairs", "write_pairs"]
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _ENDINGS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "-mask", "_lesion")
@@ -20,7 +22,12 @@ _LISTED = 8
 
 
 def read_pairs(
-    source: str | Path, *, texts: Mapping[str, str], test_fraction: float = 0.0, seed: int = 0
+    source: str | Path,
+    *,
+    texts: Mapping[str, str],
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    group: Callable[[str], str] | None = None,
 ) -> Iterator[FormatRow]:
     """Read a folder of paired files.
 
@@ -33,6 +40,8 @@ def read_pairs(
         texts: Columns that every row gets, such as {"lesion": "polyp", "modality": "Endoscopy"}.
         test_fraction: Share of images whose split is "test", drawn at random, where no folder is a split.
         seed: Of the draw.
+        group: Name of the patient or sequence of an image, of its stem; they are drawn whole, and become the column
+            patient. None draws every image by itself.
 
     Raises:
         DataError: No such folder, no pairs, files without a partner (all are counted, some named), masks of another
@@ -65,7 +74,8 @@ def read_pairs(
             f"{home}: {len(several)} names are those of several files, such as "
             f"{', '.join(str(path.relative_to(home)) for path in several[0])}; keep one of each"
         )
-    splits = divided([key for key in images if _split(key[0]) is None], test_fraction, seed)
+    groups = {key: key if group is None else group(key[1]) for key in images}
+    splits = divided([groups[key] for key in images if _split(key[0]) is None], test_fraction, seed)
     for key, (image,) in images.items():
         mask = read_mask_file(masks[key][0], f"mask {masks[key][0]}")
         with open_image(image, f"image {image}") as opened:
@@ -74,11 +84,12 @@ def read_pairs(
             raise DataError(
                 f"{masks[key][0]}: the mask is {mask.shape[1]} x {mask.shape[0]} px, the image {size[0]} x {size[1]}"
             )
-        yield FormatRow(image, mask, "/".join(filter(None, key)), _split(key[0]) or splits[key], texts)
+        words = texts if group is None else {"patient": groups[key], **texts}
+        yield FormatRow(image, mask, "/".join(filter(None, key)), _split(key[0]) or splits[groups[key]], words)
 
 
 def divided(keys: list, fraction: float, seed: int) -> dict:
-    """Return "train" or "test" for each key: a share of them, drawn at random, is "test".
+    """Return "train" or "test" for each key, equal ones counting once: a share, drawn at random, is "test".
 
     Raises:
         DataError: The share is below 0, or not below 1.
@@ -89,7 +100,7 @@ def divided(keys: list, fraction: float, seed: int) -> dict:
     """
     if not 0 <= fraction < 1:
         raise DataError(f"test_fraction={fraction}: expected a number from 0 to 1, such as 0.2")
-    order = sorted(keys, key=str)
+    order = sorted(set(keys), key=str)
     random.Random(seed).shuffle(order)
     test = set(order[: round(fraction * len(order))])
     return {key: "test" if key in test else "train" for key in keys}
@@ -123,3 +134,38 @@ def _unpaired(home: Path, count: int, alone: list[Path]) -> str:
         f"{home}: {len(alone)} files have no partner, such as {names}; expected x.jpg with x_mask.png, or images/x.jpg "
         f"with masks/x.png ({count} images)"
     )
+
+
+def write_pairs(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -> dict[str, int]:
+    """Write images with their masks beside them, `SPLIT/x.png` and `SPLIT/x_mask.png`; `read_pairs` gives them back.
+
+    Args:
+        rows: One for each image, of the splits train, val and test. Texts are not written, the layout has no place for
+            them.
+        folder: A new folder.
+
+    Returns:
+        Number of rows of each split.
+
+    Raises:
+        DataError: The folder is not empty, a scan, several rows about one image, or pixels that do not count.
+        UnknownNameError: Another split.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> row = FormatRow(Image.new("RGB", (2, 2)), np.eye(2, dtype=bool), "a", "train")
+        >>> write_pairs([row], "pairs"), (Path("pairs") / "train" / "a_mask.png").is_file()
+        export ...
+        ({'train': 1}, True)
+    """
+    with empty_folder(folder) as home:
+        files, counts = ImageFiles(home), Counter()
+        for row in rows_of_images(rows, "pairs", splits=("train", "val", "test")):
+            reserved = _without_ending(Path(row.name).stem)[1]  # would be read as a mask
+            image, new = files.add(row, row.split, "{}_image" if reserved else "{}")
+            if not new:
+                raise DataError(f"{row.name}: has several rows, and pairs hold one mask for each image; export coco")
+            save_mask(row.mask, home / image.with_name(f"{image.stem}_mask.png"))
+            counts[row.split] += 1
+    return dict(sorted(counts.items()))

@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rich.progress import track
 from segrl.data.manifest import write_manifest
 from segrl.errors import DataError
 
-__all__ = ["FormatRow", "ScanRow", "write_rows"]
+__all__ = ["FormatRow", "ScanRow", "empty_folder", "free_name", "plain_name", "write_rows"]
 
 _KEPT = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # files of images that are copied as they are
 
@@ -105,23 +106,70 @@ def write_rows(
         >>> load_folder("mine", "train")["query"][0]
         'Segment the cyst in this image.'
     """
-    home = Path(folder)
-    if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise DataError(f"{home} is not an empty folder; pass a new one")
-    writer, made = _Writer(home, hardlink), not home.exists()
-    try:
+    with empty_folder(folder) as home:
+        writer = _Writer(home, hardlink)
         lines = [writer.line(row) for row in track(rows, title)]
         if not lines:
             raise DataError(f"{home}: nothing to write, the source has no rows")
         names = list(dict.fromkeys(name for line in lines for name in line))
         write_manifest(home, [{name: line.get(name, "") for name in names} for line in lines])
-    except BaseException:  # half a data set would be taken for a whole one
-        for part in ("images", "masks", "ignored", "labels"):
-            shutil.rmtree(home / part, ignore_errors=True)
-        if made and home.exists():
+    return dict(sorted(Counter(line["split"] for line in lines).items()))
+
+
+@contextmanager
+def empty_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield a folder to write into; after an error it is as empty as before, since half a data set looks whole.
+
+    Raises:
+        DataError: The folder is not empty.
+
+    Example:
+        >>> with empty_folder("new") as home:
+        ...     _ = (home / "a.txt").write_text("a")
+        >>> with empty_folder("new"):
+        ...     pass
+        Traceback (most recent call last):
+        segrl.errors.DataError: new is not an empty folder; pass a new one
+    """
+    home = Path(folder)
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise DataError(f"{home} is not an empty folder; pass a new one")
+    made = not home.exists()
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        yield home
+    except BaseException:
+        for path in home.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made:
             home.rmdir()
         raise
-    return dict(sorted(Counter(line["split"] for line in lines).items()))
+
+
+def plain_name(stem: str) -> str:
+    """Return the name of a file for a stem of another data set: letters, digits and ``_.+-`` only.
+
+    Example:
+        >>> plain_name("../case 1 (left)")
+        'case_1_left'
+    """
+    return re.sub(r"[^\w.+-]+", "_", stem).strip("._") or "row"
+
+
+def free_name(taken: set[str], stem: str, wanted: str = "{}") -> str:
+    """Return `wanted` with the plain name of a stem, and with a number where that is taken, whatever the capitals.
+
+    Example:
+        >>> taken = set()
+        >>> free_name(taken, "a b", "{}.png"), free_name(taken, "A_B", "{}.png")
+        ('a_b.png', 'A_B_1.png')
+    """
+    plain, number = plain_name(stem), 1
+    name = wanted.format(plain)
+    while name.casefold() in taken:
+        name, number = wanted.format(f"{plain}_{number}"), number + 1
+    taken.add(name.casefold())
+    return name
 
 
 class _Writer:
@@ -148,14 +196,9 @@ class _Writer:
         return line
 
     def _place(self, part: str, stem: str, suffix: str) -> str:
-        """A path in the folder that is not taken, whatever the capitals."""
+        """A path in the folder that is not taken."""
         (self.home / part).mkdir(parents=True, exist_ok=True)
-        plain = re.sub(r"[^\w.+-]+", "_", stem).strip("._") or "row"
-        path, number = f"{part}/{plain}{suffix}", 1
-        while path.casefold() in self.taken:
-            path, number = f"{part}/{plain}_{number}{suffix}", number + 1
-        self.taken.add(path.casefold())
-        return path
+        return free_name(self.taken, stem, f"{part}/{{}}{suffix}")
 
     def _copied(self, source: Path, part: str) -> str:
         key = (part, source.absolute())
