@@ -468,6 +468,21 @@ def test_stored_records_are_scored_again(tmp_path, capsys):
     assert "--data is missing" in capsys.readouterr().err
     assert main(["eval", "--predictions", str(tmp_path / "no.json")]) == 2
     assert "no.json: no such file" in capsys.readouterr().err
+    records = json.loads(stored.read_text())
+    for changed, message in (
+        ([{**records[0], "target_mask": None}], "holds no masks"),
+        (
+            [{**records[0], "predicted_mask": {"size": [2, 2], "counts": [4]}}],
+            "predicted mask is bool (2, 2), ",
+        ),
+        ([records[0], {**records[0], "predicted_mask": None}], "several records with different masks answer"),
+        ([{**records[0], "spacing_mm": "wide"}], "spacing_mm of "),
+    ):
+        stored.write_text(json.dumps(changed))
+        assert main([*argv, "--output_dir", str(tmp_path / "c")]) == 2
+        error = capsys.readouterr().err
+        assert f"{stored}: " in error
+        assert message in error
     stored.write_text("{}")
     assert main([*argv, "--output_dir", str(tmp_path / "c")]) == 2
     assert "expected a list of records" in capsys.readouterr().err

@@ -37,6 +37,7 @@ from segrl.data import (
 )
 from segrl.errors import DataError
 from segrl.evaluation import evaluate_volumes
+from segrl.geometry import rle_to_mask
 from segrl.inference import VolumeSegmenter
 
 pytestmark = learned_by_heart
@@ -419,6 +420,23 @@ def test_rows_whose_lesion_is_not_shown_are_left_out_of_stage1(recipe_module, tm
     run.rows = {"train": rows.select([0])}
     with pytest.raises(DataError, match="no lesion of 1 rows is on one of the"):
         run.prepare(model, processor, completions=True)
+
+
+@pytest.mark.long
+def test_rows_without_a_target_train_and_are_scored(tmp_path):
+    """Of two volumes one has nothing: both stages take it with `--allow_empty`, and N-acc is reported."""
+    data = volumes(tmp_path / "volumes", ["train", "test"], 2)
+    label = sorted((data / "labels").iterdir())[0]
+    found = load(label)
+    nib.save(nib.Nifti1Image(np.zeros(found.shape, np.uint8), found.affine), label)
+    flags = ("--data", data, *GRPO, "--sft_max_steps", 1, "--pretrain_steps", 1, "--segmenter_steps", 1)
+    message = MEDVOL.refused("train_grpo", *flags, "--output_dir", tmp_path / "refused")
+    assert "(--allow_empty) if there is nothing to find" in message
+    MEDVOL.done("train_grpo", *flags, "--allow_empty", "--output_dir", tmp_path / "run")
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["stage2"]["no_target"]["n"] == 1
+    records = read_json(tmp_path / "run" / "predictions.json")
+    assert sorted(not rle_to_mask(record["target_mask"]).any() for record in records) == [False, True]
 
 
 @pytest.mark.long

@@ -645,7 +645,9 @@ def test_the_overview_of_volumes_and_of_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pairs", "coco", "nnunet", "hf"])
+@pytest.mark.parametrize(
+    "kind", ["pairs", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("coco", "nnunet", "hf"))]
+)
 def test_every_format_trains_after_one_command(kind, tmp_path):
     from script_modules import Example
 
@@ -678,7 +680,7 @@ def test_every_format_trains_after_one_command(kind, tmp_path):
         (source / "dataset.json").write_text(json.dumps(content))
         argv = ["nnunet", str(source), str(out)]
     assert main(["data", "convert", *argv]) == 0
-    short = ("--max_steps", 1, "--eval_limit", 2, "--train_limit", 16, "--max_completion_length", 8)
+    short = ("--max_steps", 2, "--eval_limit", 2, "--train_limit", 16, "--max_completion_length", 8)
     Example("core_seg").done("train_grpo", "--data", out, *short, "--output_dir", tmp_path / "run")
     assert (tmp_path / "run" / "results.json").is_file()
 
@@ -913,7 +915,7 @@ def test_medsegbench(tmp_path, capsys):
     with pytest.raises(DataError, match=r"train_label \(4, 4, 9\); expected uint8"):
         list(read_medsegbench(tmp_path / "b.npz", texts=LESION))
     np.savez(tmp_path / "c.npz", train_images=np.array([Harmful()]))
-    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
+    with pytest.raises(DataError, match=r"cannot be read as \.npz: .*pickled objects in it, which are never loaded"):
         list(read_medsegbench(tmp_path / "c.npz", texts=LESION))
 
 
@@ -1117,9 +1119,14 @@ def test_benchmarks_are_checked_and_evaluated_as_downloaded(tmp_path, capsys):
     assert "benchmark 'reasonsegg'; did you mean 'reasonseg'" in capsys.readouterr().err
     assert main([*argv, "--data", str(home), "--benchmark", "grefcoco"]) == 2
     assert "grefcoco is not read from one folder: segrl data convert refcoco" in capsys.readouterr().err
+    for command in (["data", "check"], [*argv, "--data"]):
+        assert main([*command, str(tmp_path / "nothing"), "--benchmark", "reasonseg"]) == 2
+        assert "nothing: no such folder. reasonseg: github.com/dvlab-research/LISA" in capsys.readouterr().err
     (home / "train" / "a.json").unlink()
     assert main(["data", "check", str(home), "--benchmark", "reasonseg"]) == 2
-    assert "a.jpg: no .json beside it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "a.jpg: no .json beside it" in error
+    assert "reasonseg: github.com/dvlab-research/LISA, which links to it; for research; nothing is downloaded" in error
 
 
 def test_the_list_of_benchmarks(capsys):

@@ -128,6 +128,9 @@ def test_files_that_are_no_mask_of_the_image_are_named(rows, tmp_path, size, mes
 def test_folders_without_masks(rows, tmp_path):
     with pytest.raises(DataError, match="none: no such folder; expected one mask file for each row"):
         StoredMasks(tmp_path / "none", rows)
+    (tmp_path / "file.npz").touch()
+    with pytest.raises(DataError, match=r"file\.npz: is a file, and no \.json of answers; expected one mask file"):
+        StoredMasks(tmp_path / "file.npz", rows)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"no files that end in \.png, .*; expected one mask for each row"):
         StoredMasks(tmp_path / "none", rows)
@@ -293,7 +296,7 @@ def test_volumes_in_the_conventions_of_evaluators(tmp_path, capsys):
     lines = [f"images/scan{n}.nii.gz,labels/label{n}.nii.gz,2,9,test,cyst,MRI" for n in range(2)]
     head = "image,label,label_value,ignored_value,split,lesion,modality"
     (tmp_path / "data" / "manifest.csv").write_text("\n".join([head, *lines]))
-    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "data"), "--volumes"]
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(tmp_path / "data")]
     assert main(argv) == 2
     assert "set allow_empty=True (--allow_empty) if there is nothing to find" in capsys.readouterr().err
     assert main([*argv, "--allow_empty", "--conventions", "all", "--pictures", "0"]) == 0

@@ -120,12 +120,14 @@ def _say_written(destination: Path, counts: dict[str, int]) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
-    from segrl.data.benchmarks import benchmark_folder
+    from segrl.data.benchmarks import BENCHMARKS, absent, benchmark_folder
     from segrl.data.overview import data_overview
     from segrl.reports.terminal import say
 
     draw = None if arguments.sheet is None else partial(_draw, arguments.sheet)
     named = arguments.benchmark
+    if named in BENCHMARKS and not Path(arguments.path).exists():
+        raise absent(named, arguments.path)
     with nullcontext(arguments.path) if named is None else benchmark_folder(named, arguments.path) as folder:
         may = {"allow_outside": arguments.allow_outside, "allow_empty": arguments.allow_empty}
         found = data_overview(folder, **may, on_splits=draw)

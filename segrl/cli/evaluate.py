@@ -26,7 +26,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     command.add_argument("--benchmark", metavar="NAME", help="one of `segrl data list`: --data may be its download, "
                          "and the masks are scored in the conventions of its papers")  # fmt: skip
     command.add_argument("--split", metavar="NAME", help="default: test")
-    command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes")
+    command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes; a "
+                         "folder with manifest.csv says so itself")  # fmt: skip
     command.add_argument("--annotations", type=Path, metavar="FILE", help="with --predictions of COCO's results: JSON "
                          "with the images and categories that their ids stand for")  # fmt: skip
     command.add_argument("--min_score", type=share, metavar="X", help="of such results, drop those with a lower score "
@@ -59,18 +60,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from segrl.errors import SegRLError
 
     stored = arguments.predictions
-    file = stored is not None and stored.suffix == ".json" and not stored.is_dir()
-    if file and not stored.is_file():
-        raise SegRLError(f"--predictions {stored}: no such file")
-    if file and not _holds_detections(stored):
-        return _score_again(arguments)
-    if file and arguments.annotations is None:
-        raise SegRLError(f"--predictions {stored}: holds COCO's results; pass --annotations with the JSON of their ids")
-    if file and arguments.missing_empty:
-        raise SegRLError("--missing_empty is for folders, a row without a detection has an empty mask; drop it")
-    for flag in ("annotations", "min_score"):
-        if not file and getattr(arguments, flag) is not None:
-            raise SegRLError(f"--{flag} is for --predictions of COCO's results; drop it")
+    if stored is not None and stored.suffix == ".json" and not stored.is_dir():
+        if not stored.is_file():
+            raise SegRLError(f"--predictions {stored}: no such file")
+        if not _holds_detections(stored):
+            return _score_again(arguments)
+        if arguments.annotations is None:
+            raise SegRLError(
+                f"--predictions {stored}: holds COCO's results; pass --annotations with the JSON of their ids"
+            )
+        if arguments.missing_empty:
+            raise SegRLError("--missing_empty is for folders, a row without a detection has an empty mask; drop it")
+    else:
+        for flag in ("annotations", "min_score"):
+            if getattr(arguments, flag) is not None:
+                raise SegRLError(f"--{flag} is for --predictions of COCO's results; drop it")
     if arguments.data is None:
         raise SegRLError("--data is missing: what is the system evaluated on?")
     if arguments.benchmark is None:
@@ -91,7 +95,7 @@ def _holds_detections(path: Path) -> bool:
 def _score_again(arguments: argparse.Namespace) -> int:
     """Of records only the conventions are left to find: they hold both masks and every score of segrl's own."""
     from segrl.data.benchmarks import BENCHMARKS
-    from segrl.errors import SegRLError, unknown_name
+    from segrl.errors import DataError, SegRLError, unknown_name
     from segrl.evaluation import read_records
     from segrl.evaluation.conventions import cases_of, check_conventions, compare_conventions, conventions_page
     from segrl.reports.results_file import versions, write_results
@@ -122,7 +126,10 @@ def _score_again(arguments: argparse.Namespace) -> int:
     names = check_conventions(arguments.conventions or of_papers or ["all"])
     output = arguments.output_dir or path.with_name(f"{path.stem}_evaluation")
     check_output(output, overwrite=arguments.overwrite, inputs={"predictions": path})
-    cases = cases_of(read_records(path)[: arguments.limit])
+    try:
+        cases = cases_of(read_records(path)[: arguments.limit])
+    except DataError as error:
+        raise error if str(path) in str(error) else DataError(f"{path}: {error}") from error
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}
     with claimed(output, asked):
         found = {"config": asked, "conventions": compare_conventions(cases, names)}
@@ -135,6 +142,7 @@ def _score_again(arguments: argparse.Namespace) -> int:
 
 def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
     from segrl.data.images.folder import check_rows, load_folder
+    from segrl.data.overview import manifest_task
     from segrl.data.splits import load_split
     from segrl.data.volumes.folder import check_volumes, load_volumes
     from segrl.errors import SegRLError
@@ -157,7 +165,8 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
         for flag in ("segmenter", "frame_kind"):
             if getattr(arguments, flag) is not None:
                 raise SegRLError(f"--{flag} is for --model; drop it")
-        task = "volumes" if arguments.volumes else "images"
+        of_scans = (Path(data) / "manifest.csv").is_file() and manifest_task(Path(data)) == "volumes"
+        task = "volumes" if arguments.volumes or of_scans else "images"
         masks = arguments.predictions.absolute()
         default = masks.with_name(f"{masks.name.removesuffix('.json')}_evaluation")
     output = arguments.output_dir or default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from segrl.data.formats import (
 )
 from segrl.errors import DataError, unknown_name
 
-__all__ = ["BENCHMARKS", "Benchmark", "benchmark_folder"]
+__all__ = ["BENCHMARKS", "Benchmark", "absent", "benchmark_folder"]
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,21 @@ def benchmark_folder(name: str, path: str | Path) -> Iterator[str | Path]:
 
     Raises:
         UnknownNameError: No such benchmark.
-        DataError: A download that takes more than its folder to be read, with the command that does; or what the
-            reader raises.
+        DataError: No such folder, a download that takes more than its folder to be read, with the command that does;
+            or what the reader raises, with the place where the benchmark is to be had.
 
     Example:
         >>> with benchmark_folder("reasonseg", "."):
         ...     pass
         Traceback (most recent call last):
         segrl.errors.DataError: .: none of the folders train, val, test
+        reasonseg: github.com/dvlab-research/LISA, which links to it; for research; nothing is downloaded here
     """
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
     benchmark, home = BENCHMARKS[name], Path(path)
+    if not home.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise absent(name, path)
     if not home.exists() or any(
         (home / part).is_file() for part in ("manifest.csv", "dataset_dict.json", "dataset_info.json")
     ):
@@ -81,14 +85,27 @@ def benchmark_folder(name: str, path: str | Path) -> Iterator[str | Path]:
     if benchmark.read is None:
         raise DataError(f"{path} has no manifest.csv, and {name} is not read from one folder: {benchmark.command}")
     with tempfile.TemporaryDirectory() as place:
-        write_rows(benchmark.read(home), Path(place) / name, title=name)
+        try:
+            write_rows(benchmark.read(home), Path(place) / name, title=name)
+        except DataError as error:
+            raise DataError(f"{error}\n{name}: {benchmark.place}; nothing is downloaded here") from error
         yield Path(place) / name
+
+
+def absent(name: str, path: str | Path) -> DataError:
+    """Return the error for a benchmark that is not there: where it is to be had.
+
+    Example:
+        >>> print(absent("tnscui2020", "TNSCUI"))
+        TNSCUI: no such folder. tnscui2020: tn-scui2020.grand-challenge.org; its terms forbid passing it on; nothing ...
+    """
+    return DataError(f"{path}: no such folder. {name}: {BENCHMARKS[name].place}; nothing is downloaded here")
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "reasonseg": Benchmark(
         "photographs with implicit questions, regions to ignore; train, val, test",
-        "linked from github.com/dvlab-research/LISA; for research",
+        "github.com/dvlab-research/LISA, which links to it; for research",
         "segrl data convert reasonseg ReasonSeg/ DESTINATION",
         ("lisa", "vision_reasoner"),
         read=partial(read_reasonseg, texts={}),
@@ -113,7 +130,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "medsegbench": Benchmark(
         "35 sets of medical images at 128, 256 and 512 px",
-        "linked from github.com/zekikus/MedSegBench; each set has a licence of its own",
+        "github.com/zekikus/MedSegBench, which links to them; each set has a licence of its own",
         "segrl data convert medsegbench SET_256.npz DESTINATION --lesion NAME",
     ),
     "sa_med2d_20m": Benchmark(

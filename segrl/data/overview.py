@@ -97,6 +97,8 @@ def manifest_task(home: Path) -> str:
     Raises:
         DataError: No such file, or one that cannot be read.
     """
+    if not (home / "manifest.csv").is_file():
+        raise DataError(f"{home}: no manifest.csv; segrl data convert makes such a folder")
     table = read_csv(home / "manifest.csv", (), ("image", "scan", "mask", "label"))
     return "volumes" if "label" in table.header else "images"
 

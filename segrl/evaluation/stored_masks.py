@@ -53,7 +53,8 @@ class StoredMasks:
         self.folder, self.volumes = Path(folder), "scan" in dataset.column_names
         endings = _VOLUMES if self.volumes else _IMAGES
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder; expected one mask file for each row")
+            what = "is a file, and no .json of answers" if self.folder.is_file() else "no such folder"
+            raise DataError(f"{self.folder}: {what}; expected one mask file for each row")
         files: dict[str, list[Path]] = {}
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and path.name.lower().endswith(endings):

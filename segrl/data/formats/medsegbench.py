@@ -47,7 +47,9 @@ def read_medsegbench(
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as .npz: {error}") from error
+        known = error.strerror if isinstance(error, OSError) else None
+        reason = known or "damaged, another format, or with pickled objects in it, which are never loaded"
+        raise DataError(f"{path}: cannot be read as .npz: {reason}; download it again") from error
     splits = [split for split in ("train", "val", "test") if f"{split}_images" in arrays]
     if not splits:
         raise DataError(f"{path}: no array train_images, val_images or test_images, only {', '.join(sorted(arrays))}")

@@ -168,11 +168,16 @@ def _stored(record: Mapping[str, Any], name: str) -> Masks:
     return true, predicted, ignored
 
 
+def _own(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    return record.get("target_mask"), record.get("predicted_mask")
+
+
 def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
     """Return the cases of records of images or volumes, see `segrl.evaluation.overlap_record`.
 
     Raises:
-        DataError: A record without masks, such as one that an earlier version wrote of a volume.
+        DataError: A record without masks, such as one that an earlier version wrote of a volume, masks of different
+            shapes, or several masks for one question about one image.
 
     Example:
         >>> from segrl.geometry import mask_to_rle
@@ -181,11 +186,15 @@ def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
         'no mask'
     """
     found: list[Case] = []
+    masks: dict[tuple[str, ...], tuple[Any, Any]] = {}
     for number, record in enumerate(records):
         name = str(record.get("name") or f"record {number}")
-        if "target_mask" not in record:
+        if record.get("target_mask") is None:
             raise DataError(f"{name}: holds no masks; evaluate the run again, with this version of segrl")
         valid, group = record.get("status", "valid") == "valid", str(record.get("lesion") or "")
+        key = tuple(str(record.get(column) or "") for column in ("name", "query", "lesion"))
+        if any(key) and masks.setdefault(key, _own(record)) != _own(record):
+            raise DataError(f"{name}: several records with different masks answer {key[1] or key[2]!r}; keep one")
         spacing = read_spacing(record.get("spacing_mm"), f"spacing_mm of {name}")
         keep = partial(_stored, record, name)  # a thousand masks of 512 x 512 px are a quarter of a gigabyte
         found.append(Case.of(*keep(), valid=valid, name=name, group=group, spacing_mm=spacing, keep=keep))
