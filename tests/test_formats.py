@@ -638,9 +638,17 @@ def test_the_overview_of_volumes_and_of_nothing(tmp_path, capsys):
     assert found["task"] == "volumes"
     assert found["splits"]["train"]["rows"] == 6
     assert found["splits"]["train"]["images"] == 3
+    (tmp_path / "out" / "manifest.csv").write_text(
+        (tmp_path / "out" / "manifest.csv").read_text().replace(",2,train,", ",7,train,", 1)
+    )
+    assert main(["data", "check", str(tmp_path / "out")]) == 2
+    assert main(["data", "check", str(tmp_path / "out"), "--allow_empty"]) == 0
+    out = capsys.readouterr().out
+    assert "train: 6 rows about 3 volumes: 3 core, 3 edema\n  1 rows ask for what is not there" in out
     with pytest.raises(DataError, match=r"no manifest\.csv"):
         data_overview(tmp_path)
-    assert main(["data", "check", str(tmp_path / "out"), "--sheet", str(tmp_path / "x.png")]) == 2
+    argv = ["data", "check", str(tmp_path / "out"), "--allow_empty", "--sheet", str(tmp_path / "x.png")]
+    assert main(argv) == 2
     assert "only images are drawn" in capsys.readouterr().err
 
 

@@ -90,6 +90,9 @@ def test_what_cannot_be_compared(tmp_path):
         write_review(same, same, images(), tmp_path / "a")
     with pytest.raises(DataError, match="no sample with an image"):
         write_review(same, records(1), {}, tmp_path / "a")
+    volumes = [{**record, "predicted_mask": {"size": [1, 2, 2], "counts": [4]}} for record in records(1)]
+    with pytest.raises(DataError, match="A: its records are of volumes, and a review shows images"):
+        write_review(volumes, volumes, {}, tmp_path / "volumes", names=("A", "B"))
     with pytest.raises(DataError, match="B: its records hold no masks"):
         write_review(same, [{"name": "x"}] * 6, images(), tmp_path / "a", names=("A", "B"))
     assert not (tmp_path / "a").exists()

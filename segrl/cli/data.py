@@ -140,6 +140,8 @@ def _check(arguments: argparse.Namespace) -> int:
             low, middle, high = (100 * share for share in split["foreground"])
             say(f"  {split['empty']} empty masks; foreground {low:.2f} to {high:.2f} %, median {middle:.2f} %; "
                 f"{split['sizes']}")  # fmt: skip
+        elif split["empty"]:
+            say(f"  {split['empty']} rows ask for what is not there")
         for query in split["queries"]:
             say(f"  {query}")
     say(f"{arguments.path}: all {sum(split['rows'] for split in found['splits'].values())} rows can be read")

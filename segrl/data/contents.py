@@ -79,6 +79,17 @@ class SplitContents:
             "manifest.csv; of volumes write the labels into one file"
         )
 
+    def empty_rows(self, split: str) -> int:
+        """Return how many rows of a split have an empty mask.
+
+        Example:
+            >>> contents = SplitContents()
+            >>> contents.add("train", "line 2", {"lesion": "cyst"}, image="a", mask="b", share=0.0)
+            >>> contents.empty_rows("train"), contents.empty_rows("test")
+            (1, 0)
+        """
+        return self._splits[split].empty if split in self._splits else 0
+
     def warn(self, source: str) -> None:
         """Warn of what is odd about the splits so far; each warning is given once.
 

@@ -71,7 +71,8 @@ def data_overview(
     }
     if on_splits is not None:
         on_splits(task, splits)
-    return {"task": task, "splits": {name: _described(rows, task) for name, rows in splits.items()}}
+    described = {name: _described(rows, task, contents.empty_rows(name)) for name, rows in splits.items()}
+    return {"task": task, "splits": described}
 
 
 def _layout(home: Path) -> tuple[str, list[str]]:
@@ -103,7 +104,7 @@ def manifest_task(home: Path) -> str:
     return "volumes" if "label" in table.header else "images"
 
 
-def _described(rows: Dataset, task: str) -> dict[str, Any]:
+def _described(rows: Dataset, task: str, empty: int) -> dict[str, Any]:
     file = "image" if task == "images" else "scan"
     shares, sizes = [], Counter()
     if task == "images":
@@ -116,7 +117,7 @@ def _described(rows: Dataset, task: str) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "images": len(set(rows["name"])) if file == "image" else len(set(rows["scan"])),
-        "empty": len(shares) - len(found),
+        "empty": empty,
         "lesions": dict(Counter(name or "unnamed" for name in rows["lesion"]).most_common()),
         "modalities": dict(Counter(name or "unspecified" for name in rows["modality"]).most_common()),
         "sizes": ", ".join(listed) + (f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""),

@@ -54,7 +54,8 @@ def write_review(
         The numbers of the samples, in the order of the sheet.
 
     Raises:
-        DataError: The folder is not empty, records hold no masks, or no sample has an image and two different masks.
+        DataError: The folder is not empty, records hold no masks or those of volumes, or no sample has an image and two
+            different masks.
 
     Example:
         >>> from segrl.geometry import mask_to_rle
@@ -70,6 +71,8 @@ def write_review(
     for name, records in zip(names, (first, second), strict=True):
         if not all("predicted_mask" in record for record in records):
             raise DataError(f"{name}: its records hold no masks; evaluate it again with this version of segrl")
+        if any(len((record["predicted_mask"] or {}).get("size", ())) == 3 for record in records):
+            raise DataError(f"{name}: its records are of volumes, and a review shows images; compare without --review")
     differ = [n for n in images if first[n]["predicted_mask"] != second[n]["predicted_mask"]]
     if not differ:
         raise DataError(f"{names[0]} and {names[1]}: no sample with an image and two different masks")
