@@ -20,6 +20,11 @@ CASES = [
     )
 ]
 CASES.append({**CASES[7], "answers": 8})  # the answers to a prompt are spread over both processes
+PLAIN = len(CASES)
+# the same rows whole or accumulated, and divided by tokens; running statistics would depend on the division
+SFT, GRPO = ({**CASES[number], "standardise": False} for number in (0, 5))
+CASES += [{**SFT, "rows_of_step": [8, 1]}, {**SFT, "rows_of_step": [8, 1], "budget": 400}]
+CASES += [{**GRPO, "rows_of_step": [4, 2]}, {**GRPO, "rows_of_step": [4, 2], "budget": 100}]
 NAMES = ["-".join(f"{key}={value}" for key, value in case.items()) for case in CASES]
 
 pytestmark = pytest.mark.slow
@@ -47,7 +52,7 @@ def results(tmp_path_factory):
     return list(zip(*ranks, strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+@pytest.mark.parametrize("number", range(PLAIN), ids=NAMES[:PLAIN])
 def test_replicas_are_trained_and_equal_bit_for_bit(results, number):
     first, second = results[number]
     assert [first["world"], second["world"]] == [2, 2]
@@ -63,7 +68,7 @@ def test_replicas_are_trained_and_equal_bit_for_bit(results, number):
     assert any("trainable_tokens_delta" in name for name in first["moved"]) is CASES[number]["peft"]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+@pytest.mark.parametrize("number", range(PLAIN), ids=NAMES[:PLAIN])
 def test_one_rank_had_masks_and_the_other_had_none(results, number):
     first, second = results[number]
     assert len(first["seen"]) == 3
@@ -71,3 +76,15 @@ def test_one_rank_had_masks_and_the_other_had_none(results, number):
     assert second["seen"] == [0, 0, 0]
     assert len(first["logged"]) == 3
     assert all(value > 0 for value in first["logged"])
+
+
+@pytest.mark.parametrize("number", [PLAIN, PLAIN + 2], ids=["sft", "grpo"])
+def test_micro_batches_by_tokens(results, number):
+    """Both processes run as many passes, and train what they train without the division."""
+    whole, divided = results[number], results[number + 1]
+    for first, second in (whole, divided):
+        assert first["digests"] == second["digests"]
+        assert len(first["rows"]) == len(second["rows"])
+    assert divided[0]["norms"] == pytest.approx(whole[0]["norms"], rel=1e-4)
+    assert divided[0]["logged"] == pytest.approx(whole[0]["logged"], rel=1e-4)
+    assert len(divided[0]["rows"]) == 6

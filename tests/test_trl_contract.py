@@ -5,11 +5,14 @@ A failure here says which assumption an upgrade has broken, before a wrong numbe
 
 import ast
 import inspect
+import re
 import textwrap
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
 from builders import FAMILIES, grpo_args, seg_bias, sft_args, tiny_model, tiny_rows
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,6 +33,7 @@ from trl.trainer.utils import (
 from segrl.models import tiny_causal_lm
 from segrl.trainers import SegGRPOTrainer, SegSFTTrainer, SharedPromptGRPOTrainer
 from segrl.trainers.mask_head_mixin import MaskHeadMixin
+from segrl.trainers.token_budget import NORMALIZERS, TokenBudgetMixin
 
 
 def parameters(function) -> list[str]:
@@ -55,6 +59,10 @@ class TestSignatures:
             (GRPOTrainer, "_log_metric", ["name", "value"]),
             (GRPOTrainer, "_set_signature_columns_if_needed", []),
             (GRPOTrainer, "_prepare_inputs", ["generation_batch"]),
+            (GRPOTrainer, "compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
+            (Trainer, "get_train_dataloader", []),
+            (GradientState, "_set_sync_gradients", ["sync_gradients"]),
+            (Accelerator, "no_sync", ["model"]),
             (SFTTrainer, "_set_signature_columns_if_needed", []),
             (SFTTrainer, "compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
             (Trainer, "_save", ["output_dir", "state_dict"]),
@@ -87,6 +95,20 @@ class TestSignatures:
             "self.model_accepts_loss_kwargs and num_items_in_batch is not None" in source
             or "not self.model_accepts_loss_kwargs or num_items_in_batch is None" in source
         )
+
+    def test_what_a_loss_is_divided_by(self):
+        """`tokens_per_micro_batch` weights the losses of micro-batches; a new loss type needs its place there."""
+        source = inspect.getsource(GRPOTrainer._compute_loss)
+        listed = re.findall(r"self\.loss_type (?:==|in) (\[[^]]+\]|\"\w+\")", source)
+        assert set(re.findall(r"\w+", " ".join(listed))) == set(NORMALIZERS)
+        assert "/ mask.sum(-1).clamp(min=1.0)).mean()" in source  # rows
+        assert "/ (per_token_loss.size(0) * self.max_completion_length)" in source
+        assert "(per_token_loss * mask).sum(-1).mean()" in source
+        assert "(per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)" in source  # tokens
+        scaled = "normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation"
+        assert scaled in source  # of the rollout, for one accumulation: folding both leaves their ratio
+        assert "_entropy_bonus_enabled" in source
+        assert "top_entropy_quantile" in source
 
     def test_tags_of_the_model_card(self):
         assert GRPOTrainer._tag_names == ["trl", "grpo"]
@@ -307,7 +329,10 @@ def test_every_override_exists_in_trl():
     own |= {"_share_by_default", "_warned", "_wants_sharing"}
     own |= {"_check_inputs", "_texts_checked"}
     own |= {"_init_joint", "_joint_loss", "_keep_settings", "_load", "_mode", "_trained_already"}
-    ours = {**vars(SegGRPOTrainer), **vars(SharedPromptGRPOTrainer), **vars(MaskHeadMixin)}
+    own |= {"_added_tokens", "_budget", "_check_budget", "_loss_in_parts", "_micro_batch_count", "_part", "_parts"}
+    own |= {"_row_groups"}
+    classes = (SegGRPOTrainer, SharedPromptGRPOTrainer, MaskHeadMixin, TokenBudgetMixin)
+    ours = {name: value for kind in classes for name, value in vars(kind).items()}
     defined = {name for name in ours if name.startswith("_") and not name.startswith("__")} - own
     inherited = {name for base in GRPOTrainer.__mro__ for name in vars(base)}
     assert {"_compute_loss", "_prepare_inputs", "_generate_single_turn"} <= defined

@@ -22,11 +22,23 @@ def length_reward(completions, **_):
     return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
 
 
-def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool, answers: int = 4) -> dict[str, Any]:
+def run(
+    folder: str,
+    kind: str,
+    peft: bool,
+    unused: bool | None,
+    frozen: bool,
+    answers: int = 4,
+    rows_of_step: tuple[int, int] = (4, 1),
+    budget: int | None = None,
+    standardise: bool = True,
+) -> dict[str, Any]:
     """Train three steps with `<seg>` in the batches of rank 0 only; hashes of all parameters, and what moved."""
     state = PartialState()
     model, processor = tiny_model("qwen2_5_vl", tie_word_embeddings=peft)
-    model = add_head(model, processor, freeze_encoder=frozen, standardise=True)  # running statistics must agree as well
+    model = add_head(
+        model, processor, freeze_encoder=frozen, standardise=standardise
+    )  # running statistics must agree as well
     token, seen, rows_of = seg_token_id(processor), [], []
 
     def counted(logits, target):
@@ -35,8 +47,9 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool, a
 
     common: dict[str, Any] = {
         **{"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
-        **{"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1},
+        **{"max_steps": 3, "per_device_train_batch_size": rows_of_step[0], "learning_rate": 1e-2, "logging_steps": 1},
         **{"gradient_checkpointing": False, "ddp_find_unused_parameters": unused},
+        **{"gradient_accumulation_steps": rows_of_step[1], "tokens_per_micro_batch": budget},
     }
     shared: dict[str, Any] = {
         "processing_class": processor,
@@ -53,7 +66,7 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool, a
     trainer: Any
     if kind == "sft":
         # in order, and the ranks take turns: rank 1 gets the batches without the token
-        rows = with_answers(tiny_rows(24, processor), [WITH] * 4 + [WITHOUT] * 4)
+        rows = with_answers(tiny_rows(6 * rows_of_step[0] * rows_of_step[1], processor), [WITH] * 4 + [WITHOUT] * 4)
         args: Any = SegSFTConfig(folder, max_length=None, train_sampling_strategy="sequential", **common)
         trainer = SegSFTTrainer(model, args, train_dataset=rows, **shared)
     else:
@@ -64,7 +77,7 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool, a
         beta = 0.05 if peft else 0.0  # without PEFT, TRL reads the reference model from a folder
         sizes: dict[str, Any] = {"num_generations": answers, "max_completion_length": 10}
         args = SegGRPOConfig(folder, generation_kwargs=often, beta=beta, **sizes, **common)
-        rows = tiny_rows(12, processor, completions=False)
+        rows = tiny_rows(12 * rows_of_step[1], processor, completions=False)
         trainer = SegGRPOTrainer(model, ["format", length_reward], args, train_dataset=rows, **shared)
     model.get_decoder().register_forward_hook(
         lambda module, args, output: rows_of.append(len(output[0])) if torch.is_grad_enabled() else None
@@ -77,16 +90,18 @@ def run(folder: str, kind: str, peft: bool, unused: bool | None, frozen: bool, a
         if not torch.equal(parameter, before[name]):
             moved.append(name)
     adapter = trainer.mask_head.adapter
-    for buffer in (adapter.mean, adapter.variance):
-        digests["head"].update(buffer.numpy().tobytes())
-    if adapter.mean.abs().max() > 0:
-        moved.append("running statistics")
+    if standardise:
+        for buffer in (adapter.mean, adapter.variance):
+            digests["head"].update(buffer.numpy().tobytes())
+        if adapter.mean.abs().max() > 0:
+            moved.append("running statistics")
     return {
         "rank": state.process_index,
         "world": state.num_processes,
         "wrapped": type(trainer.model_wrapped).__name__,
         "digests": {part: digest.hexdigest() for part, digest in digests.items()},
         "moved": moved,
+        "norms": [p.detach().norm().item() for p in trainer.model.parameters() if p.requires_grad],
         "seen": seen,
         "rows": rows_of,
         "logged": [entry["dense/dice_ce"] for entry in trainer.state.log_history if "dense/dice_ce" in entry],

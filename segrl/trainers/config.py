@@ -9,6 +9,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from segrl.errors import unknown_name
 from segrl.trainers.batches import check_processes, fit_accumulation
+from segrl.trainers.token_budget import fold_accumulation
 
 __all__ = ["SegGRPOConfig", "SegSFTConfig"]
 
@@ -62,6 +63,15 @@ class SegGRPOConfig(GRPOConfig):
             "head, no dense losses, no registered rewards), which then is TRL's bit for bit. False: TRL's passes."
         },
     )
+    tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Divide the rows of an optimizer step (per_device_train_batch_size times "
+            "gradient_accumulation_steps) into as few micro-batches as this number of tokens allows, each prompt "
+            "counted once and its completions kept together. Losses and gradients do not depend on it. None: "
+            "micro-batches of per_device_train_batch_size."
+        },
+    )
     feature_cache_memory: int = field(
         default=2**30,
         metadata={
@@ -82,10 +92,12 @@ class SegGRPOConfig(GRPOConfig):
             raise unknown_name("batch_unit", self.batch_unit, ("prompts", "completions"))
         size = self.global_batch_size
         if size is None:
+            fold_accumulation(self)
             return super().__post_init__()
         rows = size * ((self.num_generations or 1) if self.batch_unit == "prompts" else 1)
         unit = f"global_batch_size={size} {self.batch_unit} ({rows} completions)"
         processes = fit_accumulation(self, rows, unit)
+        fold_accumulation(self)
         super().__post_init__()
         check_processes(self, processes)
 
@@ -114,6 +126,14 @@ class SegSFTConfig(SFTConfig):
             "per_device_train_batch_size and the number of processes. None leaves that to gradient_accumulation_steps."
         },
     )
+    tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Divide the rows of an optimizer step (per_device_train_batch_size times "
+            "gradient_accumulation_steps) into as few micro-batches as this number of tokens allows, padding "
+            "included. Losses and gradients do not depend on it. None: micro-batches of per_device_train_batch_size."
+        },
+    )
     feature_cache_memory: int = field(
         default=2**30,
         metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},
@@ -129,7 +149,9 @@ class SegSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         size = self.global_batch_size
         if size is None:
+            fold_accumulation(self)
             return super().__post_init__()
         processes = fit_accumulation(self, size, f"global_batch_size={size} rows")
+        fold_accumulation(self)
         super().__post_init__()
         check_processes(self, processes)

@@ -239,6 +239,10 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         return logps[:, :keep], None if entropies is None else entropies[:, :keep], loss
 
     @property
+    def _added_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._queries[1] if self._queries is not None else 0
+
+    @property
     def _queries(self) -> tuple[int, int] | None:
         return None if self.mask_head is None else query_tokens(self.mask_head.probe)
 
@@ -329,6 +333,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         weight = getattr(self.args, "policy_weight", 1.0)
         mode = self._mode()
         scale = 1.0 / self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        if self._part is not None:
+            scale *= self._part.rows
         if not self.dense_losses or self.mask_head is None:
             return self._joint_loss(super()._compute_loss(model, inputs), weight, None, scale, mode)
         ids, own = inputs["completion_ids"], inputs["completion_mask"]

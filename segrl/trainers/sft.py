@@ -17,9 +17,11 @@ from segrl.heads.probes import query_tokens
 from segrl.predictions.parsing import SEG_TOKEN
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.predictions.reserved_text import message_texts
+from segrl.sharing.micro_batches import fill_padded
 from segrl.tasks import Task, check_columns, make_task
 from segrl.trainers.config import SegSFTConfig
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
+from segrl.trainers.token_budget import Part, RowCollator, TokenBudgetMixin, join_rows
 
 __all__ = ["SegCollator", "SegSFTTrainer"]
 
@@ -72,7 +74,7 @@ class CheckedCollator:
         return self.collator(examples)
 
 
-class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
+class SegSFTTrainer(MaskHeadMixin, TokenBudgetMixin, SFTTrainer):
     """`SFTTrainer` whose model also learns masks: `text_weight * L_txt + sum_i weight_i * term_i`.
 
     Called as TRL's trainer, with `dense_losses=[DenseLoss("dice_ce")]` for a model with a mask head. Masks are
@@ -122,6 +124,16 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
         if not self._check_inputs():
             self.data_collator = CheckedCollator(self.data_collator, self.processing_class)
         self._keep_settings(prompt_settings)
+        self._check_budget()
+
+    def get_train_dataloader(self) -> Any:
+        if self._budget is None:
+            return super().get_train_dataloader()
+        whole, self.data_collator = self.data_collator, RowCollator(self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole  # evaluation has batches
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -131,6 +143,11 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if "rows" in inputs:
+            parts = self._parts(inputs["rows"], num_items_in_batch)
+            return self._loss_in_parts(
+                model, parts, lambda part: self.compute_loss(model, part, False, num_items_in_batch)
+            )
         weight = getattr(self.args, "text_weight", 1.0)
         mode = self._mode()
         steps = self.current_gradient_accumulation_steps if mode == "train" and num_items_in_batch is not None else 1
@@ -146,8 +163,31 @@ class SegSFTTrainer(MaskHeadMixin, SFTTrainer):
         else:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss: Tensor = result[0] if return_outputs else result
-        joint = self._joint_loss(loss, weight, request, 1.0 / steps, mode)
+        scale = 1.0 / steps
+        if self._part is not None:
+            loss, scale = self._part.loss * loss, self._part.rows * scale
+        joint = self._joint_loss(loss, weight, request, scale, mode)
         return (joint, result[1]) if return_outputs else joint
+
+    def _parts(self, rows: Sequence[Mapping[str, Any]], num_items_in_batch: Any) -> list[Part]:
+        """The micro-batches of a batch of single rows, with what each of their losses counts in it."""
+        assert self._budget is not None
+        queries = None if self.mask_head is None else query_tokens(self.mask_head.probe)
+        lengths = [row["input_ids"].size(1) + (0 if queries is None else queries[1]) for row in rows]
+        if max(lengths) > self._budget:
+            raise SegRLError(
+                f"tokens_per_micro_batch={self._budget}: a row has {max(lengths)} tokens, which is the smallest number "
+                "that works for it"
+            )
+        count = self._micro_batch_count(len(fill_padded(lengths, self._budget)))
+        learned = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
+        total, pad = max(1, sum(learned)), int(self._tokenizer.pad_token_id)  # type: ignore[arg-type]
+        parts = []
+        for part in fill_padded(lengths, self._budget, count):
+            share, tokens = len(part) / len(rows), len(part) * lengths[part[0]]
+            weight = sum(learned[row] for row in part) / total if num_items_in_batch is None else 1.0
+            parts.append(Part(join_rows([rows[row] for row in part], pad), share, weight, tokens))
+        return parts
 
 
 def _add_queries(inputs: dict[str, Any], probed: Tensor, token_id: int, count: int) -> Tensor:

@@ -8,6 +8,7 @@ What is overridden, and why (each calls `super()`):
 - `_get_per_token_logps_and_entropies`: one packed row for all completions of a micro-batch.
 - `_prepare_inputs`: puts the answers to one prompt back side by side after TRL's shuffle.
 - `_compute_loss`: says which rows share a prompt.
+- `compute_loss`: divides the rows into micro-batches by `tokens_per_micro_batch` (see `token_budget`).
 
 How it is done is in `segrl.sharing`, which knows nothing of TRL.
 """
@@ -22,18 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from segrl import sharing
 from segrl.caching.content import ImageKeys
 from segrl.caching.feature_cache import FeatureCache
+from segrl.errors import SegRLError
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
+from segrl.trainers.token_budget import NORMALIZERS, Part, TokenBudgetMixin, select_batch
 
 __all__ = ["SharedPromptGRPOTrainer"]
 
 
-class SharedPromptGRPOTrainer(GRPOTrainer):
+class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
     """`GRPOTrainer` that heeds `share_prompt` of `SegGRPOConfig` (None means yes); off, it is `GRPOTrainer`.
 
     Also off with settings that do not have it, as TRL's own.
@@ -62,10 +64,19 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     _shares = False
     _share_by_default = True
     _warned = False  # whether the warning about inputs has been given
+    _added_tokens = 0  # put behind each completion in scoring and loss
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._shares = self._wants_sharing and self._start_sharing()
+        self._check_budget()
+        copies, length = self.num_generations if self._shares else 1, self.max_completion_length or 0
+        if self._budget is not None and self._budget <= copies * length:
+            raise SegRLError(
+                f"tokens_per_micro_batch={self._budget}: {copies} completions of up to "
+                f"max_completion_length={length} tokens take {copies * length} tokens, and their prompt comes on top; "
+                f"the smallest number that works is {copies * length} and the tokens of the longest prompt"
+            )
 
     @property
     def _wants_sharing(self) -> bool:
@@ -155,12 +166,18 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             if self._shares and other and not self._warned:
                 self._warned = True
                 _warn(f"the model takes {', '.join(sorted(other))}, which cannot be shared")
+            if batch_size is not None and self._budget is not None and self.model.training:
+                batch_size = max(1, self._budget // input_ids.size(1))
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
         backbone = backbone_of(base_instance(self.accelerator.unwrap_model(model)))
         results = []
-        for start in range(0, rows, batch_size or rows):
-            part = range(start, min(start + (batch_size or rows), rows))
+        if batch_size is not None and self._budget is not None and self.model.training:
+            parts = sharing.consecutive_parts(keys, attention_mask[:, -keep:].sum(1).tolist(), self._budget)
+        else:
+            starts = range(0, rows, batch_size or rows)
+            parts = [range(start, min(start + (batch_size or rows), rows)) for start in starts]
+        for part in parts:
             packed = sharing.pack_rows(backbone, input_ids, attention_mask, keep, keys, part, **images)
             if packed is None:
                 ids, mask = input_ids[part.start : part.stop], attention_mask[part.start : part.stop]
@@ -181,12 +198,55 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = _side_by_side(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        call = super().compute_loss
+        if self._budget is None or not self.model.training:
+            return call(model, inputs, *args, **kwargs)
+        return self._loss_in_parts(model, self._parts(inputs), lambda part: call(model, part, *args, **kwargs))
+
+    def _parts(self, inputs: dict[str, Any]) -> list[Part]:
+        """The micro-batches of a batch, with what each of their losses counts in it."""
+        assert self._budget is not None
+        groups = self._row_groups(inputs)
+        needed = max(group.tokens for group in groups)
+        if needed > self._budget:
+            raise SegRLError(
+                f"tokens_per_micro_batch={self._budget}: the completions to one prompt, as long as "
+                f"max_completion_length={self.max_completion_length} allows, take up to {needed} tokens with it; the "
+                f"smallest number that works is {needed}"
+            )
+        groups = self._row_groups(inputs, written=True)
+        count = self._micro_batch_count(len(sharing.fill_micro_batches(groups, self._budget)))
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        own = mask.sum(1).tolist()
+        kind, total = NORMALIZERS[self.loss_type], max(1, sum(own))
+        parts = []
+        for rows in sharing.fill_micro_batches(groups, self._budget, count):
+            share = len(rows) / len(own)
+            weight = {"rows": share, "tokens": sum(own[row] for row in rows) / total, "rollout": 1.0}[kind]
+            chosen = set(rows)
+            tokens = sum(group.tokens for group in groups if chosen >= set(group.rows))
+            parts.append(Part(select_batch(inputs, rows), share, weight, tokens))
+        return parts
+
+    def _row_groups(self, inputs: dict[str, Any], written: bool = False) -> list[sharing.RowGroup]:
+        """The rows that share a prompt, with their tokens: those that are written, or at least as many as may be."""
+        lengths, least = inputs["completion_mask"].sum(1).tolist(), 0 if written else self.max_completion_length or 0
+        lengths = [max(length, least) + self._added_tokens for length in lengths]
+        if self._shares and "prompt_keys" in inputs:
+            return sharing.prompt_groups(inputs["prompt_keys"], lengths)
+        width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1) + self._added_tokens  # TRL pads
+        return [sharing.RowGroup((row,), width) for row in range(len(lengths))]
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._prompt_keys = inputs.get("prompt_keys")
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
         finally:
             self._prompt_keys = None
+        return loss if self._part is None else self._part.loss * loss
 
 
 def _warn(reason: str) -> None:
@@ -199,18 +259,12 @@ def _warn(reason: str) -> None:
 
 def _side_by_side(batches: list[dict[str, Any]]) -> list[Any]:
     """The micro-batches of a rollout, with the answers to one prompt in as few of them as can be."""
-    whole: Any = split_pixel_values_by_grid({key: _joined([batch[key] for batch in batches]) for key in batches[0]})
+    whole = {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
     keys = whole["prompt_keys"]
     position = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # prompts stay in TRL's random order
     order = sorted(range(len(keys)), key=lambda row: position[keys[row]])
-
-    def reorder(value: Any) -> Any:
-        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
-            return value
-        return value[order] if isinstance(value, Tensor) else [value[row] for row in order]
-
-    parts: list[Any] = split_tensor_dict({key: reorder(value) for key, value in whole.items()}, len(batches))
-    return [unsplit_pixel_values_by_grid(part) for part in parts]
+    size = len(keys) // len(batches)
+    return [select_batch(whole, order[n * size : (n + 1) * size]) for n in range(len(batches))]
 
 
 def _joined(values: list[Any]) -> Any:
