@@ -70,7 +70,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._shares = self._wants_sharing and self._start_sharing()
         self._check_budget()
-        copies, length = self.num_generations if self._shares else 1, self.max_completion_length or 0
+        copies, length = (self.num_generations or 1) if self._shares else 1, self.max_completion_length or 0
         if self._budget is not None and self._budget <= copies * length:
             raise SegRLError(
                 f"tokens_per_micro_batch={self._budget}: {copies} completions of up to "
@@ -166,14 +166,14 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
             if self._shares and other and not self._warned:
                 self._warned = True
                 _warn(f"the model takes {', '.join(sorted(other))}, which cannot be shared")
-            if batch_size is not None and self._budget is not None and self.model.training:
-                batch_size = max(1, self._budget // input_ids.size(1))
+            if batch_size is not None and self._training_budget is not None:
+                batch_size = max(1, self._training_budget // input_ids.size(1))
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
         backbone = backbone_of(base_instance(self.accelerator.unwrap_model(model)))
         results = []
-        if batch_size is not None and self._budget is not None and self.model.training:
-            parts = sharing.consecutive_parts(keys, attention_mask[:, -keep:].sum(1).tolist(), self._budget)
+        if batch_size is not None and self._training_budget is not None:
+            parts = sharing.consecutive_parts(keys, attention_mask[:, -keep:].sum(1).tolist(), self._training_budget)
         else:
             starts = range(0, rows, batch_size or rows)
             parts = [range(start, min(start + (batch_size or rows), rows)) for start in starts]
@@ -202,7 +202,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         call = super().compute_loss
-        if self._budget is None or not self.model.training:
+        if self._training_budget is None:
             return call(model, inputs, *args, **kwargs)
         return self._loss_in_parts(model, self._parts(inputs), lambda part: call(model, part, *args, **kwargs))
 

@@ -88,6 +88,11 @@ class TokenBudgetMixin:
     def _budget(self) -> int | None:
         return getattr(self.args, "tokens_per_micro_batch", None)  # type: ignore[attr-defined]
 
+    @property
+    def _training_budget(self) -> int | None:
+        """The budget while training, None in evaluation."""
+        return self._budget if self.model.training else None  # type: ignore[attr-defined]
+
     def _check_budget(self) -> None:
         """Refuse settings under which losses of micro-batches do not add up to that of the batch."""
         trainer: Any = self
@@ -122,14 +127,16 @@ class TokenBudgetMixin:
         """Run the backward pass of all parts but the last; return the last one's loss with the value of the sum."""
         trainer: Any = self
         metrics = _MergedMetrics(trainer._metrics["train"])
-        total: Tensor | float = 0.0
+        total = torch.zeros((), device=trainer.accelerator.device)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             self._part = part
             try:
                 with nullcontext() if last else _accumulating(trainer.accelerator, model):
                     value = loss(part.inputs)
-                    if not last:
+                    if last:
+                        total = total + value
+                    else:
                         trainer.accelerator.backward(value)
                         total = total + value.detach()
             finally:
@@ -138,7 +145,7 @@ class TokenBudgetMixin:
         metrics.merge()
         trainer._metrics["train"]["micro_batches"].append(float(len(parts)))
         trainer._metrics["train"]["micro_batch_tokens"].append(sum(part.tokens for part in parts) / len(parts))
-        return value + total  # pyright: ignore[reportPossiblyUnboundVariable]  # there is at least one part
+        return total
 
 
 @contextmanager
