@@ -19,6 +19,8 @@ from volume_builders import blocks, row_of
 from segrl.data import read_grey
 from segrl.errors import DataError
 from segrl.evaluation import evaluate_oracle_boxes, evaluate_volumes, summarise_volumes, volume_record
+from segrl.geometry import mask_to_rle
+from segrl.geometry.run_lengths import counts_to_text
 from segrl.inference import VolumeSegmenter
 from segrl.metrics import bootstrap_ci
 from segrl.predictions import Prediction, Status, VolumePromptSettings, VolumeTarget
@@ -72,6 +74,9 @@ def test_a_known_record():
         "boxes": [[2.0, 2.0, 6.0, 5.0]],
         "status": "valid",
         "text": "said",
+        "spacing_mm": [5.0, 1.0, 0.5],
+        "predicted_mask": mask_to_rle(block(2, 3, 4), compressed=True),
+        "target_mask": mask_to_rle(block(1, 2, 3), compressed=True),
     }
     assert json.loads(json.dumps(record)) == record
 
@@ -118,7 +123,9 @@ def test_empty_masks():
     none = volume_record(answer(), nothing)  # no slice, no mask, nothing to find
     assert (none["dice"], none["iou"], none["hd95_mm"], none["nsd"], none["fail"]) == (1.0, 1.0, 0.0, 1.0, False)
     assert (none["slice_visibility"], none["slice_boxes"], none["slice_index"], none["boxes"]) == (1.0, 1.0, None, [])
-    assert volume_record(answer(np.zeros((3, 4, 5), dtype=bool)), nothing) == none
+    empty = {"size": [3, 4, 5], "counts": counts_to_text(np.array([60]))}
+    assert none["predicted_mask"] is None
+    assert volume_record(answer(np.zeros((3, 4, 5), dtype=bool)), nothing) == {**none, "predicted_mask": empty}
     missed = volume_record(answer(), TARGET)
     assert (missed["dice"], missed["hd95_mm"], missed["nsd"], missed["fail"]) == (0.0, None, 0.0, True)
     invented = volume_record(answer(np.ones((3, 4, 5), dtype=bool), 1, [[0, 0, 5, 4]]), nothing)

@@ -372,5 +372,5 @@ def test_the_oracle_reads_rows_of_arrays(tmp_path):
     )
     assert known == given
     assert known["nsd"] is not None
-    assert {**known, "hd95_mm": None, "nsd": None} == unknown
+    assert {**known, "hd95_mm": None, "nsd": None, "spacing_mm": None} == unknown
     assert json.loads(json.dumps(unknown)) == unknown
