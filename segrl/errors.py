@@ -87,13 +87,14 @@ class CheckpointError(SegRLError):
     """A checkpoint is missing, incomplete or does not fit the model."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+def unknown_name(kind: str, name: str, known: Iterable[str], *, shown: Iterable[str] | None = None) -> UnknownNameError:
     """Build the error for a failed look-up, with the closest known name as a suggestion.
 
     Args:
         kind: Kind of the name, for example `"reward"`.
         name: The name that was not found.
         known: All accepted names; may be empty.
+        shown: Those that the message lists, where all would be too many.
 
     Returns:
         The error, for the caller to raise.
@@ -105,4 +106,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     names = sorted(known)
     closest = difflib.get_close_matches(name, names, n=1)
     hint = f" did you mean {closest[0]!r}?" if closest else ""
-    return UnknownNameError(f"unknown {kind} {name!r};{hint} Known: {', '.join(names) or 'none'}")
+    listed = ", ".join(names) or "none" if shown is None else f"{', '.join(shown)} ..."
+    return UnknownNameError(f"unknown {kind} {name!r};{hint} Known: {listed}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from segrl.errors import SegRLError
 
-__all__ = ["check_source", "is_hub_name", "reraise_as"]
+__all__ = ["check_source", "hub_problem", "is_hub_name", "reraise_as"]
 
 
 def is_hub_name(text: str) -> bool:
@@ -40,6 +40,32 @@ def check_source(argument: str, value: str, kind: str, error: type[SegRLError] =
     """
     if not value or not (Path(value).is_dir() or is_hub_name(value)):
         raise error(f"{argument} {value!r}: no such folder, nor a {kind} name owner/name")
+
+
+def hub_problem(error: Exception) -> str:
+    """Return what went wrong with a download, and the fix, in one line.
+
+    Args:
+        error: As `huggingface_hub` raised it.
+
+    Example:
+        >>> from huggingface_hub.errors import HFValidationError
+        >>> hub_problem(HFValidationError("Repo id must use ..."))
+        'the name is none of the hub (Repo id must use ...); correct it, or pass a folder'
+    """
+    from huggingface_hub import errors
+
+    said = " ".join(str(error).split())
+    if isinstance(error, errors.GatedRepoError):
+        return "the hub asks for consent to its terms first; give it on the repository's page, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private; correct the name, or log in with `hf auth login`"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        switched = "offline mode is on (HF_HUB_OFFLINE)" if "HF_HUB_OFFLINE" in said else "the hub cannot be reached"
+        return f"{switched} and this machine's cache does not hold it; connect, or pass a folder"
+    if isinstance(error, errors.HFValidationError):
+        return f"the name is none of the hub ({said}); correct it, or pass a folder"
+    return f"the hub says: {said}"
 
 
 @contextmanager

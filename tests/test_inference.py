@@ -221,9 +221,9 @@ class TestImages:
         assert (answer.boxes[:, 2:] <= size).all()
 
     @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-    def test_more_than_eight_bits_are_an_error(self, segmenter, mode):
+    def test_more_than_eight_bits_in_a_batch_are_an_error(self, segmenter, mode):
         with pytest.raises(DataError, match=f"image: has {mode} pixels, expected 8 bits per channel"):
-            segmenter.predict(Image.new(mode, (20, 20)), "Find it.")
+            segmenter.predict_batch([Image.new(mode, (20, 20))], ["Find it."])
 
 
 class TestInput:
@@ -241,7 +241,7 @@ class TestInput:
         with pytest.raises(DataError, match="2 images for 1 queries; expected one query per image"):
             segmenter.predict_batch([picture()] * 2, ["Find it."])
         with pytest.raises(DataError, match="expected a PIL image, got str"):
-            segmenter.predict("image.png", "Find it.")
+            segmenter.predict_batch(["image.png"], ["Find it."])
         with pytest.raises(DataError, match="expected a PIL image, got NoneType"):
             segmenter.predict_batch([picture(), None], ["Find it."] * 2)
         with pytest.raises(DataError, match="1 sizes for 2 images"):

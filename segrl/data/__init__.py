@@ -8,6 +8,7 @@ from segrl.data.contents import SplitContents
 from segrl.data.coordinates import find_coordinates, strip_coordinates
 from segrl.data.division import Division
 from segrl.data.images.augmentation import augment
+from segrl.data.images.files import LoadedImage, load_image
 from segrl.data.images.folder import check_rows, load_folder
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
@@ -38,6 +39,7 @@ __all__ = [
     "Division",
     "Intensity",
     "Labels",
+    "LoadedImage",
     "Queries",
     "Scene",
     "SplitContents",
@@ -57,6 +59,7 @@ __all__ = [
     "intensity_for",
     "label_values",
     "load_folder",
+    "load_image",
     "load_m3d_seg",
     "load_split",
     "load_volumes",

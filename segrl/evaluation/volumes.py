@@ -183,7 +183,7 @@ def evaluate_volumes(
 
     check_questions(dataset, segmenter)
 
-    def answer(batch: list[tuple[Case, VolumeTarget]]) -> list[Prediction]:
+    def answer(batch: list[tuple[Case, VolumeTarget]]) -> Sequence[Prediction]:
         return segmenter.predict_batch([case for case, _ in batch], [target.query for _, target in batch])
 
     record = partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics)
@@ -251,7 +251,7 @@ def _true_answer(target: VolumeTarget) -> Prediction:
 def _scored(
     title: str,
     dataset: Dataset,
-    answer: Callable[[list[Any]], list[Prediction]],
+    answer: Callable[[list[Any]], Sequence[Prediction]],
     record: Callable[[Prediction, Any], dict[str, Any]],
     batch_size: int,
     progress: bool,

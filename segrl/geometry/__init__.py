@@ -2,7 +2,7 @@
 
 from segrl.geometry.boxes import area, giou, pairwise_giou, pairwise_iou, validate_boxes
 from segrl.geometry.image_files import open_image, read_image
-from segrl.geometry.mask_images import binarize, mask_values, read_mask_file
+from segrl.geometry.mask_images import binarize, mask_values, read_mask_file, write_mask_image
 from segrl.geometry.masks import (
     boxes_from_mask,
     deepest_points,
@@ -39,4 +39,5 @@ __all__ = [
     "rle_to_mask",
     "soft_target",
     "validate_boxes",
+    "write_mask_image",
 ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from segrl.errors import DataError
 from segrl.geometry.image_files import image_orientation, opaque, open_image
+from segrl.geometry.masks import foreground
 
-__all__ = ["binarize", "mask_values", "read_mask_file"]
+__all__ = ["binarize", "mask_values", "read_mask_file", "write_mask_image"]
 
 
 def read_mask_file(source: Any, name: str = "mask") -> np.ndarray:
@@ -35,6 +39,26 @@ def read_mask_file(source: Any, name: str = "mask") -> np.ndarray:
     """
     with open_image(source, name) as image:
         return binarize(image, name)
+
+
+def write_mask_image(path: str | os.PathLike, mask: ArrayLike) -> None:
+    """Write a mask as an image of one channel, 0 and 255; `read_mask_file` reads it back.
+
+    Args:
+        path: Its suffix sets the format, which must be without loss, such as PNG; an existing file is replaced.
+        mask: (H, W) bool or integer, nonzero being foreground.
+
+    Raises:
+        DataError: Another shape, or a format with loss.
+
+    Example:
+        >>> write_mask_image("mask.png", np.array([[0, 1]]))
+        >>> read_mask_file("mask.png").tolist()
+        [[False, True]]
+    """
+    if Path(path).suffix.lower() not in _WITHOUT_LOSS:
+        raise DataError(f"{os.fspath(path)}: expected a name that ends in {', '.join(_WITHOUT_LOSS)}")
+    Image.fromarray(foreground(mask, f"mask for {os.fspath(path)}").astype(np.uint8) * 255).save(path)
 
 
 def mask_values(mask: Any, name: str = "mask") -> np.ndarray:
@@ -128,6 +152,7 @@ def binarize(array: Any, name: str = "mask") -> np.ndarray:
     return inside if high > 0 else np.zeros(values.shape, dtype=bool)
 
 
+_WITHOUT_LOSS = (".png", ".tif", ".tiff", ".bmp")
 _FILL = "a polygon is no mask: fill it with PIL.ImageDraw.Draw(image).polygon on a black image of the image's size"
 
 

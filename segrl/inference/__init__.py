@@ -7,11 +7,21 @@ from typing import Any
 
 from segrl.errors import CheckpointError
 from segrl.inference.base import SegmenterBase, find_run
+from segrl.inference.confidence import Confidence, combine_answers
 from segrl.inference.images import ReasoningSegmenter
+from segrl.inference.result import InferenceResult
 from segrl.inference.volumes import VolumeSegmenter
 from segrl.predictions.prompt_settings import SETTINGS_FILE, load_prompt_settings
 
-__all__ = ["ReasoningSegmenter", "SegmenterBase", "VolumeSegmenter", "load"]
+__all__ = [
+    "Confidence",
+    "InferenceResult",
+    "ReasoningSegmenter",
+    "SegmenterBase",
+    "VolumeSegmenter",
+    "combine_answers",
+    "load",
+]
 
 
 def load(name: str | os.PathLike, **kwargs: Any) -> ReasoningSegmenter | VolumeSegmenter:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from segrl.errors import CheckpointError, DataError
+from segrl.errors import CheckpointError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
 from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
 from segrl.heads.probes import query_tokens
-from segrl.hub import is_hub_name
+from segrl.hub import hub_problem, is_hub_name
+from segrl.inference.asking import Asked, seeded
 from segrl.models.agreement import check_processor
-from segrl.models.backbone import base_instance
+from segrl.models.backbone import backbone_of, base_instance
 from segrl.models.loading import load_vlm, seg_token_id
 from segrl.models.saved_files import check_saved_files
 from segrl.predictions.prediction import Prediction
@@ -26,9 +27,13 @@ from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settin
 from segrl.predictions.reserved_text import check_reserved
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG
 from segrl.segmenters.stored import load_segmenter, save_segmenter
+from segrl.sharing import PromptKey, enable_sharing, images_of, prefill_once
 from segrl.tasks import Task
 
 __all__ = ["SegmenterBase", "find_run"]
+
+
+_MODELS = ("config.json", "adapter_config.json")
 
 
 class SegmenterBase:
@@ -68,6 +73,7 @@ class SegmenterBase:
         self.model: Any = model
         self.processor, self.settings = processor, settings
         self.segmenter: Any = segmenter
+        self._shares: bool | None = None  # whether the model takes shared prompts; None: not yet tried
 
     @classmethod
     def from_pretrained(
@@ -106,6 +112,11 @@ class SegmenterBase:
                 "segrl.inference.load picks the class that fits"
             )
         model: Any
+        if not any((path / file).is_file() for file in _MODELS):
+            raise CheckpointError(
+                f"{str(folder)!r}: holds no model ({' or '.join(_MODELS)}); expected the output directory of a run "
+                "that has ended, or one of its checkpoints"
+            )
         if (path / "adapter_config.json").is_file():
             model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
         else:
@@ -166,26 +177,34 @@ class SegmenterBase:
 
     @torch.no_grad()
     def _predict(
-        self, conversations: Sequence[Any], rows: Sequence[Any], generation: dict[str, Any], **mask_settings: Any
-    ) -> list[Prediction]:
-        """One prediction for each conversation, in one batch; greedy unless `generation` says otherwise.
+        self,
+        conversations: Sequence[Any],
+        rows: Sequence[Any],
+        asked: Asked,
+        **mask_settings: Any,
+    ) -> list[list[Prediction]]:
+        """The answers to each conversation, all in one batch.
 
         Args:
             conversations: Messages whose image blocks hold their images.
             rows: What each conversation is about, as the task reads them.
-            generation: To `model.generate`.
+            asked: How many answers each gets, and the settings of `model.generate`.
             mask_settings: To `add_masks` of the task.
         """
         task, head = self.task, find_mask_head(self.model)
-        completions, texts = self._answer(conversations, generation, head)
+        with seeded(asked.seed):
+            completions, texts = self._answer(conversations, asked, head)
+        repeated = [row for row in rows for _ in range(asked.samples)]
         reading = self.settings.completion_format.for_tokenizer(self.processor.tokenizer)
         reading = replace(reading, require_seg=reading.require_seg and head is not None)
-        predictions = [reading.parse(text, row.frame) for text, row in zip(texts, rows, strict=True)]
-        inputs = task.seg_inputs(rows, predictions)
-        return task.add_masks(predictions, rows, completions, inputs, **mask_settings)
+        predictions = [reading.parse(text, row.frame) for text, row in zip(texts, repeated, strict=True)]
+        inputs = task.seg_inputs(repeated, predictions)
+        wanted = {"probabilities": asked.confident, **mask_settings}
+        masks = task.add_masks(predictions, repeated, completions, inputs, **wanted)
+        return [masks[n : n + asked.samples] for n in range(0, len(masks), asked.samples)]
 
     def _answer(
-        self, conversations: Sequence[Any], generation: dict[str, Any], head: MaskHead | None
+        self, conversations: Sequence[Any], asked: Asked, head: MaskHead | None
     ) -> tuple[Completions, list[str]]:
         """Generated tokens up to the first end token, with their states where a head listens, and their texts."""
         inputs = self._inputs(conversations)
@@ -195,25 +214,39 @@ class SegmenterBase:
             "suppress_tokens": _image_tokens(self.model),
             "repetition_penalty": 1.0,  # as in training; the hub's files of Qwen2.5-VL hold another one
             "eos_token_id": sorted(self._ends()) or None,
-            **generation,
+            **asked.options(),
         }
-        if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
-            raise DataError(
-                "num_beams and num_return_sequences must be 1: states of several beams cannot be told apart"
-            )
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        with head.record(last_only=True) if head is not None else nullcontext() as recording:
+        recorded = head.record(last_only=True) if head is not None else nullcontext()
+        with recorded as recording, self._one_prefill(conversations, asked.samples):
             output = self.model.generate(**inputs, **options)
         written = output[:, inputs["input_ids"].size(1) :].tolist()
         ids = [self._trimmed(row) for row in written]
         queries = None if head is None else query_tokens(head.probe)
         completions = Completions.of(ids, base_instance(self.model).device, queries=queries)
         if head is not None and queries is not None:
+            if asked.samples > 1:
+                inputs = self._inputs([one for one in conversations for _ in range(asked.samples)])
             self._score(inputs, completions, head)
         elif recording is not None:
             completions.states = generation_states(recording, written)
         return completions, self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _one_prefill(self, conversations: Sequence[Any], samples: int) -> AbstractContextManager[None]:
+        """Inside the context, each prompt is computed once for its samples, if the model's layers allow it.
+
+        Otherwise each sample has a prompt of its own; the answers are the same.
+        """
+        if samples == 1:
+            return nullcontext()
+        if self._shares is None:
+            self._shares = enable_sharing(self.model) is None
+        if not self._shares:
+            return nullcontext()
+        counts = [len(images_of(one)) for one in conversations for _ in range(samples)]
+        keys = [PromptKey((n,)) for n in range(len(conversations)) for _ in range(samples)]
+        return prefill_once(backbone_of(base_instance(self.model)), keys, counts if any(counts) else None)
 
     def _score(self, inputs: Any, completions: Completions, head: MaskHead) -> None:
         """Get the states of completions whose query tokens were not generated, by one more forward."""
@@ -226,6 +259,10 @@ class SegmenterBase:
         with head.record() as recording:
             self.model(**whole, use_cache=False, logits_to_keep=1)  # the states are wanted, no logits
         completions.states = recording.calls[-1][:, -completions.ids.size(1) :]
+
+    def _tokens(self, conversation: Any) -> int:
+        """The length of a prompt, images included."""
+        return int(self._inputs([conversation])["input_ids"].size(1))
 
     def _inputs(self, conversations: Sequence[Any]) -> Any:
         """Conversations as a padded batch on the model's device."""
@@ -262,13 +299,13 @@ def find_run(name: str | os.PathLike) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if is_hub_name(str(name)):  # not run in segrl's tests, which are offline
+    if is_hub_name(str(name)):
         from huggingface_hub import snapshot_download
 
         try:
             return Path(snapshot_download(str(name)))
-        except OSError as error:
-            raise CheckpointError(f"{str(name)!r}: no such folder, and the hub says: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{str(name)!r}: no such folder, and {hub_problem(error)}") from error
     raise CheckpointError(
         f"model folder {str(name)!r} does not exist; pass an output directory of a segrl run, or owner/name on the hub"
     )

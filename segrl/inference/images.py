@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, Self, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig
 
+from segrl.data.images.files import LoadedImage, load_image
 from segrl.data.images.prompts import build_prompt, shown_image
 from segrl.errors import CheckpointError, DataError
 from segrl.geometry.image_files import read_image
 from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
 from segrl.hub import reraise_as
+from segrl.inference.asking import Asked, queries_for, split_settings
 from segrl.inference.base import SegmenterBase
+from segrl.inference.batches import MOST, in_batches
+from segrl.inference.result import InferenceResult, result_of
 from segrl.models.loading import load_vlm
 from segrl.predictions.families import zero_shot_settings
 from segrl.predictions.frames import FrameKind, frame_for
-from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import ImagePromptSettings
 from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.stored import load_segmenter
@@ -90,9 +95,73 @@ class ReasoningSegmenter(SegmenterBase):
         model.to(where)  # pyright: ignore[reportArgumentType]
         return cls(model.eval(), processor, settings, made if made is None else made.to(where))
 
-    def predict(self, image: Image.Image, query: str, **generation: Any) -> Prediction:
-        """Answer one question about one image; see `predict_batch`."""
-        return self.predict_batch([image], [query], **generation)[0]
+    @overload
+    def predict(
+        self, image: list[Any] | tuple[Any, ...], query: str | Sequence[str], **settings: Any
+    ) -> list[InferenceResult]: ...
+
+    @overload
+    def predict(
+        self, image: Image.Image | np.ndarray | str | os.PathLike, query: str, **settings: Any
+    ) -> InferenceResult: ...
+
+    def predict(
+        self,
+        image: Any,
+        query: Any,
+        *,
+        intensity: str = "",
+        batch_size: int | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Answer a question about an image, or about each of several.
+
+        Args:
+            image: A path (PNG, JPEG, TIFF, DICOM ...), a PIL image, an array (H, W) or (H, W, 3), or a list of those.
+                What has more than 8 bits is scaled to grey values, see `segrl.data.load_image`.
+            query: The question; for a list also one each.
+            intensity: Scaling of images with more than 8 bits, such as "window:-160:240"; see `load_image`.
+            batch_size: Images answered together; None: as many as fit into memory, at most 16.
+            progress: Show a progress bar.
+            settings: `samples`, `seed`, `abstain_below`, `probabilities` and settings of `model.generate`, see
+                `predict_batch`.
+
+        Returns:
+            An `InferenceResult`, or a list of them in the order of the images.
+
+        Raises:
+            DataError: A file that cannot be read, an array of another shape, or as `predict_batch`.
+            UnknownNameError: An unknown keyword.
+        """
+        several = isinstance(image, list | tuple)
+        asked = split_settings(settings)
+        inputs = list(image) if several else [image]
+        queries = queries_for(query, len(inputs), several)
+        self._check_texts(queries)
+
+        def read(value: Any) -> LoadedImage:
+            return load_image(value, intensity=intensity)
+
+        def answer(loaded: Sequence[LoadedImage], texts: Sequence[str]) -> list[InferenceResult]:
+            results = self._answers([one.image for one in loaded], texts, None, asked)
+            known = zip(results, loaded, strict=True)
+            return [replace(result, name=one.name, intensity=one.intensity) for result, one in known]
+
+        found = in_batches(
+            self,
+            inputs,
+            queries,
+            read,
+            answer,
+            lambda one: one.image.width * one.image.height,
+            lambda one, text: self._tokens(self._conversation(shown_image(one.image, self.settings.max_edge), text)),
+            asked,
+            most=MOST if batch_size is None else batch_size,
+            fit=batch_size is None,
+            progress=progress and len(inputs) > 1,
+        )
+        return found if several else found[0]
 
     def predict_batch(
         self,
@@ -100,31 +169,42 @@ class ReasoningSegmenter(SegmenterBase):
         queries: Sequence[str],
         *,
         sizes: Sequence[tuple[int, int]] | None = None,
-        **generation: Any,
-    ) -> list[Prediction]:
-        """Answer one question per image, in one batch; greedy unless `generation` says otherwise.
+        **settings: Any,
+    ) -> list[InferenceResult]:
+        """Answer one question per image, in one batch; greedy unless the settings say otherwise.
 
         Args:
             images: PIL images of any size and mode. The same object several times is encoded by the segmenter once.
             queries: One question each.
             sizes: (width, height) of boxes and masks in the predictions; each image's own size when None.
-            generation: To `model.generate`.
+            settings: `samples`, the number of answers drawn for each question from one prefill, which are combined
+                (`segrl.inference.combine_answers`); `seed` of the draw; `abstain_below`, a confidence; `probabilities`,
+                whether one greedy answer has a confidence, too; all others to `model.generate`.
 
         Returns:
-            Predictions in order; boxes and masks in pixels of `sizes`.
+            Results in order; boxes and masks in pixels of `sizes`.
 
         Raises:
             DataError: Lengths differ, something is not an image of 8 bits a channel, see `segrl.geometry.read_image`, a
                 question holds a token with a meaning for the processor, or several beams are asked for.
+            UnknownNameError: An unknown keyword.
         """
         images, queries = list(images), list(queries)  # a lazy column makes a new object at every access
+        asked = split_settings(settings)
         if len(images) != len(queries):
             raise DataError(f"{len(images)} images for {len(queries)} queries; expected one query per image")
         if sizes is not None and len(sizes) != len(images):
             raise DataError(f"{len(sizes)} sizes for {len(images)} images; expected one (width, height) per image")
         self._check_texts(queries)
-        if not images:
-            return []
+        return self._answers(images, queries, sizes, asked) if images else []
+
+    def _answers(
+        self,
+        images: Sequence[Image.Image],
+        queries: Sequence[str],
+        sizes: Sequence[tuple[int, int]] | None,
+        asked: Asked,
+    ) -> list[InferenceResult]:
         head = find_mask_head(self.model)
         segmenter = self.segmenter if head is None else head.segmenter
         whole = {id(image): _whole(image) for image in images}
@@ -137,16 +217,20 @@ class ReasoningSegmenter(SegmenterBase):
             conversation, row = self._ask(shown[id(image)], query, size, inputs.get(id(image)))
             conversations.append(conversation)
             rows.append(row)
-        return self._predict(conversations, rows, generation)
+        groups = self._predict(conversations, rows, asked)
+        known = zip(groups, images, queries, rows, strict=True)
+        return [result_of(group, asked, query, whole[id(image)], row.frame) for group, image, query, row in known]
 
     def _ask(
         self, shown: Image.Image, query: str, size: tuple[int, int], seg_input: SegInput | None = None
     ) -> tuple[list[dict[str, Any]], ImageRow]:
         """The conversation with its image, and what it is about, as `prepare` and the task build them."""
-        text = build_prompt(query, self.settings.full_instruction)[0]["content"]
-        content = [{"type": "image", "image": shown}, {"type": "text", "text": text}]
         frame = frame_for(self.processor, shown.size, size, kind=self.settings.frame_kind)
-        return [{"role": "user", "content": content}], ImageRow(None, frame, seg_input)
+        return self._conversation(shown, query), ImageRow(None, frame, seg_input)
+
+    def _conversation(self, shown: Image.Image, query: str) -> list[dict[str, Any]]:
+        text = build_prompt(query, self.settings.full_instruction)[0]["content"]
+        return [{"role": "user", "content": [{"type": "image", "image": shown}, {"type": "text", "text": text}]}]
 
 
 def _whole(image: Image.Image) -> Image.Image:

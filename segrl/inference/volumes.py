@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from rich.progress import Progress
@@ -21,8 +23,10 @@ from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
 from segrl.heads.attach import find_mask_head
+from segrl.inference.asking import Asked, queries_for, split_settings
 from segrl.inference.base import SegmenterBase
-from segrl.predictions.prediction import Prediction
+from segrl.inference.batches import VOLUMES, in_batches
+from segrl.inference.result import InferenceResult, result_of
 from segrl.predictions.prompt_settings import VolumePromptSettings
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.segmenters.sam2 import Sam2Segmenter
@@ -70,11 +74,75 @@ class VolumeSegmenter(SegmenterBase):
             self.processor, self.settings, find_mask_head(self.model), self.propagator, prompt_boxes="all"
         )
 
+    @overload
     def predict(
-        self, volume: Case | Volume | np.ndarray | str | Path, query: str, *, progress: bool = False, **settings: Any
-    ) -> Prediction:
-        """Answer one question about one volume; see `predict_batch`."""
-        return self.predict_batch([volume], [query], progress=progress, **settings)[0]
+        self, volume: list[Any] | tuple[Any, ...], query: str | Sequence[str], **settings: Any
+    ) -> list[InferenceResult]: ...
+
+    @overload
+    def predict(
+        self, volume: Case | Volume | np.ndarray | str | os.PathLike, query: str, **settings: Any
+    ) -> InferenceResult: ...
+
+    def predict(
+        self,
+        volume: Any,
+        query: Any,
+        *,
+        modalities: str = "",
+        intensity: Intensity | str = "",
+        spacing_mm: Any = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Answer a question about a volume, or about each of several.
+
+        Args:
+            volume: A path of a NIfTI file, of an array, or of a folder with a DICOM series (or one of its files); a
+                `Volume`, a `Case`, an array (D, H, W) uint8; or a list of those. See `predict_batch`.
+            query: The question; for a list also one each.
+            modalities: Modality of all, such as "CT".
+            intensity: The scaling to grey values, in the place of that of training.
+            spacing_mm: Of scans whose file does not say it, see `segrl.data.read_volume`.
+            batch_size: Volumes answered together; None: as many as fit into memory, at most 4.
+            progress: Show a progress bar of volumes, and one of the slices that the segmenter has done.
+            settings: `samples`, `seed`, `abstain_below`, `probabilities` and settings of `model.generate`, see
+                `ReasoningSegmenter.predict_batch`.
+
+        Returns:
+            An `InferenceResult`, or a list of them in the order of the volumes.
+
+        Raises:
+            DataError: As `predict_batch`.
+            UnknownNameError: An unknown keyword.
+        """
+        several = isinstance(volume, list | tuple)
+        asked = split_settings(settings)
+        inputs = list(volume) if several else [volume]
+        queries = queries_for(query, len(inputs), several)
+        self._check_texts(queries)
+
+        def read(value: Any) -> Case:
+            return self._case(value, modalities, str(intensity), spacing_mm)
+
+        def answer(cases: Sequence[Case], texts: Sequence[str]) -> list[InferenceResult]:
+            return self._answers(cases, texts, asked, progress)
+
+        found = in_batches(
+            self,
+            inputs,
+            queries,
+            read,
+            answer,
+            lambda case: case.grey.size,
+            lambda case, text: self._tokens(self._ask(case, text)[0]),
+            asked,
+            most=VOLUMES if batch_size is None else batch_size,
+            fit=batch_size is None,
+            progress=progress and len(inputs) > 1,
+        )
+        return found if several else found[0]
 
     def predict_batch(
         self,
@@ -84,9 +152,9 @@ class VolumeSegmenter(SegmenterBase):
         modalities: Sequence[str] | str = "",
         intensity: Intensity | str = "",
         progress: bool = False,
-        **generation: Any,
-    ) -> list[Prediction]:
-        """Answer one question per volume, in one batch; greedy unless `generation` says otherwise.
+        **settings: Any,
+    ) -> list[InferenceResult]:
+        """Answer one question per volume, in one batch; greedy unless the settings say otherwise.
 
         Args:
             volumes: Paths of scans, `Volume`s, or what has its grey values already: a `Case`, or an array (D, H, W)
@@ -97,17 +165,19 @@ class VolumeSegmenter(SegmenterBase):
                 its modality were; see `VolumePromptSettings.scaling_for`.
             intensity: The scaling itself, in the place of that of training.
             progress: Show a progress bar of the slices that the segmenter has done.
-            generation: To `model.generate`.
+            settings: As in `ReasoningSegmenter.predict_batch`.
 
         Returns:
-            Predictions in order: the named slice as its index in the volume, boxes in pixels of that slice, and, with a
+            Results in order: the named slice as its index in the volume, boxes in pixels of that slice, and, with a
             segmenter, the mask (D, H, W). Features are alive for slices in flight only, whatever the volume's depth.
 
         Raises:
             DataError: Lengths differ, a scan cannot be read, an array is not uint8 (D, H, W), or a question holds a
                 token with a meaning for the processor.
+            UnknownNameError: An unknown keyword.
         """
         volumes, queries = list(volumes), list(queries)  # a lazy column makes a new object at every access
+        asked = split_settings(settings)
         if len(volumes) != len(queries):
             raise DataError(f"{len(volumes)} volumes for {len(queries)} queries; expected one query per volume")
         kinds = [modalities] * len(volumes) if isinstance(modalities, str) else list(modalities)
@@ -116,13 +186,21 @@ class VolumeSegmenter(SegmenterBase):
         self._check_texts(queries)
         if not volumes:
             return []
-        cases: dict[tuple[Any, str], Case] = {}
-        conversations, rows = [], []
-        for volume, kind, query in zip(volumes, kinds, queries, strict=True):
+        known: dict[tuple[Any, str], Case] = {}
+        cases = []
+        for volume, kind in zip(volumes, kinds, strict=True):
             key = (str(volume) if isinstance(volume, str | Path) else id(volume), kind)
-            if key not in cases:
-                cases[key] = self._case(volume, kind, str(intensity))
-            conversation, row = self._ask(cases[key], query)
+            if key not in known:
+                known[key] = self._case(volume, kind, str(intensity))
+            cases.append(known[key])
+        return self._answers(cases, queries, asked, progress)
+
+    def _answers(
+        self, cases: Sequence[Case], queries: Sequence[str], asked: Asked, progress: bool
+    ) -> list[InferenceResult]:
+        conversations, rows = [], []
+        for case, query in zip(cases, queries, strict=True):
+            conversation, row = self._ask(case, query)
             conversations.append(conversation)
             rows.append(row)
         with Progress(disable=not progress) if progress else nullcontext() as bar:
@@ -132,7 +210,12 @@ class VolumeSegmenter(SegmenterBase):
                 if bar is not None and task is not None:
                     bar.update(task, completed=done, total=total)
 
-            return self._predict(conversations, rows, generation, progress=show)
+            groups = self._predict(conversations, rows, asked, progress=show)
+        known = zip(groups, cases, queries, rows, strict=True)
+        return [
+            replace(result_of(group, asked, query, case, row.frame), name=case.scan.name, intensity=case.intensity)
+            for group, case, query, row in known
+        ]
 
     def _ask(self, case: Case, query: str) -> tuple[list[dict[str, Any]], VolumeRow]:
         """The conversation with its images, and what it is about, as `prepare_volumes` and the task build them."""
@@ -146,7 +229,13 @@ class VolumeSegmenter(SegmenterBase):
         frame = shown_frame(self.processor, case.grey.shape, shown, images[0].size, self.settings.frame_kind)
         return conversation, VolumeRow(None, frame, case)
 
-    def _case(self, volume: Case | Volume | np.ndarray | str | Path, modality: str, intensity: str) -> Case:
+    def _case(
+        self,
+        volume: Case | Volume | np.ndarray | str | os.PathLike,
+        modality: str,
+        intensity: str,
+        spacing_mm: Any = None,
+    ) -> Case:
         """The grey values of a volume, scaled as in training."""
         if isinstance(volume, Case):
             return volume
@@ -157,10 +246,10 @@ class VolumeSegmenter(SegmenterBase):
                     "segrl.data.scale_intensity gives them, or a Volume or path"
                 )
             return Case(Volume(volume), content_key(volume))
-        if not isinstance(volume, Volume | str | Path):
+        if not isinstance(volume, Volume | str | os.PathLike):
             raise DataError(
                 f"volume: {type(volume).__name__}; expected a path, a Volume, a Case or grey values (D, H, W) uint8"
             )
-        scan = volume if isinstance(volume, Volume) else read_volume(volume)
+        scan = volume if isinstance(volume, Volume) else read_volume(Path(volume), spacing_mm)
         modality, intensity = self.settings.scaling_for(modality, intensity)
         return case_of(scan, modality=modality, intensity=intensity)

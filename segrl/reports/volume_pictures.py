@@ -32,7 +32,7 @@ from segrl.reports.drawing import (
     wrap_text,
 )
 
-__all__ = ["volume_picture"]
+__all__ = ["volume_page", "volume_picture"]
 
 KEY, GAP, MARGIN = 480, 10, 14  # pixels: edge of the key slice, gap between slices, page margin
 TITLE, TEXT, CAPTION = 17, 14, 13  # font sizes
@@ -139,6 +139,38 @@ def volume_picture(
         ...         picture.size
         (508, 665)
     """
+    page = volume_page(
+        volume,
+        prediction,
+        target,
+        spacing_mm=spacing_mm,
+        query=query,
+        name=name,
+        edges=edges,
+        intensity=intensity,
+        neighbours=neighbours,
+        reach=reach,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+    return path
+
+
+def volume_page(
+    volume: np.ndarray,
+    prediction: Prediction,
+    target: VolumeTarget | None,
+    *,
+    spacing_mm: Sequence[float] | None,
+    query: str = "",
+    name: str = "",
+    edges: Sequence[str] | None = None,
+    intensity: str = "",
+    neighbours: int = 2,
+    reach: int | None = None,
+) -> Image.Image:
+    """Draw what `volume_picture` writes, and return it as an RGB image."""
     name = name or (target.name if target is not None else "") or "volume"
     scan = _scan(volume, prediction, target, spacing_mm, name)
     if edges is not None and len(edges) != 4:
@@ -176,10 +208,7 @@ def volume_picture(
     else:
         page.section("Reasoning", prediction.reasoning, REASONING_LINES)
         page.section("Answer", prediction.answer, ANSWER_LINES)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.image().save(path)
-    return path
+    return page.image()
 
 
 def _scan(

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from segrl.data.manifest import write_manifest
 from segrl.errors import DataError
+from segrl.geometry.mask_images import write_mask_image
 
 __all__ = ["FormatRow", "ScanRow", "empty_folder", "free_name", "plain_name", "write_rows"]
 
@@ -188,11 +189,11 @@ class _Writer:
         else:
             image = self._drawn(row)
         mask = self._place("masks", Path(image).stem, ".png")
-        Image.fromarray(row.mask.astype(np.uint8) * 255).save(self.home / mask)
+        write_mask_image(self.home / mask, row.mask)
         line = {"image": image, "mask": mask, "split": row.split, **row.texts}
         if row.ignored is not None and row.ignored.any():
             line["ignored"] = self._place("ignored", Path(image).stem, ".png")
-            Image.fromarray(row.ignored.astype(np.uint8) * 255).save(self.home / line["ignored"])
+            write_mask_image(self.home / line["ignored"], row.ignored)
         return line
 
     def _place(self, part: str, stem: str, suffix: str) -> str:
