@@ -207,14 +207,19 @@ class TestOtherFormats:
     def test_the_format_is_named_with_the_fix(self, tmp_path, name, read):
         (tmp_path / name).write_bytes(OTHERS[name])
         text = {"n": "NRRD", "s": "NRRD", "m": r"MetaImage \(MHA, MHD\)"}.get(name.split(".")[-1][0], "DICOM")
-        with pytest.raises(DataError, match=rf"{name}: is {text}, which is not read; export .* as NIfTI"):
+        message = rf"{name}: is {text}, which is not read; export .* as NIfTI"
+        if text == "DICOM":  # a scan is read, and these are no more than their first bytes
+            message = (
+                r"as a scan only; export .* as NIfTI" if read is read_label else f"{name}: cannot be read as DICOM"
+            )
+        with pytest.raises(DataError, match=message):
             read(tmp_path / name)
 
     def test_a_folder_with_a_dicom_series(self, tmp_path):
         for number in range(3):
             (tmp_path / f"IM{number}").write_bytes(OTHERS["scan.dcm"])
-        with pytest.raises(DataError, match=r"is a folder with a DICOM series, which is not read; export the ser"):
-            read_volume(tmp_path)
+        with pytest.raises(DataError, match=r"is a folder with DICOM files, which are read as a scan only; export it"):
+            read_label(tmp_path)
 
     def test_a_fifo_does_not_hang(self, tmp_path):
         os.mkfifo(tmp_path / "scan.nii")

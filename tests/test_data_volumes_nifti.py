@@ -245,7 +245,10 @@ def not_finite(value):
 RGB = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
 BAD_SCANS = {
     "missing": (lambda p: p.unlink(), r"scan\.nii\.gz: no such file; give the path of the scan"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), r"is a folder, expected a scan file; convert a DICOM series"),
+    "a folder": (
+        lambda p: (p.unlink(), p.mkdir()),
+        r"is a folder without DICOM files, expected a scan file or the folder of",
+    ),
     "cut in the voxels": (
         lambda p: cut(noise(p), 0.7),
         r"the voxels cannot be read \(.*\); the file is damaged or cut off",

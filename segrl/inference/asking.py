@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from segrl.errors import DataError, unknown_name
+from segrl.predictions.characters import is_blank
 
 __all__ = ["Asked", "queries_for", "seeded", "split_settings"]
 
@@ -104,12 +105,16 @@ def queries_for(query: Any, count: int, several: bool) -> list[str]:
         DataError: No text, or another number of questions than inputs.
     """
     if isinstance(query, str):
+        if is_blank(query):
+            raise DataError("query: is empty; expected a question, such as 'Where is the cyst?'")
         return [query] * count
     if not several or not isinstance(query, Sequence) or not all(isinstance(one, str) for one in query):
         expected = "a text, or a list of one text per input" if several else "a text"
         raise DataError(f"query={query!r:.100}: expected {expected}")
     if len(query) != count:
         raise DataError(f"{len(query)} queries for {count} inputs; expected one text for all, or one per input")
+    if blank := [number for number, one in enumerate(query) if is_blank(one)]:
+        raise DataError(f"query: question {blank[0]} is empty; expected a text for each input")
     return list(query)
 
 

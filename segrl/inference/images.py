@@ -118,7 +118,8 @@ class ReasoningSegmenter(SegmenterBase):
         """Answer a question about an image, or about each of several.
 
         Args:
-            image: A path (PNG, JPEG, TIFF, DICOM ...), a PIL image, an array (H, W) or (H, W, 3), or a list of those.
+            image: A path (PNG, JPEG, TIFF, DICOM ...), a PIL image, an array (H, W) or (H, W, 3), a
+                `LoadedImage`, or a list of those.
                 What has more than 8 bits is scaled to grey values, see `segrl.data.load_image`.
             query: The question; for a list also one each.
             intensity: Scaling of images with more than 8 bits, such as "window:-160:240"; see `load_image`.
@@ -141,7 +142,7 @@ class ReasoningSegmenter(SegmenterBase):
         self._check_texts(queries)
 
         def read(value: Any) -> LoadedImage:
-            return load_image(value, intensity=intensity)
+            return value if isinstance(value, LoadedImage) else load_image(value, intensity=intensity)
 
         def answer(loaded: Sequence[LoadedImage], texts: Sequence[str]) -> list[InferenceResult]:
             results = self._answers([one.image for one in loaded], texts, None, asked)

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from segrl.data.dicom.segmentation import write_dicom_seg
+from segrl.data.dicom.series import holds_dicom, open_dicom_series
 from segrl.data.volumes.case import Case
+from segrl.data.volumes.grids import to_file
 from segrl.data.volumes.nifti import write_mask
 from segrl.errors import DataError
 from segrl.geometry.mask_images import write_mask_image
@@ -73,6 +77,7 @@ class InferenceResult(Prediction):
             - "name", "query", "status", "reasoning", "answer", "text", "abstained", "intensity",
             - "boxes": of an image in its pixels, of a volume in those of the named slice, as segrl reads it,
             - "confidence": see `Confidence.to_dict`, or None,
+            - "foreground": pixels or voxels of the mask, or None,
             - "size": [width, height] of an image, [depth, height, width] of a volume,
             - of a volume "slice" (index as segrl reads it, from the lowest slice, counted from 0), "shown_slice" (its
             number among the slices that were shown, from 1), "file_slice" and "file_axis" (index and axis in the file,
@@ -92,6 +97,7 @@ class InferenceResult(Prediction):
             "intensity": self.intensity,
             "confidence": None if self.confidence is None else self.confidence.to_dict(),
             "abstained": self.abstained,
+            "foreground": None if self.mask is None else int(self.mask.sum()),
             **({"mask": None if self.mask is None else mask_to_rle(self.mask)} if mask else {}),
         }
 
@@ -137,12 +143,15 @@ class InferenceResult(Prediction):
         line = max(1, round(max(width, height) / 400))
         return draw_overlay(self.source, (width, height), mask=self.mask, boxes=self.boxes, pixels=pixels, line=line)
 
-    def save(self, folder: str | os.PathLike, stem: str = "", *, record: bool = True) -> dict[str, Path]:
+    def save(
+        self, folder: str | os.PathLike, stem: str = "", *, overlay: bool = True, record: bool = True
+    ) -> dict[str, Path]:
         """Write mask, overlay and plain values into a folder, which is created; existing files are replaced.
 
         Args:
             folder: Where to write.
             stem: Start of the names; the input's own name without its ending when "", or "answer".
+            overlay: Whether `plot` is written.
             record: Whether `to_dict` is written, too.
 
         Returns:
@@ -157,11 +166,8 @@ class InferenceResult(Prediction):
         stem = stem or result_stem(self.name)
         ending = ".nii.gz" if isinstance(self.source, Case) else ".png"
         names = {"mask": f"{stem}_mask{ending}", "overlay": f"{stem}_overlay.png", "record": f"{stem}.json"}
-        if not record:
-            del names["record"]
-        if self.mask is None or self.abstained:
-            del names["mask"]
-        files = {kind: path / name for kind, name in names.items()}
+        wanted = {"mask": self.mask is not None and not self.abstained, "overlay": overlay, "record": record}
+        files = {kind: path / name for kind, name in names.items() if wanted[kind]}
         for file in files.values():
             if self.name and file.exists() and os.path.exists(self.name) and file.samefile(self.name):
                 raise DataError(f"{file} is the input itself; pass another folder or stem, nothing replaces an input")
@@ -172,11 +178,35 @@ class InferenceResult(Prediction):
                 write_mask(files["mask"], self.mask, self.source.scan)
             else:
                 write_mask_image(files["mask"], self.mask)
-        self.plot().save(files["overlay"])
+        if overlay:
+            self.plot().save(files["overlay"])
         if record:
             text = json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False)
             files["record"].write_text(text + "\n", encoding="utf-8")
         return files
+
+    def save_dicom_seg(self, path: str | os.PathLike) -> None:
+        """Write the mask as a DICOM Segmentation object that refers to the input, whose label is the question.
+
+        Raises:
+            DataError: No mask, or an input that is no DICOM; and as `segrl.data.dicom.write_dicom_seg`.
+            SegRLError: highdicom is not installed.
+        """
+        if self.mask is None or not self.name or not holds_dicom(self.name):
+            what = "no mask" if self.mask is None else "no DICOM input"
+            raise DataError(f"{os.fspath(path)}: the result has {what}, to which a DICOM-SEG could refer; use save")
+        mask, sources = _sources(self)
+        write_dicom_seg(path, mask, sources, label=self.query)
+
+
+def _sources(result: InferenceResult) -> tuple[np.ndarray, Sequence[Path]]:
+    """Return the mask on the grid of the DICOM files of a result, and these files."""
+    assert result.mask is not None
+    if not isinstance(result.source, Case):
+        return result.mask, [Path(result.name)]
+    scan = result.source.scan
+    assert scan.affine is not None
+    return to_file(result.mask, scan.affine).transpose(2, 1, 0), open_dicom_series(result.name).files
 
 
 def result_of(

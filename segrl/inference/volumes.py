@@ -124,7 +124,7 @@ class VolumeSegmenter(SegmenterBase):
         self._check_texts(queries)
 
         def read(value: Any) -> Case:
-            return self._case(value, modalities, str(intensity), spacing_mm)
+            return self.read_case(value, modalities, str(intensity), spacing_mm)
 
         def answer(cases: Sequence[Case], texts: Sequence[str]) -> list[InferenceResult]:
             return self._answers(cases, texts, asked, progress)
@@ -191,7 +191,7 @@ class VolumeSegmenter(SegmenterBase):
         for volume, kind in zip(volumes, kinds, strict=True):
             key = (str(volume) if isinstance(volume, str | Path) else id(volume), kind)
             if key not in known:
-                known[key] = self._case(volume, kind, str(intensity))
+                known[key] = self.read_case(volume, kind, str(intensity))
             cases.append(known[key])
         return self._answers(cases, queries, asked, progress)
 
@@ -229,14 +229,24 @@ class VolumeSegmenter(SegmenterBase):
         frame = shown_frame(self.processor, case.grey.shape, shown, images[0].size, self.settings.frame_kind)
         return conversation, VolumeRow(None, frame, case)
 
-    def _case(
+    def read_case(
         self,
         volume: Case | Volume | np.ndarray | str | os.PathLike,
-        modality: str,
-        intensity: str,
+        modality: str = "",
+        intensity: str = "",
         spacing_mm: Any = None,
     ) -> Case:
-        """The grey values of a volume, scaled as in training."""
+        """Read a volume and its grey values, scaled as in training.
+
+        Args:
+            volume: See `predict`.
+            modality: Such as "CT".
+            intensity: The scaling, in the place of that of training; "" for none.
+            spacing_mm: See `segrl.data.read_volume`.
+
+        Raises:
+            DataError: The scan cannot be read, or an array is not uint8 (D, H, W).
+        """
         if isinstance(volume, Case):
             return volume
         if isinstance(volume, np.ndarray):

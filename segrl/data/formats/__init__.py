@@ -2,6 +2,7 @@
 
 from segrl.data.formats.biomedparse import read_biomedparse, write_biomedparse
 from segrl.data.formats.coco import coco_annotations, coco_mask, read_coco, write_coco
+from segrl.data.formats.coco_writing import CocoWriter
 from segrl.data.formats.columns import read_columns, write_columns
 from segrl.data.formats.cvc_clinicdb import read_cvc_clinicdb
 from segrl.data.formats.imed_361m import read_imed_361m
@@ -17,6 +18,7 @@ from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
 from segrl.data.formats.sa_med2d import read_sa_med2d
 
 __all__ = [
+    "CocoWriter",
     "FormatRow",
     "ScanRow",
     "coco_annotations",

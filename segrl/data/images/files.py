@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from segrl.data.dicom.files import is_dicom, read_dicom_image
+from segrl.data.volumes.case import say_note
 from segrl.data.volumes.intensity import Intensity, check_intensity, intensity_for, scale_intensity
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image, read_image
@@ -63,6 +65,8 @@ def load_image(source: Any, *, modality: str = "", intensity: str = "") -> Loade
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
+        if is_dicom(path):
+            return _dicom(path, modality, intensity)
         return _opened(path, str(path), str(path), modality, intensity)
     if isinstance(source, Image.Image | Mapping | bytes):
         return _opened(source, "image", "", modality, intensity)
@@ -107,6 +111,17 @@ def _opened(source: Any, where: str, name: str, modality: str, intensity: str) -
             return scaled_image(np.asarray(image), where, name=name, modality=modality, intensity=intensity)
     _no_intensity(where, intensity)
     return LoadedImage(read_image(source, where), name)
+
+
+def _dicom(path: Path, modality: str, intensity: str) -> LoadedImage:
+    frame = read_dicom_image(path)
+    if frame.note and not intensity:
+        say_note(f"{str(path)!r}: {frame.note}")
+    if not intensity and frame.window is not None:
+        intensity = str(Intensity("window", *frame.window))
+    kind = modality or frame.modality
+    loaded = scaled_image(frame.pixels, str(path), name=str(path), modality=kind, intensity=intensity)
+    return replace(loaded, image=ImageOps.invert(loaded.image)) if frame.inverted else loaded
 
 
 def _no_intensity(where: str, intensity: str) -> None:

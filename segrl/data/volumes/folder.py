@@ -123,7 +123,7 @@ def check_volumes(
         >>> check_volumes(Dataset.from_list([{"scan": "", "label": "", "query": "Segment the cyst."}]))
         Traceback (most recent call last):
         segrl.errors.DataError: dataset: 2 problems in 1 rows, expected none:
-          row 0: .: is a folder, expected a scan file; convert a DICOM series with dcm2niix
+          row 0: .: is a folder without DICOM files, expected a scan file or the folder of a DICOM series
           row 0: the label is missing; give a file or delete the row
     """
     contents = contents or SplitContents()

@@ -37,7 +37,7 @@ _MAX_SHIFT = 0.05  # largest distance of label and scan in voxels, where they ar
 
 
 def read_volume(path: str | Path, spacing_mm: Any = None) -> Volume:
-    """Read a scan from a NIfTI file (`.nii`, `.nii.gz`, `.hdr`/`.img`) or a numpy array (`.npy`).
+    """Read a scan from a NIfTI file (`.nii`, `.nii.gz`, `.hdr`/`.img`), a numpy array (`.npy`) or a DICOM series.
 
     Slope and intercept of the header are applied. Trailing axes of length 1 are dropped. An array in `.npy` has neither
     spacing nor orientation, and neither has a NIfTI file whose affine is the unit matrix and that names no unit. The
@@ -45,7 +45,7 @@ def read_volume(path: str | Path, spacing_mm: Any = None) -> Volume:
     one differs: then slices come first. A leading axis of length 1, as in M3D-Seg, is dropped.
 
     Args:
-        path: The file.
+        path: The file; of a DICOM series its folder, or one of its files, see `segrl.data.dicom.open_dicom_series`.
         spacing_mm: Size of a voxel along D, H and W in millimetres, for a file that does not say it, also as JSON text;
             None or "" if nobody knows. A file that says it is believed.
 

@@ -9,11 +9,11 @@ from pathlib import Path
 __all__ = ["other_format"]
 
 _SLICER = "export it as NIfTI (.nii.gz), as with 3D Slicer or SimpleITK.WriteImage"
-_DICOM = "export the series as NIfTI, as with dcm2niix"
+_DICOM = "export it as NIfTI (.nii.gz), as with 3D Slicer or dcm2niix"
 _ENDINGS = {
     **dict.fromkeys((".nrrd", ".nhdr"), f"is NRRD, which is not read; {_SLICER}"),
     **dict.fromkeys((".mha", ".mhd"), f"is MetaImage (MHA, MHD), which is not read; {_SLICER}"),
-    **dict.fromkeys((".dcm", ".dicom", ".ima"), f"is DICOM, which is not read; {_DICOM}"),
+    **dict.fromkeys((".dcm", ".dicom", ".ima"), f"is DICOM, which is read as a scan only; {_DICOM}"),
 }
 _SEARCHED = 64  # files of a folder
 
@@ -30,7 +30,7 @@ def other_format(path: Path) -> str:
     """
     if path.is_dir():
         dicom = any(_by_content(file) == _ENDINGS[".dcm"] for file in islice(_files(path), _SEARCHED))
-        return f"is a folder with a DICOM series, which is not read; {_DICOM}" if dicom else ""
+        return f"is a folder with DICOM files, which are read as a scan only; {_DICOM}" if dicom else ""
     return _by_content(path) or _ENDINGS.get(path.suffix.lower(), "")
 
 

@@ -25,6 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
+from segrl.data.dicom.series import DicomSeries, holds_dicom, open_dicom_series
 from segrl.data.volumes.arrays import array_affine, open_npy
 from segrl.data.volumes.limits import check_size
 from segrl.data.volumes.other_formats import other_format
@@ -49,9 +50,9 @@ class VoxelFile:
 
     Attributes:
         path: The file.
-        array: nibabel's proxy of the voxels, or a memory-mapped array.
+        array: nibabel's proxy of the voxels, a memory-mapped array, or a DICOM series.
         affine: (4, 4), voxel of the file to world.
-        header: NIfTI header; None for an array.
+        header: NIfTI header; None for an array. A DICOM series gets one that says its unit and orientation.
         source: The file that holds the voxels, which is another one for `.hdr`/`.img`.
     """
 
@@ -106,6 +107,10 @@ class VoxelFile:
 
     def _sections(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """Yield the voxels, scaled by the header, with their place in (X, Y, Z)."""
+        if isinstance(self.array, DicomSeries):
+            for number, values in enumerate(self.array.slices()):
+                yield np.s_[:, :, number : number + 1], values[..., np.newaxis]
+            return
         if not isinstance(self.array, ArrayProxy):
             voxels = self.array.reshape(self.shape)
             # Along the axis that changes slowest, so that a section is one piece of the file.
@@ -130,10 +135,10 @@ class VoxelFile:
 
 
 def open_voxels(path: str | Path, role: str) -> VoxelFile:
-    """Read the header of a NIfTI file or of a `.npy` array, and check what it says.
+    """Read the header of a NIfTI file, of a `.npy` array or, for a scan, of a DICOM series, and check what it says.
 
     Args:
-        path: The file.
+        path: The file; of a DICOM series the folder, or one of its files.
         role: "scan" or "label", for errors.
 
     Raises:
@@ -141,6 +146,8 @@ def open_voxels(path: str | Path, role: str) -> VoxelFile:
             `segrl.data.volumes.limits.MAX_VOXELS`, or a size that does not fit the file's.
     """
     path = Path(path)
+    if role == "scan" and holds_dicom(path):
+        return _series(path)
     must_exist(path, role)
     if path.suffix == ".npy":
         array: Any = open_npy(path)
@@ -155,7 +162,7 @@ def open_voxels(path: str | Path, role: str) -> VoxelFile:
             f"{path}: {found}"
             if found
             else f"{path}: cannot be read as NIfTI ({error}): damaged, cut off, or another format; replace the file, "
-            "or export it as NIfTI (DICOM: dcm2niix)"
+            "or export it as NIfTI"
         ) from error
     if not isinstance(image, nib.Nifti1Pair):
         raise DataError(f"{path}: is {type(image).__name__}, expected NIfTI; convert it to .nii.gz")
@@ -165,6 +172,21 @@ def open_voxels(path: str | Path, role: str) -> VoxelFile:
     must_exist(source, role)
     _check_length(path, source, int(proxy.offset) + math.prod(proxy.shape) * proxy.dtype.itemsize)
     return VoxelFile(path, proxy, _usable_affine(path, image.header), image.header, source)
+
+
+def _series(path: Path) -> VoxelFile:
+    series = open_dicom_series(path)
+    check_size(path, series.shape)
+    if not _turns_back(series.affine):
+        raise DataError(
+            f"{path}: the grid {series.affine.tolist()} has no inverse; the headers of the series are wrong"
+        )
+    header = nib.Nifti1Header()
+    header.set_data_shape(series.shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(series.affine, code=1)  # scanner coordinates
+    header.set_qform(series.affine, code=1, strip_shears=True)
+    return VoxelFile(path, series, series.affine, header, path)
 
 
 def _read_header_to_end(image: Any) -> None:
@@ -180,7 +202,8 @@ def _read_header_to_end(image: Any) -> None:
 def must_exist(path: Path, role: str) -> None:
     """Raise `DataError` unless the path is that of a regular file."""
     if path.is_dir():
-        plain = f"is a folder, expected a {role} file; convert a DICOM series with dcm2niix"
+        series = " or the folder of a DICOM series" if role == "scan" else ""
+        plain = f"is a folder without DICOM files, expected a {role} file{series}"
         raise DataError(f"{path}: {other_format(path) or plain}")
     if not path.exists():
         raise DataError(f"{path}: no such file; give the path of the {role}")
