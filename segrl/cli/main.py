@@ -15,6 +15,7 @@ from typing import Any
 
 from segrl._version import __version__
 from segrl.cli.compare import add_compare_command
+from segrl.cli.curate import add_curate_commands
 from segrl.cli.data import add_data_commands
 from segrl.cli.evaluate import add_eval_command
 from segrl.cli.init import add_init_command
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compare_command(areas, common, as_json)
     add_sweep_command(areas, common)
     add_data_commands(areas, common, as_json)
+    add_curate_commands(areas, common)
 
     def command(name: str, run: Any, text: str, *parents: CommandParser, **more: Any):
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",

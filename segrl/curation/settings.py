@@ -6,12 +6,14 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from segrl.curation.difficulty import DifficultySettings
+from segrl.curation.publish import PublishSettings
 from segrl.curation.sources import SourceSettings
 from segrl.errors import DataError, SegRLError, unknown_name
 
@@ -24,6 +26,9 @@ class CurationSettings:
 
     Attributes:
         sources: The data sets, at least one; their paths are relative to the file's folder.
+        difficulty: How hard cases are found.
+        publish: How the data set is written.
+        build: Folder of the build, relative to the file's folder.
 
     Example:
         >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: CC0-1.0, lesion: polyp}]")
@@ -32,6 +37,9 @@ class CurationSettings:
     """
 
     sources: tuple[SourceSettings, ...]
+    difficulty: DifficultySettings = field(default_factory=DifficultySettings)
+    publish: PublishSettings = field(default_factory=PublishSettings)
+    build: Path = Path("build")
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -64,7 +72,7 @@ class CurationSettings:
             dataclasses.replace(source, path=home / source.path, images=source.images and home / source.images)
             for source in settings.sources
         )
-        return dataclasses.replace(settings, sources=sources)
+        return dataclasses.replace(settings, sources=sources, build=home / settings.build)
 
 
 def _section(kind: Any, content: Any, where: str) -> Any:

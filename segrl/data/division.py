@@ -10,16 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from datasets import Dataset, Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from segrl.data.groups import balanced_folds, joined
 from segrl.errors import DataError, SegRLError, unknown_name
 
 __all__ = ["Division"]
@@ -119,24 +115,14 @@ class Division:
         assert self.folds is not None
         assert self.fold is not None
         names = _names(rows)
-        members: dict[int, list[int]] = defaultdict(list)
-        for number, patient in enumerate(_joined(_contents(rows), self._patients(rows, names))):
-            members[patient].append(number)
-        if len(members) < self.folds:
-            raise DataError(f"--folds {self.folds}: expected at most as many as patients, which are {len(members)}")
+        patients = joined(_contents(rows), self._patients(rows, names))
+        count = len(set(patients))
+        if count < self.folds:
+            raise DataError(f"--folds {self.folds}: expected at most as many as patients, which are {count}")
         strata = list(zip(*(rows[name][:] for name in _STRATA if name in rows.column_names), strict=True))
         strata = strata or [()] * len(rows)
-        # large patients first, each to the fold that has least of what it shows; equal ones in an order without meaning
-        order = sorted(members.values(), key=lambda found: (-len(found), _digest(names[found[0]].encode())))
-        counts: list[Counter[Any]] = [Counter() for _ in range(self.folds)]
-        folds: list[set[int]] = [set() for _ in range(self.folds)]
-        for found in order:
-            shown = Counter(strata[n] for n in found)
-            held = [(sum(counts[k][each] * c for each, c in shown.items()), len(folds[k])) for k in range(self.folds)]
-            least = held.index(min(held))
-            folds[least].update(found)
-            counts[least] += shown
-        return folds[self.fold - 1]
+        keys = [_digest(name.encode()) for name in names]
+        return balanced_folds(patients, strata, keys, self.folds)[self.fold - 1]
 
     def _patients(self, rows: Dataset, names: list[str]) -> list[str]:
         if self.patients is None:
@@ -167,13 +153,3 @@ def _contents(rows: Dataset) -> list[str]:
         return [str(scan) for scan in rows["scan"]]
     encoded = rows.select_columns("image").cast_column("image", Image(decode=False))
     return [_digest(dict(row)["image"]["bytes"] or Path(dict(row)["image"]["path"]).read_bytes()) for row in encoded]
-
-
-def _joined(*columns: list[str]) -> list[int]:
-    """Return the number of the group of every row: rows that have the same text in one column are in one group."""
-    count = len(columns[0])
-    nodes = {(n, text): count + k for k, (n, text) in enumerate({(n, t) for n, c in enumerate(columns) for t in c})}
-    edges = np.array([(row, nodes[n, text]) for n, column in enumerate(columns) for row, text in enumerate(column)])
-    size = count + len(nodes)
-    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(size, size))
-    return connected_components(graph, directed=False)[1][:count].tolist()

@@ -16,7 +16,7 @@ from segrl.errors import DataError
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import binarize
 
-__all__ = ["augment"]
+__all__ = ["augment", "random_view"]
 
 
 def augment(dataset: Dataset, copies: int | Sequence[int], *, seed: int = 0) -> Dataset:
@@ -62,7 +62,7 @@ def augment(dataset: Dataset, copies: int | Sequence[int], *, seed: int = 0) -> 
             yield {**row, "image": _png(image), "mask": _png(mask)}
             for copy in range(1, counts[index] + 1):
                 rng = np.random.default_rng((seed, index, copy))
-                changed, moved = _changed(np.asarray(image), np.asarray(mask), rng)
+                changed, moved = random_view(np.asarray(image), np.asarray(mask), rng)
                 pictures = {"image": _png(PILImage.fromarray(changed)), "mask": _png(PILImage.fromarray(moved))}
                 pictures |= dict.fromkeys({"ignored"} & row.keys())  # of the unchanged image; no training reads it
                 yield {**row, **pictures, "name": f"{row['name']}#{copy}"}
@@ -70,8 +70,22 @@ def augment(dataset: Dataset, copies: int | Sequence[int], *, seed: int = 0) -> 
     return Dataset.from_list(list(rows()), features=dataset.features)
 
 
-def _changed(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a random view of an image (H, W, 3) and its mask (H, W), both uint8."""
+def random_view(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return a random view of an image, see `augment`.
+
+    Args:
+        image: (H, W, 3) uint8.
+        mask: (H, W) uint8.
+        rng: Of all choices.
+
+    Returns:
+        Both, of another size.
+
+    Example:
+        >>> image, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+        >>> [view.shape for view in random_view(image, mask, np.random.default_rng(0))]
+        [(26, 29, 3), (26, 29)]
+    """
     height, width = mask.shape
     high, wide = (max(8, int(side * rng.uniform(0.75, 1.0))) for side in (height, width))
     top, left = int(rng.integers(max(1, height - high + 1))), int(rng.integers(max(1, width - wide + 1)))

@@ -1,0 +1,114 @@
+"""`segrl curate`: a data set for reasoning segmentation built from any images and masks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from segrl.cli.output import OK
+
+__all__ = ["add_curate_commands"]
+
+_EPILOG = """examples:
+  segrl curate run curate.yaml                 all stages, into the folder build beside the file
+  segrl curate difficulty curate.yaml          one stage
+  segrl curate select curate.yaml              vote and threshold again, after a change of difficulty: tail
+  segrl curate report build                    one HTML page
+
+A stage that was stopped goes on where it was when its command is given again."""
+
+
+def add_curate_commands(areas: Any, common: argparse.ArgumentParser) -> None:
+    """Add `segrl curate` to the areas of the command."""
+    text = "build a data set from any images and masks: hard cases, texts, publication"
+    raw = argparse.RawDescriptionHelpFormatter
+    area = areas.add_parser("curate", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG,
+                            formatter_class=raw)  # fmt: skip
+    commands = area.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, help in (
+        ("run", _run, "all stages, each of them where it was stopped"),
+        ("difficulty", _difficulty, "train the committees, measure every case out of fold, select the hard ones"),
+        ("select", _select, "vote and threshold again, from the errors that are there"),
+        ("publish", _publish, "write the data set, split by patient, with a card"),
+    ):
+        command = commands.add_parser(name, parents=[common], help=help)
+        command.add_argument("settings", type=Path, metavar="FILE", help="the settings, such as curate.yaml")
+        command.add_argument("--build", type=Path, metavar="FOLDER", help="the build (default: that of the settings)")
+        command.set_defaults(run=run)
+    report = commands.add_parser("report", parents=[common], help="one HTML page about a build")
+    report.add_argument("build", type=Path, metavar="FOLDER", help="the build")
+    report.set_defaults(run=_report)
+
+
+def _read(arguments: argparse.Namespace) -> tuple[Any, Path]:
+    from segrl.curation.settings import CurationSettings
+
+    settings = CurationSettings.read(arguments.settings)
+    return settings, arguments.build or settings.build
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    for stage in (_difficulty, _publish):
+        stage(arguments)
+    arguments.build = _read(arguments)[1]
+    return _report(arguments)
+
+
+def _difficulty(arguments: argparse.Namespace) -> int:
+    from segrl.curation.stages import run_difficulty
+
+    settings, build = _read(arguments)
+    return _told(run_difficulty(settings, build), build)
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    from segrl.curation.stages import run_selection
+
+    settings, build = _read(arguments)
+    return _told(run_selection(settings, build), build)
+
+
+def _told(sets: Any, build: Path) -> int:
+    """Print both thresholds of every set, and which one selects."""
+    from segrl.curation.difficulty import FOLDER
+    from segrl.curation.suspects import LIST, SHEET
+    from segrl.reports.terminal import number, say
+
+    for found in sets:
+        tail = found.tail
+        say(
+            f"{found.source}: {found.selected} of {found.cases} cases are hard, error {number(tail.threshold)} or more "
+            f"(selected by {tail.selected_by}; knee {number(tail.knee)}, Clauset's x_min {number(tail.x_min)}, alpha "
+            f"{number(tail.alpha)})"
+        )
+        say(f"  Dice of the committee {number(found.mean_dice)}: hard half {number(found.hard_dice)}, others "
+            f"{number(found.easy_dice)}")  # fmt: skip
+        for note in tail.notes:
+            say(f"  {note}")
+    path = build / FOLDER / LIST
+    count = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+    if count:
+        say(f"{count} masks to look at: open {build / FOLDER / SHEET}, and save its answers beside it")
+    return OK
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    from segrl.curation.publish import DATASET, read_final_texts
+    from segrl.curation.stages import run_publish
+    from segrl.reports.terminal import say
+
+    settings, build = _read(arguments)
+    counts = run_publish(settings, build)
+    say(f"Written to {build / DATASET}: {', '.join(f'{count} {split}' for split, count in counts.items())}")
+    if read_final_texts(build) is None:
+        say("no texts were written: questions are from templates, without reasoning")
+    return OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from segrl.curation.report import write_build_report
+    from segrl.reports.terminal import say
+
+    say(f"Written to {write_build_report(arguments.build)}")
+    return OK

@@ -1,0 +1,212 @@
+"""The stage that finds hard cases: errors of a committee, their tail, and the cases beyond it.
+
+It writes into `build/difficulty`: a file for each training, `errors.jsonl`, `thresholds.json`, and for a person
+`suspects.jsonl` with a sheet; and into the build `scored.jsonl`, all cases with their difficulty, and `selected.jsonl`.
+"""
+
+# n cases, m members
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from segrl.curation.case import Case, read_cases, write_atomically, write_cases
+from segrl.curation.committee import CommitteeSettings, Membership, committee_jobs, run_committee
+from segrl.curation.suspects import SuspectSettings, find_suspects, write_suspects
+from segrl.curation.tails import Tail, TailSettings, find_tail, vote
+from segrl.errors import DataError
+from segrl.reports.results_file import write_results
+from segrl.reports.terminal import console
+
+__all__ = ["DifficultySettings", "SetDifficulty", "find_difficulty", "read_errors", "read_selected", "select_cases"]
+
+FOLDER, ERRORS, THRESHOLDS = "difficulty", "errors.jsonl", "thresholds.json"
+SCORED, SELECTED = "scored.jsonl", "selected.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultySettings:
+    """The section `difficulty` of a build.
+
+    Attributes:
+        committee: The networks and their training.
+        tail: Vote and threshold.
+        suspects: Which masks a person should look at.
+
+    Example:
+        >>> DifficultySettings().tail.mode
+        'knee'
+    """
+
+    committee: CommitteeSettings = field(default_factory=CommitteeSettings)
+    tail: TailSettings = field(default_factory=TailSettings)
+    suspects: SuspectSettings = field(default_factory=SuspectSettings)
+
+
+@dataclass(frozen=True)
+class SetDifficulty:
+    """What was found for one set.
+
+    Attributes:
+        source: The set.
+        cases: Number of its cases.
+        selected: Number of those that are hard.
+        mean_dice: Mean Dice of the committee, all members on all cases.
+        hard_dice: The same of the hard half of its cases, by the vote.
+        easy_dice: The same of the others.
+        pooled: Sources whose errors were fitted together; only itself where it has enough.
+        tail: Fit and threshold.
+    """
+
+    source: str
+    cases: int
+    selected: int
+    mean_dice: float
+    hard_dice: float
+    easy_dice: float
+    pooled: tuple[str, ...]
+    tail: Tail
+
+
+def find_difficulty(cases: Sequence[Case], settings: DifficultySettings, build: Path) -> list[SetDifficulty]:
+    """Train the committees, measure every case out of fold, and select the hard ones.
+
+    Trainings whose files are there are not made again: a stage that was stopped goes on, and ends with the same files.
+
+    Args:
+        cases: Of all sources.
+        settings: How.
+        build: Folder of the build, which exists.
+
+    Returns:
+        What was found for each set, in the order of the cases.
+
+    Raises:
+        DataError: As `committee_jobs` and `find_tail`, or a damaged file of a training, which is named.
+        SegRLError: The extra `curation` is not installed.
+    """
+    home = build / FOLDER
+    jobs = {}
+    for source in dict.fromkeys(case.source for case in cases):
+        own = [case for case in cases if case.source == source]
+        jobs[source] = committee_jobs(own, settings.committee, home / re.sub(r"[^\w.+-]+", "_", source))
+    with Progress(console=console(stderr=True)) as bar:
+        task = bar.add_task("committee", total=sum(map(len, jobs.values())))
+        for job in run_committee([job for found in jobs.values() for job in found]):
+            bar.update(task, advance=1, description=f"committee, {job.cases[0].source}")
+    predictions = {case.id: {} for case in cases}
+    for job in (job for found in jobs.values() for job in found):
+        for identity, found in _read(job).items():
+            predictions[identity][job.member] = found
+    errors = {
+        identity: [found[member]["error"] for member in range(len(settings.committee.encoders))]
+        for identity, found in predictions.items()
+    }
+    lines = (json.dumps({"id": case.id, "source": case.source, "errors": errors[case.id]}) for case in cases)
+    write_atomically(home / ERRORS, "".join(f"{line}\n" for line in lines))
+    found = select_cases(cases, errors, settings.tail, build)
+    masks = {identity: [found[member]["mask"] for member in sorted(found)] for identity, found in predictions.items()}
+    suspects = find_suspects(cases, masks, errors, settings.suspects)
+    write_suspects(suspects, masks, home)
+    return found
+
+
+def select_cases(
+    cases: Sequence[Case], errors: Mapping[str, Sequence[float]], settings: TailSettings, build: Path
+) -> list[SetDifficulty]:
+    """Vote, fit the tails, and write which cases are hard.
+
+    Args:
+        cases: Of all sources.
+        errors: (m,) of the members by the id of a case.
+        settings: Of vote and threshold.
+        build: Folder of the build.
+
+    Raises:
+        DataError: As `find_tail`; names the set.
+    """
+    votes = dict(zip((c.id for c in cases), vote([errors[case.id] for case in cases], settings).tolist(), strict=True))
+    scored = [replace(case, difficulty=votes[case.id]) for case in cases]
+    found, selected = [], set()
+    for source in dict.fromkeys(case.source for case in cases):
+        own = [case for case in scored if case.source == source]
+        pooled = _pooled(own, scored, settings)
+        try:
+            tail = find_tail([votes[case.id] for case in scored if case.source in pooled], settings)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        if len(pooled) > 1:
+            tail = replace(tail, notes=(f"{len(own)} errors are few: fitted with {', '.join(pooled)}", *tail.notes))
+        hard = {case.id for case in own if votes[case.id] >= tail.threshold}
+        selected |= hard
+        order = sorted(own, key=lambda case: (votes[case.id], case.id))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        easy, difficult, whole = (1 - np.mean([errors[c.id] for c in half]) for half in (*halves, own))
+        found.append(SetDifficulty(source, len(own), len(hard), *map(float, (whole, difficult, easy)), pooled, tail))
+    write_results(build / FOLDER / THRESHOLDS, {"sets": [asdict(each) for each in found]})
+    write_cases(build / SCORED, scored)
+    write_cases(build / SELECTED, [case for case in scored if case.id in selected])
+    return found
+
+
+def read_errors(build: Path) -> dict[str, list[float]]:
+    """Read the errors of the members by the id of a case.
+
+    Raises:
+        DataError: The stage has not run, or the file is damaged; names file and line.
+
+    Example:
+        >>> read_errors(Path("no/build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/build/difficulty/errors.jsonl: cannot be read; run the stage difficulty first
+    """
+    path = build / FOLDER / ERRORS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read; run the stage difficulty first") from error
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found[str(row["id"])] = [float(value) for value in row["errors"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: damaged ({error}); run the stage difficulty again") from error
+    return found
+
+
+def read_selected(build: Path) -> list[Case]:
+    """Read the hard cases.
+
+    Raises:
+        DataError: The stage has not run, or the file is damaged.
+    """
+    if not (build / SELECTED).is_file():
+        raise DataError(f"{build / SELECTED}: no such file; run the stage difficulty first")
+    return read_cases(build / SELECTED)
+
+
+def _pooled(own: Sequence[Case], scored: Sequence[Case], settings: TailSettings) -> tuple[str, ...]:
+    """The sources whose errors are fitted together."""
+    if len(own) >= settings.fewest or settings.mode == "quantile":
+        return (own[0].source,)
+    modality = own[0].modality.casefold()
+    return tuple(dict.fromkeys(case.source for case in scored if case.modality.casefold() == modality))
+
+
+def _read(job: Membership) -> dict[str, Any]:
+    try:
+        found = json.loads(job.path.read_text(encoding="utf-8"))
+        if set(found) != {job.cases[n].id for n in job.held_out}:
+            raise ValueError("it holds other cases")
+        return found
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{job.path}: {error}; delete it, and run the stage again") from error

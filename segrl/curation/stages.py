@@ -1,0 +1,137 @@
+"""The stages of a build, in order, in one folder that holds one build."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from segrl.curation.build_folder import build_lock
+from segrl.curation.case import Case, read_cases, write_cases
+from segrl.curation.difficulty import FOLDER, SetDifficulty, find_difficulty, read_errors, read_selected, select_cases
+from segrl.curation.publish import publish_cases, read_final_texts
+from segrl.curation.settings import CurationSettings
+from segrl.curation.sources import load_sources
+from segrl.curation.suspects import read_rejected
+from segrl.errors import DataError
+from segrl.models.saved_files import read_object
+from segrl.reports.results_file import write_results
+
+__all__ = ["claim_build", "run_difficulty", "run_publish", "run_selection", "selected_cases"]
+
+CASES, LEFT_OUT, MARKER = "cases.jsonl", "left_out.json", "curation.json"
+
+
+def claim_build(settings: CurationSettings, build: Path) -> None:
+    """Make a folder the build of these settings, or refuse it.
+
+    Sources and committee are those of the build for good; what comes after them can be changed, and its stage run
+    again.
+
+    Args:
+        settings: Of the build.
+        build: Its folder; made if it is absent.
+
+    Raises:
+        DataError: The folder holds something else, or a build with other sources or another committee.
+
+    Example:
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
+        >>> claim_build(CurationSettings.read("curate.yaml"), Path("build"))
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: other, licence: MIT}]")
+        >>> claim_build(CurationSettings.read("curate.yaml"), Path("build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: build: holds a build with other sources; pass another --build, or restore the settings
+    """
+    kept = _plain({"sources": settings.sources, "committee": settings.difficulty.committee})
+    kept["committee"].pop("processes")  # changes no byte
+    if (build / MARKER).is_file():
+        known = read_object(build / MARKER)
+        for name, value in kept.items():
+            if known.get(name) != value:
+                raise DataError(
+                    f"{build}: holds a build with other {name}; pass another --build, or restore the settings"
+                )
+        return
+    if build.exists() and (not build.is_dir() or any(path.name != ".lock" for path in build.iterdir())):
+        raise DataError(f"{build}: is not empty, and no build of segrl curate (no {MARKER}); pass another --build")
+    write_results(build / MARKER, kept)
+
+
+def run_difficulty(settings: CurationSettings, build: Path) -> list[SetDifficulty]:
+    """Read the sources and find the hard cases; what is there from an earlier run is kept.
+
+    Args:
+        settings: Of the build.
+        build: Its folder.
+
+    Raises:
+        DataError: As `claim_build`, `load_sources` and `find_difficulty`.
+    """
+    with build_lock(build):
+        claim_build(settings, build)
+        if not (build / CASES).is_file():
+            found = load_sources(settings.sources, build)
+            write_results(build / LEFT_OUT, found.left_out)
+            write_cases(build / CASES, found.cases)
+        cases = read_cases(build / CASES)
+        return find_difficulty(cases, settings.difficulty, build)
+
+
+def run_selection(settings: CurationSettings, build: Path) -> list[SetDifficulty]:
+    """Vote and select again, from the errors that are there.
+
+    Raises:
+        DataError: The stage difficulty has not run.
+    """
+    with build_lock(build):
+        claim_build(settings, build)
+        errors = read_errors(build)
+        return select_cases(read_cases(build / CASES), errors, settings.difficulty.tail, build)
+
+
+def selected_cases(build: Path) -> list[Case]:
+    """Return the hard cases without those whose mask a person rejected; texts are written about them.
+
+    Raises:
+        DataError: The stage difficulty has not run, or the answers of a person cannot be read.
+
+    Example:
+        >>> selected_cases(Path("no/build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/build/selected.jsonl: no such file; run the stage difficulty first
+    """
+    cases = read_selected(build)
+    rejected = read_rejected(build / FOLDER)
+    return [case for case in cases if case.id not in rejected]
+
+
+def run_publish(settings: CurationSettings, build: Path) -> dict[str, int]:
+    """Write the data set of a build.
+
+    Args:
+        settings: Of the build.
+        build: Its folder.
+
+    Returns:
+        Number of rows of each split.
+
+    Raises:
+        DataError: As `claim_build`, `selected_cases` and `publish_cases`.
+    """
+    with build_lock(build):
+        claim_build(settings, build)
+        committee = settings.difficulty.committee
+        return publish_cases(
+            selected_cases(build), read_final_texts(build), settings.publish, build, committee=committee
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON would give them back."""
+    convert: Callable[[Any], Any] = lambda item: (  # noqa: E731 - dataclasses inside mappings and tuples
+        dataclasses.asdict(item) if dataclasses.is_dataclass(item) and not isinstance(item, type) else str(item)
+    )
+    return json.loads(json.dumps(value, default=convert))

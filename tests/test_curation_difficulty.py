@@ -1,0 +1,359 @@
+"""Hard cases: votes, tails and thresholds; the committee and its folds; masks to look at; publication; the command."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from PIL import Image
+
+from segrl.cli.main import main
+from segrl.curation import (
+    Case,
+    CommitteeSettings,
+    PublishSettings,
+    SuspectSettings,
+    TailSettings,
+    find_tail,
+    publish_cases,
+    select_cases,
+    vote,
+)
+from segrl.curation.committee import case_folds, committee_jobs, run_committee
+from segrl.curation.duplicates import near_duplicates
+from segrl.curation.publish import FinalText, read_final_texts
+from segrl.curation.suspects import find_suspects, read_rejected, write_suspects
+from segrl.data import load_split
+from segrl.errors import DataError, SegRLError
+from segrl.geometry import mask_to_rle
+from segrl.geometry.mask_images import read_mask_file
+
+TINY = CommitteeSettings(encoders=("tu-regnetx_002",), size=32, steps=3, batch=2, check=2, folds=2)
+
+
+def make_cases(folder: Path, count: int = 24, source: str = "mine") -> list[Case]:
+    """Images of noise with one bright disc each; two images a patient."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        y, x = np.mgrid[:40, :48]
+        mask = (y - rng.integers(8, 32)) ** 2 + (x - rng.integers(8, 40)) ** 2 < rng.integers(9, 50)
+        image = (rng.integers(0, 120, mask.shape) + 130 * mask).astype(np.uint8)
+        paths = folder / f"{source}{number}.png", folder / f"{source}{number}_seg.png"
+        Image.fromarray(image).save(paths[0])
+        Image.fromarray(mask.astype(np.uint8) * 255).save(paths[1])
+        texts = (source, f"p{number // 2}", "CT", "Lung", "nodule", "CC0-1.0")
+        cases.append(Case(f"{source}{number:04d}", *paths, *texts, name=paths[0].name))
+    return cases
+
+
+# votes and tails
+
+
+def test_votes():
+    errors = [[0.1, 0.5, 0.9, 0.3], [1.0, 1.0, 0.0, 1.0]]
+    assert vote(errors, TailSettings(vote="mean")).tolist() == pytest.approx([0.45, 0.75])
+    assert vote(errors, TailSettings(vote="median")).tolist() == pytest.approx([0.4, 1.0])
+    for share in (0.25, 0.5, 0.75, 1.0):
+        found = vote(errors, TailSettings(share=share))
+        for threshold in (0.05, 0.3, 0.6, 0.95):  # exactly: that share of the members is beyond
+            beyond = (np.array(errors) >= threshold).mean(axis=1) >= share
+            assert (found >= threshold).tolist() == beyond.tolist()
+    with pytest.raises(DataError, match=r"expected \(cases, members\)"):
+        vote([0.1, 0.2])
+    with pytest.raises(DataError, match="from 0 to 1"):
+        vote([[1.5]])
+
+
+def two_kinds(seed: int = 0, easy: int = 140, hard: int = 60) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.beta(2, 16, easy), rng.uniform(0.5, 0.99, hard)])
+
+
+def test_the_knee_selects_by_default_with_clauset_beside_it():
+    assert (TailSettings().mode, TailSettings().vote, TailSettings().share) == ("knee", "share", 0.5)
+    found = find_tail(two_kinds())
+    assert found.selected_by == "knee"
+    assert found.threshold == found.knee
+    assert found.x_min is not None
+    assert {each.other for each in found.comparisons} == {"lognormal", "exponential"}
+    assert found == find_tail(two_kinds()[::-1])
+
+
+def test_the_knee_of_a_power_law_has_a_closed_form():
+    """The distance to the diagonal is largest where the curve, with both axes scaled to 1, falls by 1."""
+    found = find_tail(two_kinds(1), TailSettings(grid=20001))
+    a, start = found.start_alpha, found.start
+    assert a is not None
+    assert start is not None
+    slope = (1 - start**a) / (1 - start)  # of the curve (x / start)^-a from start to 1
+    assert found.knee == pytest.approx((a * start**a / slope) ** (1 / (a + 1)), abs=1e-3)
+
+
+def test_clauset_on_a_power_law():
+    values = 0.01 * (1 - np.random.default_rng(0).random(300)) ** (-1 / 1.5)
+    found = find_tail(values[values < 1], TailSettings(mode="clauset"))
+    assert found.threshold == found.x_min
+    assert found.alpha_error is not None
+    assert found.alpha == pytest.approx(2.5, abs=3 * found.alpha_error)
+    assert found.power_law is True
+
+
+def test_a_tail_that_is_no_power_law_is_said_to_be_none():
+    found = find_tail(np.random.default_rng(0).beta(2, 8, 200))
+    assert found.power_law is False
+    assert any("no power law" in note for note in found.notes)
+
+
+def test_complete_misses_are_hard_and_in_no_fit():
+    errors = two_kinds()
+    found, without = find_tail([*errors, *[1.0] * 30, 0.0]), find_tail(errors)
+    assert (found.ones, found.zeros) == (30, 1)
+    assert (found.knee, found.x_min, found.alpha) == (without.knee, without.x_min, without.alpha)
+    assert found.threshold < 1
+    assert any("30 complete misses" in note for note in found.notes)
+
+
+def test_no_knee_falls_back_and_says_so():
+    found = find_tail(two_kinds(), TailSettings(sensitivity=1e6))  # Kneedle asks for more than the curve has
+    assert (found.knee, found.selected_by) == (None, "clauset")
+    assert any("no knee was found; clauset selects" in note for note in found.notes)
+
+
+def test_few_errors_take_a_quantile():
+    found = find_tail(two_kinds()[:49])
+    assert (found.selected_by, found.x_min, found.power_law) == ("quantile", None, None)
+    assert any("too few" in note for note in found.notes)
+
+
+def test_equal_errors_are_refused():
+    with pytest.raises(DataError, match=r"all 60 errors are 0.3: nothing tells hard cases from easy ones"):
+        find_tail([0.3] * 60)
+    with pytest.raises(DataError, match="0 errors"):
+        find_tail([])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TailSettings(share=1.1), "share=1.1"),
+        (lambda: TailSettings(start=1.0), "start=1.0"),
+        (lambda: TailSettings(grid=3), "grid=3"),
+        (lambda: CommitteeSettings(size=50), "size=50; expected a multiple of 16"),
+        (lambda: CommitteeSettings(folds=1), "folds=1; expected 2 or more"),
+        (lambda: CommitteeSettings(encoders=()), "encoders is empty"),
+        (lambda: CommitteeSettings(learning_rate=0), "learning_rate=0"),
+        (lambda: SuspectSettings(agreement=2), "agreement=2"),
+        (lambda: PublishSettings(test_fraction=1), "test_fraction=1"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        make()
+
+
+def test_small_sets_of_a_modality_are_fitted_together(tmp_path):
+    kinds = (("a", "CT", 30), ("b", "ct", 30), ("c", "MRI", 60), ("d", "Fundus", 20))
+    cases, errors = [], {}
+    for seed, (source, modality, count) in enumerate(kinds):
+        for number, error in enumerate(np.random.default_rng(seed).permutation(two_kinds(seed))[:count]):
+            texts = (source, "", modality, "", "cyst", "MIT")
+            cases.append(Case(f"{source}{number}", tmp_path / "i", tmp_path / "m", *texts))
+            errors[cases[-1].id] = [float(error)]
+    a, b, c, d = select_cases(cases, errors, TailSettings(), tmp_path)
+    assert (a.pooled, b.pooled, c.pooled, d.pooled) == (("a", "b"), ("a", "b"), ("c",), ("d",))
+    assert a.tail.threshold == b.tail.threshold
+    assert a.tail.notes[0] == "30 errors are few: fitted with a, b"
+    assert d.tail.selected_by == "quantile"
+    assert d.selected == 10
+    assert c.hard_dice < c.mean_dice < c.easy_dice
+    selected = [json.loads(line) for line in (tmp_path / "selected.jsonl").read_text().splitlines()]
+    assert all(row["difficulty"] >= a.tail.threshold for row in selected if row["source"] in "ab")
+    with pytest.raises(DataError, match=r"a: all 60 errors are 0.5"):
+        select_cases(cases[:60], {key: [0.5] for key in errors}, TailSettings(), tmp_path)
+
+
+# committee
+
+
+def test_patients_and_near_duplicates_are_in_one_fold(tmp_path):
+    cases = make_cases(tmp_path)
+    with Image.open(cases[5].image) as image:  # of another patient, and the same scene
+        image.resize((44, 38)).save(cases[20].image)
+    groups, folds = case_folds(cases, replace(TINY, folds=3))
+    assert groups[4] == groups[5] == groups[20] == groups[21]
+    assert sorted(n for fold in folds for n in fold) == list(range(24))
+    assert next(fold for fold in folds if 4 in fold) >= {4, 5, 20, 21}
+    assert max(map(len, folds)) - min(map(len, folds)) <= 2
+    with pytest.raises(DataError, match="mine: 11 groups of cases"):
+        case_folds(cases, replace(TINY, folds=12))
+
+
+def test_blocks_of_distances_are_those_of_all_pairs(monkeypatch):
+    noise = [np.random.default_rng(n // 2).integers(0, 255, (32, 32), dtype=np.uint8) for n in range(9)]
+    images = list(map(Image.fromarray, noise))
+    whole = near_duplicates(images, 8)
+    monkeypatch.setattr("segrl.curation.duplicates._BLOCK", 2)
+    assert near_duplicates(images, 8) == whole == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert near_duplicates(images, -1) == list(range(9))
+    with pytest.raises(DataError, match="no images"):
+        near_duplicates([], 8)
+
+
+def test_every_error_is_out_of_fold_and_the_same_each_time(tmp_path):
+    cases = make_cases(tmp_path / "cases", 12)
+    jobs = committee_jobs(cases, TINY, tmp_path / "one")
+    assert [job.path.name for job in run_committee(jobs)] == ["member0_fold0.json", "member0_fold1.json"]
+    assert sorted(n for job in jobs for n in job.held_out) == list(range(12))
+    for job in jobs:
+        rest = {job.groups[n] for n in range(12) if n not in job.held_out}
+        assert rest.isdisjoint(job.groups[n] for n in job.held_out)
+        assert set(json.loads(job.path.read_text())) == {cases[n].id for n in job.held_out}
+    first, second = (job.path.read_bytes() for job in jobs)
+    jobs[1].path.unlink()
+    before = jobs[0].path.stat().st_mtime_ns
+    list(run_committee(jobs))  # goes on with what is not there
+    assert jobs[0].path.stat().st_mtime_ns == before
+    assert jobs[1].path.read_bytes() == second
+    other = committee_jobs(cases, replace(TINY, seed=1), tmp_path / "two")[:1]
+    list(run_committee(other))
+    assert other[0].path.read_bytes() != first
+
+
+def test_an_unknown_encoder_is_named(tmp_path):
+    jobs = committee_jobs(make_cases(tmp_path, 8), replace(TINY, encoders=("resnet19",)), tmp_path / "one")
+    with pytest.raises(SegRLError, match="encoders: 'resnet19'"):
+        list(run_committee(jobs))
+
+
+# masks to look at
+
+
+def test_suspects_are_where_members_agree_and_the_mask_does_not(tmp_path):
+    cases = make_cases(tmp_path, 4)
+    target = [read_mask_file(case.mask) for case in cases]
+    wrong, empty = np.roll(target[0], 20, axis=1), np.zeros_like(target[0])
+    drawn = [[wrong, wrong], [target[1], target[1]], [empty, empty], [wrong, np.roll(wrong, 15, axis=0)]]
+    masks = {case.id: [mask_to_rle(mask) for mask in found] for case, found in zip(cases, drawn, strict=True)}
+    errors = {case.id: [1.0, 1.0] for case in cases} | {cases[1].id: [0.0, 0.1]}
+    (found,) = find_suspects(cases, masks, errors, SuspectSettings())
+    assert (found.case, found.agreement, found.error) == (cases[0], 1.0, 1.0)
+    write_suspects([found], masks, tmp_path)
+    page = (tmp_path / "spot_check.html").read_text()
+    assert page.count("<img ") == 3
+    assert "http" not in page
+    identity = re.findall(r'"id": "(\w+)"', page)[0]
+    assert read_rejected(tmp_path) == set()
+    for answer, rejected in (("accept", set()), ("reject", {cases[0].id}), ("", set())):
+        with open(tmp_path / "answers.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["review", "sample", "answer", "remark"], [identity, 1, answer, ""]])
+        assert read_rejected(tmp_path) == rejected
+    (tmp_path / "answers.csv").write_text("review,sample,answer,remark\nother,1,reject,\n")
+    with pytest.raises(DataError, match=r"answers.csv, line 2: review 'other', expected"):
+        read_rejected(tmp_path)
+    write_suspects([], {}, tmp_path)
+    assert not (tmp_path / "spot_check.html").exists()
+
+
+# publication
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_published_data_set(tmp_path):
+    cases = [replace(case, difficulty=0.5) for case in make_cases(tmp_path / "cases")]
+    cases[0] = replace(cases[0], licence="a | [b](c)", volume="scan.nii.gz", slice=7)
+    texts = {case.id: FinalText("Where?", "There.", "", {"total": 0.9}) for case in cases[:20]}
+    assert publish_cases(cases, texts, PublishSettings(), tmp_path) == {"train": 16, "test": 4}
+    alone = load_from_disk(str(tmp_path / "dataset"))
+    train, test = alone["train"], alone["test"]
+    assert not set(train["patient"]) & set(test["patient"])
+    row: Any = next(row for part in (train, test) for row in part if dict(row)["name"] == cases[0].id)
+    assert (row["volume"], row["slice"], row["difficulty"], row["source"]) == ("scan.nii.gz", 7, 0.5, "mine")
+    assert (row["query"], row["reasoning"], json.loads(row["scores"])) == ("Where?", "There.", {"total": 0.9})
+    assert row["answer"] == f"The nodule is located at {row['boxes'][0]}."
+    assert np.array_equal(np.asarray(row["mask"]) > 0, read_mask_file(cases[0].mask))
+    assert len(load_split(str(tmp_path / "dataset"), "train")) == 16
+    files = files_of(tmp_path / "dataset")
+    assert r"| mine | a \| \[b](c) | CT | 1 |" in files["README.md"].decode()
+    assert "statistics.png" in files
+    publish_cases(cases, texts, PublishSettings(), tmp_path)
+    assert files_of(tmp_path / "dataset") == files
+
+
+def test_without_texts_questions_are_from_templates(tmp_path):
+    publish_cases(make_cases(tmp_path / "cases", 8), None, PublishSettings(test_fraction=0.5), tmp_path)
+    rows = load_split(str(tmp_path / "dataset"), "test")
+    assert "nodule" in rows["query"][0]
+    assert rows["reasoning"][0] == ""
+    assert "Questions are from templates" in (tmp_path / "dataset/README.md").read_text()
+    with pytest.raises(DataError, match="none with an accepted text"):
+        publish_cases(make_cases(tmp_path / "cases", 8), {}, PublishSettings(), tmp_path)
+
+
+def test_final_texts(tmp_path):
+    rows = [{"id": "a", "status": "rejected", "query": "?"}, {"id": "a", "status": "accepted", "query": "Where?"}]
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"id": "b", "status": "written", "query": "There?"}) + "\n")
+    assert read_final_texts(tmp_path) == {"b": FinalText("There?", scores={})}
+    (tmp_path / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_final_texts(tmp_path) == {"a": FinalText("Where?", scores={})}
+    (tmp_path / "judgements.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"judgements.jsonl, line 1: damaged"):
+        read_final_texts(tmp_path)
+
+
+# the command
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path) -> Path:
+    make_cases(tmp_path / "pairs", 24)
+    committee = "{encoders: [tu-regnetx_002, tu-regnetx_002], size: 32, steps: 3, batch: 2, check: 2, folds: 2}"
+    path = tmp_path / "curate.yaml"
+    path.write_text(
+        "sources: [{path: pairs, format: pairs, lesion: nodule, modality: CT, licence: MIT}]\n"
+        f"difficulty: {{committee: {committee}}}\n"
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_the_command_builds_and_goes_on(settings_file, tmp_path, capsys):
+    assert main(["curate", "run", str(settings_file)]) == 0
+    out = capsys.readouterr().out
+    assert "pairs: 12 of 24 cases are hard" in out
+    assert "selected by quantile" in out
+    assert "questions are from templates" in out
+    report = (tmp_path / "build/report.html").read_text()
+    assert "http" not in report
+    assert "Errors and thresholds" in report
+    kept = files_of(tmp_path / "build")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "build").rglob("member*")}
+    assert len(times) == 4
+    assert main(["curate", "run", str(settings_file)]) == 0
+    assert files_of(tmp_path / "build") == kept
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    changed = settings_file.read_text().replace("folds: 2}", "folds: 2}, tail: {quantile: 0.75}")
+    settings_file.write_text(changed)
+    assert main(["curate", "select", str(settings_file)]) == 0
+    assert "pairs: 6 of 24 cases are hard" in capsys.readouterr().out
+    settings_file.write_text(changed.replace("licence: MIT", "licence: GPL"))
+    assert main(["curate", "select", str(settings_file)]) == 2
+    assert "holds a build with other sources" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_build_is_refused(settings_file, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    assert main(["curate", "difficulty", str(settings_file), "--build", str(tmp_path / "mine")]) == 2
+    assert "no build of segrl curate" in capsys.readouterr().err
+    assert main(["curate", "publish", str(settings_file)]) == 2
+    assert "run the stage difficulty first" in capsys.readouterr().err
