@@ -273,7 +273,7 @@ def test_a_published_data_set(tmp_path):
     cases[0] = replace(cases[0], licence="a | [b](c)", volume="scan.nii.gz", slice=7)
     texts = {case.id: FinalText("Where?", "There.", "", {"total": 0.9}) for case in cases[:20]}
     assert publish_cases(cases, texts, PublishSettings(), tmp_path) == {"train": 16, "test": 4}
-    alone = load_from_disk(str(tmp_path / "dataset"))
+    alone: Any = load_from_disk(str(tmp_path / "dataset"))
     train, test = alone["train"], alone["test"]
     assert not set(train["patient"]) & set(test["patient"])
     row: Any = next(row for part in (train, test) for row in part if dict(row)["name"] == cases[0].id)

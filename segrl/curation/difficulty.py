@@ -64,6 +64,10 @@ class SetDifficulty:
         easy_dice: The same of the others.
         pooled: Sources whose errors were fitted together; only itself where it has enough.
         tail: Fit and threshold.
+
+    Example:
+        >>> SetDifficulty("mine", 2, 1, 0.5, 0.2, 0.8, ("mine",), find_tail([0.2, 0.8])).tail.selected_by
+        'quantile'
     """
 
     source: str
@@ -92,7 +96,14 @@ def find_difficulty(cases: Sequence[Case], settings: DifficultySettings, build: 
     Raises:
         DataError: As `committee_jobs` and `find_tail`, or a damaged file of a training, which is named.
         SegRLError: The extra `curation` is not installed.
+
+    Example:
+        >>> find_difficulty([], DifficultySettings(), Path("build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no cases; expected at least one
     """
+    if not cases:
+        raise DataError("no cases; expected at least one")
     home = build / FOLDER
     jobs = {}
     for source in dict.fromkeys(case.source for case in cases):
@@ -132,6 +143,14 @@ def select_cases(
 
     Raises:
         DataError: As `find_tail`; names the set.
+
+    Example:
+        >>> texts = ("mine", "", "CT", "Lung", "nodule", "MIT")
+        >>> cases = [Case(name, Path("a.png"), Path("m.png"), *texts) for name in ("easy", "hard")]
+        >>> Path("build").mkdir()
+        >>> (found,) = select_cases(cases, {"easy": [0.1, 0.2], "hard": [0.8, 0.9]}, TailSettings(), Path("build"))
+        >>> found.selected, read_selected(Path("build"))[0].id
+        (1, 'hard')
     """
     votes = dict(zip((c.id for c in cases), vote([errors[case.id] for case in cases], settings).tolist(), strict=True))
     scored = [replace(case, difficulty=votes[case.id]) for case in cases]
@@ -150,7 +169,8 @@ def select_cases(
         order = sorted(own, key=lambda case: (votes[case.id], case.id))
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         easy, difficult, whole = (1 - np.mean([errors[c.id] for c in half]) for half in (*halves, own))
-        found.append(SetDifficulty(source, len(own), len(hard), *map(float, (whole, difficult, easy)), pooled, tail))
+        scores = {"mean_dice": float(whole), "hard_dice": float(difficult), "easy_dice": float(easy)}
+        found.append(SetDifficulty(source, len(own), len(hard), **scores, pooled=pooled, tail=tail))
     write_results(build / FOLDER / THRESHOLDS, {"sets": [asdict(each) for each in found]})
     write_cases(build / SCORED, scored)
     write_cases(build / SELECTED, [case for case in scored if case.id in selected])

@@ -80,6 +80,10 @@ class FinalText:
         reasoning: "" for none.
         answer: "" takes the fixed form with the boxes of the mask.
         scores: Of the judge, by name.
+
+    Example:
+        >>> FinalText("Where is the nodule?").reasoning
+        ''
     """
 
     query: str
@@ -111,12 +115,9 @@ def read_final_texts(build: Path) -> dict[str, FinalText] | None:
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 try:
                     row = json.loads(line)
-                    texts = FinalText(*(str(row.get(key) or "") for key in ("query", "reasoning", "answer")))
-                    scores = row.get("scores") or {}
-                    last[str(row["id"])] = (
-                        str(row["status"]),
-                        FinalText(texts.query, texts.reasoning, texts.answer, dict(scores)),
-                    )
+                    query, reasoning, answer = (str(row.get(key) or "") for key in ("query", "reasoning", "answer"))
+                    text = FinalText(query, reasoning, answer, dict(row.get("scores") or {}))
+                    last[str(row["id"])] = str(row["status"]), text
                 except (ValueError, TypeError, KeyError) as error:
                     raise DataError(f"{path}, line {number}: damaged ({error}); run its stage again") from error
             return {identity: text for identity, (status, text) in last.items() if status == good}
@@ -145,6 +146,11 @@ def publish_cases(
 
     Raises:
         DataError: No cases left, or all of them in one group.
+
+    Example:
+        >>> publish_cases([], None, PublishSettings(), Path("build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: 0 cases, none with an accepted text: nothing to publish
     """
     kept = [case for case in cases if texts is None or case.id in texts]
     if not kept:

@@ -103,6 +103,10 @@ class LoadedSources:
     Attributes:
         cases: In the order of the sources; ids differ.
         left_out: For each reason the names of the rows, such as "empty mask".
+
+    Example:
+        >>> LoadedSources([], {"empty mask": ["mine: a.png"]}).left_out["empty mask"]
+        ['mine: a.png']
     """
 
     cases: list[Case]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,20 @@ def run_difficulty(settings: CurationSettings, build: Path) -> list[SetDifficult
         build: Its folder.
 
     Raises:
-        DataError: As `claim_build`, `load_sources` and `find_difficulty`.
+        DataError: As `claim_build`, `load_sources` and `find_difficulty`. If a source is refused, the folder is no
+            build yet, and can be used again.
+
+    Example:
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
+        >>> run_difficulty(CurationSettings.read("curate.yaml"), Path("build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: ...manifest.csv: no such file; expected a CSV file with at least the columns image
     """
     with build_lock(build):
         claim_build(settings, build)
         if not (build / CASES).is_file():
-            found = load_sources(settings.sources, build)
-            write_results(build / LEFT_OUT, found.left_out)
-            write_cases(build / CASES, found.cases)
-        cases = read_cases(build / CASES)
-        return find_difficulty(cases, settings.difficulty, build)
+            _read_sources(settings, build)
+        return find_difficulty(read_cases(build / CASES), settings.difficulty, build)
 
 
 def run_selection(settings: CurationSettings, build: Path) -> list[SetDifficulty]:
@@ -85,7 +90,14 @@ def run_selection(settings: CurationSettings, build: Path) -> list[SetDifficulty
 
     Raises:
         DataError: The stage difficulty has not run.
+
+    Example:
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
+        >>> run_selection(CurationSettings.read("curate.yaml"), Path("no/build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
+    _require_build(build)
     with build_lock(build):
         claim_build(settings, build)
         errors = read_errors(build)
@@ -120,13 +132,36 @@ def run_publish(settings: CurationSettings, build: Path) -> dict[str, int]:
 
     Raises:
         DataError: As `claim_build`, `selected_cases` and `publish_cases`.
+
+    Example:
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
+        >>> run_publish(CurationSettings.read("curate.yaml"), Path("no/build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
+    _require_build(build)
     with build_lock(build):
         claim_build(settings, build)
         committee = settings.difficulty.committee
         return publish_cases(
             selected_cases(build), read_final_texts(build), settings.publish, build, committee=committee
         )
+
+
+def _read_sources(settings: CurationSettings, build: Path) -> None:
+    try:
+        found = load_sources(settings.sources, build)
+    except Exception:  # whatever is wrong with a source: other settings may be used next
+        shutil.rmtree(build / "sources", ignore_errors=True)
+        (build / MARKER).unlink()
+        raise
+    write_results(build / LEFT_OUT, found.left_out)
+    write_cases(build / CASES, found.cases)
+
+
+def _require_build(build: Path) -> None:
+    if not (build / MARKER).is_file():
+        raise DataError(f"{build}: no build of segrl curate; run the stage difficulty first")
 
 
 def _plain(value: Any) -> Any:

@@ -85,6 +85,10 @@ class Comparison:
         other: Name of the other.
         ratio: Normalised log-likelihood ratio; positive where the power law fits better.
         p: Probability of a ratio so far from 0 if both fit alike; None where it cannot be computed.
+
+    Example:
+        >>> Comparison("lognormal", -2.0, 0.05).ratio < 0  # the lognormal fits better
+        True
     """
 
     other: str
@@ -114,6 +118,10 @@ class Tail:
         threshold: The smallest error that is hard.
         selected_by: "knee", "clauset" or "quantile".
         notes: What a reader must know, such as that the tail is no power law.
+
+    Example:
+        >>> find_tail([0.1, 0.2, 0.6, 0.9]).notes
+        ('4 errors, 4 of them between 0 and 1: too few to fit a tail; the quantile 0.5 selects',)
     """
 
     errors: int

@@ -84,7 +84,7 @@ def random_view(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
     Example:
         >>> image, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
         >>> [view.shape for view in random_view(image, mask, np.random.default_rng(0))]
-        [(26, 29, 3), (26, 29)]
+        [(29, 26, 3), (29, 26)]
     """
     height, width = mask.shape
     high, wide = (max(8, int(side * rng.uniform(0.75, 1.0))) for side in (height, width))
