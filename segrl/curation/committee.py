@@ -81,7 +81,7 @@ class CommitteeSettings:
     learning_rate: float = 2e-3
     check: int = 20
     patience: int = 3
-    near: int = 32
+    near: int = 24
     seed: int = 0
     processes: int = 1
     device: str = "cpu"

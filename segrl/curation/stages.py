@@ -48,6 +48,8 @@ def claim_build(settings: CurationSettings, build: Path) -> None:
     """
     kept = _plain({"sources": settings.sources, "committee": settings.difficulty.committee})
     kept["committee"].pop("processes")  # changes no byte
+    for path in build.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        path.unlink()
     if (build / MARKER).is_file():
         known = read_object(build / MARKER)
         for name, value in kept.items():
