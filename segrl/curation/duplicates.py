@@ -16,7 +16,7 @@ from segrl.errors import DataError
 
 __all__ = ["near_duplicates"]
 
-_SIDE = 16  # of the grid of frequencies: 256 bits, for medical images look alike to 64
+_SIDE = 16  # of the grid of frequencies: 256 bits
 _BLOCK = 1024  # rows whose distances to all others are in memory at once
 
 
