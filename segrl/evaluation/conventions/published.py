@@ -35,6 +35,7 @@ class Convention:
         more: As `row`, of further means.
 
     Example:
+        >>> import numpy as np
         >>> true = np.eye(4, dtype=bool)
         >>> CONVENTIONS["lisa"]([Case.of(true, true), Case.of(true & False, true & False)])["giou"] > 0.99
         True
