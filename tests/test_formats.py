@@ -239,7 +239,7 @@ def test_export_by_the_command(tmp_path, capsys):
     for label in (tmp_path / "src" / "labelsTr").iterdir():
         assert label.read_bytes() == (tmp_path / "again" / "labelsTr" / label.name).read_bytes()
     assert main(["data", "export", "pairs", str(tmp_path / "nothing"), str(tmp_path / "x")]) == 2
-    assert "manifest.csv: no such file" in capsys.readouterr().err
+    assert "nothing: no manifest.csv; segrl data convert makes such a folder" in capsys.readouterr().err
 
 
 def test_cvc_clinicdb(tmp_path):
