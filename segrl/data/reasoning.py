@@ -15,7 +15,16 @@ import numpy as np
 from segrl.errors import DataError
 from segrl.geometry.masks import boxes_from_mask
 
-__all__ = ["build_query", "build_reasoning", "is_built", "pick_by_hash"]
+__all__ = [
+    "build_query",
+    "build_reasoning",
+    "count_word",
+    "is_built",
+    "lower_words",
+    "mask_words",
+    "pick_by_hash",
+    "plural",
+]
 
 Option = TypeVar("Option")
 
@@ -77,9 +86,9 @@ def is_built(texts: Mapping[str, str]) -> bool:
 
 
 def _queries(lesion: str, anatomy: str, modality: str, noun: str) -> list[str]:
-    place = f"this {_lower(modality)} {noun}" if modality.strip() else f"this {noun}"
+    place = f"this {lower_words(modality)} {noun}" if modality.strip() else f"this {noun}"
     if anatomy.strip():
-        place += f" of the {_lower(anatomy)}"
+        place += f" of the {lower_words(anatomy)}"
     return [template.format(lesion=lesion.strip(), place=place) for template in _QUERIES]
 
 
@@ -109,22 +118,18 @@ def build_reasoning(
         >>> build_reasoning(lesion="cyst", anatomy="Breast", modality="", mask=mask, key="a", brief=True)
         'The breast looks normal around two medium cysts, the largest in the lower right part.'
     """
-    lesion, organ = lesion.strip() or "lesion", _lower(anatomy) or "tissue"
+    lesion, organ = lesion.strip() or "lesion", lower_words(anatomy) or "tissue"
     boxes = boxes_from_mask(mask)
     normal = pick_by_hash(_NORMAL, key).format(organ=organ)
     if not len(boxes):
         return f"The {organ} looks normal. No {lesion} is visible."
-    height, width = mask.shape
-    x1, y1, x2, y2 = boxes[0]
-    largest = mask[int(y1) : int(y2), int(x1) : int(x2)]
-    size = _size_word(np.count_nonzero(largest) / mask.size)
-    location = _location_words((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
-    count = _NUMBERS[len(boxes)] if len(boxes) < len(_NUMBERS) else "several" if len(boxes) < 10 else "many"
-    found = lesion if len(boxes) == 1 else _plural(lesion)
-    findings = f"{count} {size} {found}" + (" in the " if len(boxes) == 1 else ", the largest in the ") + location
+    size, location = mask_words(mask)
+    one = len(boxes) == 1
+    found = lesion if one else plural(lesion)
+    findings = f"{count_word(len(boxes))} {size} {found}{' in' if one else ', the largest in'} the {location}"
     if brief:
         return f"The {organ} looks normal around {findings}."
-    image = f"{_lower(modality)} image".strip()
+    image = f"{lower_words(modality)} image".strip()
     aim = "" if not query or lesion.lower() in query.lower() else f"The question is about the {lesion}. "
     return f"{normal} The {image} shows {findings}. {aim}{pick_by_hash(_DIFFERENCES, key)}"
 
@@ -135,12 +140,44 @@ def pick_by_hash(options: Sequence[Option], key: str) -> Option:
     return options[int.from_bytes(digest, "big") % len(options)]
 
 
-def _lower(name: str) -> str:
+def mask_words(mask: np.ndarray) -> tuple[str, str]:
+    """Return size and location of the largest component of a mask, which is not empty, in words.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        "small", "medium" or "large", and a location such as "upper left part"; left and right are the viewer's.
+
+    Example:
+        >>> mask = np.zeros((9, 9), dtype=bool)
+        >>> mask[5:8, 7:9] = True
+        >>> mask_words(mask)
+        ('medium', 'lower right part')
+    """
+    x1, y1, x2, y2 = boxes_from_mask(mask)[0]
+    height, width = mask.shape
+    largest = mask[int(y1) : int(y2), int(x1) : int(x2)]
+    location = _location_words((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
+    return _size_word(np.count_nonzero(largest) / mask.size), location
+
+
+def count_word(count: int) -> str:
+    """Return a number in words; from six on "several", from ten on "many".
+
+    Example:
+        >>> count_word(2), count_word(7)
+        ('two', 'several')
+    """
+    return _NUMBERS[count] if count < len(_NUMBERS) else "several" if count < 10 else "many"
+
+
+def lower_words(name: str) -> str:
     """Return words in lower case, but abbreviations unchanged: "Breast" -> "breast", "MRI" -> "MRI"."""
     return " ".join(word if word.isupper() else word.lower() for word in name.split())
 
 
-def _plural(lesion: str) -> str:
+def plural(lesion: str) -> str:
     if lesion.endswith("s") and not lesion.endswith(("ss", "is")):
         return lesion  # already a plural, like "hard exudates"
     if lesion.endswith("is"):
