@@ -21,6 +21,7 @@ from PIL import Image
 from segrl.caching.content import content_key
 from segrl.curation.call_cache import Answer, CallCache
 from segrl.curation.endpoints import Endpoint
+from segrl.curation.packages import require
 from segrl.errors import SegRLError
 
 __all__ = ["BudgetError", "Caller", "Question", "call_key", "estimate_tokens"]
@@ -111,7 +112,7 @@ class Caller:
     _stopped: SegRLError | None = None
 
     def __post_init__(self) -> None:
-        openai, endpoint = _openai(), self.endpoint
+        openai, endpoint = require("openai"), self.endpoint
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url, api_key=endpoint.key(), max_retries=endpoint.retries, timeout=endpoint.timeout
         )
@@ -130,7 +131,7 @@ class Caller:
             BudgetError: The call could exceed a limit.
             SegRLError: The server refuses the key or does not know the model, or too many calls in a row failed.
         """
-        key = call_key(self.endpoint, question)
+        key = await asyncio.to_thread(call_key, self.endpoint, question)
         async with self._locks[key]:  # of two equal questions at a time, one is asked
             if (kept := self.cache.get(key)) is not None:
                 return kept
@@ -153,9 +154,10 @@ class Caller:
             self._held.calls, self._held.cost = self._held.calls - 1, self._held.cost - worst
 
     async def _send(self, question: Question) -> Answer:
-        openai = _openai()
+        openai = require("openai")
         try:
-            response = await self._client.chat.completions.create(**_body(self.endpoint, question))
+            body = await asyncio.to_thread(_body, self.endpoint, question)
+            response = await self._client.chat.completions.create(**body)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             self._stopped = SegRLError(f"{self.endpoint.url}, model {self.endpoint.model!r}: {_said(error)}")
             raise self._stopped from error
@@ -200,14 +202,6 @@ class Caller:
                 f"{answer.reason}; what has arrived is kept, and the build goes on where it was"
             )
             raise self._stopped
-
-
-def _openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise SegRLError("calls of a model need the package openai; pip install 'segrl[curation]'") from error
-    return openai
 
 
 def _body(endpoint: Endpoint, question: Question) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def map_async(
     items: Sequence[Item],
     *,
     concurrency: int = 1,
+    engine: Engine = "local",
     title: str = "",
 ) -> list[Result]:
     """Apply an asynchronous function to every item.

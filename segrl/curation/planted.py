@@ -82,10 +82,10 @@ _FOREIGN = (
 )
 _GENERIC = (
     "The image shows anatomical structures of the region under study. Some areas may be abnormal while others appear "
-    "to be within normal limits. A careful and systematic evaluation of all structures leads to the conclusion that the "
-    "requested target can be identified in this image.",
-    "To answer the question, the picture is first inspected as a whole and then in detail. Based on this inspection the "
-    "region in question differs from what surrounds it, and it is therefore selected as the final result.",
+    "to be within normal limits. A careful and systematic evaluation of all structures leads to the conclusion that "
+    "the requested target can be identified in this image.",
+    "To answer the question, the picture is first inspected as a whole and then in detail. Based on this inspection "
+    "the region in question differs from what surrounds it, and it is therefore selected as the final result.",
     "Looking at the scan, one region stands out from its surroundings. Since it differs from the expected appearance, "
     "it is the structure that is being asked about, and the remaining regions can be ruled out.",
 )
@@ -157,7 +157,7 @@ def plant(text: str, facts: Facts, kind: str, rng: random.Random) -> str:
     Example:
         >>> facts = Facts("cyst", "Breast", "Ultrasound", 1, "small", "upper left part", (0.1, 0.1, 0.2, 0.2))
         >>> plant("The cyst is dark and round.", facts, "contradiction", random.Random(3))
-        'The cyst is dark and round. One sees five lesions of this kind.'
+        'The cyst is dark and round. It is a very large lesion that fills most of the image.'
     """
     if kind not in _PLANT:
         raise unknown_name("kind of fault", kind, _PLANT)
@@ -196,8 +196,11 @@ def _length(text: str, facts: Facts, rng: random.Random) -> str:
         return " ".join(words[: rng.randint(1, 5)])
     if choice == 2:
         return facts.lesion
-    rambling = (f"Another look at the {facts.anatomy or 'tissue'}, item {word} of a long list of impressions, adds some "
-                f"{rng.choice(('texture', 'shading', 'contour', 'gradient'))} to the account" for word in words * 6)  # fmt: skip
+    place, sights = facts.anatomy or "tissue", ("texture", "shading", "contour", "gradient")
+    rambling = [
+        f"Another look at the {place}, item {word} of a long list of impressions, adds some {rng.choice(sights)} to it"
+        for word in words * 6
+    ]
     return f"{text} {'. '.join(rambling)}."
 
 

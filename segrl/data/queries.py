@@ -117,19 +117,20 @@ class Queries:
             DataError: Structures of the rows that have no text.
         """
         rows = name_classes(rows)
-        if missing := sorted({str(name) for name in rows["lesion"] if self._of(name) is None}):
+        if missing := sorted({str(name) for name in rows["lesion"] if self.of(name) is None}):
             raise DataError(
                 f"{self.source}: no text for {', '.join(map(repr, missing[:5]))}, found in the column lesion; it "
                 f"has {', '.join(list(self.texts)[:5])} and others; add them"
             )
 
         def asked(row: dict[str, Any]) -> dict[str, str]:
-            text = pick_by_hash(self._of(row["lesion"]) or (), f"text of {row['name']}")
+            text = pick_by_hash(self.of(row["lesion"]) or (), f"text of {row['name']}")
             return {"query": pick_by_hash(self.templates, str(row["name"])).format(text=text)}
 
         return rows.map(asked, desc="questions")
 
-    def _of(self, lesion: Any) -> tuple[str, ...] | None:
+    def of(self, lesion: Any) -> tuple[str, ...] | None:
+        """Return the texts of a structure; None if there are none."""
         return self.texts.get(_key(str(lesion or "")))
 
 
