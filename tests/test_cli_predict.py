@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from segrl.cli.main import main
-from segrl.data import read_volume
+from segrl.data import make_synthetic, read_volume, write_folder
 from segrl.data.input_files import find_inputs
 from segrl.errors import DataError
 from segrl.geometry import read_mask_file
@@ -246,3 +246,18 @@ class TestFindInputs:
         assert ([path.name for path in found], others) == (["one", "scan.nii", "two"], 1)
         with pytest.raises(DataError, match="holds no images"):
             find_inputs([str(tmp_path)], "images")
+
+
+def test_evaluation_with_samples_says_what_confidence_is_worth(run, tmp_path, capsys):
+    data = write_folder(make_synthetic(4, size=64), tmp_path / "data", split="test")
+    words = ["eval", "--model", str(run), "--data", str(data), "--device", "cpu", "--samples", "2"]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["model"]["calibration"]
+    records = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert found["n"] == len(records) == 4
+    assert all(record["confidence"]["samples"] == 2 for record in records)
+    assert "expected calibration error" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "calibration.png") as chart:
+        assert chart.width > 600
+    assert main(["eval", "--predictions", str(tmp_path / "out" / "predictions.json"), "--samples", "2"]) == 2
+    assert "--samples is for --model; drop it" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from script_modules import ROOT, Example, read_json
 
 from segrl import dump_reward, make_reward, weighted_sum
+from segrl.cli.main import main
 from segrl.data import (
     load_volumes,
     make_synthetic_volumes,
@@ -33,12 +34,14 @@ from segrl.data import (
     read_grey,
     read_label,
     read_volume,
+    uniform_slices,
     write_manifest,
 )
 from segrl.errors import DataError
 from segrl.evaluation import evaluate_volumes
 from segrl.geometry import rle_to_mask
-from segrl.inference import VolumeSegmenter
+from segrl.inference import InferenceResult, VolumeSegmenter
+from segrl.predictions import Frame, Status
 
 pytestmark = learned_by_heart
 
@@ -306,10 +309,15 @@ def query_of(data: Path) -> str:
     return load_volumes(data, "test")[0]["query"]  # type: ignore[index]
 
 
-def test_prediction_on_a_scan_in_another_orientation(grpo_run, data, scan, tmp_path):
-    mask, picture = tmp_path / "mask.nii.gz", tmp_path / "picture.png"
-    flags = (scan, query_of(data), "--model", grpo_run, "-o", mask, "--picture", picture)
-    found = json.loads(MEDVOL.done("predict", *flags, "--json"))
+def predicted(capsys, *words) -> Any:
+    """The record that `segrl predict` prints."""
+    assert main(["predict", *map(str, words), "--device", "cpu", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_prediction_on_a_scan_in_another_orientation(grpo_run, data, scan, tmp_path, capsys):
+    found = predicted(capsys, grpo_run, scan, query_of(data), "-o", tmp_path / "out")
     segmenter = VolumeSegmenter.from_pretrained(grpo_run, device="cpu")
     expected = segmenter.predict(read_grey(load_volumes(data, "test")[0]["scan"])[1], query_of(data))  # type: ignore[index]
     assert expected.mask is not None
@@ -319,13 +327,14 @@ def test_prediction_on_a_scan_in_another_orientation(grpo_run, data, scan, tmp_p
     centre = nib.affines.apply_affine(load(scan).affine, (found["file_slice"], 15.5, 15.5))  # type: ignore[attr-defined]
     assert found["z_mm"] == pytest.approx(centre[2], abs=1e-4)
     assert found["boxes"] == expected.boxes.tolist()
-    assert found["voxels"] == expected.mask.sum()
+    assert found["foreground"] == expected.mask.sum()
+    mask = tmp_path / "out" / "scan_mask.nii.gz"
     assert (found["status"], found["reasoning"], found["mask"]) == ("valid", HOSTILE, str(mask))
     image, written = load(scan), load(mask)
     assert written.shape == image.shape
     np.testing.assert_allclose(written.affine, image.affine, atol=1e-5)
     assert np.array_equal(read_label(mask, read_volume(scan)), expected.mask)
-    with Image.open(picture) as drawn:
+    with Image.open(found["overlay"]) as drawn:
         drawn.load()
         assert drawn.format == "PNG"
 
@@ -336,69 +345,56 @@ def test_the_three_numbers_of_a_slice(tmp_path):
     affine[:3, 3] = 5, 6, 100
     nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(5, 6, 20)), affine), tmp_path / "scan.nii")
     np.save(tmp_path / "scan.npy", np.random.default_rng(0).normal(size=(5, 6, 20)))
-    named = MEDVOL.modules["predict"].named_slice
+    frame = Frame("original_px", (5, 6), slices=tuple(map(int, uniform_slices(20, 8))))
+    keys = ("slice", "shown_slice", "file_slice", "file_axis", "z_mm")
+
+    def named(case, index):
+        about: Any = {"slice_index": index, "source": case, "frame": frame}
+        record = InferenceResult("", None, None, np.zeros((0, 4)), Status.NO_ANSWER, False, **about).to_dict()
+        return {key: record[key] for key in keys}
+
     case = read_case({"scan": str(tmp_path / "scan.nii")}, label=False)
     found = {"slice": 8, "shown_slice": 4, "file_slice": 11, "file_axis": 2}
-    assert named(case, 8, 8) == {**found, "z_mm": 72.5}
+    assert named(case, 8) == {**found, "z_mm": 72.5}
     array = read_case({"scan": str(tmp_path / "scan.npy")}, label=False)
-    assert named(array, 8, 8) == {**found, "file_slice": 8, "z_mm": None}
+    assert named(array, 8) == {**found, "file_slice": 8, "z_mm": None}
     for index in (None, -1, 9):  # no slice, or one that was not shown
-        assert named(case, index, 8) == {"slice": index, **dict.fromkeys([*list(found)[1:], "z_mm"])}
+        assert named(case, index) == {**dict.fromkeys(keys), "slice": index}
 
 
-def test_a_scan_without_spacing_may_be_given_one(grpo_run, data, tmp_path, monkeypatch):
+def test_a_scan_without_spacing_may_be_given_one(grpo_run, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.save("scan.npy", load(data / load_volumes(data, "test")[0]["scan"]).get_fdata())  # type: ignore[index]
-    flags = ("scan.npy", query_of(data), "--model", grpo_run, "--picture", "one.png", "--overwrite", "--json")
     for spacing in ((), ("--spacing_mm", "[3, 1, 1]")):
-        found = json.loads(MEDVOL.done("predict", *flags, *spacing))
+        found = predicted(capsys, grpo_run, "scan.npy", query_of(data), *spacing)
         assert (found["z_mm"], found["file_slice"]) == (None, found["slice"])
-    assert "spacing_mm: '3x1x1'; expected millimetres" in MEDVOL.refused("predict", *flags, "--spacing_mm", "3x1x1")
 
 
-def test_printed_predictions_escape_what_the_model_says(grpo_run, data, scan, tmp_path):
-    mask = tmp_path / "mask.nii"
-    flags = (scan, query_of(data), "--model", grpo_run, "-o", mask)
-    shown = MEDVOL.done("predict", *flags)
+def test_printed_predictions_escape_what_the_model_says(grpo_run, data, scan, tmp_path, capsys):
+    assert main(["predict", str(grpo_run), str(scan), query_of(data), "-o", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
     assert r"\x1b[31m spot" in shown
     assert re.search(r"^slice +\d+ +\(index in the volume .*counted from 0\)$", shown, re.M)
     assert re.search(r"^shown_slice +\d+ +\(number in the answer, .*counted from 1\)$", shown, re.M)
     assert re.search(r"^file_slice +\d+ +\(index in the file, counted from 0\)$", shown, re.M)
     assert re.search(r"^z_mm +-?\d+\.\d+ +\(height", shown, re.M)
     assert "\x1b[31m" not in shown
-    before = mask.read_bytes()
-    mask.write_bytes(b"precious")
-    assert f"{mask} exists" in MEDVOL.refused("predict", *flags)
-    assert mask.read_bytes() == b"precious"
-    MEDVOL.done("predict", *flags, "--overwrite")
-    assert mask.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["-o", "mask.png"], "--output mask.png: expected a name that ends in .nii or .nii.gz"),
-        (["-o", "nowhere/mask.nii"], "nowhere/mask.nii: there is no folder nowhere"),
-        (["--picture", "answer.nii"], "--picture answer.nii: expected a name that ends in .png"),
         (["--intensity", "bright"], "scan.nii.gz: intensity 'bright'"),
-        (["--model", "no_such_run"], "--model 'no_such_run': no such folder"),
         (["--segmenter", "no_such.pt"], "no_such.pt"),
-        (["--modell", "x"], "unrecognized arguments: --modell x"),
+        (["--abstain_below", "0.5"], "one answer about a volume has no confidence; pass --samples of 2 or more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_flags_of_a_prediction(grpo_run, scan, tmp_path, change, message, monkeypatch):
+def test_bad_flags_of_a_prediction(grpo_run, scan, tmp_path, change, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert message in MEDVOL.refused("predict", scan, "it", "--model", grpo_run, *change)
+    assert main(["predict", str(grpo_run), str(scan), "it", *change]) == 2
+    assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
-
-
-def test_a_prediction_never_replaces_its_scan(grpo_run, scan):
-    before = scan.read_bytes()
-    flags = (scan, "it", "--model", grpo_run, "--overwrite")
-    for extra in (["-o", scan], ["-o", scan.parent / "." / scan.name], ["--picture", scan, "-o", "mask.nii"]):
-        assert "expected different files" in MEDVOL.refused("predict", *flags, *extra)
-    assert scan.read_bytes() == before
 
 
 # ---- data of one's own -----------------------------------------------------------------------------------------------

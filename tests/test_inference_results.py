@@ -66,7 +66,7 @@ class TestCombine:
         assert np.allclose(combined.probability, masks.mean(0))
         assert confidence.agreement == pytest.approx(np.mean([dice(a, b) for a, b in combinations(masks, 2)]))
         assert confidence.probability == pytest.approx(masks.mean(0)[masks.mean(0) > 0.5].mean())
-        assert (confidence.samples, confidence.valid, confidence.value) == (5, 1.0, confidence.agreement)
+        assert (confidence.samples, confidence.valid, confidence.value) == (5, 1.0, confidence.probability)
 
     def test_probabilities_are_averaged_before_the_threshold(self):
         first, second = answers(np.eye(4, 6) > 0, np.zeros((4, 6)))
@@ -102,11 +102,16 @@ class TestCombine:
 
     def test_one_answer_keeps_its_mask(self):
         answer: Any = answers(np.eye(4, 6))[0]
-        combined, confidence = combined_of([answer])
-        assert np.array_equal(combined.mask, answer.mask)
-        assert confidence.to_dict() == {
-            **{"value": 1.0, "samples": 1, "probability": 1.0, "agreement": None, "valid": 1.0}
-        }
+        for shown in (None, np.full((4, 6), 0.75, dtype=np.float32)):
+            combined, confidence = combined_of([replace(answer, probability=shown)])
+            assert np.array_equal(combined.mask, answer.mask)
+            value = None if shown is None else 0.75
+            expected = {"value": value, "samples": 1, "probability": value, "agreement": None, "valid": 1.0}
+            assert confidence.to_dict() == expected
+
+    def test_without_a_valid_answer_the_value_is_zero(self):
+        _, confidence = combined_of(answers(np.eye(4, 6), np.eye(4, 6), text="nothing"))
+        assert (confidence.probability, confidence.value) == (1.0, 0.0)
 
     def test_errors(self):
         with pytest.raises(DataError, match="answers: expected one or more"):

@@ -37,6 +37,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch_size", type=positive, metavar="N", help="rows per generation (default: 16, volumes 4)"
     )
+    command.add_argument("--samples", type=positive, default=1, metavar="N", help="answers drawn for each row and "
+                         "combined, and calibration.png: what their confidence is worth (default: 1)")  # fmt: skip
     command.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
     command.add_argument("--segmenter", metavar="PATH", help="what turns written boxes into masks: SAM 2 weights, a "
                          "folder of a run, or NAME:SOURCE such as sam:facebook/sam-vit-base")  # fmt: skip
@@ -60,6 +62,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from segrl.errors import SegRLError
 
     stored = arguments.predictions
+    if arguments.samples > 1 and stored is not None:
+        raise SegRLError("--samples is for --model; drop it")
     if stored is not None and stored.suffix == ".json" and not stored.is_dir():
         if not stored.is_file():
             raise SegRLError(f"--predictions {stored}: no such file")
@@ -182,7 +186,7 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
         rows = rows.select(range(arguments.limit))
     if arguments.conventions:
         names = check_conventions(arguments.conventions)
-    results = results_for(task)(output, arguments.pictures)
+    results = results_for(task)(output, arguments.pictures, arguments.samples)
     size = arguments.batch_size or (4 if task == "volumes" else 16)
     system = _loaded(arguments, task) if arguments.predictions is None else _stored(arguments, rows)
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}

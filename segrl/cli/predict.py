@@ -157,6 +157,8 @@ def _check(arguments: argparse.Namespace, jobs: Sequence[_Job], task: str) -> No
         raise SegRLError(f"--output_dir {folder} is a file; pass a folder")
     if arguments.temperature is not None and arguments.samples == 1:
         raise SegRLError("--temperature is for --samples of 2 or more; a single answer is greedy")
+    if arguments.abstain_below is not None and task == "volumes" and arguments.samples == 1:
+        raise SegRLError("--abstain_below: one answer about a volume has no confidence; pass --samples of 2 or more")
     if arguments.coco is not None and task == "volumes":
         raise SegRLError("--coco is for images; masks of volumes are NIfTI")
     if arguments.coco is not None and arguments.no_overwrite:
@@ -282,6 +284,7 @@ def _written(result: Any, job: _Job, folder: Path, arguments: argparse.Namespace
         files["dicom_seg"] = folder / f"{job.stem}_mask.dcm"
         result.save_dicom_seg(files["dicom_seg"])
     record = {"input": str(job.path), **result.to_dict(mask=False)}
+    del record["name"]  # the same
     return {**record, **{kind: str(files[kind]) if kind in files else None for kind in _kinds(arguments)}}
 
 

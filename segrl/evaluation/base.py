@@ -22,7 +22,7 @@ __all__ = ["OnAnswer", "check_questions", "counted_masks", "overlap_record", "sc
 
 _RECORD_KEYS = {
     *(*METADATA_COLUMNS, "dice", "iou", "fail", "status", "text", "boxes"),
-    *("predicted_mask", "target_mask", "ignored_mask", "spacing_mm"),
+    *("predicted_mask", "target_mask", "ignored_mask", "spacing_mm", "confidence"),
 }
 OnAnswer = Callable[[int, Any, Prediction, Any], None]
 """Called for every row with its number, what was shown (image or grey values), the prediction and the target."""
@@ -99,6 +99,7 @@ def overlap_record(
         - "query", "modality", "anatomy", "lesion", "name" of the target,
         - "dice", "iou": in [0, 1]; both masks empty 1.0, exactly one empty 0.0,
         - "fail": `segrl.metrics.failure`, Dice is 0 or the text is invalid (CORE-Seg),
+        - "confidence": `segrl.inference.Confidence.to_dict`, where the answer has one,
         - "boxes" (original pixels), "status", "text" of the prediction, and the values of `metrics`,
         - "predicted_mask", None without one, "target_mask" and, where some pixels or voxels are ignored,
         "ignored_mask", as compressed run lengths (`segrl.geometry.mask_to_rle`). What is ignored counts in no score of
@@ -131,6 +132,7 @@ def overlap_record(
         "text": prediction.text,
         "boxes": prediction.boxes.tolist(),
         **_masks(prediction, target),
+        **_confidence(prediction),
         **{name: metric(prediction, target) for name, metric in _named(metrics).items()},
     }
 
@@ -148,6 +150,12 @@ def _masks(prediction: Prediction, target: Target | VolumeTarget) -> dict[str, A
     found = None if prediction.mask is None else mask_to_rle(prediction.mask, compressed=True)
     ignored = {} if target.ignored is None else {"ignored_mask": mask_to_rle(target.ignored, compressed=True)}
     return {"predicted_mask": found, "target_mask": mask_to_rle(target.mask, compressed=True), **ignored}
+
+
+def _confidence(prediction: Prediction) -> dict[str, Any]:
+    """How sure an answer of inference is, where it was asked for."""
+    sure = getattr(prediction, "confidence", None)
+    return {} if sure is None else {"confidence": sure.to_dict()}
 
 
 def _named(metrics: Sequence[str | Metric]) -> dict[str, Metric]:

@@ -29,8 +29,9 @@ def evaluate(
     metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Ask the model about every row, greedily.
+    """Ask the model about every row, greedily unless the settings say otherwise.
 
     Args:
         segmenter: The model.
@@ -40,6 +41,7 @@ def evaluate(
         progress: Show a progress bar.
         on_answer: Called for every row with its number, the image, the prediction and the target; to draw or keep what
             the records do not hold.
+        settings: To `ReasoningSegmenter.predict_batch`, such as `samples=8, seed=0`.
 
     Returns:
         One record per row for `segrl.metrics.summarise`, in order: dice and iou in [0, 1] at the mask's own size, fail,
@@ -64,7 +66,7 @@ def evaluate(
     def answer(batch: list[tuple[Any, Target]]) -> Any:
         images, targets = [image for image, _ in batch], [target for _, target in batch]
         sizes = [(target.width, target.height) for target in targets]
-        return segmenter.predict_batch(images, [target.query for target in targets], sizes=sizes)
+        return segmenter.predict_batch(images, [target.query for target in targets], sizes=sizes, **settings)
 
     return score_rows(
         dataset,

@@ -149,8 +149,9 @@ def evaluate_volumes(
     metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Ask the model about every row, greedily.
+    """Ask the model about every row, greedily unless the settings say otherwise.
 
     Args:
         segmenter: The model with its frozen segmenter.
@@ -162,6 +163,7 @@ def evaluate_volumes(
         progress: Show a progress bar.
         on_answer: Called for every row with its number, the `segrl.data.Case`, the prediction and the target; to draw
             or keep what the records do not hold.
+        settings: To `VolumeSegmenter.predict_batch`, such as `samples=8, seed=0`.
 
     Returns:
         One `volume_record` per row, in order.
@@ -184,7 +186,8 @@ def evaluate_volumes(
     check_questions(dataset, segmenter)
 
     def answer(batch: list[tuple[Case, VolumeTarget]]) -> Sequence[Prediction]:
-        return segmenter.predict_batch([case for case, _ in batch], [target.query for _, target in batch])
+        asked = [target.query for _, target in batch]
+        return segmenter.predict_batch([case for case, _ in batch], asked, **settings)
 
     record = partial(volume_record, nsd_tolerance_mm=nsd_tolerance_mm, metrics=metrics)
     return _scored("evaluate", dataset, answer, record, batch_size, progress, on_answer, segmenter.settings)

@@ -25,15 +25,16 @@ class Confidence:
     Attributes:
         samples: Number of answers that were drawn, N.
         probability: Mean foreground probability over the pixels of the mask, in [0, 1]; of an empty mask 1 minus the
-            highest probability anywhere. None if the model makes no masks.
+            highest probability anywhere. None if the model makes no masks, or for one answer whose segmenter gives no
+            probabilities, as one that propagates through a volume.
         agreement: Mean Dice over all pairs of the N masks, in [0, 1]; an answer with an invalid text agrees with none.
             None for fewer than two answers.
         valid: Share of answers with a valid text.
 
     Example:
         >>> sure = Confidence(samples=8, probability=0.9, agreement=0.75, valid=1.0)
-        >>> sure.value, sure.to_dict()["probability"]
-        (0.75, 0.9)
+        >>> sure.value, sure.to_dict()["agreement"]
+        (0.9, 0.75)
     """
 
     samples: int
@@ -43,8 +44,12 @@ class Confidence:
 
     @property
     def value(self) -> float | None:
-        """The number by which answers are ordered and abstained from: the agreement, of one answer the probability."""
-        return self.probability if self.agreement is None else self.agreement
+        """The number by which answers are ordered and abstained from: the probability, 0 without any valid answer.
+
+        Disagreement lowers it, since it is that of the mean over the answers; it orders answers better than the
+        agreement does (docs/log.md).
+        """
+        return self.probability if self.valid else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with `value`."""
@@ -63,8 +68,8 @@ def combine_answers(answers: Sequence[Prediction]) -> tuple[Prediction, Confiden
         answers: One or more, with masks of equal shape where they have one.
 
     Returns:
-        The combined answer, with `probability`, and its confidence. One answer keeps its mask. Without any mask the
-        first valid answer is returned as it is.
+        The combined answer, with `probability`, and its confidence. One answer is returned as it is, and without any
+        mask the first valid one.
 
     Raises:
         DataError: No answers, or masks of different shapes.
@@ -95,7 +100,8 @@ def combine_answers(answers: Sequence[Prediction]) -> tuple[Prediction, Confiden
     assert mask is not None
     certain = float(mean[mask].mean() if mask.any() else 1 - mean.max())
     if only is not None:
-        return replace(only, probability=mean), Confidence(1, certain, None, share)
+        known = only.probability is not None
+        return only, Confidence(1, certain if known else None, None, share)
     masks = [answer.mask if answer.mask is not None else np.zeros(shape, dtype=bool) for answer in answers]
     near = [(ok, dice(own, mask)) for ok, own in zip(valid, masks, strict=True)]
     chosen = answers[near.index(max(near))]

@@ -1,5 +1,6 @@
 """Metrics: scores of a predicted mask against the ground truth, and their summary with bootstrap intervals."""
 
+from segrl.metrics.calibration import calibration, certain_half_gain, reliability, risk_coverage
 from segrl.metrics.hedging import count_hedges
 from segrl.metrics.overlap import dice, failure, iou
 from segrl.metrics.registry import make_metric, register_metric
@@ -10,6 +11,8 @@ from segrl.metrics.surfaces import boundary_iou, hausdorff, surface, surface_dic
 __all__ = [
     "bootstrap_ci",
     "boundary_iou",
+    "calibration",
+    "certain_half_gain",
     "count_hedges",
     "dice",
     "failure",
@@ -20,6 +23,8 @@ __all__ = [
     "paired_bootstrap_ci",
     "paired_difference",
     "register_metric",
+    "reliability",
+    "risk_coverage",
     "s_measure",
     "soft_dice",
     "summarise",

@@ -1,5 +1,6 @@
 """Reports of a run: tables, result files and pictures."""
 
+from segrl.reports.charts import calibration_chart
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.drawing import draw_overlay
 from segrl.reports.published import PublishedRow, load_published
@@ -13,6 +14,7 @@ __all__ = [
     "VOLUME_STAGES",
     "Column",
     "PublishedRow",
+    "calibration_chart",
     "contact_sheet",
     "draw_overlay",
     "load_published",

@@ -11,7 +11,7 @@ import numpy as np
 
 from segrl.errors import DataError
 
-__all__ = ["bar_chart"]
+__all__ = ["bar_chart", "calibration_chart"]
 
 
 def bar_chart(
@@ -67,3 +67,43 @@ def bar_chart(
     found.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(found, dpi=120, bbox_inches="tight")
     return found
+
+
+def calibration_chart(found: Mapping[str, Any], path: str | os.PathLike[str], *, score: str = "score") -> Path:
+    """Draw a reliability diagram and a risk-coverage curve side by side.
+
+    Args:
+        found: From `segrl.metrics.calibration`.
+        path: Of the picture; its suffix sets the format, missing folders are created.
+        score: What is measured.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> from segrl.metrics import calibration
+        >>> calibration_chart(calibration([0.9, 0.4, 0.2], [1.0, 0.5, 0.0]), "calibration.png", score="Dice").name
+        'calibration.png'
+    """
+    from matplotlib.figure import Figure  # slow to import, and no window is opened without pyplot
+
+    figure = Figure(figsize=(9.0, 3.8))
+    left, right = figure.subplots(1, 2)
+    sure = [item["confidence"] for item in found["bins"]]
+    left.plot([0, 1], [0, 1], linestyle=":", color="0.6", label="as sure as good")
+    left.plot(sure, [item["score"] for item in found["bins"]], marker="o", label=f"answers, ECE {found['ece']:.3f}")
+    for item in found["bins"]:
+        left.annotate(str(item["n"]), (item["confidence"], item["score"]), fontsize="x-small", xytext=(4, -9),
+                      textcoords="offset points")  # fmt: skip
+    left.set(xlabel="confidence", ylabel=f"mean {score}", xlim=(0, 1), ylim=(0, 1), title="reliability")
+    right.plot(found["coverage"], found["risk"], label=f"surest first, mean {found['aurc']:.3f}")
+    right.axhline(found["risk"][-1], linestyle=":", color="0.6", label="all answers")
+    right.set(xlabel="share of answers kept", ylabel=f"1 - mean {score}", xlim=(0, 1), ylim=(0, None))
+    right.set_title("risk and coverage")
+    for axes in (left, right):
+        axes.legend(fontsize="small", frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    found_path = Path(path)
+    found_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(found_path, dpi=110, bbox_inches="tight")
+    return found_path

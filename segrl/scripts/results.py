@@ -17,8 +17,10 @@ from segrl.geometry.run_lengths import rle_counts
 from segrl.inference.base import SegmenterBase
 from segrl.inference.images import ReasoningSegmenter
 from segrl.inference.volumes import VolumeSegmenter
+from segrl.metrics.calibration import calibration
 from segrl.metrics.summary import SUMMARY_METRICS, paired_difference, summarise
 from segrl.predictions.prediction import invalid_text
+from segrl.reports.charts import calibration_chart
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.results_file import EVALUATION_TIME, versions, write_results
 from segrl.reports.table import IMAGE_COLUMNS, VOLUME_COLUMNS, VOLUME_STAGES, results_table
@@ -83,6 +85,8 @@ class ImageResults:
     Args:
         folder: Where to write.
         pictures: Answers of which a picture is drawn; None for the default of the task.
+        samples: Answers drawn for each row and combined; 1 is greedy. With several the summary has a "calibration" and
+            `calibration.png` is drawn.
     """
 
     segmenter_class: ClassVar[type[SegmenterBase]] = ReasoningSegmenter
@@ -93,8 +97,9 @@ class ImageResults:
     pictures: int = 16
     compared: ClassVar[Sequence[str]] = ("dice", "box_f1")  # scores whose gain from stage 1 to stage 2 is reported
 
-    def __init__(self, folder: Path, pictures: int | None = None) -> None:
+    def __init__(self, folder: Path, pictures: int | None = None, samples: int = 1) -> None:
         self.folder, self._shown = folder, []
+        self.samples = samples
         self.seconds: list[float] = []  # for one answer, of each model that was scored
         self.pictures = self.pictures if pictures is None else pictures
 
@@ -107,7 +112,8 @@ class ImageResults:
         if isinstance(system, StoredMasks):
             records = evaluate_masks(system, rows, **asked)
         else:
-            records = self.evaluate(system, rows, **asked)
+            several = {"samples": self.samples, "seed": 0} if self.samples > 1 else {}
+            records = self.evaluate(system, rows, **asked, **several)
         if self._shown:
             scored = zip(self._shown, records, strict=False)
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
@@ -115,7 +121,16 @@ class ImageResults:
         if not isinstance(system, StoredMasks):  # which have no text that could be invalid
             self.seconds.append((time.monotonic() - began) / max(1, len(records)))
             summary["statuses"] = dict(Counter(record["status"] for record in records))
+            if self.samples > 1:
+                summary["calibration"] = self._calibration(records)
         return summary, records
+
+    def _calibration(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What confidences are worth against Dice; those that are not known count as 0."""
+        sure = [record["confidence"]["value"] or 0.0 for record in records]
+        found = calibration(sure, [record["dice"] for record in records])
+        calibration_chart(found, self.folder / "calibration.png", score="Dice")
+        return found
 
     def write(self, results: dict[str, Any], records: Mapping[str, list[dict[str, Any]]], last: str) -> None:
         """Write `results.json`, `predictions.json` and those of earlier stages and baselines, and print the table.
@@ -146,6 +161,8 @@ class ImageResults:
                 say(f"{stage}: N-acc {100 * none['n_acc']:.1f} % of {none['n']} rows without a target{kept}")
             if "statuses" in results.get(stage, {}):
                 say(f"{stage}: {invalid_text(results[stage]['statuses'])}")
+            if "calibration" in results.get(stage, {}):
+                say(f"{stage}: {_calibrated(results[stage]['calibration'])}")
         if "zero_spread" in results:
             say(f"stage 2: {results['zero_spread']:.1%} of the groups had no spread in reward")
         results_table(results, **self.table)
@@ -172,6 +189,14 @@ class ImageResults:
             path = self.folder / SAMPLES / f"{number:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             shown.convert("RGB").save(path)  # what sheets of several runs draw on
+
+
+def _calibrated(found: Mapping[str, Any]) -> str:
+    text = f"expected calibration error {found['ece']:.3f}, area under the risk-coverage curve {found['aurc']:.3f}"
+    if found["certain_half_gain"] is None:
+        return text
+    mean, low, high = (100 * value for value in found["certain_half_gain"])
+    return f"{text}; Dice of the more certain half above the rest: {mean:+.1f} points, 95 % [{low:+.1f}, {high:+.1f}]"
 
 
 def _gain(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], score: str) -> list[float]:
