@@ -1,5 +1,6 @@
 """Compute a prompt that G completions share once: packed rows for scoring, one prefill for generation."""
 
+from segrl.sharing.compiling import compile_layers
 from segrl.sharing.generation import prefill_once
 from segrl.sharing.images import images_of, preprocess_once
 from segrl.sharing.micro_batches import (
@@ -18,6 +19,7 @@ __all__ = [
     "PromptKey",
     "RowGroup",
     "VisionOnce",
+    "compile_layers",
     "consecutive_parts",
     "enable_sharing",
     "fill_micro_batches",

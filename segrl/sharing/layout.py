@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "Layout", "build_layout"]
+__all__ = ["Group", "Layout", "build_group", "build_layout"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +99,13 @@ def build_layout(
             last = start + prompt - 1
             rows[row] = [last, *range(position, position + length), *[last] * (width - length)]
             position += length
-        groups.append(_group(start, prompt, tuple(completions[row] for row in group if completions[row]), device))
+        groups.append(build_group(start, prompt, tuple(completions[row] for row in group if completions[row]), device))
         start = position
     return Layout(tuple(groups), torch.tensor(rows, device=device))
 
 
-def _group(start: int, prompt: int, lengths: tuple[int, ...], device: torch.device | str) -> Group:
+def build_group(start: int, prompt: int, lengths: tuple[int, ...], device: torch.device | str) -> Group:
+    """Build a group from the number of tokens of each completion that has any; see `Group`."""
     if len(set(lengths)) < 2:
         return Group(start, prompt, lengths)
     longest = max(lengths)

@@ -45,6 +45,9 @@ def enable_sharing(model: Any) -> str | None:
     install(backbone, layers)
     if any(hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in base.parameters()):
         return None  # the weights are sharded over processes, so there is nothing to try with
+    if getattr(base.get_decoder().layers[0], "_segrl_compiled", None) is not None:
+        with torch.compiler.set_stance("force_eager"):  # the trial's hooks would be compiled
+            return _trial(base, backbone, layers)
     return _trial(base, backbone, layers)
 
 

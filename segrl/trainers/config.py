@@ -72,6 +72,14 @@ class SegGRPOConfig(GRPOConfig):
             "micro-batches of per_device_train_batch_size."
         },
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each decoder layer with torch.compile, for any length and any shared prompts; generation "
+            "runs uncompiled. A model whose layers cannot be compiled trains without, with a warning."
+        },
+    )
+    compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile for compile_layers."})
     feature_cache_memory: int = field(
         default=2**30,
         metadata={
@@ -134,6 +142,14 @@ class SegSFTConfig(SFTConfig):
             "included. Losses and gradients do not depend on it. None: micro-batches of per_device_train_batch_size."
         },
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each decoder layer with torch.compile, for any length and any shared prompts; generation "
+            "runs uncompiled. A model whose layers cannot be compiled trains without, with a warning."
+        },
+    )
+    compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile for compile_layers."})
     feature_cache_memory: int = field(
         default=2**30,
         metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},

@@ -19,6 +19,7 @@ from segrl.predictions.prompt_settings import PromptSettings
 from segrl.predictions.reserved_text import message_texts
 from segrl.sharing.micro_batches import fill_padded
 from segrl.tasks import Task, check_columns, make_task
+from segrl.trainers.compiled_layers import compile_trained_layers
 from segrl.trainers.config import SegSFTConfig
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
 from segrl.trainers.token_budget import Part, RowCollator, TokenBudgetMixin, join_rows
@@ -124,6 +125,7 @@ class SegSFTTrainer(MaskHeadMixin, TokenBudgetMixin, SFTTrainer):
         if not self._check_inputs():
             self.data_collator = CheckedCollator(self.data_collator, self.processing_class)
         self._keep_settings(prompt_settings)
+        compile_trained_layers(self)
         self._check_budget()
 
     def get_train_dataloader(self) -> Any:

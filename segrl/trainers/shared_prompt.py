@@ -30,6 +30,7 @@ from segrl.caching.feature_cache import FeatureCache
 from segrl.errors import SegRLError
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
+from segrl.trainers.compiled_layers import compile_trained_layers
 from segrl.trainers.token_budget import NORMALIZERS, Part, TokenBudgetMixin, select_batch
 
 __all__ = ["SharedPromptGRPOTrainer"]
@@ -69,6 +70,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._shares = self._wants_sharing and self._start_sharing()
+        compile_trained_layers(self)
         self._check_budget()
         copies, length = (self.num_generations or 1) if self._shares else 1, self.max_completion_length or 0
         if self._budget is not None and self._budget <= copies * length:
