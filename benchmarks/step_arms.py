@@ -41,6 +41,8 @@ class Settings:
         sam: a name of `SAM_SIZES` in place of the shape's.
         generates: False takes the prepared answers without generating any; then only the loss costs what it costs.
         brief: steps that are not measured generate a few tokens only.
+        accumulated: micro-batches of an optimizer step.
+        budget: `tokens_per_micro_batch` of segrl.
     """
 
     device: str = "cpu"
@@ -53,6 +55,8 @@ class Settings:
     sam: str | None = None
     generates: bool = True
     brief: bool = False
+    accumulated: int = 1
+    budget: int | None = None
 
     @property
     def frozen_vision(self) -> bool:
@@ -97,7 +101,8 @@ def build_trainer(
         if not saved.exists():
             model.save_pretrained(saved)
         model.config._name_or_path = str(saved)
-    rows = build_rows(shape, processor, max(1, steps // settings.rollouts) * shape.prompts * settings.rollouts, seed)
+    micro_batches = max(1, steps // settings.rollouts) * settings.rollouts * settings.accumulated
+    rows = build_rows(shape, processor, shape.prompts * micro_batches, seed)
     given = _training_arguments(shape, group, settings, steps, folder)
     shared: dict[str, Any] = {"train_dataset": rows, "processing_class": processor, "peft_config": _lora(settings)}
     if arm == "trl":
@@ -109,6 +114,8 @@ def build_trainer(
     else:
         if "share_prompt" in {item.name for item in fields(SegGRPOConfig)}:
             given["share_prompt"] = settings.share
+        if settings.budget is not None:
+            given["tokens_per_micro_batch"] = settings.budget
         torch.manual_seed(0)
         segmenter = Sam2Segmenter(SAM_SIZES[settings.sam or shape.sam])
         head = MaskHead.build(model, segmenter, token_id=seg_token_id(processor)).to(settings.device)
@@ -127,7 +134,8 @@ def _training_arguments(shape: Shape, group: int, settings: Settings, steps: int
     return {
         "output_dir": folder, "max_steps": steps, "learning_rate": 1e-7, "beta": settings.beta,
         "per_device_train_batch_size": shape.prompts * group, "num_generations": group,
-        "steps_per_generation": settings.rollouts, "max_completion_length": tokens,
+        "gradient_accumulation_steps": settings.accumulated,
+        "steps_per_generation": settings.rollouts * settings.accumulated, "max_completion_length": tokens,
         "generation_kwargs": {"min_new_tokens": tokens}, checkpointing: settings.checkpointing,
         "bf16": settings.device == "cuda", "use_cpu": settings.device == "cpu", "logging_steps": 1, "seed": 0,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,

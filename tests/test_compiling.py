@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from sharing_checks import Answer, Prompt, batch_of, build, checkpointed, close, loss_and_gradients, make_trainer
 from sharing_runs import run, same_runs
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 from trainer_checks import text_rows
 from transformers import TrainerCallback
 
@@ -67,6 +69,17 @@ class TestOperation:
             results.append([output.detach(), *(tensor.grad for tensor in inputs)])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
+
+    def test_inside_a_mode(self):
+        """A mode of PyTorch (here one that counts) calls operations where autograd is off."""
+        layout = layout_of([(3, [2, 1])])
+        grads = []
+        for context in (nullcontext(), FlopCounterMode(display=False)):
+            query, key, value = (torch.arange(96.0).view(1, 2, 6, 8).mul(0.01).requires_grad_() for _ in range(3))
+            with context:
+                packed_attention(query, key, value, encode_layout(layout), 0.3).square().sum().backward()
+            grads.append(value.grad)
+        assert torch.equal(*grads)
 
 
 class TestRefused:

@@ -9,6 +9,7 @@ again. The backward pass computes the attention once more and differentiates it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -25,9 +26,9 @@ def encode_layout(layout: Layout) -> Tensor:
     """Return the groups of a layout as an int64 tensor on the CPU.
 
     Example:
-    >>> from segrl.sharing.layout import build_layout
-    >>> encode_layout(build_layout([[0, 1]], [3, 3], [2, 1], width=2, device="cpu")).tolist()
-    [0, 3, 2, 2, 1]
+        >>> from segrl.sharing.layout import build_layout
+        >>> encode_layout(build_layout([[0, 1]], [3, 3], [2, 1], width=2, device="cpu")).tolist()
+        [0, 3, 2, 2, 1]
     """
     numbers = [n for group in layout.groups for n in (group.start, group.prompt, len(group.lengths), *group.lengths)]
     return torch.tensor(numbers, dtype=torch.int64)
@@ -69,29 +70,32 @@ def _(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scaling: float)
     return query.new_empty(1, query.size(2), query.size(1), value.size(3))
 
 
-# Not a `custom_op`, inside which autograd is off: it differentiates.
-_LIBRARY = torch.library.Library("segrl", "FRAGMENT")
-_LIBRARY.define(
-    "packed_attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor layout, float scaling) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Inside the context autograd works, which PyTorch leaves out of operations that a mode or a compiler calls."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
 
 
+@torch.library.custom_op("segrl::packed_attention_backward", mutates_args=())
 def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = decode_layout(tuple(layout.tolist()), query.device)
-    with torch.enable_grad():
+    with _differentiable():
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         output = attend(groups, query, key, value, 0.0, scaling)
-    found = torch.autograd.grad(output, (query, key, value), gradient)
+        found = torch.autograd.grad(output, (query, key, value), gradient)
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
 
 
-_LIBRARY.impl("packed_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("segrl::packed_attention_backward", lib=_LIBRARY)
+@_backward.register_fake
 def _(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +108,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    found = torch.ops.segrl.packed_attention_backward(gradient, *ctx.saved_tensors, ctx.scaling)
-    return (*found, None, None)
+    query, key, value, layout = ctx.saved_tensors
+    return (*_backward(gradient, query, key, value, layout, ctx.scaling), None, None)
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_keep)
