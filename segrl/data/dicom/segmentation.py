@@ -44,7 +44,7 @@ def write_dicom_seg(
         SegRLError: highdicom is not installed.
 
     Example:
-        >>> write_dicom_seg("mask.dcm", np.zeros((2, 2)), [])
+        >>> write_dicom_seg("mask.dcm", np.zeros((2, 2), dtype=bool), [])
         Traceback (most recent call last):
         segrl.errors.DataError: mask.dcm: a mask with 1 frame for 0 source images; expected one frame each
     """
