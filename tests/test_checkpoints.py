@@ -46,7 +46,9 @@ def length_reward(completions, **_) -> list[float | None]:
     return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
 
 
-def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None, **settings) -> Any:
+def sft(
+    folder, model, processor, *, rows=None, eval_rows=None, peft_config=None, validate=None, callbacks=None, **settings
+) -> Any:
     return SegSFTTrainer(
         model,
         SegSFTConfig(str(folder), **{"max_length": None, **COMMON, **settings}),
@@ -56,6 +58,8 @@ def sft(folder, model, processor, *, rows=None, eval_rows=None, peft_config=None
         peft_config=peft_config,
         dense_losses=[DenseLoss("dice_ce")],
         prompt_settings=SETTINGS,
+        validate=validate,
+        callbacks=callbacks,
     )
 
 

@@ -342,9 +342,14 @@ def test_help_shows_the_flags_of_the_example_first(kind, script):
     code, out, _ = kind.example.run(script, "--help")
     assert code == 0
     flags = re.findall(r"^  (--\w+)", out, re.MULTILINE)
-    assert flags[:2] == ["--preset", "--data"]
-    assert flags.index("--model") < flags.index("--output_dir")
+    assert flags[0] == "--data"
+    assert flags.index("--data") < flags.index("--preset") < flags.index("--model")
+    assert len(set(flags)) == len(flags)
     assert ("--learning_rate" in flags) is script.startswith("train")
+    assert "--adam_beta1" not in flags
+    code, out, _ = kind.example.run(script, "--help_all")
+    assert code == 0
+    assert ("--adam_beta1" in out) is script.startswith("train")
 
 
 @pytest.mark.slow

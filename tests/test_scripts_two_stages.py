@@ -21,7 +21,7 @@ from segrl.errors import SegRLError, UnknownNameError
 from segrl.inference import load
 from segrl.predictions import ImagePromptSettings
 from segrl.scripts import Recipe, TwoStageArguments, TwoStageRun
-from segrl.scripts.run_folder import steps_as_long
+from segrl.scripts.stages import steps_as_long
 from segrl.trainers import SegGRPOConfig, SegSFTConfig
 
 RESULTS = {"config", "versions"}  # of every run

@@ -167,6 +167,7 @@ RECIPES = {
         },
         rewards=REWARDS,
         vision_warmup={"steps": 200, "volumes": 300},
+        demonstration=True,
         segmenter_training={"steps": 450, "learning_rate": 1e-3},
         fill_to=64,
         synthetic=SYNTHETIC,
@@ -354,7 +355,8 @@ class MedVolRun(FrozenSegmenterRun):
 
     def train_segmenter(self, segmenter: Any) -> None:
         settings = dict(self.recipe.segmenter_training or {})
-        settings["steps"] = self.arguments.segmenter_steps or self.shortened(settings["steps"])
+        settings["steps"] = self._segmenter_steps()
+        self.phases.begin("segmenter")
         more = self.train_rows if self.arguments.data is not None else ()
         lesions = lesions_of([*self.synthetic_lesions, *more])
         losses = train_segmenter(segmenter, lesions, seed=self.seed, **settings)
@@ -363,9 +365,21 @@ class MedVolRun(FrozenSegmenterRun):
 
     # ---- the language model ------------------------------------------------------------------------------------------
 
+    def preparations(self) -> dict[str, float]:
+        parts = {}
+        if self.segmenter is None and self.trains_segmenter:
+            parts["segmenter"] = float(self._segmenter_steps())
+        if self.recipe.vision_warmup is not None and self.own_model:
+            parts["vision"] = 8.0 * self.shortened(self.recipe.vision_warmup["steps"])
+        return parts
+
+    def _segmenter_steps(self) -> int:
+        return self.arguments.segmenter_steps or self.shortened((self.recipe.segmenter_training or {})["steps"])
+
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
         warmup = self.recipe.vision_warmup
         if warmup is not None and self.own_model:
+            self.phases.begin("vision")
             rows = self.train_rows.select(range(min(warmup["volumes"], len(self.train_rows))))
             pictures = slice_pictures(rows, self.recipe.prompt.size)
             steps = self.shortened(warmup["steps"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from datasets import Dataset, Image
 from segrl.data.groups import balanced_folds, joined
 from segrl.errors import DataError, SegRLError, unknown_name
 
-__all__ = ["Division"]
+__all__ = ["Division", "check_fraction", "hold_out"]
 
 _STRATA = ("modality", "lesion")  # of which every fold gets its share
 _LISTED = 3
@@ -115,7 +116,7 @@ class Division:
         assert self.folds is not None
         assert self.fold is not None
         names = _names(rows)
-        patients = joined(_contents(rows), self._patients(rows, names))
+        patients = joined(_contents(rows), _patients(rows, names, self.patients))
         count = len(set(patients))
         if count < self.folds:
             raise DataError(f"--folds {self.folds}: expected at most as many as patients, which are {count}")
@@ -124,19 +125,80 @@ class Division:
         keys = [_digest(name.encode()) for name in names]
         return balanced_folds(patients, strata, keys, self.folds)[self.fold - 1]
 
-    def _patients(self, rows: Dataset, names: list[str]) -> list[str]:
-        if self.patients is None:
-            known = rows["patient"][:] if "patient" in rows.column_names else [None] * len(rows)
-            return [f"patient {patient}" if patient else f"row {n}" for n, patient in enumerate(known)]
-        found = [re.search(self.patients, name) for name in names]
-        without = [name for name, match in zip(names, found, strict=True) if match is None]
-        if without:
-            raise DataError(
-                f"--patients {self.patients!r} is not found in {len(without)} of {len(names)} names, such as "
-                f"{', '.join(map(repr, without[:_LISTED]))}; expected in all: add an alternative, such as "
-                f"{self.patients + '|.*'!r}"
-            )
-        return [match[0] for match in found if match]
+
+def hold_out(rows: Dataset, fraction: float, patients: str | None = None) -> tuple[Dataset, Dataset]:
+    """Divide training rows into those that are trained on and those that are held out, by patient and by image.
+
+    Which are held out follows from their names alone, so a run that goes on, and every stage, has the same division.
+
+    Args:
+        rows: With the column image or scan.
+        fraction: Share of the rows to hold out; a little more where a patient has several.
+        patients: As in `Division`; None: the column patient, if there is one.
+
+    Returns:
+        Both parts, each in the order of `rows`.
+
+    Raises:
+        DataError: One of the two would be empty.
+
+    Example:
+        >>> rows = Dataset.from_dict({"name": list("abcdef"), "scan": list("123456"), "patient": ["x", "x", *"yyzz"]})
+        >>> kept, held = hold_out(rows, 0.2)
+        >>> len(kept), len(held), set(kept["patient"]) & set(held["patient"])
+        (4, 2, set())
+    """
+    wanted = check_fraction(fraction, len(rows))
+    names = _names(rows)
+    members: dict[int, list[int]] = defaultdict(list)
+    for number, patient in enumerate(joined(_contents(rows), _patients(rows, names, patients))):
+        members[patient].append(number)
+    held: set[int] = set()
+    order = sorted(members.values(), key=lambda found: _digest(names[found[0]].encode()))
+    for found in order:
+        if len(held) + len(found) <= wanted:
+            held.update(found)
+    if not held:  # every patient has more rows than are wanted
+        held.update(min(order, key=len))
+    if len(held) == len(rows):
+        raise DataError(
+            f"--val_fraction {fraction}: all {len(rows)} training rows are of one patient, or show one image, none is "
+            "left to train on; pass --val_split NAME, or drop the flag"
+        )
+    return rows.select([n for n in range(len(rows)) if n not in held]), rows.select(sorted(held))
+
+
+def check_fraction(fraction: float, rows: int) -> int:
+    """Return how many of `rows` rows a share of them is.
+
+    Raises:
+        DataError: None, or all.
+
+    Example:
+        >>> check_fraction(0.1, 500)
+        50
+    """
+    wanted = round(fraction * rows)
+    if not 0 < wanted < rows:
+        which = "held out" if wanted <= 0 else "left to train on"
+        raise DataError(f"--val_fraction {fraction} of {rows} training rows is {wanted}: none is {which}; pass a share "
+                        f"from {1 / max(rows, 1):.2g} to {1 - 1 / max(rows, 1):.2g}")  # fmt: skip
+    return wanted
+
+
+def _patients(rows: Dataset, names: list[str], expression: str | None) -> list[str]:
+    if expression is None:
+        known = rows["patient"][:] if "patient" in rows.column_names else [None] * len(rows)
+        return [f"patient {patient}" if patient else f"row {n}" for n, patient in enumerate(known)]
+    found = [re.search(expression, name) for name in names]
+    without = [name for name, match in zip(names, found, strict=True) if match is None]
+    if without:
+        raise DataError(
+            f"--patients {expression!r} is not found in {len(without)} of {len(names)} names, such as "
+            f"{', '.join(map(repr, without[:_LISTED]))}; expected in all: add an alternative, such as "
+            f"{expression + '|.*'!r}"
+        )
+    return [match[0] for match in found if match]
 
 
 def _names(rows: Dataset) -> list[str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MACHINE_FLAGS",
+    "QUICK",
+    "VALIDATION_SETTINGS",
     "EvaluationArguments",
     "RunArguments",
     "TwoStageArguments",
@@ -30,6 +32,11 @@ MACHINE_FLAGS = (
     *("disable_tqdm", "report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),
 )
 
+# settings of a trainer that say when a run is validated and what follows from it: they hold for each of its stages
+VALIDATION_SETTINGS = (
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"),
+    *("greater_is_better", "restore_callback_states_from_checkpoint"),
+)
 
 _LEAST = {
     "train_limit": 1,
@@ -37,6 +44,8 @@ _LEAST = {
     "eval_batch_size": 1,
     "sft_max_steps": 1,
     "pretrain_steps": 1,
+    "early_stopping": 1,
+    "groups": 0,
     "pictures": 0,
 }
 
@@ -65,8 +74,8 @@ class RunArguments:
     patients: str | None = field(
         default=None,
         metadata={
-            "help": "With --folds: regular expression; rows are of one patient if it finds the same text in their "
-            "names. Default: the column patient."
+            "help": "With --folds or --val_fraction: regular expression; rows are of one patient if it finds the same "
+            "text in their names. Default: the column patient."
         },
     )
     hold_out_source: str | None = field(
@@ -115,6 +124,8 @@ class RunArguments:
             Division(folds=None, fold=None, patients=None, source='clinic A')
         """
         given = [name for name in ("folds", "fold", "patients", "hold_out_source") if getattr(self, name) is not None]
+        if given == ["patients"] and getattr(self, "val_fraction", None) is not None:
+            return None  # they say which rows are held out together
         if not given:
             return None
         if self.data is None:
@@ -204,6 +215,38 @@ class TwoStageArguments(RunArguments):
             "help": "train_grpo: also continue stage 1 for as long as stage 2 took, and compare; stage 2's time again."
         },
     )
+    val_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out this share of the training rows and measure Dice on them while training, every tenth of "
+            "a stage (--eval_steps); patients (column patient, or --patients) and images are kept together."
+        },
+    )
+    val_split: str | None = field(
+        default=None, metadata={"help": "Measure Dice while training on this split of --data instead."}
+    )
+    early_stopping: int | None = field(
+        default=None,
+        metadata={
+            "help": "End a stage when Dice on the validation rows has not risen for so many validations, and keep its "
+            "best checkpoint."
+        },
+    )
+    groups: int = field(
+        default=24,
+        metadata={
+            "help": "Groups of answers that stage 2 keeps for `segrl report` and for the reporters, spread over its "
+            "steps, with pictures, rewards and advantages; 0 keeps none."
+        },
+    )
+    quick: bool = field(
+        default=False,
+        metadata={"help": "A look in a minute: few rows and steps in every part; in runs/NAME_quick by default."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print rows, steps, prompt lengths and an estimate of memory, and stop; nothing is written."},
+    )
 
 
 @dataclass
@@ -217,6 +260,10 @@ class EvaluationArguments(RunArguments):
     pictures: int | None = field(
         default=None, metadata={"help": "Answers of which a picture is drawn; default: 16 images, 8 volumes."}
     )
+
+
+# what `--quick` sets, unless flags say otherwise
+QUICK: Mapping[str, Any] = {"max_steps": 3, "train_limit": 64, "eval_limit": 16, "logging_steps": 1}
 
 
 def check_numbers(arguments: Any, least: Mapping[str, float] | None = None) -> None:
@@ -244,7 +291,13 @@ def check_numbers(arguments: Any, least: Mapping[str, float] | None = None) -> N
 
 
 def first_stage_settings(
-    preset: Mapping[str, Any], config: Any, given: set[str], arguments: TwoStageArguments, output_dir: str
+    preset: Mapping[str, Any],
+    config: Any,
+    given: set[str],
+    arguments: TwoStageArguments,
+    output_dir: str,
+    *,
+    validates: bool = True,
 ) -> dict[str, Any]:
     """Return the settings of stage 1 where the script of stage 2 trains it first: the preset's, changed by flags.
 
@@ -254,6 +307,7 @@ def first_stage_settings(
         given: The flags that were given, from `parse`.
         arguments: `sft_max_steps` and `sft_learning_rate`. Without the first, `--max_steps` shortens stage 1 as well.
         output_dir: Where stage 1 goes.
+        validates: Whether the stage is measured on the validation split too, if there is one.
 
     Returns:
         Arguments for the config of stage 1.
@@ -267,6 +321,10 @@ def first_stage_settings(
     """
     settings = {**preset, "output_dir": output_dir, "seed": config.seed}
     settings |= {name: getattr(config, name) for name in MACHINE_FLAGS if name in given}
+    if validates and (arguments.val_fraction is not None or arguments.val_split is not None):
+        settings |= {name: getattr(config, name) for name in VALIDATION_SETTINGS}
+        if config.load_best_model_at_end:
+            settings |= {name: getattr(config, name) for name in ("save_strategy", "save_steps", "save_total_limit")}
     if arguments.sft_learning_rate is not None:
         settings["learning_rate"] = arguments.sft_learning_rate
     if arguments.sft_max_steps is not None:

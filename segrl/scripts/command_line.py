@@ -6,11 +6,15 @@ A script is a function `check(argv)` that finds whatever can be wrong before any
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -21,9 +25,19 @@ from segrl.reports.terminal import escaped_warnings, say
 from segrl.rewards.factory import make_reward
 from segrl.rewards.trial import try_reward
 from segrl.scripts.arguments import check_numbers
+from segrl.scripts.help_page import help_page
 from segrl.scripts.trainer_settings import check_counts
 
-__all__ = ["Parser", "check_rewards", "find_preset", "given_flags", "missing_processes", "parse", "run_script"]
+__all__ = [
+    "Parser",
+    "check_list",
+    "check_rewards",
+    "find_preset",
+    "given_flags",
+    "missing_processes",
+    "parse",
+    "run_script",
+]
 
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config")
@@ -47,10 +61,24 @@ class Parser(HfArgumentParser):
 
     def __init__(self, *types: type, **settings: Any) -> None:
         super().__init__(types, usage="%(prog)s [flags]", allow_abbrev=False, **settings)  # type: ignore[arg-type]
+        self._types, self._whole = types, False
+        if settings.get("add_help", True):
+            self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show all flags of the trainer too")
+
+    def format_help(self) -> str:
+        """Return the help in groups, see `segrl.scripts.help_page`."""
+        usage = f"{self.prog} [flags]"
+        return help_page(self._types, self._actions, usage, self.description or "", whole=self._whole)
+
+    def show_all(self) -> None:
+        """Print the help with all flags and leave."""
+        self._whole = True
+        self.print_help()
+        self.exit()
 
     def error(self, message: str) -> Any:
         """Raise `SegRLError` instead of printing the usage and leaving."""
-        raise SegRLError(f"{message}; --help lists all flags")
+        raise SegRLError(f"{message}; --help_all lists all flags")
 
     def read(self, argv: Sequence[str]) -> list[Any]:
         """Return one object per dataclass.
@@ -68,6 +96,16 @@ class Parser(HfArgumentParser):
         if unknown:
             raise _unexpected(unknown[0], self._option_string_actions)
         return objects
+
+
+class _HelpAll(argparse.Action):
+    """`--help_all`, as argparse's own `--help`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **settings: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.show_all()
 
 
 def parse(
@@ -152,6 +190,8 @@ def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:
         ['format', 'dual_granularity_mask']
     """
     left = list(names)
+    for flag, given in (("rewards", left), ("drop_rewards", list(drop))):
+        check_list(flag, given)
     for name in drop:
         if name not in left:
             raise unknown_name("reward for --drop_rewards", name, left)
@@ -163,6 +203,24 @@ def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:
     if len(set(left)) < len(left):
         raise SegRLError(f"--rewards {' '.join(left)}: a reward is named twice, expected each once")
     return left
+
+
+def check_list(flag: str, values: Sequence[str]) -> None:
+    """Refuse a list that is separated by commas where flags separate by spaces.
+
+    Raises:
+        SegRLError: Names the flag as it should be written.
+
+    Example:
+        >>> check_list("rewards", ["format,box_f1"])
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: --rewards format,box_f1: expected names separated by spaces: --rewards format box_f1
+    """
+    joined = [value for value in values if "," in value and not Path(value).exists()]
+    if joined:
+        apart = " ".join(part for value in values for part in value.replace(",", " ").split())
+        given = " ".join(values)
+        raise SegRLError(f"--{flag} {given}: expected names separated by spaces: --{flag} {apart}")
 
 
 def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
@@ -182,6 +240,14 @@ def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
 
 
 CHECK_ONLY = "--check_only"
+_NOISE: Sequence[tuple[str, type[Warning]]] = (
+    # TRL's configs set the old name of this setting by default, and peft reads it from every model
+    (r"`gradient_checkpointing` is deprecated", FutureWarning),
+    (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
+    (r"`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning),
+    # PyTorch's loader, which the trainers ask for pinned memory also where there is no GPU
+    (r"'pin_memory' argument is set", UserWarning),
+)
 
 # ---- running a script ------------------------------------------------------------------------------------------------
 
@@ -210,7 +276,7 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
     if (warning := missing_processes(os.environ)) is not None:
         say(f"warning: {warning}", stderr=True)
     try:
-        with escaped_warnings():
+        with escaped_warnings(), quiet():
             asked = list(sys.argv[1:] if argv is None else argv)
             only = [argument for argument in asked if argument == CHECK_ONLY]
             work = check([argument for argument in asked if argument != CHECK_ONLY])
@@ -227,6 +293,20 @@ def run_script(check: Callable[[Sequence[str]], Callable[[], None]], argv: Seque
         if rank == 0:
             say("interrupted; checkpoints written so far stay in the output directory", stderr=True)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out, while a script runs, warnings of other libraries that its user cannot mend.
+
+    Example:
+        >>> with quiet():
+        ...     warnings.warn("`gradient_checkpointing` is deprecated and will be removed", FutureWarning)
+    """
+    with warnings.catch_warnings():
+        for message, category in _NOISE:
+            warnings.filterwarnings("ignore", message, category)
+        yield
 
 
 def missing_processes(environment: Mapping[str, str]) -> str | None:
@@ -260,4 +340,4 @@ def _unexpected(argument: str, options: Sequence[str] | dict[str, Any]) -> Unkno
         return UnknownNameError(f"unexpected argument {argument!r}; expected flags, such as --data {argument}")
     closest = difflib.get_close_matches(flag, [name for name in options if name.startswith("--")], n=1)
     hint = f"did you mean {closest[0]!r}? " if closest else ""
-    return UnknownNameError(f"unknown flag {flag!r}; {hint}--help lists all flags")
+    return UnknownNameError(f"unknown flag {flag!r}; {hint}--help_all lists all flags")

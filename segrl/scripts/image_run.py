@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,111 +28,24 @@ from segrl.models.loading import ensure_seg_token
 from segrl.models.tiny_pretraining import Picture, list_findings, pretrain_captions, pretrain_vision
 from segrl.predictions.prompt_settings import ImagePromptSettings
 from segrl.reports.terminal import say
-from segrl.scripts.arguments import EvaluationArguments, RunArguments, TwoStageArguments
-from segrl.scripts.frozen_segmenter import SEGMENTER_HELP, FrozenSegmenterRun
-from segrl.scripts.recipe import Recipe
+from segrl.scripts.frozen_segmenter import FrozenSegmenterRun
+from segrl.scripts.image_recipe import (
+    CascadeEvaluationFlags,
+    HeadTrainingFlags,
+    ImageEvaluationFlags,
+    ImageRecipe,
+    ImageTrainingFlags,
+)
 from segrl.scripts.two_stages import TwoStageRun
 from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.pretraining import pretrain_segmenter
 from segrl.trainers.sft import SegSFTTrainer
 
-__all__ = [
-    "CascadeEvaluationFlags",
-    "CascadeRun",
-    "HeadRun",
-    "HeadTrainingFlags",
-    "ImageEvaluationFlags",
-    "ImageFlags",
-    "ImageRecipe",
-    "ImageRun",
-    "ImageTrainingFlags",
-]
+__all__ = ["CascadeRun", "HeadRun", "ImageRun"]
 
-_DATA = (
-    "Folder with manifest.csv, images/ and masks/, a DatasetDict saved to disk, or a hub data set owner/name, each "
-    "with the splits train and test; None: synthetic lesions."
-)
 _MOST_VIEWS = 32  # of a row, itself and its copies
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageRecipe(Recipe):
-    """A preset of a run on images. A small training set is filled up to `fill_to` rows with augmented copies.
-
-    Attributes:
-        prompt: How the model is asked.
-        adapter: The adapter of a mask head, by its registered name, and its settings.
-        dense: Weights of the dense losses on the masks of a head, by their registered names.
-        pretraining: For models with random weights: settings of `pretrain_vision`, `pretrain_captions` and
-            `pretrain_segmenter` under "vision", "captions" and "segmenter", and the number of synthetic "scenes". The
-            vision tower is frozen afterwards, and reasoning lists what is found (`list_findings`). None has weights.
-        text_warmup: Trainer settings that differ in a first, text-only part of stage 1; None has no such part. A head
-            that learns masks before `<seg>` knows the question segments every lesion, and stays there (docs/log.md).
-        brief: Short template reasoning.
-        max_boxes: Boxes that a reference answer names at most.
-
-    Of synthetic data, "sft" in `synthetic` is the number of training rows with written answers, which stage 1 sees;
-    stage 2 sees all of them, since it needs their masks alone. Without it, stage 1 sees all as well.
-
-    Example:
-        >>> from segrl.models import tiny_qwen2_5_vl
-        >>> parts = {"build": lambda rows, model: tiny_qwen2_5_vl(), "sft": {}, "grpo": {}, "rewards": ["box_f1"]}
-        >>> ImageRecipe(prompt=ImagePromptSettings(), **parts).dense
-        {'dice_ce': 1.0}
-    """
-
-    prompt: ImagePromptSettings
-    adapter: tuple[str, Mapping[str, Any]] = ("semantic_guided", {})
-    dense: Mapping[str, float] = field(default_factory=lambda: {"dice_ce": 1.0})
-    pretraining: Mapping[str, Any] | None = None
-    text_warmup: Mapping[str, Any] | None = None
-    brief: bool = False
-    max_boxes: int | None = None
-
-
-@dataclass
-class ImageFlags(RunArguments):
-    """Flags of every script on images."""
-
-    data: str | None = field(default=None, metadata={"help": _DATA})
-
-
-@dataclass
-class ImageTrainingFlags(ImageFlags, TwoStageArguments):
-    """Flags of training on images."""
-
-
-@dataclass
-class HeadTrainingFlags(ImageTrainingFlags):
-    """Flags of training with a mask head."""
-
-    dense_weight: float = field(
-        default=1.0, metadata={"help": "Factor of all dense losses; 0 trains without them (ablation)."}
-    )
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of `segrl parts list`, such as linear (ablation), or module:Class; default: the preset's."
-        },
-    )
-    probe: str | None = field(
-        default=None,
-        metadata={
-            "help": "seg_token or answer, whose states prompt the segmenter, or module:Class; default: the preset's."
-        },
-    )
-
-
-@dataclass
-class ImageEvaluationFlags(ImageFlags, EvaluationArguments):
-    """Flags of the evaluation on images."""
-
-
-@dataclass
-class CascadeEvaluationFlags(ImageEvaluationFlags):
-    """Flags of the evaluation where a frozen segmenter makes the masks."""
-
-    segmenter: str | None = field(default=None, metadata={"help": SEGMENTER_HELP})
+# cost of a step of each preparation, in rows of stage 1 (preset tiny: 0.05 s on a core, docs/log.md)
+_COSTS, _TEXT_STEP = {"vision": 5.0, "captions": 4.0, "segmenter": 6.0}, 3.5
 
 
 class ImageRun(TwoStageRun):
@@ -228,11 +141,21 @@ class ImageRun(TwoStageRun):
         scenes = range(self.arguments.count(self.recipe.pretraining["scenes"], "train"))
         return [make_scene(n, **self.scenes("pretraining")).picture() for n in scenes]
 
+    def preparations(self) -> dict[str, float]:
+        recipe, warmup = self.recipe.pretraining, self.recipe.text_warmup
+        if recipe is None or not self.pretrains:
+            return {}
+        parts = {part: self.short(recipe[part]) for part in ("vision", "captions", "segmenter")}
+        text = {} if warmup is None else {"text alone": _TEXT_STEP * self.short(warmup)["max_steps"]}
+        return {name: _COSTS[name] * sum(_steps(parts[name])) for name in parts} | text
+
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
         recipe = self.recipe.pretraining
         if recipe is not None and self.pretrains:
             vision, captions = (self.short(recipe[part]) for part in ("vision", "captions"))
+            self.phases.begin("vision")
             seen = pretrain_vision(model, processor, self.material, seed=self.seed, **vision)
+            self.phases.begin("captions")
             said = pretrain_captions(model, processor, self.material, seed=self.seed, **captions)
             if PartialState().is_main_process:
                 say(f"in place of pretraining: {seen:.0%} of held-out lesions are seen; {said:.0%} of caption tokens "
@@ -242,6 +165,7 @@ class ImageRun(TwoStageRun):
     def train_segmenter(self, segmenter: Any) -> None:
         """Train a segmenter with random weights from true boxes."""
         recipe = self.short((self.recipe.pretraining or {})["segmenter"])
+        self.phases.begin("segmenter")
         loss = pretrain_segmenter(segmenter, self.material, seed=self.seed, **recipe)
         if PartialState().is_main_process:
             say(f"segmenter: DiceCE {loss:.2f} from boxes")
@@ -251,6 +175,8 @@ class ImageRun(TwoStageRun):
         if self.recipe.text_warmup is None or not self.pretrains:
             return
         changes = {**self.recipe.text_warmup, "save_strategy": "no", "eval_strategy": "no"}
+        changes["load_best_model_at_end"] = False
+        self.phases.begin("text alone")
         warmup = replace(config, **self.short(changes))
         self.trainer_arguments(model, "sft")  # freezes the tower
         SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
@@ -264,6 +190,10 @@ class ImageRun(TwoStageRun):
     def short(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with each number of steps `shortened`."""
         return {name: self.shortened(n) if name.endswith("steps") else n for name, n in settings.items()}
+
+
+def _steps(settings: Mapping[str, Any]) -> list[int]:
+    return [value for name, value in settings.items() if name.endswith("steps")]
 
 
 class HeadRun(ImageRun):

@@ -33,6 +33,7 @@ class Recipe:
         lora_scope: Layers with LoRA, see `language_model_lora`; `--lora_scope` changes it.
         fill_to: Repeat the rows of a small training set up to about this many; 0 does not.
         synthetic: Sizes of the data that is made without `--data`; "train" and "test" are the rows of these splits.
+        demonstration: Whether the preset's own model has random weights, as a run says when it begins.
         on_data: Fields, of those above, that differ where `--data` is given.
 
     Example:
@@ -60,6 +61,7 @@ class Recipe:
     lora_scope: Literal["language", "all"] = "language"
     fill_to: int = 0
     synthetic: Mapping[str, int] = field(default_factory=dict)
+    demonstration: bool = False
     on_data: Mapping[str, Any] = field(default_factory=dict)
 
     def fitted(self, data: str | None) -> Self:

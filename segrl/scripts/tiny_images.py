@@ -75,6 +75,7 @@ TINY_IMAGES: dict[str, Any] = {
     "segmenter": sam2_builder(sam2_config("tiny", image_size=192)),  # masks of 48 x 48
     "brief": True,
     "max_boxes": 4,
+    "demonstration": True,
     "pretraining": {
         "scenes": 3000,
         "vision": {"steps": 350},

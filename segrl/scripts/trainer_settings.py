@@ -7,6 +7,7 @@ claimed, and one of stage 2 before stage 1.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from transformers.trainer import Trainer
@@ -37,7 +39,8 @@ _LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AttributeEr
 # smallest value of each; None and settings that a trainer lacks are left out
 _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("num_generations", "num_generations_eval"), 2),
+    "num_generations": 2,
+    "num_generations_eval": 1,
     **dict.fromkeys(("generation_batch_size", "global_batch_size", "steps_per_generation", "num_iterations"), 1),
     "max_completion_length": 1,
     **dict.fromkeys(("max_length", "save_total_limit", "ref_model_sync_steps", "dataloader_prefetch_factor"), 1),
@@ -86,15 +89,18 @@ def check_counts(config: Any) -> None:
             raise SegRLError(f"--{name} {value}: expected more than 0")
 
 
-def check_trainer(config: Any, rewards: Sequence[Reward] = (), prompt: PromptSettings | None = None) -> None:
+def check_trainer(
+    config: Any, rewards: Sequence[Reward] = (), prompt: PromptSettings | None = None, *, validated: bool = False
+) -> None:
     """Refuse settings with which a trainer cannot be built, or fails in its first step.
 
     Reporters, sampling of tokens, optimizer and learning-rate schedule are built once and thrown away.
 
     Args:
-        config: An `SFTConfig` or a `GRPOConfig`, whose training gets no evaluation data.
+        config: An `SFTConfig` or a `GRPOConfig`.
         rewards: Rewards of GRPO.
         prompt: How the model is asked; its task must be that of the rewards.
+        validated: Whether there is a validation split; without one, nothing can be evaluated while training.
 
     Raises:
         SegRLError: Names the flag, its value and what is wrong.
@@ -116,7 +122,7 @@ def check_trainer(config: Any, rewards: Sequence[Reward] = (), prompt: PromptSet
         if getattr(config, name, False) and find_spec(package) is None:
             title = "vLLM" if package == "vllm" else package
             raise SegRLError(f"--{name}: {title} is not installed; pip install '{source}', or drop the flag")
-    _check_evaluation(config)
+    _check_evaluation(config, validated)
     if rewards and prompt is not None:
         task, made_later = make_task(None, prompt), prompt.task == "volumes"  # the propagator of a volume's masks
         task.check([reward for reward in rewards if not (made_later and reward.needs_mask and reward.volume)], None)
@@ -132,16 +138,23 @@ def check_trainer(config: Any, rewards: Sequence[Reward] = (), prompt: PromptSet
     _check_optimizer(config)
 
 
-def _check_evaluation(config: Any) -> None:
-    """The scripts evaluate when training is done: their trainers get no rows for it."""
+def _check_evaluation(config: Any, validated: bool) -> None:
+    """Without a validation split, trainers get no rows to evaluate on: the scripts evaluate when training is done."""
     strategy = getattr(config.eval_strategy, "value", config.eval_strategy)
+    if validated:
+        if config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled():
+            raise SegRLError("--val_fraction and --val_split do not go with FSDP or ZeRO-3 yet; drop one of the two")
+        return
     for name, asked, value in (
         ("eval_strategy", strategy != "no", strategy),
         ("eval_on_start", config.eval_on_start, True),
         ("load_best_model_at_end", config.load_best_model_at_end, True),
     ):
         if asked:
-            raise SegRLError(f"--{name} {value}: training gets no evaluation data, it is evaluated at its end; drop it")
+            raise SegRLError(
+                f"--{name} {value}: training gets no evaluation data, it is evaluated at its end; pass --val_fraction "
+                "0.1 or --val_split NAME, or drop it"
+            )
 
 
 def _check_reporters(config: Any) -> None:

@@ -1,66 +1,47 @@
 """`TwoStageRun`: the skeleton of scripts that train SFT, then GRPO, and evaluate both.
 
 Whatever can be wrong is found by `check_sft`, `check_grpo` or `check_evaluation`, before anything is written; each
-returns the work. What an example adds are class attributes and overridden methods.
+returns the work. What an example adds are class attributes and overridden methods, see `ExampleRun`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Self
 
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
 from transformers import set_seed
 
 from segrl.data.contents import SplitContents
 from segrl.data.queries import Queries
-from segrl.data.splits import load_split
-from segrl.errors import CheckpointError, SegRLError, UnknownNameError, unknown_name
-from segrl.heads.adapters import ADAPTERS
-from segrl.heads.attach import find_mask_head
-from segrl.heads.probes import PROBES
-from segrl.hub import check_source, reraise_as
-from segrl.inference.base import SegmenterBase
-from segrl.models.loading import language_model_lora
-from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
+from segrl.errors import SegRLError, UnknownNameError
 from segrl.reports.terminal import say
-from segrl.rewards.factory import make_reward
-from segrl.rewards.reward import Reward
-from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments, check_numbers, first_stage_settings
-from segrl.scripts.command_line import Parser, check_rewards, find_preset, given_flags, parse
-from segrl.scripts.recipe import Recipe
+from segrl.scripts.arguments import QUICK, TwoStageArguments, check_numbers, first_stage_settings
+from segrl.scripts.command_line import Parser, check_rewards, find_preset, parse
+from segrl.scripts.config_file import expand_config, flag_values
+from segrl.scripts.dry_run import describe_run
+from segrl.scripts.phases import Phases
 from segrl.scripts.results import results_for
-from segrl.scripts.run_folder import (
+from segrl.scripts.run_folder import Progress, check_batches, check_output
+from segrl.scripts.run_steps import RunSteps
+from segrl.scripts.stages import (
     CONTROL,
     STAGE1,
-    Progress,
-    began_without_model,
-    check_batches,
-    check_output,
-    claimed,
     find_stage1,
-    is_finished,
-    read_history,
     save_start,
     stage_time,
-    steps_as_long,
-    train_and_save,
 )
 from segrl.scripts.trainer_settings import check_trainer
+from segrl.scripts.validation import check_validation, is_validated, validation_defaults
 from segrl.trainers.config import SegGRPOConfig, SegSFTConfig
-from segrl.trainers.grpo import SegGRPOTrainer
-from segrl.trainers.sft import SegSFTTrainer
 
 __all__ = ["TwoStageRun"]
 
-Model = tuple[Any, Any]  # with its processor
 
-
-class TwoStageRun:
+class TwoStageRun(RunSteps):
     """One run of an example: stage 1 (SFT), stage 2 (GRPO), or an evaluation.
 
     The scripts of an example end in `run_script(MyRun.check_sft)`, `run_script(MyRun.check_grpo)` and
@@ -86,27 +67,11 @@ class TwoStageRun:
         seed: Of everything that is drawn.
         folder: Where the run goes.
         progress: How far the run has come that is continued.
+        phases: The parts of the run, with their share of the whole.
         segmenter: The segmenter of `--segmenter`; None without that flag.
         rows: The splits as `load` gave them; None until synthetic files are written.
         contents: What the splits hold, to warn of what they share.
     """
-
-    name: ClassVar[str]
-    recipes: ClassVar[Mapping[str, Recipe]]
-    training_flags: ClassVar[type[TwoStageArguments]] = TwoStageArguments
-    evaluation_flags: ClassVar[type[EvaluationArguments]] = EvaluationArguments
-    least: ClassVar[Mapping[str, float]] = {}
-    stage1_flags: ClassVar[Sequence[str]] = ()
-    stage2_flags: ClassVar[Sequence[str]] = (
-        *("skip_stage1", "rewards", "drop_rewards", "sft_max_steps", "sft_learning_rate", "sft_reasoning"),
-        "control",
-    )
-    baseline_splits: ClassVar[Sequence[str]] = ()
-    arguments: Any
-    recipe: Any
-    prompt: PromptSettings
-    config: Any = None
-    segmenter: Any = None
 
     def __init__(self, arguments: Any, seed: int, folder: Path, given: set[str] | None = None) -> None:
         self.arguments, self.seed, self.folder, self.given = arguments, seed, folder, given or set()
@@ -123,7 +88,7 @@ class TwoStageRun:
         self.queries = Queries.from_files(arguments.descriptions, arguments.paraphrases)
         if self.queries is not None and self.queries.left_out and PartialState().is_main_process:
             say(f"{self.queries.source}: {self.queries.left_out} texts left out, they name their structure")
-        self.progress = Progress()
+        self.progress, self.phases = Progress(), Phases({})
         self.rows: dict[str, Dataset | None] = {}
         self.contents = SplitContents()
         self.division = arguments.division()
@@ -156,7 +121,8 @@ class TwoStageRun:
                 run._fit_sft(config, model, processor, rows)
             run._report({"stage1": run.folder}, {"sft": config.to_dict()})
 
-        return lambda: run._claimed(work)
+        run.phases = run._plan({"stage 1": config})
+        return run._script({"stage 1": config}, ready, work)
 
     @classmethod
     def check_grpo(cls, argv: Sequence[str]) -> Callable[[], None]:
@@ -180,14 +146,16 @@ class TwoStageRun:
             stage1 = run.folder / STAGE1
             first = SegSFTConfig(**first_stage_settings(run.recipe.sft, config, run.given, arguments, str(stage1)))
             first.resume_from_checkpoint = progress.stage1
-            check_trainer(first)
+            check_trainer(first, validated=is_validated(arguments))
             settings["sft"] = first.to_dict()
         check_batches(config, range(run.views()))
         stages = {"stage2": run.folder} | ({} if stage1 is None else {"stage1": stage1})
         if arguments.control:
             stages["control"] = run.folder / CONTROL
             folder = str(stages["control"])
-            control = SegSFTConfig(**first_stage_settings(run.recipe.sft, config, run.given, arguments, folder))
+            control = SegSFTConfig(
+                **first_stage_settings(run.recipe.sft, config, run.given, arguments, folder, validates=False)
+            )
             check_trainer(control)
             if first is None:
                 stage_time(stages["stage1"])
@@ -215,7 +183,9 @@ class TwoStageRun:
             set_seed(run.seed)
             run.train_grpo(config, model, processor, rows)
 
-        return lambda: run._claimed(work)
+        configs = {"stage 2": config} | ({} if first is None else {"stage 1": first})
+        run.phases = run._plan(configs)
+        return run._script(configs, ready, work)
 
     @classmethod
     def check_evaluation(cls, argv: Sequence[str]) -> Callable[[], None]:
@@ -224,6 +194,7 @@ class TwoStageRun:
         Raises:
             SegRLError: Whatever is wrong with flags, folder, data or run.
         """
+        argv, _ = expand_config(argv)
         (arguments,) = Parser(cls.evaluation_flags, description=f"Evaluate a run of {cls.name}.").read(argv)
         check_numbers(arguments, cls.least)
         find_preset(arguments.preset, cls.recipes)
@@ -244,203 +215,32 @@ class TwoStageRun:
 
         return lambda: run._claimed(lambda: run._report({"model": segmenter}))
 
-    # ---- what an example has -----------------------------------------------------------------------------------------
-
-    def load(self, split: str) -> Dataset | None:
-        """Return a split of `--data`, checked in full, or of synthetic data; at most as many rows as flags say.
-
-        None stands for synthetic data in files: `synthesize` writes them when the run's folder is claimed.
-        """
-        raise NotImplementedError
-
-    def read(self, split: str, **settings: Any) -> Dataset:
-        """Return a split of `--data`, of those that it has or of those that `--folds` or `--hold_out_source` makes.
-
-        Args:
-            split: For example "train".
-            settings: More arguments of `segrl.data.load_split`.
-        """
-        if self.division is None:
-            return load_split(self.arguments.data, split, **settings, **self.reading())
-        if not self._divided:
-            everything = load_split(self.arguments.data, None, **settings, **self.reading())
-            self._divided = self.division.divide(everything)
-        if split not in self._divided:
-            raise unknown_name("split of data that is divided anew", split, self._divided)
-        return self._divided[split]
-
-    def reading(self) -> dict[str, Any]:
-        """Return the settings with which `load` reads `--data`: all splits are compared, and flags hold."""
-        compared = {} if self.division else {"contents": self.contents}
-        return {**compared, "allow_outside": self.arguments.allow_outside}
-
-    def synthesize(self, split: str) -> Dataset:
-        """Write a split of synthetic data into the run's folder and return it."""
-        raise NotImplementedError
-
-    def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
-        """Return the training rows with prompts, and with answers where `completions`, `copies` times."""
-        raise NotImplementedError
-
-    def build(self) -> Model:
-        """Return the preset's model, or that of `--model`, and its processor."""
-        path = self.arguments.model
-        with reraise_as(f"--model {path!r}" if path else self.arguments.preset, CheckpointError):
-            return self.recipe.build(self.train_rows, path)
-
-    def build_segmenter(self, weights: str | None) -> Any:
-        """Return the preset's segmenter, or the one whose weights are given."""
-        with reraise_as(f"--segmenter {weights!r}" if weights else self.arguments.preset, CheckpointError):
-            return self.recipe.segmenter(weights)
-
-    def check_run(self, folder: str | Path) -> None:
-        """Refuse a folder that holds no trained model, by a look at its files.
-
-        Raises:
-            CheckpointError: Names `--model`.
-        """
-        path = Path(folder)
-        if not path.is_dir():
-            raise CheckpointError(f"--model {str(folder)!r}: no such folder; pass the output_dir of a run")
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(f"--model {str(folder)!r} holds no model; pass the output_dir of a finished run")
-
-    def load_run(self, folder: str | Path, **settings: Any) -> SegmenterBase:
-        """Return the trained model of a run; `settings` go to `from_pretrained` of its segmenter.
-
-        Raises:
-            CheckpointError: No run, or one that does not fit; names `--model`.
-        """
-        self.check_run(folder)
-        with reraise_as(f"--model {str(folder)!r}", CheckpointError):
-            return self.results.segmenter_class.from_pretrained(Path(folder), **settings)
-
-    def check_parts(self) -> None:
-        """Refuse a `--model`, `--segmenter`, `--adapter` or `--probe` that is not there, before data is read or made.
-
-        Raises:
-            SegRLError: Names the flag.
-        """
-        arguments = self.arguments
-        if isinstance(arguments, EvaluationArguments) and arguments.data is None and self.recipe.synthetic:
-            self.check_synthetic(arguments.split)
-        if arguments.model is not None:
-            if isinstance(self.config, SegSFTConfig) or getattr(arguments, "skip_stage1", False):
-                check_source("--model", arguments.model, "model", CheckpointError)
-            else:
-                self.check_run(arguments.model)
-        for flag, registry in (("adapter", ADAPTERS), ("probe", PROBES)):
-            if (name := getattr(arguments, flag, None)) is not None:
-                registry.get(name)
-        if isinstance(arguments, TwoStageArguments) and arguments.segmenter is not None and self.recipe.segmenter:
-            self.segmenter = self.build_segmenter(arguments.segmenter)
-
-    def find_parts(self, stage1: Path | None) -> None:
-        """Find what training needs beside the model, before anything is written; nothing by default.
-
-        Args:
-            stage1: The stage 1 run that stage 2 goes on with, if there is one.
-        """
-
-    def make_parts(self) -> None:
-        """Make what `find_parts` did not find, after the folder is claimed; nothing by default."""
-
-    def warm_up(self, model: Any, processor: Any) -> Model:
-        """Return the model as training begins with it, after whatever comes before; unchanged by default."""
-        return model, processor
-
-    def before_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
-        """Do what comes between the warm-up and stage 1; nothing by default."""
-
-    def make_rewards(self) -> list[Reward]:
-        """Return the rewards of stage 2."""
-        return [make_reward(name) for name in self.arguments.rewards]
-
-    def trainer_arguments(self, model: Any, stage: Literal["sft", "grpo"]) -> dict[str, Any]:
-        """Return more arguments of a stage's trainer; the place to freeze parts of the model, too."""
-        return {}
-
-    def train_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
-        """Train stage 1 and save it in the config's `output_dir`."""
-        more = self.trainer_arguments(model, "sft")
-        train_and_save(SegSFTTrainer(model, config, **self._common(model, processor, rows), **more))
-
-    def train_grpo(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
-        """Train stage 2 and save it in the config's `output_dir`."""
-        more = {"reward_funcs": self.make_rewards(), **self.trainer_arguments(model, "grpo")}
-        train_and_save(SegGRPOTrainer(model, args=config, **self._common(model, processor, rows), **more))
-
-    def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
-        """Return the records of baselines by their names, such as "baseline" or "oracle"; none by default.
-
-        Args:
-            segmenter: The first model that is evaluated.
-            rows: The rows that it is evaluated on.
-        """
-        return {}
-
-    def figures(self) -> dict[str, Any]:
-        """Return more entries of `results.json`, once the baselines are scored; none by default."""
-        return {}
-
     # ---- shared ------------------------------------------------------------------------------------------------------
-
-    @property
-    def train_rows(self) -> Dataset:
-        """The training split, once it is there."""
-        rows = self.rows["train"]
-        assert rows is not None
-        return rows
-
-    def count(self, split: str) -> int:
-        """Return the number of rows of a split, whether it is loaded or yet to be made."""
-        rows = self.rows.get(split)
-        return len(rows) if rows is not None else self.arguments.count(self.recipe.synthetic[split], split)
-
-    @property
-    def own_model(self) -> bool:
-        """Whether stage 1 begins, or began, with the preset's own model rather than with that of `--model`."""
-        if self.arguments.skip_stage1:
-            return False
-        if self.arguments.model is None:
-            return True
-        return isinstance(self.config, SegGRPOConfig) and began_without_model(Path(self.arguments.model))
-
-    def copies(self) -> int:
-        """Return how often each training row is in the data set: as often as it takes to reach `fill_to`."""
-        return max(1, self.recipe.fill_to // self.count("train"))
-
-    def views(self) -> int:
-        """Return the number of rows that are trained on, copies included."""
-        return self.count("train") * self.copies()
-
-    def shortened(self, steps: int) -> int:
-        """Return the steps of a part before stage 1: a run that is a short look is short in all of its parts."""
-        asked = self.config.max_steps if "max_steps" in self.given and self.config.max_steps > 0 else steps
-        return min(steps, self.arguments.pretrain_steps or asked)
-
-    def check_synthetic(self, split: str) -> None:
-        """Refuse a split that synthetic data has not."""
-        if split not in ("train", "test"):
-            raise unknown_name(f"split of the synthetic {self.prompt.task}", split, ("train", "test"))
 
     @classmethod
     def _begin(cls, argv: Sequence[str], config_class: type, stage: str, output_dir: str) -> tuple[Self, Any]:
         """Read the command line, look at the folder, load the data."""
-        arguments, config, given = parse(
-            argv,
-            cls.training_flags,
-            config_class,
-            defaults=lambda known: {
-                "output_dir": output_dir,
-                **cls._defaults(known.preset, stage, given_flags(argv), known.data),
-            },
-            description=f"{cls.name}, {stage}. Presets: {', '.join(cls.recipes)}.",
-            least=cls.least,
-        )
+        argv, files = expand_config(argv)
+        values = flag_values(argv)
+        try:
+            arguments, config, given = parse(
+                argv,
+                cls.training_flags,
+                config_class,
+                defaults=lambda known: cls._defaults(known, stage, values, output_dir),
+                description=f"{cls.name}, {stage}. Presets: {', '.join(cls.recipes)}.",
+                least=cls.least,
+            )
+        except SegRLError as error:
+            if (file := next((path for name, path in files.items() if f"--{name}" in str(error)), None)) is not None:
+                raise type(error)(f"--config {file}: {error}") from error
+            raise
+        check_validation(arguments, values)
         if {"gradient_accumulation_steps", "global_batch_size"} <= given:
             raise SegRLError("--gradient_accumulation_steps follows from --global_batch_size; pass one of the two")
-        run = cls(arguments, config.seed, Path(config.output_dir), given)
+        config.report_to = [name for item in config.report_to for name in item.split(",")]
+        run = cls(arguments, config.seed, Path(config.output_dir), given | (QUICK.keys() if arguments.quick else set()))
+        run.argv = argv
         run.progress = check_output(
             run.folder,
             overwrite=arguments.overwrite,
@@ -451,137 +251,35 @@ class TwoStageRun:
         run.config = config
         run.check_parts()
         rewards = run.make_rewards() if stage == "grpo" else []
-        check_trainer(config, rewards, run.prompt)
+        check_trainer(config, rewards, run.prompt, validated=is_validated(arguments))
         run.rows = {split: run._asked(run.load(split)) for split in ("train", "test")}
+        if arguments.val_split is not None:
+            run.rows["val"] = run._asked(run.load(arguments.val_split))
         run._check_division()
+        run._hold_out()
         if run.rows["train"] is not None:
             run.prompt = run.prompt.for_rows(run.rows["train"])
         return run, config
 
     @classmethod
-    def _defaults(cls, preset: str, stage: str, given: set[str], data: str | None = None) -> dict[str, Any]:
-        """The preset's settings of a stage, as defaults of flags."""
-        recipe = find_preset(preset, cls.recipes).fitted(data)
-        settings = dict(getattr(recipe, stage) or {})
-        if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
+    def _defaults(cls, known: Any, stage: str, values: Mapping[str, Sequence[str]], folder: str) -> dict[str, Any]:
+        """The preset's settings of a stage, and those of a validation or a quick look, as defaults of flags."""
+        recipe = find_preset(known.preset, cls.recipes).fitted(known.data)
+        settings = {"output_dir": folder, **(getattr(recipe, stage) or {})}
+        if "gradient_accumulation_steps" in values and "global_batch_size" not in values:
             settings.pop("global_batch_size", None)
-        if stage == "grpo":
-            return {**settings, "reasoning": recipe.prompt.reasoning, "sft_reasoning": recipe.sft_reasoning}
+        settings |= validation_defaults(known, values, stage)
+        if known.quick:
+            settings |= QUICK
+            if not {"output_dir", "resume_from_checkpoint"} & values.keys():
+                settings |= {"output_dir": f"{folder}_quick", "overwrite": True}  # of looks before
         first = recipe.sft_reasoning
+        if stage == "grpo":
+            return {**settings, "reasoning": recipe.prompt.reasoning, "sft_reasoning": first}
         return {**settings, "reasoning": recipe.prompt.reasoning if first is None else first}
 
-    def _enter(self, stage: Literal["sft", "grpo"]) -> None:
-        """Ask from now on as a stage does."""
-        first = self.arguments.sft_reasoning if stage == "sft" else None
-        self.prompt = replace(self.prompt, reasoning=self.arguments.reasoning if first is None else first)
-
-    def _check_division(self) -> None:
-        if self.division is not None and not self._divided:
-            raise SegRLError(
-                f"{self.name} reads --data without `read`, which divides it; drop --folds or --hold_out_source"
-            )
-
-    def _asked(self, rows: Dataset | None) -> Dataset | None:
-        """Rows with the questions that `--descriptions` or `--paraphrases` gives."""
-        return rows if rows is None or self.queries is None else self.queries.ask(rows)
-
-    def _continued(self, stage1: Path) -> Model:
-        """The model of a stage 1 run, if what the flags ask for fits it."""
-        name = f"--model {str(stage1)!r}"
-        for flag in (*self.stage1_flags, "lora_scope"):
-            if getattr(self.arguments, flag) is not None:
-                raise SegRLError(f"--{flag} belongs to stage 1; {name} has its own already, drop the flag")
-        loaded = self.load_run(stage1, device="cpu", trainable=True)
-        earlier = load_prompt_settings(stage1)
-        if earlier is not None:
-            self.prompt.check_continues(earlier, name)
-        return loaded.model, loaded.processor
-
-    def _ready(self, start: Model | None, *, completions: bool) -> tuple[Any, Any, Dataset] | None:
-        """Model, processor and prepared rows, if the data is there."""
-        self._enter("sft" if completions else "grpo")
-        if self.rows["train"] is None:
-            return None
-        if start is None:
-            set_seed(self.seed)  # random weights, also those of a new head
-            start = self.build()
-        return *start, self.prepare(*start, completions=completions)
-
-    def _claimed(self, work: Callable[[], None]) -> None:
-        """Claim the folder, make what is made there, and work."""
-        with claimed(self.folder, asdict(self.arguments), self.progress):
-            for split, rows in self.rows.items():
-                self.rows[split] = self._asked(self.synthesize(split)) if rows is None else rows
-            self.make_parts()
-            work()
-
-    def _fit_sft(self, config: Any, model: Any, processor: Any, rows: Dataset) -> None:
-        self._enter("sft")
-        if not config.resume_from_checkpoint:  # which has what the warm-up learned
-            set_seed(self.seed)
-            model, processor = self.warm_up(model, processor)
-            set_seed(self.seed)
-            self.before_sft(config, model, processor, rows)
-        set_seed(self.seed)
-        self.train_sft(config, model, processor, rows)
-
-    def _fit_control(self, config: Any, stage1: Path) -> None:
-        """Continue stage 1 for as long as stage 2 took, unless that is done."""
-        folder = self.folder / CONTROL
-        if is_finished(folder):
-            return
-        config.max_steps = steps_as_long(stage1, self.folder)
-        config.seed = self.seed + 1  # other batches than stage 1 had
-        self._enter("sft")
-        loaded = self.load_run(stage1, device="cpu", trainable=True)
-        rows = self.prepare(loaded.model, loaded.processor, completions=True)
-        set_seed(config.seed)
-        self.train_sft(config, loaded.model, loaded.processor, rows)
-        self._enter("grpo")
-
-    def _common(self, model: Any, processor: Any, rows: Dataset) -> dict[str, Any]:
-        """Arguments of either stage's trainer."""
-        head = find_mask_head(model)
-        tokens = [] if head is None else [head.probe.token_id]
-        scope = self.arguments.lora_scope or self.recipe.lora_scope
-        lora = None
-        if self.recipe.lora and not isinstance(model, PeftModel):  # one of stage 1 has its adapter
-            lora = language_model_lora(model, tokens=tokens, scope=scope, **self.recipe.lora)
-        return {
-            "train_dataset": rows,
-            "processing_class": processor,
-            "peft_config": lora,
-            "prompt_settings": self.prompt,
-        }
-
-    def _report(self, stages: Mapping[str, Path | SegmenterBase], configs: Mapping[str, Any] | None = None) -> None:
-        """Evaluate the stages in order, each loaded afresh, and write what was found; on the first process."""
-        state = PartialState()
-        if not state.is_main_process:
-            return
-        rows = self.rows[getattr(self.arguments, "split", "test")]
-        assert rows is not None
-        results: dict[str, Any] = {"config": {**asdict(self.arguments), **(configs or {})}}
-        records: dict[str, list[dict[str, Any]]] = {}
-        last = max(stages)
-        for name, stage in sorted(stages.items()):
-            segmenter = stage if isinstance(stage, SegmenterBase) else self.load_run(stage, device=str(state.device))
-            if name == min(stages):
-                records = self.baselines(segmenter, rows)
-                results |= {other: self.results.summarise(found) for other, found in records.items()} | self.figures()
-            size = self.arguments.eval_batch_size
-            results[name], records[name] = self.results.score(segmenter, rows, size, draw=name == last)
-        for other, name in (("stage1", "gain"), ("control", "gain_over_control")):
-            if {"stage2", other} <= records.keys():
-                results[name] = self.results.gain(records["stage2"], records[other])
-        if "baseline" in records:
-            results["gain_over_baseline"] = self.results.gain_by_group(records[last], records["baseline"])
-        if (spread := _zero_spread(read_history(self.folder))) is not None:
-            results["zero_spread"] = spread
-        self.results.write(results, records, last)
-
-
-def _zero_spread(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean share of groups of stage 2 whose rewards were all equal, from which nothing is learned."""
-    shares = [entry["frac_reward_zero_std"] for entry in history if entry.get("frac_reward_zero_std") is not None]
-    return sum(shares) / len(shares) if shares else None
+    def _script(self, configs: Mapping[str, Any], ready: Any, work: Callable[[], None]) -> Callable[[], None]:
+        """Return the work of a script, or what `--dry_run` prints in its place."""
+        if self.arguments.dry_run:
+            return lambda: describe_run(self, dict(sorted(configs.items())), ready)
+        return lambda: self._claimed(work)

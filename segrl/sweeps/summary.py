@@ -15,7 +15,7 @@ from segrl.models.saved_files import read_object
 from segrl.reports.charts import bar_chart
 from segrl.reports.published import PublishedRow
 from segrl.reports.results_file import EVALUATION_TIME, write_results
-from segrl.scripts.run_folder import read_history
+from segrl.scripts.stages import read_history
 from segrl.sweeps.jobs import Job
 from segrl.sweeps.running import evaluation_folder, is_done
 from segrl.sweeps.samples import samples_sheet

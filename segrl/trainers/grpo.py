@@ -50,6 +50,7 @@ from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args, head_det
 from segrl.trainers.reward_funcs import check_groups, common_format, resolve_reward_funcs
 from segrl.trainers.rollout import Rollout, is_policy, tensors_of_prompts
 from segrl.trainers.shared_prompt import SharedPromptGRPOTrainer
+from segrl.trainers.validation import Validate
 
 __all__ = ["SegGRPOTrainer"]
 
@@ -72,6 +73,9 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
       the boxes of answers (Seg-Zero).
     - Rewards of volumes read rows of `segrl.data.prepare_volumes`. With `propagator=VolumePropagator(segmenter)`, with
       a mask head, or with both, an answer gets a mask of the volume: see `segrl.tasks.VolumeTask`.
+    - `validate=function` measures the model while it is trained: `function(trainer)` returns numbers by name, which are
+      logged as `eval_<name>` whenever transformers evaluates, in the place of a loss on `eval_dataset`. So
+      `load_best_model_at_end` with `metric_for_best_model="dice"` keeps the checkpoint with the best masks.
     - `log_completions=True` also writes `completions/predictions_<step>.jsonl`, which `segrl rewards score` reads:
       texts, masks and ground truth of the last batch, so that other rewards can be tried on them.
     - A prompt and its images are computed once for the G completions that answer it (`share_prompt` of the settings).
@@ -121,6 +125,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         propagator: VolumePropagator | None = None,
         box_segmenter: BoxSegmenter | None = None,
         prompt_settings: PromptSettings | None = None,
+        validate: Validate | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else default_args(SegGRPOConfig, model, "SegGRPO")
@@ -131,8 +136,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             or any(isinstance(item, Reward) for item in reward_funcs or [])
         )
         self._init_joint(
-            model,
-            dense_losses,
+            *(model, dense_losses, args, validate),
             lambda: SharedPromptGRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs),
         )
         rewards = [reward for reward in self.reward_funcs if isinstance(reward, Reward)]

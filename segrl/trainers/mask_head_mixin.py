@@ -33,6 +33,7 @@ from segrl.models.loading import restore_weights
 from segrl.predictions.prompt_settings import PromptSettings
 from segrl.trainers.checkpoints import check_checkpoint, newest_checkpoint, write_manifest
 from segrl.trainers.config import SegSFTConfig
+from segrl.trainers.validation import Validate, ValidationMixin, no_rows_asked
 
 __all__ = ["MaskHeadMixin", "default_args", "head_detached"]
 
@@ -54,7 +55,7 @@ def head_detached(model: Any) -> Iterator[MaskHead | None]:
             attach_mask_head(model, head)
 
 
-class MaskHeadMixin:
+class MaskHeadMixin(ValidationMixin):
     """Mixin before a TRL trainer: `class SegXTrainer(MaskHeadMixin, XTrainer)`."""
 
     mask_head: MaskHead | None = None
@@ -62,8 +63,11 @@ class MaskHeadMixin:
     prompt_settings: PromptSettings | None = None
     _text_term: str  # name of TRL's own loss in the logs
 
-    def _init_joint(self, model: Any, dense_losses: Sequence[DenseLoss] | None, build: Any) -> None:
+    def _init_joint(
+        self, model: Any, dense_losses: Sequence[DenseLoss] | None, args: Any, validate: Validate | None, build: Any
+    ) -> None:
         """Run TRL's `__init__` (`build`) with the head off the model, then put it on the model that TRL prepared."""
+        self.validate = validate
         self.dense_losses = check_dense_losses(dense_losses)
         head = None if isinstance(model, str) else find_mask_head(model)
         if self.dense_losses and head is None:
@@ -75,7 +79,8 @@ class MaskHeadMixin:
         if head is not None:
             detach_mask_head(model)
         try:
-            build()
+            with no_rows_asked(args, validate):
+                build()
             trained = self.model  # type: ignore[attr-defined]
         finally:
             if head is not None:

@@ -23,6 +23,7 @@ from segrl.trainers.compiled_layers import compile_trained_layers
 from segrl.trainers.config import SegSFTConfig
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
 from segrl.trainers.token_budget import Part, RowCollator, TokenBudgetMixin, join_rows
+from segrl.trainers.validation import Validate
 
 __all__ = ["SegCollator", "SegSFTTrainer"]
 
@@ -82,7 +83,8 @@ class SegSFTTrainer(MaskHeadMixin, TokenBudgetMixin, SFTTrainer):
     decoded inside TRL's own forward, at the `<seg>` of the completion (never of the prompt). Data set columns:
     `prompt`, `completion` (or `messages`), `image` or `images` (the first is segmented), `mask`; of volumes those of
     `segrl.data.prepare_volumes`, whose `key_slice` is segmented. `prompt_settings` are saved with the model as
-    `segrl.json`.
+    `segrl.json`. With `validate`, a function of the trainer, evaluations while training are what it returns, see
+    `SegGRPOTrainer`.
 
     Without dense losses this is TRL's trainer, bit for bit.
 
@@ -111,12 +113,16 @@ class SegSFTTrainer(MaskHeadMixin, TokenBudgetMixin, SFTTrainer):
         *positional: Any,
         dense_losses: Sequence[DenseLoss] | None = None,
         prompt_settings: PromptSettings | None = None,
+        validate: Validate | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else default_args(SegSFTConfig, model, "SegSFT")
         if dense_losses and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
             raise SegRLError("dense losses need one row per image: set packing=False and padding_free=False")
-        self._init_joint(model, dense_losses, lambda: SFTTrainer.__init__(self, model, args, *positional, **kwargs))
+        self._init_joint(
+            *(model, dense_losses, args, validate),
+            lambda: SFTTrainer.__init__(self, model, args, *positional, **kwargs),
+        )
         if self.dense_losses:
             columns = getattr(self.train_dataset, "column_names", None) or ()
             self.task = make_task(self.processing_class, prompt_settings, head=self.mask_head, columns=columns)
