@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback
 
 from segrl.data import load_folder, make_synthetic, write_folder
 from segrl.evaluation import evaluate
-from segrl.inference import load
+from segrl.inference import ReasoningSegmenter, load
 from segrl.metrics import summarise
 
 BEST = ("--load_best_model_at_end", "True", "--eval_steps", 1)
@@ -113,7 +113,9 @@ def test_a_named_split_is_measured_as_after_training(tmp_path):
     folder = tmp_path / "run"
     run(BoxRun.check_sft, "--data", data, "--val_split", "val", "--output_dir", folder, *BEST, "--max_steps", 2)
     scores = live(folder)
-    records = evaluate(load(folder, device="cpu"), load_folder(data, "val"), progress=False)
+    asked = load(folder, device="cpu")
+    assert isinstance(asked, ReasoningSegmenter)
+    records = evaluate(asked, load_folder(data, "val"), progress=False)
     assert summarise(records)["all"]["mdice"]["mean"] == pytest.approx(max(scores))
     again = shutil.copytree(folder, tmp_path / "again")
     for path in again.iterdir():

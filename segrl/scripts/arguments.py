@@ -45,7 +45,6 @@ _LEAST = {
     "sft_max_steps": 1,
     "pretrain_steps": 1,
     "early_stopping": 1,
-    "groups": 0,
     "pictures": 0,
 }
 
@@ -230,13 +229,6 @@ class TwoStageArguments(RunArguments):
         metadata={
             "help": "End a stage when Dice on the validation rows has not risen for so many validations, and keep its "
             "best checkpoint."
-        },
-    )
-    groups: int = field(
-        default=24,
-        metadata={
-            "help": "Groups of answers that stage 2 keeps for `segrl report` and for the reporters, spread over its "
-            "steps, with pictures, rewards and advantages; 0 keeps none."
         },
     )
     quick: bool = field(

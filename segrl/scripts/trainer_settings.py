@@ -46,7 +46,7 @@ _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("max_length", "save_total_limit", "ref_model_sync_steps", "dataloader_prefetch_factor"), 1),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "max_grad_norm", "weight_decay", "beta"), 0),
     **dict.fromkeys(("learning_rate", "head_learning_rate", "epsilon", "text_weight", "policy_weight"), 0),
-    **dict.fromkeys(("feature_cache_memory", "feature_cache_disk"), 0),
+    **dict.fromkeys(("feature_cache_memory", "feature_cache_disk", "kept_groups"), 0),
 }
 _ABOVE_0 = ("logging_steps", "save_steps", "eval_steps")
 _GRPO_CHOICES: Mapping[str, Sequence[str]] = {

@@ -40,6 +40,8 @@ from segrl.trainers.config import SegGRPOConfig, SegSFTConfig
 
 __all__ = ["TwoStageRun"]
 
+KEPT_GROUPS = 24  # of stage 2, for `segrl report`
+
 
 class TwoStageRun(RunSteps):
     """One run of an example: stage 1 (SFT), stage 2 (GRPO), or an evaluation.
@@ -275,6 +277,7 @@ class TwoStageRun(RunSteps):
                 settings |= {"output_dir": f"{folder}_quick", "overwrite": True}  # of looks before
         first = recipe.sft_reasoning
         if stage == "grpo":
+            settings.setdefault("kept_groups", KEPT_GROUPS)
             return {**settings, "reasoning": recipe.prompt.reasoning, "sft_reasoning": first}
         return {**settings, "reasoning": recipe.prompt.reasoning if first is None else first}
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from segrl.errors import DataError
 from segrl.heads.decoding import Completions
@@ -95,6 +96,15 @@ class Task(Protocol):
             completions: Tokens and states of the answers, for a head.
             inputs: From `seg_inputs`.
             probabilities: Whether predictions also carry the foreground probabilities of their masks.
+        """
+        ...
+
+    def view(self, given: Mapping[str, Any], row: Any) -> tuple[Image.Image | None, int | None]:
+        """Return a picture of what a row asks about, and of a volume the index of the slice that it shows.
+
+        Args:
+            given: The row of the data set.
+            row: The same, from `read`.
         """
         ...
 

@@ -179,6 +179,9 @@ class ImageTask:
         found = dict(zip(numbers, masks, strict=True))
         return [p.with_mask(found[n]) if n in found else p for n, p in enumerate(predictions)]
 
+    def view(self, given: Mapping[str, Any], row: ImageRow) -> tuple[Image.Image | None, int | None]:
+        return _image(given, "row", needed=False), None
+
     def log(self) -> dict[str, float]:
         if self.box_segmenter is None:
             return {}

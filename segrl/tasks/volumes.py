@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, get_args
 
 import numpy as np
+from PIL import Image
 
 from segrl.data.volumes.case import Case, CaseReader
 from segrl.data.volumes.slices import shown_frame
@@ -221,6 +222,13 @@ class VolumeTask:
             slice_masks=on_slice,
             progress=progress,
         )
+
+    def view(self, given: Mapping[str, Any], row: VolumeRow) -> tuple[Image.Image | None, int | None]:
+        """The slice with most of the ground truth, the middle one without any."""
+        grey = row.case.grey
+        areas = np.zeros(len(grey)) if row.target is None else row.target.mask.sum(axis=(1, 2))
+        index = int(areas.argmax()) if areas.any() else len(grey) // 2
+        return Image.fromarray(grey[index]), index
 
     def log(self) -> dict[str, float]:
         if self.propagator is None:

@@ -55,6 +55,14 @@ class SegGRPOConfig(GRPOConfig):
             "choices": ["prompts", "completions"],
         },
     )
+    kept_groups: int = field(
+        default=0,
+        metadata={
+            "help": "Groups of answers to keep in the folder `groups`, spread over the steps, with pictures, masks, "
+            "rewards and advantages, for `segrl report`; each also goes to TensorBoard, W&B and trackio as a picture "
+            "if report_to names them. 0 keeps none."
+        },
+    )
     share_prompt: bool | None = field(
         default=None,
         metadata={

@@ -10,8 +10,7 @@ What is overridden, and why (each calls `super()`):
 - `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
 - `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
 - `_compute_loss`: adds the dense losses on masks decoded inside TRL's own forward.
-- `log`: the first time, says which share of the answers is invalid, and why; with `log_completions`, writes the
-  predictions and their ground truth beside TRL's table of completions.
+- `log`: the first time, says which share of the answers is invalid, and why; writes predictions (`log_completions`).
 
 What differs between images and volumes is in `segrl.tasks`. With `share_prompt` a prompt is computed once for the
 completions that answer it: see `shared_prompt`.
@@ -19,11 +18,9 @@ completions that answer it: see `shared_prompt`.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +43,7 @@ from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.tasks import Task, check_columns, make_task, rollout_metrics
 from segrl.trainers.config import SegGRPOConfig
+from segrl.trainers.kept_groups import KeptGroups, write_records
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args, head_detached
 from segrl.trainers.reward_funcs import check_groups, common_format, resolve_reward_funcs
 from segrl.trainers.rollout import Rollout, is_policy, tensors_of_prompts
@@ -113,6 +111,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     _rollout: Rollout | None = None
     _texts_checked = True
     _records: Sequence[dict[str, Any]] = ()
+    _groups: KeptGroups | None = None
     _first_statuses: Counter[str] | None = None  # of the answers before the first log
 
     def __init__(
@@ -153,6 +152,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             )
             self.task.check(rewards, self._tokenizer)
             self._first_statuses = Counter()
+            self._groups = KeptGroups.of(self)
             self.completion_format = common_format(rewards, self.task.settings).for_tokenizer(self._tokenizer)
             check_groups(rewards, self.args, self.num_generations or 1)
             check_columns({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}, self.task.needed)
@@ -179,6 +179,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._rollout = None
+        if self._groups is not None:
+            self._groups.close()
         if self.dense_losses:
             output["seg_inputs"] = rollout.inputs  # a list of B references: shuffled and split with the batch
         return output
@@ -277,6 +279,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
                 predictions, rows, rollout.completions, rollout.inputs, probabilities=self._needs_probability
             )
         self._log_predictions(task, predictions, targets)
+        if self._groups is not None:
+            self._groups.see(task, inputs, rows, predictions)
         if self.log_completions:
             self._keep_records(predictions, rows)
         return [
@@ -327,9 +331,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
                 say(f"first rollouts: {invalid_text(dict(self._first_statuses.most_common()))}")
             self._first_statuses = None  # on all processes, since they gather together
         if self._records and self.log_completions and self.accelerator.is_main_process:
-            path = Path(str(self.args.output_dir), "completions", f"predictions_{self.state.global_step:05d}.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in self._records), encoding="utf-8")
+            write_records(self, self._records)
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 
