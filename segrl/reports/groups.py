@@ -193,7 +193,7 @@ def _number(value: float | None, *, sign: bool = False) -> str:
 
 
 def _rle(mask: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
-    return mask_to_rle(mask if mask.shape == size[::-1] else resize_mask(mask, size[::-1]))
+    return mask_to_rle(mask if mask.shape == size[::-1] else resize_mask(mask, (size[1], size[0])))
 
 
 def _small(image: Image.Image, record: Mapping[str, Any]) -> Image.Image:

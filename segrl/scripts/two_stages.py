@@ -237,7 +237,6 @@ class TwoStageRun(RunSteps):
             if (file := next((path for name, path in files.items() if f"--{name}" in str(error)), None)) is not None:
                 raise type(error)(f"--config {file}: {error}") from error
             raise
-        check_validation(arguments, values)
         if {"gradient_accumulation_steps", "global_batch_size"} <= given:
             raise SegRLError("--gradient_accumulation_steps follows from --global_batch_size; pass one of the two")
         config.report_to = [name for item in config.report_to for name in item.split(",")]
@@ -266,6 +265,7 @@ class TwoStageRun(RunSteps):
     @classmethod
     def _defaults(cls, known: Any, stage: str, values: Mapping[str, Sequence[str]], folder: str) -> dict[str, Any]:
         """The preset's settings of a stage, and those of a validation or a quick look, as defaults of flags."""
+        check_validation(known, values)  # here, before transformers looks at the same settings
         recipe = find_preset(known.preset, cls.recipes).fitted(known.data)
         settings = {"output_dir": folder, **(getattr(recipe, stage) or {})}
         if "gradient_accumulation_steps" in values and "global_batch_size" not in values:
