@@ -6,7 +6,6 @@ from typing import Any
 
 from segrl.curation.case import read_cases
 from segrl.curation.endpoints import Endpoint
-from segrl.curation.engine import Engine
 from segrl.curation.judgements import judge_texts
 from segrl.curation.judges import JudgeSettings
 from segrl.curation.texts import TextSettings, write_texts
@@ -24,11 +23,11 @@ def settings(url: str, **more: Any) -> tuple[TextSettings, JudgeSettings]:
     return TextSettings(writer=endpoint("writer")), judge_settings
 
 
-def build(folder: Path, url: str, engine: Engine = "local", **more: Any) -> None:
+def build(folder: Path, url: str, **more: Any) -> None:
     text, judge = settings(url, **more)
     cases = read_cases(folder.parent / "cases.jsonl")
-    write_texts(cases, text, folder, engine=engine)
-    judge_texts(cases, judge, folder, text=text, engine=engine)
+    write_texts(cases, text, folder)
+    judge_texts(cases, judge, folder, text=text)
 
 
 if __name__ == "__main__":

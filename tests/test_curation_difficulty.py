@@ -331,7 +331,8 @@ def test_the_command_builds_and_goes_on(settings_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pairs: 12 of 24 cases are hard" in out
     assert "selected by quantile" in out
-    assert "questions are from templates" in out
+    assert "texts.jsonl: 12 written" in out
+    assert "judgements.jsonl: 12 accepted" in out
     report = (tmp_path / "build/report.html").read_text()
     assert "http" not in report
     assert "Errors and thresholds" in report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def add_curate_commands(areas: Any, common: argparse.ArgumentParser) -> None:
         ("run", _run, "all stages, each of them where it was stopped"),
         ("difficulty", _difficulty, "train the committees, measure every case out of fold, select the hard ones"),
         ("select", _select, "vote and threshold again, from the errors that are there"),
+        ("write", _write, "write question, reasoning and answer of every hard case"),
+        ("judge", _judge, "judge the texts, and let those be written again that are not good enough"),
         ("publish", _publish, "write the data set, split by patient, with a card"),
     ):
         command = commands.add_parser(name, parents=[common], help=help)
@@ -49,7 +52,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Any, Path]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for stage in (_difficulty, _publish):
+    for stage in (_difficulty, _write, _judge, _publish):
         stage(arguments)
     arguments.build = _read(arguments)[1]
     return _report(arguments)
@@ -90,6 +93,29 @@ def _told(sets: Any, build: Path) -> int:
     count = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
     if count:
         say(f"{count} masks to look at: open {build / FOLDER / SHEET}, and save its answers beside it")
+    return OK
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    from segrl.curation.stages import run_writing
+
+    settings, build = _read(arguments)
+    return _counted(run_writing(settings, build), build / "texts.jsonl")
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from segrl.curation.stages import run_judging
+
+    settings, build = _read(arguments)
+    return _counted(run_judging(settings, build), build / "judgements.jsonl")
+
+
+def _counted(rows: Any, path: Path) -> int:
+    """Print how many rows have each status; why is in the file."""
+    from segrl.reports.terminal import say
+
+    counts = Counter(row.status for row in rows)
+    say(f"Written to {path}: {', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}")
     return OK
 
 

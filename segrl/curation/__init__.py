@@ -16,7 +16,14 @@ from segrl.curation.report import write_build_report
 from segrl.curation.rules import CheckedText, RuleSettings, check_text
 from segrl.curation.settings import CurationSettings
 from segrl.curation.sources import LoadedSources, SourceSettings, load_sources
-from segrl.curation.stages import run_difficulty, run_publish, run_selection, selected_cases
+from segrl.curation.stages import (
+    run_difficulty,
+    run_judging,
+    run_publish,
+    run_selection,
+    run_writing,
+    selected_cases,
+)
 from segrl.curation.suspects import SuspectSettings
 from segrl.curation.tails import Comparison, Tail, TailSettings, find_tail, vote
 from segrl.curation.texts import Text, TextSettings, read_texts, write_texts
@@ -56,8 +63,10 @@ __all__ = [
     "read_judgements",
     "read_texts",
     "run_difficulty",
+    "run_judging",
     "run_publish",
     "run_selection",
+    "run_writing",
     "select_cases",
     "selected_cases",
     "vote",

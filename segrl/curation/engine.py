@@ -1,7 +1,6 @@
-"""The one seam of the expensive maps: committee inference, texts and judgements.
+"""The one seam of the expensive maps: asynchronous work runs in one event loop, other work in threads.
 
-On one machine asynchronous work runs in one event loop and other work in threads. With `engine="ray"` Ray Data
-spreads both over the workers of a cluster. Results are in the order of the items, so that engines give the same files.
+Results are in the order of the items, so that another way to spread the work would give the same files.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 
 from segrl.reports.terminal import console
 
-__all__ = ["Engine", "map_async", "map_items"]
+__all__ = ["map_async", "map_items"]
 
-Engine = Literal["local", "ray"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Opened = Callable[[Item], Awaitable[Result]]
@@ -29,7 +27,6 @@ def map_async(
     items: Sequence[Item],
     *,
     concurrency: int = 1,
-    engine: Engine = "local",
     title: str = "",
 ) -> list[Result]:
     """Apply an asynchronous function to every item.

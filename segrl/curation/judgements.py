@@ -15,7 +15,7 @@ from segrl.curation.call_cache import CallCache
 from segrl.curation.calls import Caller
 from segrl.curation.case import Case, write_atomically
 from segrl.curation.endpoints import Endpoint
-from segrl.curation.engine import Engine, map_async
+from segrl.curation.engine import map_async
 from segrl.curation.facts import Facts, read_facts
 from segrl.curation.judge_quality import judge_agreement, judge_calibration
 from segrl.curation.judges import Judge, JudgeSettings, ModelJudge, RuleJudge, Verdict, check_judge
@@ -96,7 +96,6 @@ def judge_texts(
     build: Path,
     *,
     text: TextSettings | None = None,
-    engine: Engine = "local",
 ) -> list[Judgement]:
     """Judge the texts of a build, and let those be written again that are not good enough.
 
@@ -108,7 +107,6 @@ def judge_texts(
         settings: How.
         build: Folder of the build, with the texts.
         text: How the texts were written, and are written again.
-        engine: Where the calls are made from.
 
     Returns:
         Judgements; those that were not accepted are among them, with the reason.
@@ -145,18 +143,17 @@ def judge_texts(
     @asynccontextmanager
     async def opened() -> AsyncIterator[Callable[[tuple[Case, Text]], Awaitable[Judgement]]]:
         async with AsyncExitStack() as stack:
-            cache = stack.enter_context(CallCache(build / CALLS))
-            writer = await open_writer(text, cache, stack)
-            judge = await open_judge(settings.judge, text, cache, stack)
+            writer = await open_writer(text, build, stack)
+            judge = await open_judge(settings.judge, text, build, stack)
             yield lambda pair: _judge_case(*pair, text, settings, writer, judge, versions)
 
     with build_lock(build):
         concurrency = max((endpoint.concurrency for endpoint in endpoints), default=2)
         pairs = list(zip(cases, texts, strict=True))
-        judgements = map_async(opened, pairs, concurrency=concurrency, engine=engine, title="judgements")
+        judgements = map_async(opened, pairs, concurrency=concurrency, title="judgements")
         lines = "".join(f"{json.dumps(asdict(item), ensure_ascii=False)}\n" for item in judgements)
         write_atomically(build / JUDGEMENTS, lines)
-        quality = _quality(cases, judgements, settings, text, build, engine)
+        quality = _quality(cases, judgements, settings, text, build)
         write_atomically(build / JUDGES, json.dumps(quality, indent=2, ensure_ascii=False) + "\n")
     return judgements
 
@@ -190,10 +187,11 @@ def read_judgements(build: Path) -> list[Judgement]:
     return judgements
 
 
-async def open_judge(endpoint: Endpoint | None, text: TextSettings, cache: CallCache, stack: AsyncExitStack) -> Judge:
+async def open_judge(endpoint: Endpoint | None, text: TextSettings, build: Path, stack: AsyncExitStack) -> Judge:
     """Return a judge; the stack closes it."""
     if endpoint is None:
         return RuleJudge()
+    cache = stack.enter_context(CallCache(build / CALLS))
     caller = await stack.enter_async_context(Caller(endpoint, cache))
     return ModelJudge(caller, read_prompts(text.prompts)["judge"], text.outline)
 
@@ -274,7 +272,6 @@ def _quality(
     settings: JudgeSettings,
     text: TextSettings,
     build: Path,
-    engine: Engine,
 ) -> dict[str, object]:
     """Compare two judges on a sample, and let rules and judge look for planted faults."""
     known = {case.id: case for case in cases}
@@ -285,8 +282,7 @@ def _quality(
         @asynccontextmanager
         async def opened() -> AsyncIterator[Callable[[tuple[Case, str, str, str]], Awaitable[Verdict]]]:
             async with AsyncExitStack() as stack:
-                cache = stack.enter_context(CallCache(build / CALLS))
-                judge = await open_judge(endpoint, text, cache, stack)
+                judge = await open_judge(endpoint, text, build, stack)
 
                 async def one(item: tuple[Case, str, str, str]) -> Verdict:
                     case, query, reasoning, label = item
@@ -296,7 +292,7 @@ def _quality(
                 yield one
 
         concurrency = 2 if endpoint is None else endpoint.concurrency
-        return map_async(opened, items, concurrency=concurrency, engine=engine)
+        return map_async(opened, items, concurrency=concurrency)
 
     if settings.second is not None:
         sample = good[: settings.agreement_sample]

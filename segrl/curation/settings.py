@@ -13,8 +13,10 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 import yaml
 
 from segrl.curation.difficulty import DifficultySettings
+from segrl.curation.judges import JudgeSettings, check_judge
 from segrl.curation.publish import PublishSettings
 from segrl.curation.sources import SourceSettings
+from segrl.curation.texts import TextSettings
 from segrl.errors import DataError, SegRLError, unknown_name
 
 __all__ = ["CurationSettings"]
@@ -27,6 +29,8 @@ class CurationSettings:
     Attributes:
         sources: The data sets, at least one; their paths are relative to the file's folder.
         difficulty: How hard cases are found.
+        write: How questions and reasoning are written; the path of its prompts is relative to the file's folder.
+        judge: How they are judged, and written again.
         publish: How the data set is written.
         build: Folder of the build, relative to the file's folder.
 
@@ -38,12 +42,15 @@ class CurationSettings:
 
     sources: tuple[SourceSettings, ...]
     difficulty: DifficultySettings = field(default_factory=DifficultySettings)
+    write: TextSettings = field(default_factory=TextSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     publish: PublishSettings = field(default_factory=PublishSettings)
     build: Path = Path("build")
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise DataError("sources: expected at least one")
+        check_judge(self.write, self.judge)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -72,7 +79,12 @@ class CurationSettings:
             dataclasses.replace(source, path=home / source.path, images=source.images and home / source.images)
             for source in settings.sources
         )
-        return dataclasses.replace(settings, sources=sources, build=home / settings.build)
+        write = settings.write
+        given = {
+            name: home / path for name in ("prompts", "descriptions") if (path := getattr(write, name)) is not None
+        }
+        write = dataclasses.replace(write, **given)
+        return dataclasses.replace(settings, sources=sources, write=write, build=home / settings.build)
 
 
 def _section(kind: Any, content: Any, where: str) -> Any:

@@ -12,15 +12,25 @@ from typing import Any
 from segrl.curation.build_folder import build_lock
 from segrl.curation.case import Case, read_cases, write_cases
 from segrl.curation.difficulty import FOLDER, SetDifficulty, find_difficulty, read_errors, read_selected, select_cases
+from segrl.curation.judgements import Judgement, judge_texts
 from segrl.curation.publish import publish_cases, read_final_texts
 from segrl.curation.settings import CurationSettings
 from segrl.curation.sources import load_sources
 from segrl.curation.suspects import read_rejected
+from segrl.curation.texts import Text, write_texts
 from segrl.errors import DataError
 from segrl.models.saved_files import read_object
 from segrl.reports.results_file import write_results
 
-__all__ = ["claim_build", "run_difficulty", "run_publish", "run_selection", "selected_cases"]
+__all__ = [
+    "claim_build",
+    "run_difficulty",
+    "run_judging",
+    "run_publish",
+    "run_selection",
+    "run_writing",
+    "selected_cases",
+]
 
 CASES, LEFT_OUT, MARKER = "cases.jsonl", "left_out.json", "curation.json"
 
@@ -120,6 +130,42 @@ def selected_cases(build: Path) -> list[Case]:
     cases = read_selected(build)
     rejected = read_rejected(build / FOLDER)
     return [case for case in cases if case.id not in rejected]
+
+
+def run_writing(settings: CurationSettings, build: Path) -> list[Text]:
+    """Write question, reasoning and answer of every hard case; what has arrived from a model is kept.
+
+    Raises:
+        SegRLError: As `claim_build`, `selected_cases` and `write_texts`.
+
+    Example:
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
+        >>> run_writing(CurationSettings.read("curate.yaml"), Path("no/build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
+    """
+    _require_build(build)
+    with build_lock(build):
+        claim_build(settings, build)
+        return write_texts(selected_cases(build), settings.write, build)
+
+
+def run_judging(settings: CurationSettings, build: Path) -> list[Judgement]:
+    """Judge the texts, and write those again that are not good enough.
+
+    Raises:
+        SegRLError: As `claim_build`, `selected_cases` and `judge_texts`.
+
+    Example:
+        >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
+        >>> run_judging(CurationSettings.read("curate.yaml"), Path("no/build"))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
+    """
+    _require_build(build)
+    with build_lock(build):
+        claim_build(settings, build)
+        return judge_texts(selected_cases(build), settings.judge, build, text=settings.write)
 
 
 def run_publish(settings: CurationSettings, build: Path) -> dict[str, int]:

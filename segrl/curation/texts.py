@@ -16,7 +16,7 @@ from segrl.curation.call_cache import CallCache
 from segrl.curation.calls import Caller
 from segrl.curation.case import Case, write_atomically
 from segrl.curation.endpoints import Endpoint
-from segrl.curation.engine import Engine, map_async
+from segrl.curation.engine import map_async
 from segrl.curation.facts import Facts, read_facts
 from segrl.curation.prompts import read_prompts
 from segrl.curation.questions import read_descriptions, write_question
@@ -104,7 +104,7 @@ class Text:
     reason: str = ""
 
 
-def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path, *, engine: Engine = "local") -> list[Text]:
+def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path) -> list[Text]:
     """Write question, reasoning and answer of every case into `build/texts.jsonl`, in the order of the cases.
 
     Answers of a model are kept in `build/calls.sqlite` as they arrive: a build that was stopped asks again only what
@@ -114,7 +114,6 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path, *, e
         cases: At least one.
         settings: How.
         build: Folder of the build; made if it is absent.
-        engine: Where the calls are made from.
 
     Returns:
         The texts. Those of status "refused" and "failed" are among them, with the reason.
@@ -143,8 +142,7 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path, *, e
     @asynccontextmanager
     async def opened() -> AsyncIterator[Callable[[Case], Awaitable[tuple[Text, Facts]]]]:
         async with AsyncExitStack() as stack:
-            cache = stack.enter_context(CallCache(build / CALLS))
-            writer = await open_writer(settings, cache, stack)
+            writer = await open_writer(settings, build, stack)
 
             async def write(case: Case) -> tuple[Text, Facts]:
                 facts = await asyncio.to_thread(read_facts, case)
@@ -164,7 +162,7 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path, *, e
         settings.writer.key()  # before the folder holds anything
     with build_lock(build):
         concurrency = settings.writer.concurrency if settings.writer else 2
-        pairs = map_async(opened, cases, concurrency=concurrency, engine=engine, title="texts")
+        pairs = map_async(opened, cases, concurrency=concurrency, title="texts")
         texts = [text for text, _ in pairs]
         if settings.writer is not None:  # templates repeat themselves by design
             texts = _without_boilerplate(texts, [facts for _, facts in pairs], settings.rules)
@@ -201,10 +199,11 @@ def read_texts(build: Path) -> list[Text]:
     return texts
 
 
-async def open_writer(settings: TextSettings, cache: CallCache, stack: AsyncExitStack) -> Writer:
+async def open_writer(settings: TextSettings, build: Path, stack: AsyncExitStack) -> Writer:
     """Return the writer that settings ask for; the stack closes it."""
     if settings.writer is None:
         return TemplateWriter()
+    cache = stack.enter_context(CallCache(build / CALLS))
     caller = await stack.enter_async_context(Caller(settings.writer, cache))
     return ModelWriter(caller, read_prompts(settings.prompts), settings.outline)
 
