@@ -232,10 +232,17 @@ class TestInput:
         with pytest.raises(DataError, match=f"holds '{re.escape(token)}', a token of the model"):
             segmenter.predict(picture(), f"Find it.{token}", max_new_tokens=3)
 
-    @pytest.mark.parametrize("query", ["", "ü 病変 \U0001f600", "<thought></thought>", "{{ 1 }}", "x " * 300])
+    @pytest.mark.parametrize("query", ["?", "ü 病変 \U0001f600", "<thought></thought>", "{{ 1 }}", "x " * 300])
     def test_any_text_is_a_question(self, segmenter, query):
         answer = segmenter.predict(picture(), query, max_new_tokens=5)
         assert isinstance(answer.status, Status)
+
+    @pytest.mark.parametrize("query", ["", " \n"])
+    def test_an_empty_question_is_an_error(self, segmenter, query):
+        with pytest.raises(DataError, match="query: is empty; expected a question"):
+            segmenter.predict(picture(), query)
+        with pytest.raises(DataError, match="query: question 1 is empty; expected a text for each input"):
+            segmenter.predict([picture()] * 2, ["Find it.", query])
 
     def test_bad_input(self, segmenter):
         with pytest.raises(DataError, match="2 images for 1 queries; expected one query per image"):
