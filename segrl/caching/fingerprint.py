@@ -18,7 +18,9 @@ class EncoderFingerprint:
     """Hash of class, settings and frozen weights of a segmenter; parts that train beside a frozen encoder do not count.
 
     The weights are read once, and again when any of them was replaced or changed in place. A change through `.data`
-    that keeps the storage is not noticed.
+    that keeps the storage is not noticed. Where an engine shards the weights over processes (`hold`), neither is any
+    other: place and version of a gathered weight say nothing, so the first whole ones are read, and no others until
+    `forget`.
 
     Args:
         whole: Whether every weight counts, because nothing trains.
@@ -39,13 +41,24 @@ class EncoderFingerprint:
         self._names: frozenset[str] = frozenset()
         self._stamp: Any = None
         self._value: str | None = None
+        self.held = False
+
+    def hold(self) -> None:
+        """Read the weights once, when they are whole, because an engine moves them between its uses."""
+        self.held = True
+
+    def forget(self) -> None:
+        """Read the weights anew: others were loaded."""
+        self._stamp = self._value = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._whole,)  # a copy has weights of its own, and reads them
 
     def __call__(self, segmenter: nn.Module) -> str | None:
-        """Return the fingerprint, or None if the weights are sharded over processes."""
-        if any(type(tensor.data) is not Tensor or hasattr(tensor, "ds_id") for _, tensor in _tensors(segmenter)):
+        """Return the fingerprint, or None where the weights have never been whole."""
+        if self.held and self._value is not None:
+            return self._value
+        if any(_is_shard(tensor) for _, tensor in _tensors(segmenter)):
             return None
         if self._stamp is None or self._stamp != self._read_stamp(segmenter):
             self._names = frozenset(name for name, _ in _tensors(segmenter)) if self._whole else _frozen(segmenter)
@@ -68,7 +81,7 @@ class EncoderFingerprint:
         for name, tensor in sorted(_tensors(segmenter), key=lambda item: item[0]):
             if name in self._names:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(raw_bytes(tensor))
+                digest.update(raw_bytes(tensor.clone()))  # numpy would pin the storage, which FSDP2 frees
         return digest.hexdigest()
 
 
@@ -89,6 +102,11 @@ def feature_key(encoder: str | None, content: str | None, device: str) -> str | 
     """
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return None if encoder is None or content is None else f"{encoder} {precision} {content}"
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    """Return whether a tensor holds a part of its values: a DTensor of FSDP2, a released parameter of ZeRO-3."""
+    return type(tensor.data) is not Tensor or (hasattr(tensor, "ds_id") and not tensor.numel())
 
 
 def _tensors(segmenter: nn.Module) -> Iterator[tuple[str, Tensor]]:

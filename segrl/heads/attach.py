@@ -54,7 +54,9 @@ def attach_mask_head(model: Any, head: MaskHead) -> Any:
             f"{type(base).__name__} has no backbone under base_model_prefix="
             f"{getattr(base, 'base_model_prefix', None)!r}"
         )
-    head.to(next(backbone.parameters()).device)
+    device = next(backbone.parameters()).device
+    if any(tensor.device != device for tensor in head.state_dict().values()):
+        head.to(device)
     base.add_module(_ATTRIBUTE, head)
     head._hooks = [backbone.register_forward_hook(_BackboneHook(head))]
     if hasattr(head.probe, "embed"):

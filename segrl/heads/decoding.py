@@ -140,14 +140,21 @@ def check_token(head: MaskHead, tokenizer: Any) -> None:
         )
 
 
-def generation_states(recording: Recording, ids: Sequence[Sequence[int]]) -> Tensor | None:
+def generation_states(recording: Recording, ids: Sequence[Sequence[int]], synced: bool = False) -> Tensor | None:
     """States (B, T - 1, D) of the completion tokens `ids` from a generation recorded with `last_only=True`.
 
     Token t's state is the backbone's output when t was fed back. The last token of the longest completion never was;
     what comes before the fed tokens is the prompt. None if nothing was fed back.
+
+    Args:
+        recording: Of the generation.
+        ids: Tokens of each completion.
+        synced: Whether a process that is done goes on until all are (`synced_gpus`); then the prompt is one forward,
+            and what comes behind the fed tokens means nothing.
     """
     fed = max(len(row) for row in ids) - 1
-    return torch.cat(recording.calls[-fed:], dim=1) if fed > 0 else None
+    first = 1 if synced else len(recording.calls) - fed
+    return torch.cat(recording.calls[first : first + fed], dim=1) if fed > 0 else None
 
 
 @torch.no_grad()
@@ -184,7 +191,8 @@ def add_masks(
         if rows:
             position = index[rows].clamp(max=states.size(1) - 1).unsqueeze(-1).expand(-1, -1, states.size(-1))
             chosen = states[rows].gather(1, position)
-            logits = head(chosen, usable[rows], [item for n in rows if (item := inputs[n]) is not None])
+            # Not through the module's hooks, with which an engine would gather weights on this process alone.
+            logits = head.forward(chosen, usable[rows], [item for n in rows if (item := inputs[n]) is not None])
             full = masks_at(logits, [sizes[n] for n in rows], probabilities=probabilities)
             found = dict(zip(rows, full, strict=True))
     return [

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,10 @@ class MaskHead(nn.Module):
             probe = _built_probe(_found(PROBES, probe), token_id, tokenizer)
         return cls(probe, adapter, segmenter, freeze_encoder=freeze_encoder)
 
+    def hold_fingerprint(self) -> None:
+        """Read the frozen encoder's weights once for the keys of its features, as an engine moves them from now on."""
+        self._fingerprint.hold()
+
     def freeze(self) -> None:
         """Set `requires_grad` of the head's parameters as `freeze_encoder` says (PEFT freezes all it does not know)."""
         for part in (self.probe, self.adapter):
@@ -222,19 +226,16 @@ class MaskHead(nn.Module):
         return self.segmenter.encode(pixels)
 
     def forward(
-        self,
-        states: Tensor,
-        valid: Tensor,
-        inputs: Sequence[SegInput],
-        aux: dict[str, Tensor] | None = None,
-    ) -> Tensor:
+        self, states: Tensor, valid: Tensor, inputs: Sequence[SegInput], *, joint: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return mask logits (N, h, h).
 
         Args:
             states: (N, K, D).
             valid: (N, K), which of them exist.
             inputs: The image of each mask.
-            aux: Filled with the adapter's auxiliary outputs.
+            joint: Whether to return also the adapter's auxiliary outputs, and a zero in whose graph every trainable
+                parameter is. Engines that shard the head watch what goes into this call and what comes out of it.
 
         Raises:
             SegRLError: The adapter returned something else than (N, P, C) prompts and N rows of auxiliary outputs.
@@ -242,10 +243,13 @@ class MaskHead(nn.Module):
         features, index = self.features(inputs)
         parameter = next(self.adapter.parameters(), states)
         states, valid = states.to(parameter.device, parameter.dtype), valid.to(parameter.device)
-        prompts, found = run_adapter(self.adapter, states, valid, features, index, self.segmenter.prompt_dim)
-        if aux is not None:
-            aux.update(found)
-        return self.segmenter.decode(features, prompts, index, **self._mask_prompt(found))
+        prompts, aux = run_adapter(self.adapter, states, valid, features, index, self.segmenter.prompt_dim)
+        logits = self.segmenter.decode(features, prompts, index, **self._mask_prompt(aux))
+        if not joint:
+            return logits
+        # every trainable parameter takes part in every forward, so that no rank waits for a gradient that never comes
+        touch = sum((p.reshape(-1)[:1].sum() * 0 for p in self.parameters() if p.requires_grad), logits.sum() * 0)
+        return logits, aux, touch  # type: ignore[return-value]  # a sum that begins with a tensor is one
 
     def _mask_prompt(self, aux: dict[str, Tensor]) -> dict[str, Tensor]:
         if MASK_PROMPT not in aux:
@@ -311,13 +315,11 @@ class MaskHead(nn.Module):
         observe: Any = getattr(self.adapter, "observe", None)
         if observe is not None and self.training and torch.is_grad_enabled():
             observe(chosen[request.valid[anchor] & bool(len(rows))])
-        aux: dict[str, Tensor] = {}
-        logits = self(chosen, valid, [request.inputs[n] or self._blank() for n in anchor.tolist()], aux)
+        images = [request.inputs[n] or self._blank() for n in anchor.tolist()]
+        logits, aux, touch = self(chosen, valid, inputs=images, joint=True)
         request.rows, request.logits = rows, logits[: len(rows)]
         request.aux = {name: value[: len(rows)] for name, value in aux.items()}
-        # every trainable parameter takes part in every forward, so that no rank waits for a gradient that never comes
-        touch = sum((p.reshape(-1)[:1].sum() * 0 for p in self.parameters() if p.requires_grad), logits.sum() * 0)
-        return _Tie.apply(states, touch) if torch.is_tensor(touch) and touch.requires_grad else states
+        return _Tie.apply(states, touch) if touch.requires_grad else states
 
     def _blank(self) -> SegInput:
         """A black image, for a batch in which no row has an image."""
@@ -325,8 +327,12 @@ class MaskHead(nn.Module):
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> None:
         """Write `mask_head.json` and `mask_head.safetensors` (frozen weights too) beside the model's files.
+
+        Args:
+            folder: The folder; it is created where it does not exist.
+            state: The weights, where the module itself has only a part of them; None: those of the module.
 
         Raises:
             CheckpointError: See `check_saving`; then nothing is written.
@@ -336,7 +342,8 @@ class MaskHead(nn.Module):
         self.check_saving()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
+        weights = self.state_dict() if state is None else state
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         save_file(state, path / HEAD_WEIGHTS, metadata={"format": "pt"})
         (path / HEAD_CONFIG).write_text(json.dumps(self.to_config(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -390,6 +397,7 @@ class MaskHead(nn.Module):
             CheckpointError: No such file, a damaged one, or a weight missing, unexpected or of another shape.
         """
         path = _weights_file(Path(folder))
+        self._fingerprint.forget()
         try:
             self.load_state_dict(read_weights(path))
         except RuntimeError as error:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,7 +29,9 @@ class VisionOnce:
     unchanged.
 
     Attributes:
-        cache: Features (n_i, D) of the language model's tokens, and of Qwen3-VL's deeper layers, by key.
+        cache: Features (n_i, D) of the language model's tokens, and of Qwen3-VL's deeper layers, by key. None keeps
+            none, and every forward with images is one call of the tower: where an engine shards the weights over
+            processes, all of them must gather the tower's equally often.
         encoded_images: Number of images that the tower has encoded, for reports and tests.
 
     Example:
@@ -42,9 +45,12 @@ class VisionOnce:
         (1, True, 2)
     """
 
-    def __init__(self, backbone: Any, decoder: nn.Module, cache: FeatureCache) -> None:
+    def __init__(self, backbone: Any, decoder: nn.Module, cache: FeatureCache | None) -> None:
         self.cache, self.encoded_images = cache, 0
         self._original = backbone.get_image_features
+        # `generate` reads off the signature which of its inputs the tower takes
+        self.__signature__ = inspect.signature(self._original)
+        self._names = list(self.__signature__.parameters)
         self._backbone, self._decoder = backbone, decoder
         self._stamp: Any = None
         self._keys: list[str] | None = None
@@ -98,7 +104,16 @@ class VisionOnce:
         """Forget the keys of the forward; a hook."""
         self._keys = self._outside
 
-    def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        pixel_values, image_grid_thw = given.pop("pixel_values", None), given.pop("image_grid_thw", None)
+        if pixel_values is None or any(isinstance(value, Tensor) for value in given.values()):
+            self.encoded_images += 0 if pixel_values is None else len(pixel_values)
+            return self._original(*args, **kwargs)  # tiles with their sizes or masks: not known by image
+        return self._by_key(pixel_values, image_grid_thw, **given)
+
+    def _by_key(self, pixel_values: Tensor, image_grid_thw: Tensor | None, **kwargs: Any) -> Any:
+        """Encode each key once."""
         keys = self._keys
         images = len(pixel_values) if image_grid_thw is None else len(image_grid_thw)
         grid: dict[str, Tensor] = {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw}
@@ -109,21 +124,22 @@ class VisionOnce:
         precision = self._precision(pixel_values.device.type)
         names = [f"{key} {precision}" for key in keys]
         found: dict[str, tuple[Tensor, ...]] = {}
-        if frozen:
+        cache = self.cache if frozen else None
+        if cache is not None:
             stamp = self._read_stamp()
             if stamp != self._stamp:  # a weight has changed, and with it all features
                 self._stamp = stamp
-                self.cache.clear()
-        if frozen and self._kind is not None:  # the type of the output is known only after a first call
+                cache.clear()
+        if cache is not None and self._kind is not None:  # the type of the output is known only after a first call
             for name in dict.fromkeys(names):
-                kept = self.cache.get(name, device=pixel_values.device)
+                kept = cache.get(name, device=pixel_values.device)
                 if kept is not None:
                     found[name] = kept
         missing = {name: names.index(name) for name in dict.fromkeys(names) if name not in found}
         if missing:
             self.encoded_images += len(missing)
             rows = list(missing.items())
-            for batch in encoding_batches(rows, pixel_values.device.type) if frozen else [rows]:
+            for batch in [rows] if cache is None else encoding_batches(rows, pixel_values.device.type):
                 with torch.no_grad() if frozen else nullcontext():
                     shown = pixels_of([row for _, row in batch], pixel_values, image_grid_thw)
                     output = self._original(**shown, **kwargs)
@@ -134,9 +150,9 @@ class VisionOnce:
                 self._kind = type(output)
                 self._joined = _is_joined(output)
                 found.update(zip((name for name, _ in batch), parts, strict=True))
-            if frozen:
+            if cache is not None:
                 for name in missing:
-                    self.cache.put(name, found[name])
+                    cache.put(name, found[name])
         pieces = [found[name] for name in names]
         return _assembled(self._kind, pieces, self._joined)
 
@@ -152,13 +168,14 @@ class VisionOnce:
         return kinds.pop() if len(kinds) == 1 else None
 
 
-def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache) -> VisionOnce | None:
+def install_vision(backbone: Any, decoder: nn.Module, cache: FeatureCache | None) -> VisionOnce | None:
     """Put a `VisionOnce` before the vision tower of a backbone. The class of the backbone does not change.
 
     Args:
         backbone: The model without its language-model head (`segrl.models.backbone_of`).
         decoder: The language model in it; everything else belongs to the tower.
-        cache: Keeps features while the tower is frozen. A backbone that has a `VisionOnce` keeps it, with this cache.
+        cache: Keeps features while the tower is frozen; None where the weights are sharded over processes. A backbone
+            that has a `VisionOnce` keeps it, with this cache.
 
     Returns:
         The `VisionOnce`, or None if the backbone has no vision tower.

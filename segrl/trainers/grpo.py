@@ -42,6 +42,7 @@ from segrl.rewards.reward import Reward
 from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.propagation import VolumePropagator
 from segrl.tasks import Task, check_columns, make_task, rollout_metrics
+from segrl.trainers import engines
 from segrl.trainers.config import SegGRPOConfig
 from segrl.trainers.kept_groups import KeptGroups, write_records
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args, head_detached
@@ -207,9 +208,10 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             or self.use_transformers_continuous_batching
         ):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        synced = engines.is_sharding(self.accelerator) and self.accelerator.num_processes > 1
         with head.record(last_only=True) as recording:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        rollout.record(prompt_ids, completion_ids, recording)
+        rollout.record(prompt_ids, completion_ids, recording, synced)
         return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(
@@ -272,9 +274,10 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
         targets = [row.target for row in rows]
         if task.head is not None:
             rollout.inputs = task.seg_inputs(rows, predictions)
-            if rollout.needs_states:
+            if engines.any_process(self.accelerator, rollout.needs_states):
                 self._score_states(rollout, prompts)
-        with self.accelerator.autocast(), torch.no_grad():
+        whole = engines.whole_head(self.accelerator, self.model_wrapped, task.head)
+        with self.accelerator.autocast(), torch.no_grad(), whole:
             predictions = task.add_masks(
                 predictions, rows, rollout.completions, rollout.inputs, probabilities=self._needs_probability
             )
@@ -303,7 +306,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             super()._get_per_token_logps_and_entropies(
                 self.model, ids, mask, keep, batch_size=self.args.per_device_train_batch_size, **extra
             )
-        rollout.take_states(recording, mask[:, -keep:])
+        if rollout.needs_states:
+            rollout.take_states(recording, mask[:, -keep:])
 
     def _log_predictions(self, task: Task, predictions: list[Prediction], targets: list[Any]) -> None:
         for name, values in rollout_metrics(predictions, targets, masks=task.makes_masks).items():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from segrl.caching.feature_cache import FeatureCache
@@ -31,6 +31,7 @@ from segrl.heads.requests import MaskRequest
 from segrl.models.agreement import check_processor
 from segrl.models.loading import restore_weights
 from segrl.predictions.prompt_settings import PromptSettings
+from segrl.trainers import engines
 from segrl.trainers.checkpoints import check_checkpoint, newest_checkpoint, write_manifest
 from segrl.trainers.config import SegSFTConfig
 from segrl.trainers.validation import Validate, ValidationMixin, no_rows_asked
@@ -59,6 +60,7 @@ class MaskHeadMixin(ValidationMixin):
     """Mixin before a TRL trainer: `class SegXTrainer(MaskHeadMixin, XTrainer)`."""
 
     mask_head: MaskHead | None = None
+    _head_state: dict[str, Tensor] | None = None  # whole weights, while an engine's model is saved
     dense_losses: Sequence[DenseLoss] = ()
     prompt_settings: PromptSettings | None = None
     _text_term: str  # name of TRL's own loss in the logs
@@ -93,6 +95,8 @@ class MaskHeadMixin(ValidationMixin):
             if not self.dense_losses:
                 head.requires_grad_(False)  # masks for rewards only
             head.cache = _feature_cache(self.args, head.cache)  # type: ignore[attr-defined]
+            engines.prepare_head(self.accelerator, head)  # type: ignore[attr-defined]
+            self.add_callback(_CheckUnits(self))  # type: ignore[attr-defined]
         self.mask_head = head
 
     def _keep_settings(self, settings: PromptSettings | None) -> None:
@@ -117,6 +121,10 @@ class MaskHeadMixin(ValidationMixin):
         return "train" if trainer.model.training else "eval"
 
     # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        engines.gather_output_embeddings(model)
+        return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
 
     def _joint_loss(self, loss: Tensor, weight: float, request: MaskRequest | None, scale: float, mode: str) -> Tensor:
         """`weight * loss + scale * sum_i weight_i * term_i`, every term logged raw and weighted."""
@@ -186,6 +194,8 @@ class MaskHeadMixin(ValidationMixin):
             check_checkpoint(resume_from_checkpoint)
             if (output := self._trained_already(resume_from_checkpoint)) is not None:
                 return output
+            if self.mask_head is not None and self._has_engine:  # before the engine takes the model: frozen weights too
+                self.mask_head.load_weights(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _trained_already(self, folder: str) -> TrainOutput | None:
@@ -194,7 +204,7 @@ class MaskHeadMixin(ValidationMixin):
         state, args = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME))), trainer.args
         same = state.global_step >= (args.max_steps if args.max_steps > 0 else state.max_steps)
         longer = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
-        if not same or longer or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if not same or longer or self._has_engine:
             return None
         trainer._load_from_checkpoint(folder)
         trainer.state = state
@@ -207,10 +217,28 @@ class MaskHeadMixin(ValidationMixin):
         with _written(f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir!r}"):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers does, and the head beside it; all processes call this.
+
+        With FSDP2 and `SHARDED_STATE_DICT` transformers writes no model. Here a checkpoint gets the head and its
+        settings, and any other folder, such as that of the finished run, the whole model.
+        """
         trainer: Any = self
-        with _written(f"the model in {output_dir or trainer.args.output_dir!r}"):
-            super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        folder = output_dir if output_dir is not None else trainer.args.output_dir
+        with _written(f"the model in {folder!r}"):
+            if self.mask_head is not None and self._has_engine:
+                self._head_state = engines.head_state(trainer.accelerator, trainer.model_wrapped, self.mask_head)
+            try:
+                super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+                if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(
+                    trainer.accelerator.state.fsdp_plugin.state_dict_type
+                ):
+                    if _internal_call:
+                        self._save_head(folder)
+                    else:
+                        self._save(folder, trainer.accelerator.get_state_dict(trainer.model))
+            finally:
+                self._head_state = None
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last files of a checkpoint but its state: when all processes have written theirs, sizes are kept."""
@@ -222,14 +250,30 @@ class MaskHeadMixin(ValidationMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         trainer: Any = self
-        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+        with self._without_head():
             super()._save(output_dir, None if state_dict is None else without_prefix(state_dict))  # type: ignore[misc]
-        if trainer.args.should_save:
-            folder = output_dir if output_dir is not None else trainer.args.output_dir
-            if self.mask_head is not None:
-                self.mask_head.save_pretrained(folder)
-            if self.prompt_settings is not None:
-                self.prompt_settings.save(folder)
+        self._save_head(output_dir if output_dir is not None else trainer.args.output_dir)
+
+    def _save_head(self, folder: str) -> None:
+        """Write the files of the head and of the prompt settings, on the process that saves."""
+        if not self.args.should_save:  # type: ignore[attr-defined]
+            return
+        os.makedirs(folder, exist_ok=True)
+        if self.mask_head is not None:
+            self.mask_head.save_pretrained(folder, self._head_state)
+        if self.prompt_settings is not None:
+            self.prompt_settings.save(folder)
+
+    @property
+    def _has_engine(self) -> bool:
+        """Whether FSDP or DeepSpeed holds the model: it gathers, saves and restores weights by itself."""
+        trainer: Any = self
+        return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+
+    def _without_head(self) -> Any:
+        """Take the head off while transformers writes or reads a model; an engine names the weights itself."""
+        has_head = self.mask_head is not None and not self._has_engine
+        return head_detached(self.model) if has_head else nullcontext()  # type: ignore[attr-defined]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._load(
@@ -247,13 +291,23 @@ class MaskHeadMixin(ValidationMixin):
     def _load(self, folder: str, load: Callable[[], None]) -> None:
         """Load model and head. For a whole model transformers' own way (`load`) would lose every renamed weight."""
         trainer: Any = self
-        with head_detached(trainer.model) if self.mask_head is not None else nullcontext():
+        with self._without_head():
             if _is_whole(trainer, folder):
                 restore_weights(trainer.model, folder)
             else:
                 load()
         if self.mask_head is not None:
-            self.mask_head.load_weights(folder)
+            engines.load_head(trainer.accelerator, trainer.model_wrapped, self.mask_head, folder)
+
+
+class _CheckUnits(TrainerCallback):
+    """Look at how an engine has sharded the head, when it has the model and before the first step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        engines.check_units(self.trainer.mask_head, self.trainer.model_wrapped)
 
 
 @contextmanager

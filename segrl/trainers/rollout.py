@@ -40,9 +40,12 @@ class Rollout:
         """Whether the states of the completions are still missing."""
         return self.completions is not None and self.completions.states is None
 
-    def record(self, prompt_ids: Sequence[Any], completion_ids: Sequence[Any], recording: Recording) -> None:
-        """Keep the states of a generation."""
-        self._recorded = _lists(prompt_ids), _lists(completion_ids), generation_states(recording, completion_ids)
+    def record(
+        self, prompt_ids: Sequence[Any], completion_ids: Sequence[Any], recording: Recording, synced: bool = False
+    ) -> None:
+        """Keep the states of a generation; `synced` as in `generation_states`."""
+        states = generation_states(recording, completion_ids, synced)
+        self._recorded = _lists(prompt_ids), _lists(completion_ids), states
 
     def finish(
         self,

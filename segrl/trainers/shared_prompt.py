@@ -31,6 +31,7 @@ from segrl.errors import SegRLError
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
 from segrl.trainers.compiled_layers import compile_trained_layers
+from segrl.trainers.engines import is_sharding, synced_generation
 from segrl.trainers.token_budget import NORMALIZERS, Part, TokenBudgetMixin, select_batch
 
 __all__ = ["SharedPromptGRPOTrainer"]
@@ -66,6 +67,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
     _share_by_default = True
     _warned = False  # whether the warning about inputs has been given
     _added_tokens = 0  # put behind each completion in scoring and loss
+    _proven = False  # whether a batch has gone through packed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,7 +100,8 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
             return False
         for model in models:
             base = base_instance(model)
-            cache = FeatureCache(memory_bytes=self.args.feature_cache_memory)
+            sharded = is_sharding(self.accelerator)
+            cache = None if sharded else FeatureCache(memory_bytes=self.args.feature_cache_memory)
             sharing.install_vision(backbone_of(base), base.get_decoder(), cache)
         return True
 
@@ -128,11 +131,14 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
         return output
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._shares or self.use_vllm or self.use_transformers_continuous_batching:
+        if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        backbone = backbone_of(base_instance(self.accelerator.unwrap_model(self.model_wrapped)))
-        counts = None if images is None else [len(group or ()) for group in images]
-        with sharing.prefill_once(backbone, self._keys(prompt_ids, images), counts):
+        once: Any = nullcontext()
+        if self._shares:
+            backbone = backbone_of(base_instance(self.accelerator.unwrap_model(self.model_wrapped)))
+            counts = None if images is None else [len(group or ()) for group in images]
+            once = sharing.prefill_once(backbone, self._keys(prompt_ids, images), counts)
+        with once, synced_generation(self.accelerator, self.model_wrapped):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _keys(self, prompt_ids: Sequence[Sequence[int]], images: Sequence[Any] | None) -> list[sharing.PromptKey]:
@@ -172,6 +178,31 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
                 batch_size = max(1, self._training_budget // input_ids.size(1))
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
+        try:
+            return self._packed_logps(model, input_ids, attention_mask, keep, batch_size, compute_entropy, **images)
+        except (SegRLError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            if self._proven:
+                raise
+            self._shares = False  # before training only a text was tried; TRL's pass raises what is not about sharing
+            _warn(f"the first batch did not go through packed: {type(error).__name__}: {error}")
+            settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
+
+    def _packed_logps(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        keep: int,
+        batch_size: int | None,
+        compute_entropy: bool,
+        **images: Any,
+    ) -> Any:
+        """Score with one packed row for all completions of a micro-batch, where any share a prompt."""
+        keys, rows = self._prompt_keys or [], len(input_ids)
+        dense = super()._get_per_token_logps_and_entropies
         backbone = backbone_of(base_instance(self.accelerator.unwrap_model(model)))
         results = []
         if batch_size is not None and self._training_budget is not None:
@@ -188,6 +219,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
                 continue
             with self.accelerator.autocast():
                 output = model(**packed.inputs, shift_labels=packed.labels, fused_lm_head=True)
+            self._proven = True
             results.append((output.log_probs[:, :keep], output.entropy[:, :keep] if compute_entropy else None))
         entropies = torch.cat([entropy for _, entropy in results]) if compute_entropy else None
         return torch.cat([logps for logps, _ in results]), entropies, None
