@@ -53,8 +53,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": fsdp2("FULL_STATE_DICT"),
     "fsdp2_sharded": fsdp2("SHARDED_STATE_DICT"),
-    "fsdp2_by_size": fsdp2("FULL_STATE_DICT", auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=2000),
-    "fsdp1": {"fsdp": True, "fsdp_config": {"version": 1, "use_orig_params": True}},
+    "fsdp2_apart": fsdp2("FULL_STATE_DICT", transformer_layer_cls_to_wrap=["Qwen2_5_VLDecoderLayer", "Sam2Segmenter"]),
     "zero2": zero(2),
     "zero3": zero(3),
 }

@@ -481,6 +481,24 @@ class TestFingerprint:
         assert after not in (None, before)
         assert EncoderFingerprint()(segmenter) == after
 
+    def test_an_engine_that_moves_weights(self):
+        """Place and version say nothing then: other storage is no change, until other weights are loaded."""
+        segmenter, fingerprint = tiny_segmenter(), EncoderFingerprint()
+        fingerprint.hold()
+        expected = fingerprint(segmenter)
+        for parameter in segmenter.parameters():
+            parameter.data = parameter.data.clone() + 1
+        assert fingerprint(segmenter) == expected == EncoderFingerprint()(tiny_segmenter())
+        fingerprint.forget()
+        assert fingerprint(segmenter) not in (None, expected)
+
+    def test_reading_weights_leaves_their_storage_to_its_owner(self):
+        """FSDP2 frees gathered weights by resizing their storage, which a view of numpy forbids."""
+        segmenter = tiny_segmenter()
+        EncoderFingerprint()(segmenter)
+        for parameter in segmenter.parameters():
+            parameter.untyped_storage().resize_(0)
+
     def test_weights_that_come_back_have_their_old_fingerprint(self):
         segmenter, fingerprint = tiny_segmenter(), EncoderFingerprint()
         before = fingerprint(segmenter)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segrl.errors import SegRLError
+from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.head_file import HEAD_WEIGHTS
 from segrl.heads.mask_head import MaskHead
 from segrl.models.backbone import base_instance
@@ -25,6 +25,7 @@ from segrl.models.saved_files import read_weights
 __all__ = [
     "any_process",
     "check_units",
+    "check_written_by",
     "gather_output_embeddings",
     "head_state",
     "is_sharding",
@@ -74,6 +75,45 @@ def prepare_head(accelerator: Any, head: MaskHead) -> None:
         from deepspeed.utils import set_z3_leaf_modules
 
         set_z3_leaf_modules(head, [MaskHead])
+
+
+def check_written_by(accelerator: Any, folder: str) -> None:
+    """Refuse a checkpoint of another engine, or of another number of processes where that cannot be read.
+
+    FSDP's checkpoints are read by any number of processes.
+
+    Raises:
+        CheckpointError: Says which engine wrote it and which one is to read it.
+    """
+    written, now = _written_by(Path(folder)), _engine(accelerator)
+    if written != now:
+        raise CheckpointError(
+            f"checkpoint {folder!r} was written by {written}, and this run has {now}; go on with what wrote it, or "
+            "start a new run from its weights"
+        )
+
+
+def _written_by(folder: Path) -> str:
+    if (folder / "pytorch_model_fsdp.bin").is_file():
+        return "FSDP with FULL_STATE_DICT"
+    if any(folder.glob("pytorch_model_fsdp_*")):
+        return "FSDP with SHARDED_STATE_DICT"
+    shards = len(list(folder.glob("global_step*/*_optim_states.pt")))
+    if not shards:
+        return "no engine that shards"
+    third = any(folder.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
+    return f"DeepSpeed ZeRO {'stage 3' if third else 'stage 1 or 2'} on {shards} processes"
+
+
+def _engine(accelerator: Any) -> str:
+    if _fsdp_version(accelerator):
+        kind = str(accelerator.state.fsdp_plugin.state_dict_type)
+        return f"FSDP with {'FULL' if 'FULL' in kind else 'SHARDED'}_STATE_DICT"
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or not plugin.zero_stage:
+        return "no engine that shards"
+    stage = "stage 3" if plugin.zero_stage == 3 else "stage 1 or 2"
+    return f"DeepSpeed ZeRO {stage} on {accelerator.num_processes} processes"
 
 
 def check_units(head: MaskHead, model: Any) -> None:

@@ -192,6 +192,7 @@ class MaskHeadMixin(ValidationMixin):
                 )
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+            engines.check_written_by(trainer.accelerator, os.fspath(resume_from_checkpoint))
             if (output := self._trained_already(resume_from_checkpoint)) is not None:
                 return output
             if self.mask_head is not None and self._has_engine:  # before the engine takes the model: frozen weights too
