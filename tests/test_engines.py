@@ -13,12 +13,19 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from builders import questions
 from script_modules import ROOT
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from segrl import inference
 from segrl.heads.decoding import generation_states
 from segrl.heads.requests import Recording
+from segrl.models.whole_loading import whole_loading
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra 'deepspeed')"
@@ -249,3 +256,17 @@ def test_states_of_a_generation_that_waits_for_other_processes():
     alone = generation_states(recording, [[7, 8, 9], [7]])
     assert alone is not None
     assert alone[0, :, 0].tolist() == [4.0, 5.0]
+
+
+def test_a_model_is_loaded_whole_beside_a_trainer_on_zero3():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # kept: transformers refers to it weakly
+    set_hf_deepspeed_config(config)
+    try:
+        assert is_deepspeed_zero3_enabled()
+        with whole_loading():
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+    with whole_loading():
+        assert not is_deepspeed_zero3_enabled()

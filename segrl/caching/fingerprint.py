@@ -58,12 +58,17 @@ class EncoderFingerprint:
         """Return the fingerprint, or None where the weights have never been whole."""
         if self.held and self._value is not None:
             return self._value
-        if any(_is_shard(tensor) for _, tensor in _tensors(segmenter)):
+        if any(self._is_elsewhere(tensor) for _, tensor in _tensors(segmenter)):
             return None
         if self._stamp is None or self._stamp != self._read_stamp(segmenter):
             self._names = frozenset(name for name, _ in _tensors(segmenter)) if self._whole else _frozen(segmenter)
             self._stamp, self._value = self._read_stamp(segmenter), self._hash(segmenter)
         return self._value
+
+    def _is_elsewhere(self, tensor: Tensor) -> bool:
+        """Return whether a tensor has not all of its values: a DTensor of FSDP2, a parameter that ZeRO-3 releases."""
+        released = hasattr(tensor, "ds_id") and not (self.held and tensor.numel())
+        return type(tensor.data) is not Tensor or released
 
     def _read_stamp(self, segmenter: nn.Module) -> tuple[Any, ...]:
         """Return values that change when a weight does, without reading the weight."""
@@ -102,11 +107,6 @@ def feature_key(encoder: str | None, content: str | None, device: str) -> str | 
     """
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return None if encoder is None or content is None else f"{encoder} {precision} {content}"
-
-
-def _is_shard(tensor: Tensor) -> bool:
-    """Return whether a tensor holds a part of its values: a DTensor of FSDP2, a released parameter of ZeRO-3."""
-    return type(tensor.data) is not Tensor or (hasattr(tensor, "ds_id") and not tensor.numel())
 
 
 def _tensors(segmenter: nn.Module) -> Iterator[tuple[str, Tensor]]:

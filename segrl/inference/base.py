@@ -22,6 +22,7 @@ from segrl.models.agreement import check_processor
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.models.loading import load_vlm, seg_token_id
 from segrl.models.saved_files import check_saved_files
+from segrl.models.whole_loading import whole_loading
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.predictions.reserved_text import check_reserved
@@ -117,10 +118,11 @@ class SegmenterBase:
                 f"{str(folder)!r}: holds no model ({' or '.join(_MODELS)}); expected the output directory of a run "
                 "that has ended, or one of its checkpoints"
             )
-        if (path / "adapter_config.json").is_file():
-            model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
-        else:
-            model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
+        with whole_loading():
+            if (path / "adapter_config.json").is_file():
+                model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
+            else:
+                model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if (path / HEAD_CONFIG).is_file():
             made = MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head)

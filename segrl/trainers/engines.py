@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_callback import TrainerCallback
 
 from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.head_file import HEAD_WEIGHTS
@@ -23,6 +24,7 @@ from segrl.models.backbone import base_instance
 from segrl.models.saved_files import read_weights
 
 __all__ = [
+    "CheckUnits",
     "any_process",
     "check_units",
     "check_written_by",
@@ -146,6 +148,16 @@ def check_units(head: MaskHead, model: Any) -> None:
             f"FSDP leaves {len(alone)} trained parameters of the mask head out ({alone[0]}, ...), so each process "
             "would train its own; take the head out of fsdp_ignored_modules"
         )
+
+
+class CheckUnits(TrainerCallback):
+    """Look at how an engine has sharded the head, when it has the model and before the first step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        check_units(self.trainer.mask_head, self.trainer.model_wrapped)
 
 
 @contextmanager

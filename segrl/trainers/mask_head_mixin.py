@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from segrl.caching.feature_cache import FeatureCache
@@ -96,7 +96,7 @@ class MaskHeadMixin(ValidationMixin):
                 head.requires_grad_(False)  # masks for rewards only
             head.cache = _feature_cache(self.args, head.cache)  # type: ignore[attr-defined]
             engines.prepare_head(self.accelerator, head)  # type: ignore[attr-defined]
-            self.add_callback(_CheckUnits(self))  # type: ignore[attr-defined]
+            self.add_callback(engines.CheckUnits(self))  # type: ignore[attr-defined]
         self.mask_head = head
 
     def _keep_settings(self, settings: PromptSettings | None) -> None:
@@ -299,16 +299,6 @@ class MaskHeadMixin(ValidationMixin):
                 load()
         if self.mask_head is not None:
             engines.load_head(trainer.accelerator, trainer.model_wrapped, self.mask_head, folder)
-
-
-class _CheckUnits(TrainerCallback):
-    """Look at how an engine has sharded the head, when it has the model and before the first step."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        engines.check_units(self.trainer.mask_head, self.trainer.model_wrapped)
 
 
 @contextmanager
