@@ -63,14 +63,14 @@ def cpu_processes() -> None:
     """Let accelerate take CPU processes for those of an accelerator."""
     dist.init_process_group("gloo")
     with suppress(ImportError):
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for minutes
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_XPU)  # type: ignore
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore
 
 
-def length_reward(completions, **_):
+def length_reward(completions: Any, **_: Any) -> Any:
     return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
 
 

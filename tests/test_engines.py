@@ -104,7 +104,7 @@ def both(kind: str, engine: str, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_fsdp2_has_the_losses_of_ddp_and_its_run_can_be_asked(tmp_path):
     """Rank 1 has no `<seg>`, in GRPO also no second token: the ranks generate and score for different times."""
-    cases = [{"kind": kind, "engine": engine} for kind in ("sft", "grpo") for engine in ("ddp", "fsdp2")]
+    cases: list[Any] = [{"kind": kind, "engine": engine} for kind in ("sft", "grpo") for engine in ("ddp", "fsdp2")]
     cases[2]["short"] = cases[3]["short"] = cases[3]["save"] = True
     results = launch(tmp_path, cases)
     assert [result["wrapped"][:4] for result in results] == ["Dist", "FSDP"] * 2

@@ -393,8 +393,8 @@ def tiles(name: str) -> tuple[Any, Any]:
     tokenizer = llava.tokenizer
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     grid = [[56, 56], [56, 112], [112, 56]]
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tower = {**size, "image_size": 56, "patch_size": 28}
+    size: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower: Any = {**size, "image_size": 56, "patch_size": 28}
     shared: dict[str, Any] = {"image_token_index": image, "image_grid_pinpoints": grid, "tie_word_embeddings": False}
     text = {**TEXT, "vocab_size": len(tokenizer) + 8, "eos_token_id": tokenizer.eos_token_id, "head_dim": 16}
     made: dict[str, Any] = {

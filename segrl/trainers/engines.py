@@ -74,7 +74,7 @@ def prepare_head(accelerator: Any, head: MaskHead) -> None:
     if is_sharding(accelerator):
         head.hold_fingerprint()
     if _is_zero3(accelerator):
-        from deepspeed.utils import set_z3_leaf_modules
+        from deepspeed.utils import set_z3_leaf_modules  # type: ignore[import-not-found]
 
         set_z3_leaf_modules(head, [MaskHead])
 
@@ -174,7 +174,7 @@ def whole_head(accelerator: Any, model: Any, head: MaskHead | None) -> Iterator[
     if head is None:
         yield
     elif _is_zero3(accelerator):
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         with deepspeed.zero.GatheredParameters(list(head.parameters())):
             yield
@@ -224,17 +224,18 @@ def load_head(accelerator: Any, model: Any, head: MaskHead, folder: str) -> None
     from torch.distributed.fsdp import FSDPModule
 
     if _is_zero3(accelerator):
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0):
             head.load_weights(folder)
     elif isinstance(model, FSDPModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        (prefix,) = (name for name, module in model.named_modules() if module is head)
+        root: Any = model
+        (prefix,) = (name for name, module in root.named_modules() if module is head)
         state = read_weights(Path(folder) / HEAD_WEIGHTS) if accelerator.is_main_process else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        set_model_state_dict(model, {f"{prefix}.{name}": value for name, value in state.items()}, options=options)
+        set_model_state_dict(root, {f"{prefix}.{name}": value for name, value in state.items()}, options=options)
     else:
         head.load_weights(folder)
 
