@@ -27,6 +27,7 @@ from segrl.heads.decoding import generation_states
 from segrl.heads.requests import Recording
 from segrl.models.whole_loading import whole_loading
 
+pytestmark = pytest.mark.timeout(600)  # several runs in one launch, since importing takes longer than training
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra 'deepspeed')"
 )
@@ -45,7 +46,7 @@ def launch(home: Path, cases: list[dict[str, Any]], *, killed: bool = False) -> 
             **{"env": environment, "stdout": output, "stderr": subprocess.STDOUT, "cwd": home},
         )
         try:
-            code: int | str = process.wait(timeout=280)
+            code: int | str = process.wait(timeout=540)
         except subprocess.TimeoutExpired:
             process.terminate()  # the launcher ends its two processes
             process.wait(timeout=40)
