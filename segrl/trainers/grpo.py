@@ -340,6 +340,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        engines.gather_output_embeddings(model)  # for every micro-batch of a token budget
         weight = getattr(self.args, "policy_weight", 1.0)
         mode = self._mode()
         scale = 1.0 / self.current_gradient_accumulation_steps if mode == "train" else 1.0
