@@ -1,5 +1,5 @@
 """The command `segrl`: projects begun; rewards and parts listed and described; rewards checked, audited, and applied to
-completions; runs asked, evaluated and compared; data converted and checked.
+completions; runs asked, evaluated, compared and reported; data converted and checked.
 
 Exit status: 0 if all is well, 1 if a check fails or a reward can be hacked, 2 for wrong arguments or unreadable data.
 """
@@ -22,6 +22,7 @@ from segrl.cli.init import add_init_command
 from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.predict import add_predict_command
+from segrl.cli.report import add_report_command
 from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
 from segrl.cli.sweep import add_sweep_command
 from segrl.errors import SegRLError
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add_predict_command(areas, common)
     add_eval_command(areas, common)
     add_compare_command(areas, common, as_json)
+    add_report_command(areas, common)
     add_sweep_command(areas, common)
     add_data_commands(areas, common, as_json)
     add_curate_commands(areas, common)

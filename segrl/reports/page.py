@@ -21,6 +21,7 @@ img { max-width: 100%; image-rendering: auto; border: 1px solid #ccc; }
 table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; } .row > * { flex: 1 1 12rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
 .note { color: #5f5f5f; } button { font: inherit; padding: .4rem 1rem; }
 """
 

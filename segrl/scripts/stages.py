@@ -13,6 +13,7 @@ from segrl.errors import CheckpointError, SegRLError
 from segrl.models.saved_files import read_object
 from segrl.reports.history import write_curves
 from segrl.reports.results_file import write_results
+from segrl.reports.run_files import CONTROL, HISTORY, MARKER, STAGE1
 from segrl.trainers.mask_head_mixin import head_detached
 
 __all__ = [
@@ -30,8 +31,6 @@ __all__ = [
     "steps_as_long",
     "train_and_save",
 ]
-
-MARKER, HISTORY, STAGE1, CONTROL = "segrl_run.json", "log_history.json", "stage1", "control"
 
 
 def train_and_save(trainer: Any) -> None:
