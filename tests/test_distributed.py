@@ -42,7 +42,7 @@ def results(tmp_path_factory):
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
         try:
-            code = process.wait(timeout=240)
+            code = process.wait(timeout=600)
         except subprocess.TimeoutExpired:
             process.terminate()  # the launcher ends its two processes
             process.wait(timeout=40)
