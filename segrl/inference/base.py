@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +17,7 @@ from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_hea
 from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
 from segrl.heads.probes import query_tokens
-from segrl.hub import hub_problem, is_hub_name
+from segrl.hub import check_token, download_run, is_hub_name
 from segrl.inference.asking import Asked, seeded
 from segrl.models.agreement import check_processor
 from segrl.models.backbone import backbone_of, base_instance
@@ -26,6 +27,7 @@ from segrl.models.whole_loading import whole_loading
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.prompt_settings import PromptSettings, load_prompt_settings
 from segrl.predictions.reserved_text import check_reserved
+from segrl.publishing import publish_folder
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG
 from segrl.segmenters.stored import load_segmenter, save_segmenter
 from segrl.sharing import PromptKey, enable_sharing, images_of, prefill_once
@@ -74,6 +76,7 @@ class SegmenterBase:
         self.model: Any = model
         self.processor, self.settings = processor, settings
         self.segmenter: Any = segmenter
+        self.run: Path | None = None  # the folder that it was loaded from, for the model card
         self._shares: bool | None = None  # whether the model takes shared prompts; None: not yet tried
 
     @classmethod
@@ -125,14 +128,16 @@ class SegmenterBase:
                 model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if (path / HEAD_CONFIG).is_file():
-            made = MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head)
-            _check_token(made, processor.tokenizer, (settings or cls.settings_class()).seg_token, path / HEAD_CONFIG)
-            attach_mask_head(model, made)
+            loaded = MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head)
+            _check_token(loaded, processor.tokenizer, (settings or cls.settings_class()).seg_token, path / HEAD_CONFIG)
+            attach_mask_head(model, loaded)
         model.eval()
         segmenter = _frozen_segmenter(path, segmenter)
         if segmenter is not None:
             segmenter.to(base_instance(model).device)
-        return cls(model, processor, settings, segmenter)
+        made = cls(model, processor, settings, segmenter)
+        made.run = path
+        return made
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model, processor, mask head, segmenter and settings; `from_pretrained` gives the same predictions."""
@@ -150,16 +155,23 @@ class SegmenterBase:
         if self.segmenter is not None:
             save_segmenter(self.segmenter, path)
 
-    def push_to_hub(self, repository: str, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes to a hub repository, created if needed (not run in segrl's tests)."""
-        from tempfile import TemporaryDirectory
+    def push_to_hub(self, repository: str, **settings: Any) -> str:
+        """Upload what `save_pretrained` writes to the hub, with a model card; see `segrl.publishing.publish_folder`.
 
-        from huggingface_hub import HfApi
+        Args:
+            repository: `owner/name`.
+            settings: `private`, `overwrite`, `base`, `licence` and `data`.
 
+        Returns:
+            The commit's address.
+
+        Raises:
+            SegRLError: No token, a name that is taken, an adapter of a model that is not on the hub, or no upload.
+        """
+        check_token(repository)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            HfApi().create_repo(repository, exist_ok=True)
-            return HfApi().upload_folder(repo_id=repository, folder_path=folder, **kwargs)
+            return publish_folder(folder, repository, run=self.run or folder, **settings)
 
     @property
     def task(self) -> Task:
@@ -302,12 +314,7 @@ def find_run(name: str | os.PathLike) -> Path:
     if path.is_dir():
         return path
     if is_hub_name(str(name)):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(str(name)))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{str(name)!r}: no such folder, and {hub_problem(error)}") from error
+        return download_run(str(name))
     raise CheckpointError(
         f"model folder {str(name)!r} does not exist; pass an output directory of a segrl run, or owner/name on the hub"
     )
