@@ -22,8 +22,10 @@ from segrl.cli.init import add_init_command
 from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.predict import add_predict_command
+from segrl.cli.push import add_push_command
 from segrl.cli.report import add_report_command
 from segrl.cli.rewards import REWARD_HELP, audit_command, check_command, describe_command, list_command, score_command
+from segrl.cli.serve import add_serve_command
 from segrl.cli.sweep import add_sweep_command
 from segrl.errors import SegRLError
 
@@ -85,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add_compare_command(areas, common, as_json)
     add_report_command(areas, common)
     add_sweep_command(areas, common)
+    add_push_command(areas, common)
+    add_serve_command(areas, common)
     add_data_commands(areas, common, as_json)
     add_curate_commands(areas, common)
 
