@@ -18,7 +18,7 @@ from segrl.serving import ServingSettings, find_examples, running_server
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-from browser import browser  # noqa: E402 - the driver that the tests have
+from browser import browser  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def shoot_serve(run: str) -> Path:
