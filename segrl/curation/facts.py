@@ -53,6 +53,14 @@ def read_facts(case: Case) -> Facts:
 
     Raises:
         DataError: The mask cannot be read; names the file.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> Image.new("L", (40, 40), 255).save("mask.png")
+        >>> case = Case("00ff", Path("a.png"), Path("mask.png"), "mine", "", "CT", "Lung", "nodule", "CC0-1.0")
+        >>> read_facts(case).size
+        'large'
     """
     name = case.name or case.id
     mask = read_mask_file(case.mask, f"mask of {name}")

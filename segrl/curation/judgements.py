@@ -41,6 +41,10 @@ class Round:
         score: S; 0 if it was not judged.
         remarks: What must be changed.
         reason: Why there is no text or no verdict.
+
+    Example:
+        >>> Round("", reason="refusal").score
+        0.0
     """
 
     reasoning: str

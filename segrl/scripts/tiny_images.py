@@ -29,7 +29,7 @@ TINY_SFT = {
     "max_length": None,
     "feature_cache_memory": 2**31,
 }
-TINY_TEXT = {"learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 450}  # before masks
+TINY_TEXT = {"learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 500}  # before masks
 
 
 def build_tiny_reader(train: Dataset, path: str | None, *, phrases: Sequence[str] = ()) -> tuple[Any, Any]:
@@ -83,8 +83,8 @@ TINY_IMAGES: dict[str, Any] = {
         "segmenter": {"encoder_steps": 100, "decoder_steps": 250, "decoder_batch_size": 10},
     },
     "fill_to": 3200,
-    # reasoning is written for a quarter of the images, masks are there for all: stage 2 learns from what stage 1 cannot
-    "synthetic": {"train": 2000, "sft": 500, "test": 240, "size": SIDE},
+    # reasoning is written for a fifth of the images, masks are there for all: stage 2 learns from what stage 1 cannot
+    "synthetic": {"train": 2000, "sft": 400, "test": 240, "size": SIDE},
 }
 # A few hundred real images, each with lesions of one kind: more views of them, and longer.
 TINY_ON_DATA: dict[str, Any] = {
