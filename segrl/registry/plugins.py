@@ -44,6 +44,10 @@ class PluginReport:
         summary: First paragraph of its docstring.
         broken: Why it cannot be used, or None.
         details: What `describe` of `inspect_plugins` returned.
+
+    Example:
+        >>> PluginReport("my_adapter", "my_package 1.0").broken is None
+        True
     """
 
     name: str

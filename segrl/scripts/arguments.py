@@ -140,7 +140,12 @@ class RunArguments:
 
 @dataclass
 class TwoStageArguments(RunArguments):
-    """Flags of training where SFT (stage 1) comes before GRPO (stage 2), in two scripts or in the one of stage 2."""
+    """Flags of training where SFT (stage 1) comes before GRPO (stage 2), in two scripts or in the one of stage 2.
+
+    Example:
+        >>> TwoStageArguments(val_fraction=0.1).inputs()["model"] is None
+        True
+    """
 
     model: str | None = field(
         default=None,
@@ -243,7 +248,12 @@ class TwoStageArguments(RunArguments):
 
 @dataclass
 class EvaluationArguments(RunArguments):
-    """Flags of the evaluation of a run."""
+    """Flags of the evaluation of a run.
+
+    Example:
+        >>> EvaluationArguments(model="runs/core_seg").split
+        'test'
+    """
 
     model: str | None = field(default=None, metadata={"help": "The run to evaluate: its output_dir."})
     output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: MODEL/evaluation."})

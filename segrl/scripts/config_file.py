@@ -129,7 +129,7 @@ def write_config(folder: Path, argv: Sequence[str], arguments: Any, config: Any)
         >>> config = SegSFTConfig("run", max_steps=7, use_cpu=True, bf16=False, report_to="none")
         >>> flags = ["--data", "lesions", "--output_dir", "run"]
         >>> text = write_config(Path("."), flags, RunArguments(), config).read_text()
-        >>> text.splitlines()[2], "# max_steps: 7" in text, "output_dir" in text
+        >>> text.splitlines()[2], "# max_steps: 7" in text, "output_dir:" in text
         ('data: lesions', True, False)
     """
     given: dict[str, Any] = {}

@@ -40,7 +40,7 @@ class Phases:
         clock: Seconds; another one in tests.
 
     Example:
-        >>> now = iter([0.0, 0.0, 30.0, 30.0, 30.0])
+        >>> now = iter([0.0, 30.0])
         >>> phases = Phases({"stage 1": 30.0, "stage 2": 60.0, "evaluation": 10.0}, clock=lambda: next(now))
         >>> phases.begin("stage 1")
         phase 1 of 3, stage 1: about 30 % of the whole

@@ -73,6 +73,13 @@ class TwoStageRun(RunSteps):
         segmenter: The segmenter of `--segmenter`; None without that flag.
         rows: The splits as `load` gave them; None until synthetic files are written.
         contents: What the splits hold, to warn of what they share.
+
+    Example:
+        >>> class MyRun(TwoStageRun):
+        ...     name, recipes = "mine", {}
+        >>> MyRun.check_sft(["--preset", "tiny"])
+        Traceback (most recent call last):
+        segrl.errors.UnknownNameError: unknown preset 'tiny'; Known: none
     """
 
     def __init__(self, arguments: Any, seed: int, folder: Path, given: set[str] | None = None) -> None:
