@@ -69,7 +69,8 @@ def write_table(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         ['step,epoch,loss', '5,0.1,0.5']
     """
     rows = rows_by_step(history)
-    columns = list(dict.fromkeys(["step", "epoch", *(key for row in rows for key in row)]))
+    keys = sorted({key for row in rows for key in row})  # as a checkpoint keeps them, whatever was logged first
+    columns = list(dict.fromkeys(["step", "epoch", *keys]))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -93,7 +94,7 @@ def curve_panels(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Cu
         {'components of the reward': {'box_f1': ([1], [0.5])}}
     """
     rows = rows_by_step(history)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = sorted({key for row in rows for key in row})
     panels: dict[str, dict[str, Curve]] = {}
     dense = any(key.startswith("dense/") for key in keys)
     for title, wanted in _PANELS.items():
