@@ -99,9 +99,9 @@ def test_without_a_global_batch_size_nothing_changes():
 
 def test_flags_of_the_script():
     runs = Example("core_seg").modules["recipe"].CoreSegRun
-    known = {"preset": "core_seg_3b", "stage": "sft"}
-    assert runs._defaults(**known, given=set())["global_batch_size"] == 32
-    assert "global_batch_size" not in runs._defaults(**known, given={"gradient_accumulation_steps"})
+    known = runs.training_flags(preset="core_seg_3b")
+    assert runs._defaults(known, "sft", {}, "x")["global_batch_size"] == 32
+    assert "global_batch_size" not in runs._defaults(known, "sft", {"gradient_accumulation_steps": ["1"]}, "x")
     flags = ["--preset", "core_seg_3b", "--gradient_accumulation_steps", "1", "--global_batch_size", "8", *CPU_FLAGS]
     with pytest.raises(SegRLError, match="--gradient_accumulation_steps follows from --global_batch_size; pass one"):
         runs.check_sft(flags)

@@ -87,10 +87,9 @@ def test_every_preset_has_the_published_loss(runs):
 def reasoning(runs: Any, stage: str, *flags: str) -> tuple[bool, bool]:
     """Whether the stages ask for a think block: stage 1, stage 2 (or None) as `_enter` sets them."""
     config = {"sft": SegSFTConfig, "grpo": SegGRPOConfig}[stage]
-    preset = flags[1]
     values = [*flags, *("--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--output_dir", "x")]
     arguments, _, given = parse(
-        values, runs.training_flags, config, defaults=lambda known: runs._defaults(preset, stage, set())
+        values, runs.training_flags, config, defaults=lambda known: runs._defaults(known, stage, {}, "x")
     )
     run = runs(arguments, 0, Path("x"), given)
     asked = []

@@ -341,7 +341,7 @@ class TestShownAspect:
         segmenter = VolumeSegmenter(*tiny_model("qwen3_vl"), SETTINGS)
         sizes = []
         for given in (row["scan"], read_volume(row["scan"]), read_case(row), read_case(row).grey):
-            conversation, _ = segmenter._ask(segmenter._case(given, "MRI", ""), "Where?")
+            conversation, _ = segmenter._ask(segmenter.read_case(given, "MRI", ""), "Where?")
             sizes.append(conversation[0]["content"][1]["image"].size)
         assert sizes == [(64, 35)] * 3 + [(24, 64)]
 

@@ -82,7 +82,7 @@ def test_liver_and_tumour_are_as_far_apart_in_inference_as_in_training(row, mode
             for scan in (row["scan"], read_volume(row["scan"]), read_case(row)):
                 asked.predict(scan, "Where?", modalities=spelling)
                 assert all(map(np.array_equal, asked.pictures, pictures))
-    case = segmenter._case(row["scan"], "CT scan", "")
+    case = segmenter.read_case(row["scan"], "CT scan", "")
     assert np.array_equal(case.grey, expected)
     assert case.intensity == (intensity or "window:-160:240")
 

@@ -34,7 +34,7 @@ _NUMBER_WORD = r"(?:hundred|thousand|ten|twenty|thirty|forty|fifty|sixty|seventy
 _ALONE = (
     rf"(?:{_N}|\b{_NUMBER_WORD})\s{{0,3}}-?(?:px|pixels?)\b",
     rf"\b(?:rows?|columns?|cols?|scan\s?lines?)\s{{1,3}}(?:no\.?\s|number\s|from\s|between\s|at\s|is\s|=|:)?\s{{0,3}}{_N}",
-    rf"(?<![\w.]){_N}\s{{0,3}}(?:x|×|by)\s{{0,3}}{_N}(?!\w|\.\d|\s{{0,3}}(?:x|×|by)\b){_UNIT}",
+    rf"(?<![\w.]){_N}\s{{0,3}}(?:x|×|by)\s{{0,3}}{_N}(?!\w|\.\d|\s{{0,3}}(?:×|(?:x|by)\b)){_UNIT}",
     rf"(?<!\d )(?<!\w)[xy]\s{{0,3}}(?:[=:≈]|from|between|is|of)?\s{{1,3}}{_N}{_UNIT}",
     r"(?<![\w/])\d{1,4}\s?/\s?\d{1,4}(?![\w/]).{1,60}?(?<![\w/])\d{1,4}\s?/\s?\d{1,4}(?![\w/])",
     r"\b(?:box|bbox|corners?|coordinates?|centroid|abscissa|ordinate|grid|normali[sz]ed|origin|offset|pixels?"

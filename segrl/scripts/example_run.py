@@ -218,7 +218,7 @@ class ExampleRun:
     @property
     def own_model(self) -> bool:
         """Whether stage 1 begins, or began, with the preset's own model rather than with that of `--model`."""
-        if self.arguments.skip_stage1:
+        if getattr(self.arguments, "skip_stage1", False):  # an evaluation has no such flag
             return False
         if self.arguments.model is None:
             return True
