@@ -213,7 +213,9 @@ def surfaces(cases: Sequence[Row]) -> dict[str, float]:
             continue
         keep = np.ones_like(case.true) if case.ignored is None else ~case.ignored
         both = [keep & (np.zeros_like(keep) if mask is None else mask) for mask in (case.predicted, case.true)]
-        rims = [np.argwhere(mask & ~np.asarray(ndimage.binary_erosion(mask))) * case.spacing for mask in both]
+        rims = [
+            np.argwhere(mask & ~np.asarray(ndimage.binary_erosion(mask), dtype=bool)) * case.spacing for mask in both
+        ]
         if not all(map(len, rims)):
             shares.append(float(not any(map(len, rims))))
             distances += [] if any(map(len, rims)) else [0.0]

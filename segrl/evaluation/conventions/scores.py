@@ -157,7 +157,7 @@ def _unibiomed_surfaces(case: Case) -> tuple[float, float]:
     # its surfaces are whole masks, of which pixels at distance zero are dropped: the wrong pixels remain
     wrong = np.concatenate([to_true[outside[0]], to_predicted[outside[1]]])
     hd95 = float(np.percentile(wrong, 95)) if len(wrong) else math.nan
-    rims = [mask & ~np.asarray(ndimage.binary_erosion(mask)) for mask in (predicted, true)]
+    rims = [mask & ~np.asarray(ndimage.binary_erosion(mask), dtype=bool) for mask in (predicted, true)]
     near = np.count_nonzero(to_true[rims[0]] <= 2) + np.count_nonzero(to_predicted[rims[1]] <= 2)
     return hd95, float(near / (sum(map(np.count_nonzero, rims)) + 1e-8))
 
