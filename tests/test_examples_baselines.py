@@ -217,7 +217,7 @@ def test_stage_1_sees_the_rows_with_written_answers(tmp_path):
     run.rows["train"] = make_synthetic(3, size=96).select([0] * 550)
     _, processor = tiny_qwen2_5_vl()
     written = run.recipe.synthetic["sft"]
-    assert written == 500
+    assert written == 400
     run.recipe = replace(run.recipe, fill_to=0, pretraining=None)
     assert len(run.prepare(None, processor, completions=True)) == written
     assert len(run.prepare(None, processor, completions=False)) == 550
