@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["backbone_of", "base_instance"]
+__all__ = ["backbone_of", "base_instance", "is_sharded"]
 
 
 def base_instance(model: Any) -> Any:
@@ -30,3 +30,14 @@ def backbone_of(base: Any) -> Any:
         True
     """
     return getattr(base, getattr(base, "base_model_prefix", "") or "model", None)
+
+
+def is_sharded(model: Any) -> bool:
+    """Return whether an engine keeps weights of a model elsewhere: on other processes, or nowhere yet.
+
+    Example:
+        >>> from segrl.models import tiny_causal_lm
+        >>> is_sharded(tiny_causal_lm(layers=1)[0])
+        False
+    """
+    return any(hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in model.parameters())

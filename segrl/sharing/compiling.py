@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segrl.models.backbone import backbone_of, base_instance
+from segrl.models.backbone import backbone_of, base_instance, is_sharded
 from segrl.sharing.attention import LAYOUT_KEYWORD
 from segrl.sharing.layout import Layout
 from segrl.sharing.packed_op import encode_layout
@@ -52,7 +52,7 @@ def compile_layers(model: Any, backend: str = "inductor") -> str | None:
     layers = list(getattr(base.get_decoder(), "layers", None) or [])
     if not layers or len({type(layer) for layer in layers}) > 1:
         return f"{name} has no list of decoder layers of one class"
-    if any(hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in base.parameters()):
+    if is_sharded(base):
         return "the weights are sharded over processes"
     if getattr(layers[0], "_segrl_compiled", None) == backend:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from segrl.errors import SegRLError
-from segrl.models.backbone import backbone_of, base_instance
+from segrl.models.backbone import backbone_of, base_instance, is_sharded
 from segrl.sharing.attention import install
 from segrl.sharing.layout import build_layout
 
@@ -43,8 +43,8 @@ def enable_sharing(model: Any) -> str | None:
         return reason
     backbone, layers = backbone_of(base), _attention_layers(base)
     install(backbone, layers)
-    if any(hasattr(p, "ds_id") or p.is_meta or not p.numel() for p in base.parameters()):
-        return None  # the weights are sharded over processes, so there is nothing to try with
+    if is_sharded(base):
+        return None  # there is nothing to try with
     if getattr(base.get_decoder().layers[0], "_segrl_compiled", None) is not None:
         with torch.compiler.set_stance("force_eager"):  # the trial's hooks would be compiled
             return _trial(base, backbone, layers)

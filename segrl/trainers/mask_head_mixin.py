@@ -122,10 +122,6 @@ class MaskHeadMixin(ValidationMixin):
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        engines.gather_output_embeddings(model)
-        return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
-
     def _joint_loss(self, loss: Tensor, weight: float, request: MaskRequest | None, scale: float, mode: str) -> Tensor:
         """`weight * loss + scale * sum_i weight_i * term_i`, every term logged raw and weighted."""
         total = loss if weight == 1.0 else weight * loss

@@ -19,6 +19,7 @@ from segrl.predictions.prompt_settings import PromptSettings
 from segrl.predictions.reserved_text import message_texts
 from segrl.sharing.micro_batches import fill_padded
 from segrl.tasks import Task, check_columns, make_task
+from segrl.trainers import engines
 from segrl.trainers.compiled_layers import compile_trained_layers
 from segrl.trainers.config import SegSFTConfig
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
@@ -156,6 +157,7 @@ class SegSFTTrainer(MaskHeadMixin, TokenBudgetMixin, SFTTrainer):
             return self._loss_in_parts(
                 model, parts, lambda part: self.compute_loss(model, part, False, num_items_in_batch)
             )
+        engines.gather_output_embeddings(model)  # for every micro-batch of a token budget
         weight = getattr(self.args, "text_weight", 1.0)
         mode = self._mode()
         steps = self.current_gradient_accumulation_steps if mode == "train" and num_items_in_batch is not None else 1
