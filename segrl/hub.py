@@ -31,7 +31,7 @@ def is_hub_name(text: str) -> bool:
         >>> is_hub_name("Qwen/Qwen2.5-VL-3B-Instruct"), is_hub_name("./runs/mine"), is_hub_name("mine")
         (True, False, False)
     """
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+    return re.fullmatch(r"(?!\.)[\w.-]{1,96}/[\w.-]{1,96}", text) is not None
 
 
 def check_source(argument: str, value: str, kind: str, error: type[SegRLError] = SegRLError) -> None:
@@ -157,7 +157,7 @@ def check_token(repository: str) -> None:
     """
     from huggingface_hub import get_token
 
-    if not is_hub_name(repository) or not all(re.fullmatch(r"[\w.-]{1,96}", part) for part in repository.split("/")):
+    if not is_hub_name(repository):
         raise SegRLError(f"{repository!r}: expected owner/name, of letters, digits, '.', '_' and '-'")
     if get_token() is None:
         raise SegRLError(f"{repository!r}: the hub asks who you are; {LOG_IN}")

@@ -263,6 +263,10 @@ class TestSegmentation:
             write_dicom_seg(tmp_path / "m.dcm", np.zeros((2, 7, 9), dtype=bool), [source])
         with pytest.raises(DataError, match=r"a frame of 7 x 9 px, and .*a.dcm has 9 x 7; put the mask on the grid"):
             write_dicom_seg(tmp_path / "m.dcm", np.zeros((9, 7), dtype=bool), [source])
+        before = source.read_bytes()
+        with pytest.raises(DataError, match=r"a.dcm: is a source image, and nothing replaces an input"):
+            write_dicom_seg(tmp_path / "a.dcm", np.zeros((7, 9), dtype=bool), [source])
+        assert source.read_bytes() == before
         bare = dataset(voxels((7, 9)), StudyInstanceUID=None)
         bare.save_as(tmp_path / "bare.dcm")
         with pytest.raises(DataError, match=r"m.dcm: the source images lack what a segmentation has to repeat .*Stud"):

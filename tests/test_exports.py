@@ -1,6 +1,7 @@
 """Masks through every export and back: equal, pixel by pixel."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -8,6 +9,7 @@ import pytest
 from dicom_builders import write_series
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.mask import encode, toBbox
 
 from segrl.data import read_label, read_volume, write_mask
 from segrl.data.dicom import write_dicom_seg
@@ -48,6 +50,9 @@ def test_coco(tmp_path, count):
         if mask.any():
             assert np.array_equal(coco_mask(own[number]["segmentation"], *mask.shape), mask)
             assert own[number]["area"] == mask.sum()
+            encoded: Any = encode(np.asfortranarray(mask, dtype=np.uint8))
+            assert own[number]["segmentation"]["counts"] == encoded["counts"].decode()
+            assert own[number]["bbox"] == toBbox(encoded).tolist()
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.long])])

@@ -1130,6 +1130,8 @@ def test_benchmarks_are_checked_and_evaluated_as_downloaded(tmp_path, capsys):
     for command in (["data", "check"], [*argv, "--data"]):
         assert main([*command, str(tmp_path / "nothing"), "--benchmark", "reasonseg"]) == 2
         assert "nothing: no such folder. reasonseg: github.com/dvlab-research/LISA" in capsys.readouterr().err
+    assert main(["data", "check", "../nothing_there", "--benchmark", "reasonseg"]) == 2
+    assert "../nothing_there: no such folder. reasonseg: github.com/dvlab-research/LISA" in capsys.readouterr().err
     (home / "train" / "a.json").unlink()
     assert main(["data", "check", str(home), "--benchmark", "reasonseg"]) == 2
     error = capsys.readouterr().err

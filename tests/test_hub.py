@@ -19,6 +19,7 @@ from segrl.hub import check_source, is_hub_name, reraise_as
         ("~/mine", False),
         ("/mine", False),
         ("mine/", False),
+        ("data/my scans", False),
         ("", False),
     ],
 )

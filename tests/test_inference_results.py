@@ -18,7 +18,7 @@ from segrl.geometry import read_mask_file, rle_to_mask
 from segrl.heads import MaskHead, QueryProbe, attach_mask_head
 from segrl.inference import Confidence, InferenceResult, ReasoningSegmenter, VolumeSegmenter, combine_answers, load
 from segrl.inference.asking import Asked
-from segrl.inference.batches import row_bytes, rows_that_fit
+from segrl.inference.batches import in_batches, row_bytes, rows_that_fit
 from segrl.metrics import dice
 from segrl.models import backbone_of, ensure_seg_token, seg_token_id
 from segrl.predictions import Frame, ImagePromptSettings, VolumePromptSettings, parse_completion
@@ -286,6 +286,29 @@ class TestInputs:
             segmenter.predict([picture(), picture()], query)
 
 
+def asked_about_five(segmenter, pixels=0, most=3, fitting=5, fit=True) -> tuple[list[int], list[list[int]]]:
+    """Answer five inputs in batches, of which those with more than `fitting` run out of memory."""
+    read, batches = [], []
+
+    def reading(value):
+        read.append(value)
+        return value
+
+    def answering(batch, texts):
+        assert texts == [str(value) for value in batch]
+        batches.append(list(batch))
+        if len(batch) > fitting:
+            raise torch.cuda.OutOfMemoryError
+        return [10 * value for value in batch]
+
+    found = in_batches(
+        segmenter, range(5), list("01234"), reading, answering, lambda value: pixels, lambda value, text: 50, Asked(),
+        most=most, fit=fit, progress=False,
+    )  # fmt: skip
+    assert found == [0, 10, 20, 30, 40]
+    return read, batches
+
+
 class TestBatches:
     def test_chunks_give_the_answers_of_one_batch(self, segmenter):
         images, rows = [picture((40 + 9 * n, 50), n) for n in range(5)], []
@@ -299,6 +322,9 @@ class TestBatches:
         assert set(rows) == {1, 2}
         assert [one.text for one in parts] == [one.text for one in whole]
 
+    def test_bars_of_volumes_and_of_their_slices(self, volumes):
+        assert len(volumes.predict([np.zeros((2, 8, 8), dtype=np.uint8)] * 2, "Find it.", progress=True)) == 2
+
     def test_what_fits(self, segmenter):
         row = row_bytes(segmenter.model, 50, 12, 1)
         assert rows_that_fit(segmenter, 50, [0] * 10, Asked(), free=2 * row * 4) == 4
@@ -307,21 +333,16 @@ class TestBatches:
         assert rows_that_fit(segmenter, 50, [0] * 10, Asked(samples=8), free=2 * row * 4) < 4
         assert rows_that_fit(segmenter, 50, [0] * 3, Asked(), free=10**12) == 3
 
-    def test_a_batch_that_does_not_fit_is_halved(self, segmenter, monkeypatch, caplog):
-        real, sizes = segmenter._answers, []
+    def test_each_input_is_read_once_however_few_fit(self, segmenter):
+        read, batches = asked_about_five(segmenter, pixels=10**15)
+        assert (read, batches) == ([0, 1, 2, 3, 4], [[0], [1], [2], [3], [4]])
 
-        def answers(images, *args):
-            sizes.append(len(images))
-            if len(images) > 2:
-                raise torch.cuda.OutOfMemoryError
-            return real(images, *args)
-
-        monkeypatch.setattr(segmenter, "_answers", answers)
-        found = segmenter.predict([picture()] * 5, "Find it.", max_new_tokens=2)
-        assert (len(found), sizes) == (5, [5, 2, 2, 1])
+    def test_a_batch_that_does_not_fit_is_halved(self, segmenter, caplog):
+        read, batches = asked_about_five(segmenter, most=5, fitting=2)
+        assert (read, batches) == ([0, 1, 2, 3, 4], [[0, 1, 2, 3, 4], [0, 1], [2, 3], [4]])
         assert "going on with 2 at a time" in caplog.text
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            segmenter.predict([picture()] * 5, "Find it.", max_new_tokens=2, batch_size=5)
+            asked_about_five(segmenter, most=5, fitting=2, fit=False)
 
 
 class TestResult:

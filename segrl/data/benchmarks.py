@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from segrl.data.formats import (
     write_rows,
 )
 from segrl.errors import DataError, unknown_name
+from segrl.hub import is_hub_name
 
 __all__ = ["BENCHMARKS", "Benchmark", "absent", "benchmark_folder"]
 
@@ -75,7 +75,7 @@ def benchmark_folder(name: str, path: str | Path) -> Iterator[str | Path]:
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
     benchmark, home = BENCHMARKS[name], Path(path)
-    if not home.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if not home.exists() and not is_hub_name(str(path)):
         raise absent(name, path)
     if not home.exists() or any(
         (home / part).is_file() for part in ("manifest.csv", "dataset_dict.json", "dataset_info.json")

@@ -153,7 +153,7 @@ def _masks(prediction: Prediction, target: Target | VolumeTarget) -> dict[str, A
 
 
 def _confidence(prediction: Prediction) -> dict[str, Any]:
-    """How sure an answer of inference is, where it was asked for."""
+    """The certainty of an answer of inference, where it was asked for."""
     sure = getattr(prediction, "confidence", None)
     return {} if sure is None else {"confidence": sure.to_dict()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class CocoMasks(StoredMasks):
                     for (name, lesion), found in rows.items() if len(found) > 1]  # fmt: skip
         names = {number: plain_name(Path(entry["file_name"]).stem) for number, entry in pictures.items()}
         asked = {name for name, _ in rows}
-        shared = [name for name in set(names.values()) & asked if list(names.values()).count(name) > 1]
+        shared = [name for name, count in Counter(names.values()).items() if count > 1 and name in asked]
         problems += [f"image {name}: several images of {annotations} have this name" for name in sorted(shared)]
         found: dict[int, list[Any]] = {}
         other = 0

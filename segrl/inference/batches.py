@@ -42,7 +42,7 @@ def in_batches(
     fit: bool,
     progress: bool,
 ) -> list[Found]:
-    """Read and answer inputs, batch by batch; what was read is let go after its batch.
+    """Read each input once and answer them, batch by batch; what was read is let go after its batch.
 
     Args:
         segmenter: The model's memory and device decide.
@@ -64,24 +64,30 @@ def in_batches(
     if most < 1:
         raise DataError(f"batch_size={most}: expected 1 or more inputs per generation")
     found: list[Found] = []
+    waiting: list[Read] = []  # read, and not yet answered
     with Progress(disable=not progress) as bar:
         task = bar.add_task("predict", total=len(inputs))
         while len(found) < len(inputs):
             first = len(found)
-            batch = [read(value) for value in inputs[first : first + most]]
+            waiting += [read(value) for value in inputs[first + len(waiting) : first + most]]
+            batch = waiting[:most]
             texts = queries[first : first + len(batch)]
             if fit and len(batch) > 1:
                 sizes = list(map(pixels, batch))
                 longest = tokens(batch[sizes.index(max(sizes))], max(texts, key=len))
                 batch = batch[: rows_that_fit(segmenter, longest, sizes, asked)]
             try:
-                found += answer(batch, texts[: len(batch)])
+                answered = answer(batch, texts[: len(batch)])
             except torch.cuda.OutOfMemoryError:
                 if not fit or len(batch) == 1:
                     raise
+                answered = []
+            if not answered:  # the error is gone, whose frames held what did not fit
                 most = max(1, len(batch) // 2)
                 torch.cuda.empty_cache()
                 _LOG.warning("out of memory with %d inputs; going on with %d at a time", len(batch), most)
+            found += answered
+            del waiting[: len(answered)]
             bar.update(task, completed=len(found))
     return found
 

@@ -32,15 +32,15 @@ def write_dicom_seg(
     object are new. An empty mask is written with all its frames.
 
     Args:
-        path: An existing file is replaced.
+        path: An existing file is replaced, but no source.
         mask: (H, W) of one image, or (Z, H, W) with a frame for each source, nonzero being foreground; rows and columns
             are those of the files.
         sources: The DICOM files that the mask was drawn on, in its order.
         label: Of the segment, such as the question; at most 64 characters are kept.
 
     Raises:
-        DataError: Another number or size of frames than sources, a source that cannot be read, or sources without what
-            a segmentation has to repeat of them; names the fix.
+        DataError: Another number or size of frames than sources, a path that is a source, a source that cannot be
+            read, or sources without what a segmentation has to repeat of them; names the fix.
         SegRLError: highdicom is not installed.
 
     Example:
@@ -55,6 +55,8 @@ def write_dicom_seg(
         raise DataError(
             f"{os.fspath(path)}: a mask with {few} for {len(sources)} source images; expected one frame each"
         )
+    if Path(path).exists() and any(Path(source).exists() and Path(path).samefile(source) for source in sources):
+        raise DataError(f"{os.fspath(path)}: is a source image, and nothing replaces an input; pass another name")
     headers = [read_dataset(Path(source), pixels=False) for source in sources]
     for header, source, frame in zip(headers, sources, frames, strict=True):
         if frame.shape != (int(header.Rows), int(header.Columns)):

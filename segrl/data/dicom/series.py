@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from segrl.data.dicom.files import decoded, is_dicom, pydicom_module, read_dataset
+from segrl.data.dicom.files import decoded, is_dicom, pydicom_module, quiet_pydicom, read_dataset
 from segrl.errors import DataError
 
 __all__ = ["DicomSeries", "holds_dicom", "open_dicom_series"]
@@ -142,7 +142,9 @@ def _series_of(file: Path) -> str | None:
     pydicom = pydicom_module()
     try:
         tags = ["SeriesInstanceUID"]
-        return str(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True).SeriesInstanceUID)
+        with quiet_pydicom():
+            found = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
+            return str(found.SeriesInstanceUID)
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError, AttributeError, KeyError):
         return None
 

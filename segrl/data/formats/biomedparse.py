@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder, plain_name
-from segrl.data.formats.writing import ImageFiles, rows_of_images, save_mask
+from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
-from segrl.geometry.mask_images import read_mask_file
+from segrl.geometry.mask_images import read_mask_file, write_mask_image
 
 __all__ = ["read_biomedparse", "write_biomedparse"]
 
@@ -103,7 +103,8 @@ def write_biomedparse(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -
             if str(mask).casefold() in seen:
                 raise DataError(f"{row.name}: two rows ask for {row.texts['lesion']!r}; join their masks")
             seen.add(str(mask).casefold())
-            save_mask(row.mask, mask)
+            mask.parent.mkdir(exist_ok=True)
+            write_mask_image(mask, row.mask)
             counts[row.split] += 1
     return dict(sorted(counts.items()))
 

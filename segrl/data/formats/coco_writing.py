@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
 
 from segrl.errors import DataError
-from segrl.geometry.masks import foreground
+from segrl.geometry.masks import foreground, mask_to_box, mask_to_rle
 
 __all__ = ["CocoWriter"]
 
@@ -65,15 +64,16 @@ class CocoWriter:
             return
         if inside.shape != (height, width):
             raise DataError(f"mask of {file_name}: shape {inside.shape}, expected {(height, width)}, its image's")
-        encoded: Any = coco.encode(np.asfortranarray(inside, dtype=np.uint8))
+        box = mask_to_box(inside)
+        assert box is not None
         self._annotations.append(
             {
                 "id": len(self._annotations) + 1,
                 "image_id": image["id"],
                 "category_id": number,
-                "segmentation": {"size": [height, width], "counts": encoded["counts"].decode("ascii")},
-                "area": int(coco.area(encoded)),
-                "bbox": coco.toBbox(encoded).tolist(),
+                "segmentation": mask_to_rle(inside, compressed=True),
+                "area": int(inside.sum()),
+                "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
                 "iscrowd": 0,
                 **({} if score is None else {"score": score}),
             }

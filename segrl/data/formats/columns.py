@@ -17,7 +17,7 @@ from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.mask_images import binarize
 
-__all__ = ["read_columns", "write_columns"]
+__all__ = ["COLUMNS", "read_columns", "write_columns"]
 
 _TEXTS = ("query", "lesion", "modality", "anatomy", "source", "reasoning", "patient", "name")
 COLUMNS = ("image", "mask", *_TEXTS)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
-from segrl.data.formats.writing import ImageFiles, rows_of_images, save_mask
+from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
-from segrl.geometry.mask_images import read_mask_file
+from segrl.geometry.mask_images import read_mask_file, write_mask_image
 
 __all__ = ["divided", "read_pairs", "write_pairs"]
 
@@ -166,6 +166,6 @@ def write_pairs(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -> dict
             image, new = files.add(row, row.split, "{}_image" if reserved else "{}")
             if not new:
                 raise DataError(f"{row.name}: has several rows, and pairs hold one mask for each image; export coco")
-            save_mask(row.mask, home / image.with_name(f"{image.stem}_mask.png"))
+            write_mask_image(home / image.with_name(f"{image.stem}_mask.png"), row.mask)
             counts[row.split] += 1
     return dict(sorted(counts.items()))

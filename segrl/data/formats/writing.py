@@ -1,4 +1,4 @@
-"""Files that writers of layouts share: images under free names, masks, and rows that a layout has a place for."""
+"""Files that writers of layouts share: images under free names, and rows that a layout has a place for."""
 
 # H, W pixels of an image
 
@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from PIL import Image
 from rich.progress import track
 
@@ -16,7 +15,7 @@ from segrl.data.formats.rows import FormatRow, ScanRow, free_name
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import read_image
 
-__all__ = ["ImageFiles", "rows_of_images", "save_mask"]
+__all__ = ["ImageFiles", "rows_of_images"]
 
 
 class ImageFiles:
@@ -26,6 +25,7 @@ class ImageFiles:
         home: The folder.
 
     Example:
+        >>> import numpy as np
         >>> files = ImageFiles(Path("images_of_rows"))
         >>> row = FormatRow(Image.new("RGB", (2, 2)), np.eye(2, dtype=bool), "a b.jpg", "train")
         >>> [(path.as_posix(), new) for path, new in (files.add(row, "train"), files.add(row, "train"))]
@@ -66,12 +66,6 @@ class ImageFiles:
             row.image.save(target)
         self._files[key] = path
         return path, True
-
-
-def save_mask(mask: np.ndarray, path: Path) -> None:
-    """Write a mask (H, W) as PNG of 0 and 255."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
 
 
 def rows_of_images(

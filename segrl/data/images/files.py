@@ -80,12 +80,10 @@ def load_image(source: Any, *, modality: str = "", intensity: str = "") -> Loade
     if source.dtype == np.uint8:
         _no_intensity("image", intensity)
         return LoadedImage(Image.fromarray(source[..., 0] if source.ndim == 3 and grey else source).convert("RGB"))
-    return scaled_image(source.reshape(source.shape[:2]), "image", modality=modality, intensity=intensity)
+    return _scaled(source.reshape(source.shape[:2]), "image", modality=modality, intensity=intensity)
 
 
-def scaled_image(
-    pixels: np.ndarray, where: str, *, name: str = "", modality: str = "", intensity: str = ""
-) -> LoadedImage:
+def _scaled(pixels: np.ndarray, where: str, *, name: str = "", modality: str = "", intensity: str = "") -> LoadedImage:
     """Scale grey pixels (H, W) of any real type to 8 bits.
 
     Raises:
@@ -108,7 +106,7 @@ def scaled_image(
 def _opened(source: Any, where: str, name: str, modality: str, intensity: str) -> LoadedImage:
     with open_image(source, where) as image:
         if image.mode[0] in "IF":
-            return scaled_image(np.asarray(image), where, name=name, modality=modality, intensity=intensity)
+            return _scaled(np.asarray(image), where, name=name, modality=modality, intensity=intensity)
     _no_intensity(where, intensity)
     return LoadedImage(read_image(source, where), name)
 
@@ -120,7 +118,7 @@ def _dicom(path: Path, modality: str, intensity: str) -> LoadedImage:
     if not intensity and frame.window is not None:
         intensity = str(Intensity("window", *frame.window))
     kind = modality or frame.modality
-    loaded = scaled_image(frame.pixels, str(path), name=str(path), modality=kind, intensity=intensity)
+    loaded = _scaled(frame.pixels, str(path), name=str(path), modality=kind, intensity=intensity)
     return replace(loaded, image=ImageOps.invert(loaded.image)) if frame.inverted else loaded
 
 

@@ -32,7 +32,7 @@ from segrl.predictions.json_answers import BOX_LIST_KEY, SLICE_KEY
 from segrl.predictions.prompt_settings import VolumePromptSettings
 from segrl.predictions.target import METADATA_COLUMNS
 
-__all__ = ["build_volume_prompt", "format_slice_answer", "prepare_volumes"]
+__all__ = ["NOTHING", "build_volume_prompt", "format_slice_answer", "prepare_volumes"]
 
 _COLUMNS = ("scan", "label", "label_value", "intensity", *METADATA_COLUMNS)
 _THIRDS = ("lowest", "middle", "highest")

@@ -1,4 +1,4 @@
-"""How each evaluator scores rows, step by step as in its source; `published.py` names the sources and their rules."""
+"""Scores of rows by each evaluator, step by step as in its source; `published.py` names the sources and their rules."""
 
 # I, U, P, T: pixels (of volumes voxels) of intersection, union, prediction and truth of one row; N rows
 
