@@ -18,7 +18,7 @@ Reply = Callable[[dict[str, Any], int], Any]  # of a request and the number of i
 
 
 class Fault:
-    """What a server does instead of answering: HTTP status, pause, raw body, finish reason or refusal."""
+    """Behaviour of a server instead of an answer: HTTP status, pause, raw body, finish reason or refusal."""
 
     def __init__(self, status: int = 200, *, pause: float = 0.0, body: bytes = b"", finish: str = "stop",
                  refusal: str | None = None, text: str = "", code: str | None = None) -> None:  # fmt: skip

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from segrl.cli.main import main
 from segrl.curation import (
     Case,
     CommitteeSettings,
+    CurationSettings,
+    DifficultySettings,
     PublishSettings,
     SuspectSettings,
     TailSettings,
+    find_difficulty,
     find_tail,
     publish_cases,
     select_cases,
@@ -26,7 +29,10 @@ from segrl.curation import (
 )
 from segrl.curation.committee import case_folds, committee_jobs, run_committee
 from segrl.curation.duplicates import near_duplicates
+from segrl.curation.json_lines import write_json_lines
 from segrl.curation.publish import FinalText, read_final_texts
+from segrl.curation.report import errors_figure
+from segrl.curation.stages import claim_build
 from segrl.curation.suspects import find_suspects, read_rejected, write_suspects
 from segrl.data import load_split
 from segrl.errors import DataError, SegRLError
@@ -195,13 +201,12 @@ def test_patients_and_near_duplicates_are_in_one_fold(tmp_path):
         case_folds(cases, replace(TINY, folds=12))
 
 
-def test_blocks_of_distances_are_those_of_all_pairs(monkeypatch):
-    noise = [np.random.default_rng(n // 2).integers(0, 255, (32, 32), dtype=np.uint8) for n in range(9)]
-    images = list(map(Image.fromarray, noise))
-    whole = near_duplicates(images, 8)
-    monkeypatch.setattr("segrl.curation.duplicates._BLOCK", 2)
-    assert near_duplicates(images, 8) == whole == [0, 0, 1, 1, 2, 2, 3, 3, 4]
-    assert near_duplicates(images, -1) == list(range(9))
+def test_duplicates_far_apart_are_found():
+    """More images than distances of are in memory at once, each of them like one in another block or in its own."""
+    noise = [np.random.default_rng(n).integers(0, 255, (32, 32), dtype=np.uint8) for n in range(600)]
+    images = [Image.fromarray(noise[n % 600]) for n in range(1200)]
+    assert near_duplicates(images, 8) == [n % 600 for n in range(1200)]
+    assert near_duplicates(images[:9], -1) == list(range(9))
     with pytest.raises(DataError, match="no images"):
         near_duplicates([], 8)
 
@@ -310,6 +315,27 @@ def test_final_texts(tmp_path):
         read_final_texts(tmp_path)
 
 
+def test_a_separator_of_lines_inside_of_a_text_ends_no_row(tmp_path):
+    rows = [{"id": name, "status": "accepted", "query": f"a{sign}b"} for name, sign in (("x", "\u2028"), ("y", "\x85"))]
+    write_json_lines(tmp_path / "judgements.jsonl", rows)
+    assert read_final_texts(tmp_path) == {row["id"]: FinalText(row["query"], scores={}) for row in rows}
+
+
+def test_the_curve_of_a_report_has_the_area_of_what_was_fitted():
+    errors = np.array([*two_kinds(), *[1.0] * 30])
+    tail = asdict(find_tail(errors))
+    axes = errors_figure([{"source": "a", "cases": 230, "selected": 90, "tail": tail}], {"a": errors}).axes[0]
+    x, y = axes.lines[0].get_data()
+    assert np.trapezoid(y, x) == pytest.approx(0.04 * ((errors >= tail["start"]) & (errors < 1)).sum())
+
+
+def test_sources_that_would_share_a_folder_are_refused(tmp_path):
+    cases = [*make_cases(tmp_path, 2, "a b"), *make_cases(tmp_path, 2, "A_b")]
+    with pytest.raises(DataError, match="'a b' and 'A_b' would share a folder"):
+        find_difficulty(cases, DifficultySettings(committee=TINY), tmp_path / "build")
+    assert not (tmp_path / "build").exists()
+
+
 # the command
 
 
@@ -352,9 +378,21 @@ def test_the_command_builds_and_goes_on(settings_file, tmp_path, capsys):
 
 
 def test_a_folder_that_is_no_build_is_refused(settings_file, tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("mine")
+    (tmp_path / "mine/deeper").mkdir(parents=True)
+    for name in ("notes.txt", "deeper/.draft.tmp"):
+        (tmp_path / "mine" / name).write_text("mine")
     assert main(["curate", "difficulty", str(settings_file), "--build", str(tmp_path / "mine")]) == 2
     assert "no build of segrl curate" in capsys.readouterr().err
+    assert (tmp_path / "mine/deeper/.draft.tmp").read_text() == "mine"
+    assert main(["curate", "difficulty", str(settings_file), "--build", str(tmp_path / "mine/notes.txt")]) == 2
+    assert "is no folder" in capsys.readouterr().err
     assert main(["curate", "publish", str(settings_file)]) == 2
     assert "run the stage difficulty first" in capsys.readouterr().err
+
+
+def test_a_build_that_was_killed_at_its_first_file_goes_on(tmp_path):
+    (tmp_path / "curate.yaml").write_text("sources: [{path: pairs, licence: MIT}]")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/.curation.json.7.tmp").write_text("{")
+    claim_build(CurationSettings.read(tmp_path / "curate.yaml"), tmp_path / "build")
+    assert [path.name for path in (tmp_path / "build").iterdir()] == ["curation.json"]

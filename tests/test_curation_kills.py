@@ -58,7 +58,8 @@ def killed_builds(home: Path, kills: int, count: int) -> None:
                 process.send_signal(signal.SIGKILL)
                 done += 1
             process.wait()
-            time.sleep(0.2)  # the server sends what is under way
+            while server.at_once:  # the server sends what is under way
+                time.sleep(0.003)
             for request in server.requests[before:]:
                 assert not any(code(request) in text for text in stored), "asked for an answer that was on disk"
             repeats.append(sum(count - 1 for count in server.sent.values()) - twice)

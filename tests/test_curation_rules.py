@@ -226,6 +226,8 @@ def test_settings_out_of_range():
     for settings in wrong:
         with pytest.raises(SegRLError, match=next(iter(settings))):
             RuleSettings(**settings)
+    with pytest.raises(UnknownNameError, match="language 'english'"):
+        RuleSettings(language="english")
     with pytest.raises(UnknownNameError, match="kind of fault 'spelling'"):
         plant(GOOD, CYST, "spelling", random.Random(0))
 

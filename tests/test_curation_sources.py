@@ -1,7 +1,9 @@
 """Sources of a build read into cases, and the settings file."""
 
+import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,36 @@ def test_scans_become_slices_with_their_position(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "build").rglob("*")} == before
 
 
+def test_scans_of_one_name_stay_apart(tmp_path):
+    home, rows = write_scans(tmp_path / "scans"), []
+    for number in range(8):
+        files = {"image": f"case{number}/scan.nii.gz", "label": f"case{number}/label.nii.gz"}
+        (home / f"case{number}").mkdir()
+        for part, path in files.items():
+            (home / f"{part}s/s{number}.nii.gz").rename(home / path)
+        rows.append({**files, "lesion": "tumour", "modality": "MRI"})
+    write_manifest(home, rows)
+    cases = load(tmp_path / "build", home)
+    assert list(dict.fromkeys(case.patient for case in cases)) == ["scan", *(f"scan_{n}" for n in range(1, 8))]
+    assert len({case.image.read_bytes() for case in cases}) == 24
+
+
+def test_merged_masks_of_names_that_look_alike_stay_apart(tmp_path):
+    home = write_set(tmp_path / "mine")
+    rows = list(csv.DictReader((home / "manifest.csv").read_text().splitlines()))
+    for row in rows:
+        number = int(row["image"].split("_")[1].removesuffix(".png"))
+        extra = np.zeros((24, 20), np.uint8)
+        extra[0, number] = 255
+        Image.fromarray(extra).save(home / f"masks/extra{number}.png")
+        row["mask"] += f";masks/extra{number}.png"
+        row["name"] = "a b" if number == 0 else "a_b" if number == 1 else str(number)
+    write_manifest(home, rows)
+    cases = load(tmp_path / "build", home)
+    for number, case in enumerate(cases):
+        assert np.flatnonzero(read_mask_file(case.mask)[0]).tolist() == [number], case.name
+
+
 def test_half_a_conversion_is_made_again(tmp_path):
     half = tmp_path / "build/sources/.scans.partial"
     half.mkdir(parents=True)
@@ -148,8 +180,9 @@ def test_no_masks_are_refused(tmp_path):
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
     source = SourceSettings(path=tmp_path / "mine", licence="MIT")
-    with pytest.raises(DataError, match="names occur twice"):
-        load_sources((source, source), tmp_path)
+    for names in (("mine", "Mine"), ("a b", "a_b")):  # the folder of what is converted is one
+        with pytest.raises(DataError, match="names occur twice"):
+            load_sources(tuple(replace(source, name=name) for name in names), tmp_path)
 
 
 @pytest.mark.parametrize(

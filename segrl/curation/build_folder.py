@@ -17,16 +17,18 @@ __all__ = ["build_lock"]
 def build_lock(build: Path) -> Iterator[None]:
     """Keep other processes out of a build folder, which is made if it is absent. A killed process keeps nobody out.
 
-    Stages take it, and so does a command that runs several of them: in one process the lock is the same.
+    Stages take it, and so do the functions that they call: in one process the lock is the same.
 
     Raises:
-        SegRLError: Another process works there.
+        SegRLError: Another process works there, or it is no folder.
 
     Example:
         >>> with build_lock(Path("build")), build_lock(Path("build")):
         ...     Path("build").is_dir()
         True
     """
+    if build.exists() and not build.is_dir():
+        raise SegRLError(f"{build}: is no folder; pass another --build")
     build.mkdir(parents=True, exist_ok=True)
     lock = FileLock(build.absolute() / ".lock", is_singleton=True)
     try:

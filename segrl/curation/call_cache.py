@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS spent (model TEXT PRIMARY KEY, calls INTEGER NOT NULL
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call brought.
+    """Result of a call.
 
     Attributes:
         status: "answered"; "truncated" at the limit of tokens, "refused" or "empty", which arrived as well and are kept

@@ -36,7 +36,7 @@ class BudgetError(SegRLError):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What a model is asked.
+    """Question to a model.
 
     Attributes:
         text: The prompt.
@@ -242,7 +242,7 @@ def _read(endpoint: Endpoint, response: Any) -> Answer:
     if not choices:
         return Answer("failed", "", f"the server's response has no choices: {str(response)[:200]}")
     message, finish = choices[0].message, choices[0].finish_reason
-    text, refusal = message.content or "", getattr(message, "refusal", None)
+    text, refusal = _whole(message.content or ""), _whole(getattr(message, "refusal", None) or "")
     usage = getattr(response, "usage", None)
     tokens = (getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
     counts = {"tokens_in": tokens[0], "tokens_out": tokens[1], "cost": endpoint.cost(*tokens)}
@@ -253,6 +253,11 @@ def _read(endpoint: Endpoint, response: Any) -> Answer:
     if not text.strip():
         return Answer("empty", text, f"empty answer (finish_reason {finish!r})", **counts)
     return Answer("answered", text, **counts)
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters, which no file can hold: servers that cut off at a limit may send one."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _said(error: BaseException) -> str:

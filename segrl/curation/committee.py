@@ -35,7 +35,15 @@ from segrl.geometry.mask_images import read_mask_file
 from segrl.geometry.masks import mask_to_rle, resize_mask
 from segrl.metrics.overlap import dice
 
-__all__ = ["CommitteeSettings", "Membership", "case_folds", "committee_jobs", "run_committee"]
+__all__ = [
+    "CommitteeSettings",
+    "Membership",
+    "case_folds",
+    "case_groups",
+    "committee_jobs",
+    "group_folds",
+    "run_committee",
+]
 
 _CHANNELS = (64, 32, 16, 16, 16)  # of the decoder: a quarter of the package's default
 _HELD_BACK = 0.15  # of the groups of the training folds, which stop the training
@@ -128,10 +136,28 @@ def case_folds(cases: Sequence[Case], settings: CommitteeSettings) -> tuple[list
     Raises:
         DataError: Fewer groups than folds.
     """
+    groups = case_groups(cases, settings)
+    return groups, group_folds(cases, groups, settings)
+
+
+def case_groups(cases: Sequence[Case], settings: CommitteeSettings) -> list[int]:
+    """Return (n,) the number of the group of every case: patients, equal images and near-duplicates are in one group.
+
+    Raises:
+        DataError: No cases, or an image that cannot be read.
+    """
     images = [read_image(case.image, f"image {case.image}") for case in cases]
     looks = near_duplicates(images, settings.near)
     patients = [f"{case.source}: {case.patient}" if case.patient else number for number, case in enumerate(cases)]
-    groups = joined(looks, patients, [str(case.image) for case in cases])
+    return joined(looks, patients, [str(case.image) for case in cases])
+
+
+def group_folds(cases: Sequence[Case], groups: Sequence[int], settings: CommitteeSettings) -> list[set[int]]:
+    """Divide groups of cases into folds, and return the numbers of the cases of each.
+
+    Raises:
+        DataError: Fewer groups than folds.
+    """
     count = len(set(groups))
     if count < settings.folds:
         raise DataError(
@@ -139,7 +165,7 @@ def case_folds(cases: Sequence[Case], settings: CommitteeSettings) -> tuple[list
             f"{settings.folds} or more: lower folds, or near={settings.near} if they do not look alike"
         )
     keys = [content_key(case.id, settings.seed) for case in cases]
-    return groups, balanced_folds(groups, [case.lesion for case in cases], keys, settings.folds)
+    return balanced_folds(groups, [case.lesion for case in cases], keys, settings.folds)
 
 
 def committee_jobs(cases: Sequence[Case], settings: CommitteeSettings, folder: Path) -> list[Membership]:

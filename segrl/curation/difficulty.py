@@ -9,7 +9,6 @@ It writes into `build/difficulty`: a file for each training, `errors.jsonl`, `th
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,15 +17,28 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from segrl.curation.case import Case, read_cases, write_atomically, write_cases
+from segrl.curation.case import Case, read_cases, write_cases
 from segrl.curation.committee import CommitteeSettings, Membership, committee_jobs, run_committee
+from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.suspects import SuspectSettings, find_suspects, write_suspects
 from segrl.curation.tails import Tail, TailSettings, find_tail, vote
+from segrl.data.formats.rows import plain_name
 from segrl.errors import DataError
 from segrl.reports.results_file import write_results
 from segrl.reports.terminal import console
 
-__all__ = ["DifficultySettings", "SetDifficulty", "find_difficulty", "read_errors", "read_selected", "select_cases"]
+__all__ = [
+    "FOLDER",
+    "SCORED",
+    "SELECTED",
+    "THRESHOLDS",
+    "DifficultySettings",
+    "SetDifficulty",
+    "find_difficulty",
+    "read_errors",
+    "read_selected",
+    "select_cases",
+]
 
 FOLDER, ERRORS, THRESHOLDS = "difficulty", "errors.jsonl", "thresholds.json"
 SCORED, SELECTED = "scored.jsonl", "selected.jsonl"
@@ -53,7 +65,7 @@ class DifficultySettings:
 
 @dataclass(frozen=True)
 class SetDifficulty:
-    """What was found for one set.
+    """Findings about one set.
 
     Attributes:
         source: The set.
@@ -105,24 +117,23 @@ def find_difficulty(cases: Sequence[Case], settings: DifficultySettings, build: 
     if not cases:
         raise DataError("no cases; expected at least one")
     home = build / FOLDER
-    jobs = {}
-    for source in dict.fromkeys(case.source for case in cases):
-        own = [case for case in cases if case.source == source]
-        jobs[source] = committee_jobs(own, settings.committee, home / re.sub(r"[^\w.+-]+", "_", source))
+    jobs: list[Membership] = []
+    for source, folder in _folders(cases, home).items():
+        jobs += committee_jobs([case for case in cases if case.source == source], settings.committee, folder)
     with Progress(console=console(stderr=True)) as bar:
-        task = bar.add_task("committee", total=sum(map(len, jobs.values())))
-        for job in run_committee([job for found in jobs.values() for job in found]):
+        task = bar.add_task("committee", total=len(jobs))
+        for job in run_committee(jobs):
             bar.update(task, advance=1, description=f"committee, {job.cases[0].source}")
     predictions = {case.id: {} for case in cases}
-    for job in (job for found in jobs.values() for job in found):
+    for job in jobs:
         for identity, found in _read(job).items():
             predictions[identity][job.member] = found
     errors = {
         identity: [found[member]["error"] for member in range(len(settings.committee.encoders))]
         for identity, found in predictions.items()
     }
-    lines = (json.dumps({"id": case.id, "source": case.source, "errors": errors[case.id]}) for case in cases)
-    write_atomically(home / ERRORS, "".join(f"{line}\n" for line in lines))
+    rows = ({"id": case.id, "source": case.source, "errors": errors[case.id]} for case in cases)
+    write_json_lines(home / ERRORS, rows)
     found = select_cases(cases, errors, settings.tail, build)
     masks = {identity: [found[member]["mask"] for member in sorted(found)] for identity, found in predictions.items()}
     suspects = find_suspects(cases, masks, errors, settings.suspects)
@@ -186,21 +197,14 @@ def read_errors(build: Path) -> dict[str, list[float]]:
     Example:
         >>> read_errors(Path("no/build"))
         Traceback (most recent call last):
-        segrl.errors.DataError: no/build/difficulty/errors.jsonl: cannot be read; run the stage difficulty first
+        segrl.errors.DataError: no/build/difficulty/errors.jsonl: cannot be read (No such file or directory); run the \
+stage `difficulty` first
     """
-    path = build / FOLDER / ERRORS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read; run the stage difficulty first") from error
-    found = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            found[str(row["id"])] = [float(value) for value in row["errors"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: damaged ({error}); run the stage difficulty again") from error
-    return found
+
+    def read(row: Any) -> tuple[str, list[float]]:
+        return str(row["id"]), [float(value) for value in row["errors"]]
+
+    return dict(read_json_lines(build / FOLDER / ERRORS, read, "difficulty"))
 
 
 def read_selected(build: Path) -> list[Case]:
@@ -212,6 +216,16 @@ def read_selected(build: Path) -> list[Case]:
     if not (build / SELECTED).is_file():
         raise DataError(f"{build / SELECTED}: no such file; run the stage difficulty first")
     return read_cases(build / SELECTED)
+
+
+def _folders(cases: Sequence[Case], home: Path) -> dict[str, Path]:
+    """The folder of the trainings of each source; names that differ in signs or capitals alone would share one."""
+    known: dict[str, str] = {}
+    for source in dict.fromkeys(case.source for case in cases):
+        other = known.setdefault(plain_name(source).casefold(), source)
+        if other != source:
+            raise DataError(f"sources {other!r} and {source!r} would share a folder; rename one of them")
+    return {source: home / plain_name(source) for source in known.values()}
 
 
 def _pooled(own: Sequence[Case], scored: Sequence[Case], settings: TailSettings) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def map_async(
                     return
                 try:
                     results[number] = await function(item)
-                except Exception as error:
+                except Exception as error:  # of any kind: raised below, when those under way have ended
                     errors.append(error)
                     return
                 done()

@@ -1,4 +1,4 @@
-"""What is known of a case without a look at the image: metadata, and what its mask says in words."""
+"""Facts of a case that need no look at the image: metadata, and its mask in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COUNTED = 0.1  # components below this share of the largest one's box are crumb
 
 @dataclass(frozen=True)
 class Facts:
-    """What a text must agree with.
+    """Facts that a text must agree with.
 
     Attributes:
         lesion: Name of the lesion.

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from segrl.curation.build_folder import build_lock
 from segrl.curation.call_cache import CallCache
@@ -17,6 +17,7 @@ from segrl.curation.case import Case, write_atomically
 from segrl.curation.endpoints import Endpoint
 from segrl.curation.engine import map_async
 from segrl.curation.facts import Facts, read_facts
+from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.judge_quality import judge_agreement, judge_calibration
 from segrl.curation.judges import Judge, JudgeSettings, ModelJudge, RuleJudge, Verdict, check_judge
 from segrl.curation.prompts import read_prompts
@@ -57,7 +58,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of the text of one case.
+    """The fate of the text of one case.
 
     Attributes:
         id: Of the case.
@@ -155,8 +156,7 @@ def judge_texts(
         concurrency = max((endpoint.concurrency for endpoint in endpoints), default=2)
         pairs = list(zip(cases, texts, strict=True))
         judgements = map_async(opened, pairs, concurrency=concurrency, title="judgements")
-        lines = "".join(f"{json.dumps(asdict(item), ensure_ascii=False)}\n" for item in judgements)
-        write_atomically(build / JUDGEMENTS, lines)
+        write_json_lines(build / JUDGEMENTS, map(asdict, judgements))
         quality = _quality(cases, judgements, settings, text, build)
         write_atomically(build / JUDGES, json.dumps(quality, indent=2, ensure_ascii=False) + "\n")
     return judgements
@@ -174,21 +174,7 @@ def read_judgements(build: Path) -> list[Judgement]:
         segrl.errors.DataError: no/build/judgements.jsonl: cannot be read (No such file or directory); run the stage \
 `judge` first
     """
-    path = build / JUDGEMENTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({why}); run the stage `judge` first") from error
-    judgements = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rounds = tuple(Round(**{**item, "problems": tuple(item["problems"])}) for item in row["rounds"])
-            judgements.append(Judgement(**{**row, "rounds": rounds}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: no judgement ({error}); run the stage `judge` again") from error
-    return judgements
+    return read_json_lines(build / JUDGEMENTS, _judgement, "judge", "no judgement")
 
 
 async def open_judge(endpoint: Endpoint | None, text: TextSettings, build: Path, stack: AsyncExitStack) -> Judge:
@@ -198,6 +184,11 @@ async def open_judge(endpoint: Endpoint | None, text: TextSettings, build: Path,
     cache = stack.enter_context(CallCache(build / CALLS))
     caller = await stack.enter_async_context(Caller(endpoint, cache))
     return ModelJudge(caller, read_prompts(text.prompts)["judge"], text.outline)
+
+
+def _judgement(row: Any) -> Judgement:
+    rounds = tuple(Round(**{**item, "problems": tuple(item["problems"])}) for item in row["rounds"])
+    return Judgement(**{**row, "rounds": rounds})
 
 
 async def _judge_case(

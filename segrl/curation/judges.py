@@ -114,7 +114,7 @@ take another one, or set allow_same
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of a text.
+    """Scores and remarks of a judge on a text.
 
     Attributes:
         scores: By part, from 0 to 1; empty if there is no verdict.

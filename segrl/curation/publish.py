@@ -14,8 +14,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from segrl.caching.content import content_key
 from segrl.curation.card import dataset_card
 from segrl.curation.case import Case
-from segrl.curation.committee import CommitteeSettings, case_folds
+from segrl.curation.committee import CommitteeSettings, case_groups, group_folds
+from segrl.curation.json_lines import read_json_lines
+from segrl.curation.judgements import JUDGEMENTS
 from segrl.curation.statistics import case_statistics, statistics_figure
+from segrl.curation.texts import TEXTS
 from segrl.data.reasoning import build_query
 from segrl.errors import DataError
 from segrl.geometry.mask_images import read_mask_file
@@ -23,10 +26,9 @@ from segrl.geometry.masks import boxes_from_mask
 from segrl.predictions.frames import Frame
 from segrl.predictions.parsing import format_answer
 
-__all__ = ["FinalText", "PublishSettings", "publish_cases", "read_final_texts"]
+__all__ = ["DATASET", "FinalText", "PublishSettings", "publish_cases", "read_final_texts"]
 
 DATASET, CARD, FIGURE = "dataset", "README.md", "statistics.png"
-_JUDGEMENTS, _TEXTS = "judgements.jsonl", "texts.jsonl"
 _FOLDS = 20  # of which some are the test split
 FEATURES = Features(
     {
@@ -108,18 +110,9 @@ def read_final_texts(build: Path) -> dict[str, FinalText] | None:
         >>> read_final_texts(Path("no/build")) is None
         True
     """
-    for name, good in ((_JUDGEMENTS, "accepted"), (_TEXTS, "written")):
-        path = build / name
-        if path.is_file():
-            last: dict[str, tuple[str, FinalText]] = {}
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                    query, reasoning, answer = (str(row.get(key) or "") for key in ("query", "reasoning", "answer"))
-                    text = FinalText(query, reasoning, answer, dict(row.get("scores") or {}))
-                    last[str(row["id"])] = str(row["status"]), text
-                except (ValueError, TypeError, KeyError) as error:
-                    raise DataError(f"{path}, line {number}: damaged ({error}); run its stage again") from error
+    for name, good, stage in ((JUDGEMENTS, "accepted", "judge"), (TEXTS, "written", "write")):
+        if (build / name).is_file():
+            last = dict(read_json_lines(build / name, _final_text, stage))
             return {identity: text for identity, (status, text) in last.items() if status == good}
     return None
 
@@ -177,12 +170,16 @@ def publish_cases(
     return counts
 
 
+def _final_text(row: Any) -> tuple[str, tuple[str, FinalText]]:
+    query, reasoning, answer = (str(row.get(key) or "") for key in ("query", "reasoning", "answer"))
+    return str(row["id"]), (str(row["status"]), FinalText(query, reasoning, answer, dict(row.get("scores") or {})))
+
+
 def _test_split(cases: Sequence[Case], settings: PublishSettings, committee: CommitteeSettings) -> set[str]:
     """The ids of the cases of the test split: some of many folds, so that lesions are spread over both splits."""
-    most = min(_FOLDS, len(cases))
-    groups, _ = case_folds(cases, replace(committee, folds=2, seed=settings.seed))
-    count = min(most, len(set(groups)))
-    _, folds = case_folds(cases, replace(committee, folds=count, seed=settings.seed))
+    groups = case_groups(cases, committee)
+    count = max(2, min(_FOLDS, len(set(groups))))
+    folds = group_folds(cases, groups, replace(committee, folds=count, seed=settings.seed))
     wanted = min(count - 1, max(1, round(count * settings.test_fraction)))
     return {cases[n].id for fold in folds[:wanted] for n in fold}
 

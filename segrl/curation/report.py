@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from segrl.curation.case import Case, read_cases, write_atomically
 from segrl.curation.difficulty import FOLDER, SCORED, SELECTED, THRESHOLDS
+from segrl.curation.json_lines import read_json_lines
 from segrl.curation.publish import DATASET, FinalText, read_final_texts
 from segrl.curation.statistics import case_statistics, statistics_figure
 from segrl.curation.suspects import LIST, SHEET, read_rejected
@@ -18,7 +18,7 @@ from segrl.errors import DataError
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 from segrl.models.saved_files import read_object
-from segrl.reports.drawing import draw_overlay
+from segrl.reports.drawing import draw_overlay, drawn_size
 from segrl.reports.page import element, figure_picture, html_page, link_list, picture, section, text_table
 
 __all__ = ["errors_figure", "threshold_rows", "write_build_report"]
@@ -122,7 +122,7 @@ def errors_figure(sets: Sequence[Mapping[str, Any]], votes: Mapping[str, np.ndar
         axes.set_ylabel("cases")
         if tail["start"] is not None and tail["start_alpha"] is not None:
             grid = np.linspace(tail["start"], 1, 200)
-            beyond = float((errors >= tail["start"]).sum())
+            beyond = float(((errors >= tail["start"]) & (errors < 1)).sum())  # as in the fit
             density = (grid / tail["start"]) ** -tail["start_alpha"]
             area = float(np.sum((density[1:] + density[:-1]) / 2 * np.diff(grid)))
             label = f"fit, exponent {tail['start_alpha']:.2f}"
@@ -156,7 +156,11 @@ def _errors(sets: Sequence[Mapping[str, Any]], scored: Sequence[Case]) -> str:
 
 def _suspects(home: Path) -> list[str]:
     path = home / FOLDER / LIST
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def read(row: Any) -> list[str]:
+        return [str(row["id"]), _number(row["agreement"]), _number(row["error"])]
+
+    rows = read_json_lines(path, read, "difficulty") if path.is_file() else []
     if not rows:
         return [element("p", text="The committee contradicts no mask while it agrees with itself.")]
     said = (
@@ -164,8 +168,7 @@ def _suspects(home: Path) -> list[str]:
         f"and save the answers as {FOLDER}/answers.csv: rejected cases are not published. Rejected so far: "
         f"{len(read_rejected(home / FOLDER))}."
     )
-    shown = [[row["id"], _number(row["agreement"]), _number(row["error"])] for row in rows]
-    return [element("p", text=said), text_table(("case", "agreement", "error"), shown)]
+    return [element("p", text=said), text_table(("case", "agreement", "error"), rows)]
 
 
 def _texts(selected: Sequence[Case], texts: Mapping[str, FinalText] | None) -> list[str]:
@@ -179,9 +182,7 @@ def _texts(selected: Sequence[Case], texts: Mapping[str, FinalText] | None) -> l
 
 def _sample(case: Case, text: FinalText) -> str:
     image = read_image(case.image, str(case.image))
-    scale = _SIDE / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    drawn = draw_overlay(image, size, target=read_mask_file(case.mask, str(case.mask)))
+    drawn = draw_overlay(image, drawn_size(image, _SIDE), target=read_mask_file(case.mask, str(case.mask)))
     scores = ", ".join(f"{name} {value}" for name, value in (text.scores or {}).items())
     words = [
         element("p", element("b", text=text.query)),

@@ -13,7 +13,15 @@ from segrl.curation.packages import require
 from segrl.curation.rule_positions import split_sentences
 from segrl.errors import unknown_name
 
-__all__ = ["find_annotation", "find_chatter", "find_format", "find_language", "find_repetition", "repeated_sentences"]
+__all__ = [
+    "LANGUAGES",
+    "find_annotation",
+    "find_chatter",
+    "find_format",
+    "find_language",
+    "find_repetition",
+    "repeated_sentences",
+]
 
 _FORMAT = re.compile(
     r"</?\|?[A-Za-z_][\w|]{0,30}/?>|<\|"  # tags
@@ -47,7 +55,7 @@ _SCRIPT = {
     **{"fa": "ARABIC", "hi": "DEVANAGARI", "he": "HEBREW", "th": "THAI", "el": "GREEK"},
 }
 # Languages that a sentence may be taken for; of the 140 that the model knows, many are close to medical English.
-_LANGUAGES = tuple(
+LANGUAGES = tuple(
     "en de fr es it pt nl pl ru uk tr vi id sv da cs ro hu el zh ja ko ar hi fa he th".split()  # noqa: SIM905
 )
 # Words that none of the others has.
@@ -126,8 +134,8 @@ def find_language(text: str, language: str) -> str:
         >>> find_language("It is dark. Der Befund ist gut vom umgebenden Gewebe abgegrenzt.", "en")
         'Der Befund ist gut vom umgebenden Gewebe abgegrenzt.'
     """
-    if language not in _LANGUAGES:
-        raise unknown_name("language", language, _LANGUAGES)
+    if language not in LANGUAGES:
+        raise unknown_name("language", language, LANGUAGES)
     for sentence in split_sentences(re.sub(r"([。！？])", r"\1 ", text)):
         letters = [letter for letter in sentence if letter.isalpha()]
         foreign = sum(not _is_own(letter, language) for letter in letters)
@@ -219,5 +227,5 @@ def _is_own(letter: str, language: str) -> bool:
 def _identifier() -> Any:
     langid = require("py3langid.langid")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
-    identifier.set_languages(_LANGUAGES)
+    identifier.set_languages(LANGUAGES)
     return identifier

@@ -13,6 +13,7 @@ from segrl.curation.facts import Facts
 from segrl.curation.rule_facts import find_contradictions, lesion_nouns
 from segrl.curation.rule_positions import find_positions, remove_positions
 from segrl.curation.rule_words import (
+    LANGUAGES,
     find_annotation,
     find_chatter,
     find_format,
@@ -20,7 +21,7 @@ from segrl.curation.rule_words import (
     find_repetition,
     repeated_sentences,
 )
-from segrl.errors import SegRLError
+from segrl.errors import SegRLError, unknown_name
 
 __all__ = ["PROBLEMS", "CheckedText", "RuleSettings", "check_corpus", "check_text"]
 
@@ -33,7 +34,7 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSettings:
-    """What the rules ask of a text.
+    """Demands of the rules on a text.
 
     Attributes:
         min_words: Fewest words.
@@ -42,7 +43,7 @@ class RuleSettings:
         repeated_share: A sentence in more than this share of the texts is boilerplate, and so is a text of little else.
 
     Raises:
-        SegRLError: A number out of range.
+        SegRLError: A number out of range, or a language that is not known.
 
     Example:
         >>> RuleSettings().min_words
@@ -59,6 +60,8 @@ class RuleSettings:
             raise SegRLError(
                 f"min_words={self.min_words}, max_words={self.max_words}; expected 1 <= min_words <= max_words"
             )
+        if self.language not in LANGUAGES:
+            raise unknown_name("language", self.language, LANGUAGES)
         if not 0 < self.repeated_share <= 1:
             raise SegRLError(f"repeated_share={self.repeated_share}; expected a share above 0, at most 1")
 

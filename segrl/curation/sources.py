@@ -21,10 +21,11 @@ from datasets import Image
 from PIL import Image as PILImage
 from rich.progress import track
 
+from segrl.caching.content import content_key
 from segrl.curation.case import Case, case_id
 from segrl.data import formats
 from segrl.data.csv_files import read_csv
-from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
+from segrl.data.formats.rows import FormatRow, ScanRow, free_name, plain_name, write_rows
 from segrl.data.images.folder import load_folder
 from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.folder import load_volumes
@@ -137,7 +138,7 @@ def load_sources(sources: tuple[SourceSettings, ...], build: str | Path) -> Load
         >>> len(found.cases), found.left_out
         (20, {})
     """
-    titles = Counter(source.title.casefold() for source in sources)
+    titles = Counter(plain_name(source.title).casefold() for source in sources)  # of their folders
     twice = [title for title, count in titles.items() if count > 1]
     if twice:
         raise DataError(f"sources: {len(twice)} names occur twice, such as {twice[0]!r}; give each a name of its own")
@@ -165,11 +166,11 @@ def _rows(source: SourceSettings, build: Path) -> list[dict[str, Any]]:
     """The rows of a source with the paths of their files."""
     folder = source.path
     if source.format != "folder" or _holds_scans(folder):
-        folder = _converted(source, build / "sources" / re.sub(r"[^\w.+-]+", "_", source.title))
+        folder = _converted(source, build / "sources" / plain_name(source.title))
     dataset = load_folder(folder, source.split if folder == source.path else None)
     encoded = dataset.cast_column("image", Image(decode=False)).cast_column("mask", Image(decode=False))
     rows = [dict(row) for row in encoded]  # type: ignore[call-overload]
-    merged = build / "sources" / "merged"
+    merged = build / "sources" / ".merged"  # no name of a source begins so
     for row in rows:
         row["image"] = Path(row["image"]["path"])
         data = row["mask"]["bytes"]
@@ -177,8 +178,7 @@ def _rows(source: SourceSettings, build: Path) -> list[dict[str, Any]]:
             row["mask"] = Path(row["mask"]["path"])
         else:  # several files in one cell
             merged.mkdir(parents=True, exist_ok=True)
-            stem = re.sub(r"[^\w.+-]+", "_", f"{source.title}_{row['name']}_{row['lesion']}")
-            row["mask"] = merged / f"{stem}.png"
+            row["mask"] = merged / f"{content_key(data)}.png"
             row["mask"].write_bytes(data)
     return rows
 
@@ -226,6 +226,8 @@ def _scans(source: SourceSettings) -> Iterator[ScanRow]:
 def _sliced(rows: Iterator[FormatRow | ScanRow], source: SourceSettings) -> Iterator[FormatRow]:
     """Turn scans into slices; images stay as they are."""
     read = CaseReader()
+    stems: dict[Path, str] = {}  # scans in folders of their own may all have one file name
+    taken: set[str] = set()
     for row in rows:
         if isinstance(row, FormatRow):
             yield row
@@ -242,7 +244,9 @@ def _sliced(rows: Iterator[FormatRow | ScanRow], source: SourceSettings) -> Iter
         shown = np.flatnonzero(case.mask.any(axis=(1, 2)))
         # an absent structure is one slice with an empty mask, which is left out and listed as such
         chosen = shown[uniform_slices(len(shown), source.slices)] if len(shown) else [len(case.mask) // 2]
-        stem = row.scan.name.removesuffix(".gz").removesuffix(".nii")
+        if row.scan not in stems:
+            stems[row.scan] = free_name(taken, row.scan.name.removesuffix(".gz").removesuffix(".nii"))
+        stem = stems[row.scan]
         for number in map(int, chosen):
             name = f"{stem}_{number:04d}"
             position = {"volume": row.scan.name, "slice": str(number), "patient": texts.get("patient") or stem}

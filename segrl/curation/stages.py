@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,22 @@ def claim_build(settings: CurationSettings, build: Path) -> None:
     """
     kept = _plain({"sources": settings.sources, "committee": settings.difficulty.committee})
     kept["committee"].pop("processes")  # changes no byte
-    for path in build.rglob(".*.tmp"):  # of a process that was killed while it wrote
-        path.unlink()
-    if (build / MARKER).is_file():
+    marked = (build / MARKER).is_file()
+    if marked:
         known = read_object(build / MARKER)
         for name, value in kept.items():
             if known.get(name) != value:
                 raise DataError(
                     f"{build}: holds a build with other {name}; pass another --build, or restore the settings"
                 )
-        return
-    if build.exists() and (not build.is_dir() or any(path.name != ".lock" for path in build.iterdir())):
-        raise DataError(f"{build}: is not empty, and no build of segrl curate (no {MARKER}); pass another --build")
-    write_results(build / MARKER, kept)
+    elif build.exists():
+        own = {build / ".lock", *build.glob(f".{MARKER}.*.tmp")}
+        if not build.is_dir() or not own.issuperset(build.iterdir()):
+            raise DataError(f"{build}: is not empty, and no build of segrl curate (no {MARKER}); pass another --build")
+    for path in build.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        path.unlink()
+    if not marked:
+        write_results(build / MARKER, kept)
 
 
 def run_difficulty(settings: CurationSettings, build: Path) -> list[SetDifficulty]:
@@ -109,9 +113,7 @@ def run_selection(settings: CurationSettings, build: Path) -> list[SetDifficulty
         Traceback (most recent call last):
         segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
-    _require_build(build)
-    with build_lock(build):
-        claim_build(settings, build)
+    with _claimed(settings, build):
         errors = read_errors(build)
         return select_cases(read_cases(build / CASES), errors, settings.difficulty.tail, build)
 
@@ -144,9 +146,7 @@ def run_writing(settings: CurationSettings, build: Path) -> list[Text]:
         Traceback (most recent call last):
         segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
-    _require_build(build)
-    with build_lock(build):
-        claim_build(settings, build)
+    with _claimed(settings, build):
         return write_texts(selected_cases(build), settings.write, build)
 
 
@@ -162,9 +162,7 @@ def run_judging(settings: CurationSettings, build: Path) -> list[Judgement]:
         Traceback (most recent call last):
         segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
-    _require_build(build)
-    with build_lock(build):
-        claim_build(settings, build)
+    with _claimed(settings, build):
         return judge_texts(selected_cases(build), settings.judge, build, text=settings.write)
 
 
@@ -187,9 +185,7 @@ def run_publish(settings: CurationSettings, build: Path) -> dict[str, int]:
         Traceback (most recent call last):
         segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
-    _require_build(build)
-    with build_lock(build):
-        claim_build(settings, build)
+    with _claimed(settings, build):
         committee = settings.difficulty.committee
         return publish_cases(
             selected_cases(build), read_final_texts(build), settings.publish, build, committee=committee
@@ -199,7 +195,7 @@ def run_publish(settings: CurationSettings, build: Path) -> dict[str, int]:
 def _read_sources(settings: CurationSettings, build: Path) -> None:
     try:
         found = load_sources(settings.sources, build)
-    except Exception:  # whatever is wrong with a source: other settings may be used next
+    except Exception:  # raised again: whatever is wrong with a source, other settings may be used next
         shutil.rmtree(build / "sources", ignore_errors=True)
         (build / MARKER).unlink()
         raise
@@ -207,9 +203,14 @@ def _read_sources(settings: CurationSettings, build: Path) -> None:
     write_cases(build / CASES, found.cases)
 
 
-def _require_build(build: Path) -> None:
+@contextmanager
+def _claimed(settings: CurationSettings, build: Path) -> Iterator[None]:
+    """Hold a build that is there, for one of its later stages."""
     if not (build / MARKER).is_file():
         raise DataError(f"{build}: no build of segrl curate; run the stage difficulty first")
+    with build_lock(build):
+        claim_build(settings, build)
+        yield
 
 
 def _plain(value: Any) -> Any:

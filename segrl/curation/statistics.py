@@ -1,4 +1,4 @@
-"""What a built data set holds: counts and figures, as in CORE-Seg's Fig. 2."""
+"""Content of a built data set: counts and figures, as in CORE-Seg's Fig. 2."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,16 +13,17 @@ from PIL import Image
 
 from segrl.caching.content import content_key
 from segrl.curation.case import Case, write_atomically
+from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.errors import DataError
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 from segrl.geometry.masks import rle_to_mask
 from segrl.metrics.overlap import dice
-from segrl.reports.drawing import draw_overlay
+from segrl.reports.drawing import draw_overlay, drawn_size
 from segrl.reports.page import element, picture
 from segrl.reports.sheet import read_sheet, sheet_page
 
-__all__ = ["Suspect", "SuspectSettings", "find_suspects", "read_rejected", "write_suspects"]
+__all__ = ["LIST", "SHEET", "Suspect", "SuspectSettings", "find_suspects", "read_rejected", "write_suspects"]
 
 SHEET, LIST = "spot_check.html", "suspects.jsonl"
 ANSWERS, CHOICES = "answers.csv", ("accept", "reject")
@@ -107,7 +107,7 @@ def write_suspects(suspects: Sequence[Suspect], masks: Mapping[str, Sequence[Map
         home: Folder.
     """
     rows = [{"id": each.case.id, "agreement": each.agreement, "error": each.error} for each in suspects]
-    write_atomically(home / LIST, "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_json_lines(home / LIST, rows)
     (home / SHEET).unlink(missing_ok=True)
     if suspects:
         questions = [(_heading(each), _pictures(each.case, masks[each.case.id])) for each in suspects]
@@ -132,10 +132,7 @@ def read_rejected(home: Path) -> set[str]:
     """
     if not (home / ANSWERS).is_file():
         return set()
-    try:
-        ids = [str(json.loads(line)["id"]) for line in (home / LIST).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{home / LIST}: cannot be read ({error}); run the stage difficulty again") from error
+    ids = read_json_lines(home / LIST, lambda row: str(row["id"]), "difficulty")
     samples = {str(number): identity for number, identity in enumerate(ids, 1)}
     answers = read_sheet(home / ANSWERS, home, content_key(ids)[:8], samples, CHOICES)
     return {samples[sample] for sample, answer, _ in answers if answer == "reject"}
@@ -148,8 +145,7 @@ def _heading(suspect: Suspect) -> str:
 
 def _pictures(case: Case, masks: Sequence[Mapping[str, Any]]) -> str:
     image = read_image(case.image, str(case.image))
-    scale = _SIDE / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    size = drawn_size(image, _SIDE)
     shared = np.mean([rle_to_mask(mask) for mask in masks], axis=0) >= 0.5
     found = np.asarray(Image.fromarray(shared).resize(image.size, Image.Resampling.NEAREST))
     cells = [

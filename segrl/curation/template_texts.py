@@ -48,7 +48,7 @@ _REASON = (
 
 @dataclass(frozen=True)
 class Appearance:
-    """What the pixels of a lesion show, beside those of the ring around it.
+    """Look of a lesion in its pixels, beside those of the ring around it.
 
     Attributes:
         brightness: "brighter", "darker" or "about as bright".

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from segrl.curation.build_folder import build_lock
 from segrl.curation.call_cache import CallCache
 from segrl.curation.calls import Caller
-from segrl.curation.case import Case, write_atomically
+from segrl.curation.case import Case
 from segrl.curation.endpoints import Endpoint
 from segrl.curation.engine import map_async
 from segrl.curation.facts import Facts, read_facts
+from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.prompts import read_prompts
 from segrl.curation.questions import read_descriptions, write_question
 from segrl.curation.rules import RuleSettings, check_corpus, check_text
@@ -166,8 +165,7 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path) -> l
         texts = [text for text, _ in pairs]
         if settings.writer is not None:  # templates repeat themselves by design
             texts = _without_boilerplate(texts, [facts for _, facts in pairs], settings.rules)
-        lines = "".join(f"{json.dumps(asdict(text), ensure_ascii=False)}\n" for text in texts)
-        write_atomically(build / TEXTS, lines)
+        write_json_lines(build / TEXTS, map(asdict, texts))
     return texts
 
 
@@ -183,20 +181,7 @@ def read_texts(build: Path) -> list[Text]:
         segrl.errors.DataError: no/build/texts.jsonl: cannot be read (No such file or directory); run the stage \
 `write` first
     """
-    path = build / TEXTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({why}); run the stage `write` first") from error
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            texts.append(Text(**{**row, "problems": tuple(row["problems"]), "removed": tuple(row["removed"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: no text ({error}); run the stage `write` again") from error
-    return texts
+    return read_json_lines(build / TEXTS, _text, "write", "no text")
 
 
 async def open_writer(settings: TextSettings, build: Path, stack: AsyncExitStack) -> Writer:
@@ -213,9 +198,8 @@ def fixed_answer(facts: Facts) -> str:
     return format_answer(facts.lesion, list(facts.boxes), Frame("original_px", facts.shape), "")
 
 
-def count_statuses(texts: Sequence[Text]) -> dict[str, int]:
-    """Return how many texts have each status."""
-    return dict(Counter(text.status for text in texts))
+def _text(row: Any) -> Text:
+    return Text(**{**row, "problems": tuple(row["problems"]), "removed": tuple(row["removed"])})
 
 
 def _without_boilerplate(texts: list[Text], facts: Sequence[Facts], rules: RuleSettings) -> list[Text]:

@@ -24,6 +24,7 @@ __all__ = [
     "Colour",
     "draw_legend",
     "draw_overlay",
+    "drawn_size",
     "wrap_text",
 ]
 
@@ -32,6 +33,17 @@ TARGET, PREDICTED, BOX = (40, 220, 90), (230, 40, 40), (255, 220, 0)
 INK, PALE, PAPER, GROUND, FILL_ALPHA = (25, 25, 25), (95, 95, 95), (255, 255, 255), (20, 20, 20), 0.4
 LEGEND = ((TARGET, "ground truth"), (PREDICTED, "prediction"), (BOX, "boxes"))
 DRAWN_CHARACTERS = 1000  # of the start and of the end of a text; more never fits
+
+
+def drawn_size(image: Image.Image, side: int) -> tuple[int, int]:
+    """Return (w, h) of an image whose longest edge is drawn with `side` pixels; each is at least 1.
+
+    Example:
+        >>> drawn_size(Image.new("L", (400, 100)), 200), drawn_size(Image.new("L", (1, 1000)), 200)
+        ((200, 50), (1, 200))
+    """
+    scale = side / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def draw_overlay(

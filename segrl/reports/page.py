@@ -53,8 +53,7 @@ def picture(image: Image.Image, alt: str = "") -> str:
     """
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    return f'<img src="{source}" alt="{html.escape(alt, quote=True)}">'
+    return _embedded(buffer, alt)
 
 
 def figure_picture(figure: Any, alt: str = "") -> str:
@@ -67,8 +66,7 @@ def figure_picture(figure: Any, alt: str = "") -> str:
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    return f'<img src="{source}" alt="{html.escape(alt, quote=True)}">'
+    return _embedded(buffer, alt)
 
 
 def section(title: str, *content: str) -> str:
@@ -110,6 +108,11 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     head = element("tr", *(element("th", text=name) for name in header))
     body = [element("tr", *map(_cell, row)) for row in rows]
     return element("div", element("table", element("thead", head), element("tbody", *body)), class_="wide")
+
+
+def _embedded(file: io.BytesIO, alt: str) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    return f'<img src="{source}" alt="{html.escape(alt, quote=True)}">'
 
 
 def _cell(value: object) -> str:

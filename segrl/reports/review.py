@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from segrl.errors import DataError
 from segrl.geometry.masks import rle_to_mask
 from segrl.models.saved_files import read_object
-from segrl.reports.drawing import draw_overlay
+from segrl.reports.drawing import draw_overlay, drawn_size
 from segrl.reports.page import element, picture
 from segrl.reports.results_file import write_results
 from segrl.reports.sheet import read_sheet, sheet_page
@@ -104,9 +104,7 @@ def _pictures(image: Image.Image, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _drawn(image: Image.Image, mask: np.ndarray | None) -> Image.Image:
-    scale = SIDE / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return draw_overlay(image, size, mask=mask)
+    return draw_overlay(image, drawn_size(image, SIDE), mask=mask)
 
 
 def read_review(folder: str | Path, answers: Sequence[str | Path]) -> dict[str, Any]:
