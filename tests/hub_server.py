@@ -38,7 +38,7 @@ class Repository:
 
 
 class Hub:
-    """What the server knows: users by token, repositories, and large files by their hash."""
+    """State of the server: users by token, repositories, and large files by their hash."""
 
     def __init__(self) -> None:
         self.users = {"hf_alice": "alice", "hf_bob": "bob"}

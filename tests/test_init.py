@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 from plugin_environment import ROOT, fresh_environment
@@ -76,10 +77,16 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     assert "accelerate launch empty/train_grpo.py" in capsys.readouterr().out
 
 
-def test_a_package_without_examples(tmp_path, monkeypatch):
-    monkeypatch.setattr(init, "__file__", str(tmp_path / "site" / "segrl" / "cli" / "init.py"))
-    with pytest.raises(SegRLError, match="the examples are missing; install segrl from its wheel"):
-        examples_folder()
+def test_a_package_without_examples(tmp_path):
+    """A copy of the module in a folder that is laid out as a package, without them."""
+    folder = tmp_path / "site" / "segrl" / "cli"
+    folder.mkdir(parents=True)
+    shutil.copy(init.__file__, folder)
+    with (
+        script_modules(folder) as modules,
+        pytest.raises(SegRLError, match="the examples are missing; install segrl from its wheel"),
+    ):
+        modules["init"].examples_folder()
 
 
 @pytest.mark.slow

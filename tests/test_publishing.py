@@ -34,7 +34,6 @@ RESULTS = {
     "baseline": {"mdice": 0.28, "n": 240, "ci95": {"mdice": [0.27, 0.29]}},
     "stage1": {**SCORES, "mdice": 0.7},
     "stage2": SCORES,
-    "config": {"data": "/home/someone/secret/clinic_a"},
 }
 
 
@@ -44,8 +43,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mine"
     settings = ImagePromptSettings(instruction="Answer <now>.", max_edge=56, max_new_tokens=8)
     ReasoningSegmenter(*tiny_headed_model(), settings).save_pretrained(folder)
-    (folder / "results.json").write_text(json.dumps(RESULTS))
-    marker = {"arguments": {"data": "/home/someone/secret/clinic_a", "preset": "tiny", "model": None}}
+    data = str(folder.parent / "secret" / "clinic_a")
+    (folder / "results.json").write_text(json.dumps({**RESULTS, "config": {"data": data}}))
+    marker = {"arguments": {"data": data, "preset": "tiny", "model": None}}
     (folder / "segrl_run.json").write_text(json.dumps(marker))
     (folder / "predictions.json").write_text('[{"query": "patient Miller"}]')
     Image.new("L", (4, 4)).save(folder / "predictions.png")
@@ -119,8 +119,22 @@ def test_the_card_says_what_it_is(run):
         "`mit`. The licence of [acme/base]",
     ):
         assert part in card, part
-    for hidden in ("/home/", "someone", "secret", "Miller"):
+    for hidden in (str(run.parent), "secret", "Miller"):
         assert hidden not in card
+
+
+def test_a_checkpoint_begins_with_the_model_of_its_run(tmp_path):
+    checkpoint = tmp_path / "mine" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    ImagePromptSettings().save(checkpoint)
+    assert find_base(checkpoint) is None
+    marker = checkpoint.parent / "segrl_run.json"
+    marker.write_text(json.dumps({"arguments": {"model": "acme/base"}}))
+    assert find_base(checkpoint) == find_base(checkpoint.parent) == "acme/base"
+    assert "base_model: acme/base" in model_card(checkpoint, "alice/nodules")
+    marker.write_text("{")
+    with pytest.raises(CheckpointError, match=r"segrl_run\.json"):
+        find_base(checkpoint)
 
 
 def test_a_card_of_a_run_without_results(tmp_path):

@@ -14,15 +14,16 @@ from test_review import browse, in_a_browser
 from segrl.cli.main import main
 from segrl.errors import DataError
 from segrl.geometry import mask_to_rle
+from segrl.predictions import NOT_SHOWN
 from segrl.reports.groups import write_group
 from segrl.reports.history import write_curves
 from segrl.reports.report_answers import reason
-from segrl.reports.run_files import read_run
+from segrl.reports.run_files import RunFiles, read_run
 from segrl.reports.run_report import MOST_BYTES, run_report
 from segrl.reports.svg_curves import svg_panel
 
 
-def answers(count: int, *, volumes: bool = False) -> list[dict[str, Any]]:
+def answers(count: int, *, volumes: bool = False, shift: float = 0.0) -> list[dict[str, Any]]:
     """Records of which the first has no mask, the second a text that cannot be read."""
     target = np.zeros((3, 16, 16) if volumes else (16, 16), dtype=bool)
     target[..., :8, :8] = True
@@ -32,6 +33,8 @@ def answers(count: int, *, volumes: bool = False) -> list[dict[str, Any]]:
         texts = {"name": f"row {n}", "query": f"Where? {HOSTILE}", "text": HOSTILE, "modality": ("CT", "MRI")[n % 2]}
         status = "no_answer" if n == 1 else "valid"
         scores = {"dice": 0.0 if n == 0 else 0.1 * n, "fail": n < 2, "status": status, "boxes": []}
+        if volumes:
+            scores["hd95_mm"] = 2.0 + shift
         found.append({**texts, **scores, "predicted_mask": mask, "target_mask": mask_to_rle(target)})
     return found
 
@@ -137,12 +140,29 @@ def test_two_runs_beside_each_other(tmp_path, capsys):
     assert "not compared sample by sample" in capsys.readouterr().out
 
 
+def test_distances_are_compared_in_millimetres(tmp_path):
+    runs = [make_run(tmp_path / name, volumes=True) for name in ("one", "two")]
+    (runs[1] / "predictions.json").write_text(json.dumps(answers(9, volumes=True, shift=1.5)))
+    assert main(["report", *map(str, runs), "-o", str(tmp_path / "both.html")]) == 0
+    cells = "".join(f"<td>{text}</td>" for text in ("hd95_mm", "2.00", "3.50", "+1.50 [+1.50, +1.50]"))
+    assert cells in (tmp_path / "both.html").read_text()
+
+
+def test_answers_say_which_slice_they_name(tmp_path):
+    found = record()
+    for answer, index in zip(found["answers"], (4, NOT_SHOWN), strict=True):
+        answer["slice"] = index
+    page = run_report([RunFiles(name="run", groups=[(found, None)])])
+    assert 'alt="answer 1 (names slice 5)"' in page
+    assert 'alt="answer 2 (names a slice that was not shown)"' in page
+
+
 def test_a_page_is_smaller_than_20_mb(tmp_path):
     """200 steps, 24 groups of noise, which no format makes small."""
     run = make_run(tmp_path / "run", groups=24, steps=200)
     assert len(run_report([read_run(run)]).encode()) < 5e6
     several = [*read_run(run).groups] * 20
-    page = run_report([read_run(run).__class__(name="run", groups=several)])
+    page = run_report([RunFiles(name="run", groups=several)])
     assert len(page.encode()) < MOST_BYTES
     assert "pictures were left out" in page
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from segrl.cli.output import OK, count, positive, print_json
+from segrl.cli.output import OK, add_command, count, positive, print_json
 
 __all__ = ["add_compare_command"]
 
@@ -13,7 +13,7 @@ __all__ = ["add_compare_command"]
 def add_compare_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl compare` to the areas of the command."""
     text = "compare runs on the same samples: differences with paired intervals, by group, and the cases that make them"
-    command = areas.add_parser("compare", help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents)
+    command = add_command(areas, "compare", text, *parents)
     command.add_argument(
         "runs", nargs="+", metavar="RUN", help="folders of runs or evaluations, or files of records; all are compared "
         "with the first; with --answers the folder of a sheet"

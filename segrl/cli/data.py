@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segrl.cli.formats import FORMATS, TEXTS, imported
-from segrl.cli.output import OK, print_json
+from segrl.cli.output import OK, add_command, print_json
 
 __all__ = ["add_data_commands"]
 
@@ -18,7 +18,7 @@ _DRAWN, _CELL = 8, 160  # rows of each split on a sheet; pixels
 def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argparse.ArgumentParser) -> None:
     """Add `segrl data` to the areas of the command."""
     text = "convert data from other layouts, and check data as training does"
-    area = areas.add_parser("data", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    area = add_command(areas, "data", text)
     commands = area.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "public benchmarks: where they are, and how they are read"
     listed = commands.add_parser("list", parents=[common, as_json], help=text)

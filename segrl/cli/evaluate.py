@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import OK, count, positive, share
+from segrl.cli.output import OK, add_command, count, positive, share
 
 __all__ = ["add_eval_command"]
 
@@ -15,7 +15,7 @@ __all__ = ["add_eval_command"]
 def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl eval` to the areas of the command."""
     text = "evaluate a run, or the masks that another system wrote, on a data set of images or volumes"
-    command = areas.add_parser("eval", help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents)
+    command = add_command(areas, "eval", text, *parents)
     system = command.add_mutually_exclusive_group(required=True)
     system.add_argument("--model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub; "
                         "or a chat model that was not trained by segrl, with --segmenter")  # fmt: skip

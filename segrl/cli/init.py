@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import OK
+from segrl.cli.output import OK, add_command
 
 __all__ = ["add_init_command", "examples_folder", "start_project"]
 
@@ -74,9 +74,8 @@ def add_init_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl init` to the areas of the command."""
     text = "begin a project of your own: the scripts and presets of an example, in a new folder"
     listed = "\n".join(f"  {name:10}  {what}" for name, what in PROJECTS.items())
-    command = areas.add_parser(
-        "init", help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    command = add_command(
+        *(areas, "init", text, *parents), formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"examples:\n{listed}\n\n  segrl init core_seg my_project\n"
                "  accelerate launch my_project/train_grpo.py --output_dir runs/first",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from segrl.cli.curate import add_curate_commands
 from segrl.cli.data import add_data_commands
 from segrl.cli.evaluate import add_eval_command
 from segrl.cli.init import add_init_command
-from segrl.cli.output import BAD, CommandParser, complain, count, import_modules, positive, share
+from segrl.cli.output import BAD, CommandParser, add_command, complain, count, import_modules, positive, share
 from segrl.cli.parts import add_parts_commands
 from segrl.cli.predict import add_predict_command
 from segrl.cli.push import add_push_command
@@ -93,8 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add_curate_commands(areas, common)
 
     def command(name: str, run: Any, text: str, *parents: CommandParser, **more: Any):
-        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                                   parents=[common, *parents], **more)  # fmt: skip
+        made = add_command(commands, name, text, common, *parents, **more)
         made.set_defaults(run=run)
         return made
 

@@ -18,6 +18,7 @@ __all__ = [
     "OK",
     "WRONG",
     "CommandParser",
+    "add_command",
     "complain",
     "count",
     "import_modules",
@@ -38,6 +39,23 @@ class CommandParser(argparse.ArgumentParser):
         from segrl.reports.terminal import printable_lines
 
         super().exit(status, None if message is None else printable_lines(message))
+
+
+def add_command(
+    areas: Any, name: str, text: str, *parents: argparse.ArgumentParser, more: str = "", **settings: Any
+) -> argparse.ArgumentParser:
+    """Add a command that is described as it is listed.
+
+    Args:
+        areas: Of `add_subparsers`.
+        name: Of the command.
+        text: What it does, one sentence without capital and full stop.
+        parents: Parsers of shared flags.
+        more: Further sentences of its description.
+        settings: Others of `ArgumentParser`.
+    """
+    described = " ".join(filter(None, (f"{text[0].upper()}{text[1:]}.", more)))
+    return areas.add_parser(name, help=text, description=described, parents=parents, **settings)
 
 
 def import_modules(modules: Sequence[str]) -> None:

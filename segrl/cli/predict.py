@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import BAD, OK, positive, share
+from segrl.cli.output import BAD, OK, add_command, positive, share
 
 __all__ = ["add_predict_command"]
 
@@ -26,14 +26,11 @@ _EXAMPLES = """examples:
 def add_predict_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl predict` to the areas of the command."""
     text = "ask a trained run about images or volumes; masks, overlays and one JSON line each"
-    command = areas.add_parser(
-        "predict",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
+    command = add_command(
+        *(areas, "predict", text, *parents),
         usage='segrl predict RUN INPUT [INPUT ...] "QUESTION" [options]',
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=parents,
     )
     command.add_argument("model", metavar="RUN", help="a run's output_dir or checkpoint, or owner/name on the hub")
     command.add_argument("words", nargs="+", metavar="INPUT ... QUESTION", help="images (PNG, JPEG, TIFF, DICOM), or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from segrl.cli.output import OK
+from segrl.cli.output import OK, add_command
 
 __all__ = ["add_push_command"]
 
@@ -13,9 +13,9 @@ __all__ = ["add_push_command"]
 def add_push_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl push` to the areas of the command."""
     text = "upload a run to the hub, with a model card: model or adapter, mask head, segmenter and prompt settings"
-    command = areas.add_parser(
-        "push", help=text, description=f"{text[0].upper()}{text[1:]}. Only safetensors and JSON leave: no answers or "
-        "pictures of the test data, no pickles, no command line.", parents=parents,
+    command = add_command(
+        *(areas, "push", text, *parents),
+        more="Only safetensors and JSON leave: no answers or pictures of the test data, no pickles, no command line.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  hf auth login\n  segrl push runs/mine user/name --private --licence apache-2.0\n"
                "  segrl push runs/lora user/name --merge\n  segrl push runs/mine user/name --card_only > card.md\n"

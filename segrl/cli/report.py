@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import OK
+from segrl.cli.output import OK, add_command
 
 __all__ = ["add_report_command"]
 
@@ -14,11 +14,9 @@ __all__ = ["add_report_command"]
 def add_report_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl report` to the areas of the command."""
     text = "write a run, or two beside each other, as one HTML file: curves, groups of answers, failures, cases"
-    command = areas.add_parser(
-        "report",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}. The file needs no network, and holds what an interrupted run has.",
-        parents=parents,
+    command = add_command(
+        *(areas, "report", text, *parents),
+        more="The file needs no network, and holds what an interrupted run has.",
         epilog="examples: segrl report runs/core_seg; segrl report runs/a runs/b -o both.html",
     )
     command.add_argument("first", metavar="RUN", help="folder of a run or of an evaluation")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import OK, positive
+from segrl.cli.output import OK, add_command, positive
 
 __all__ = ["add_serve_command"]
 
@@ -14,8 +14,8 @@ __all__ = ["add_serve_command"]
 def add_serve_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl serve` to the areas of the command."""
     text = "ask a run in the browser, and by HTTP: upload an image or volume and a question, get text, boxes and mask"
-    command = areas.add_parser(
-        "serve", help=text, description=f"{text[0].upper()}{text[1:]}. Needs the extra demo.", parents=parents,
+    command = add_command(
+        *(areas, "serve", text, *parents), more="Needs the extra demo.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  segrl serve runs/mine\n"
                "  curl -F file=@image.png -F 'question=Where is the nodule?' http://127.0.0.1:7860/api/predict\n"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segrl.cli.output import OK, positive
+from segrl.cli.output import OK, add_command, positive
 
 __all__ = ["add_sweep_command"]
 
@@ -16,10 +16,11 @@ __all__ = ["add_sweep_command"]
 def add_sweep_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     """Add `segrl sweep` to the areas of the command."""
     text = "run the rows of a paper's tables under several seeds, and print them beside the published scores"
-    command = areas.add_parser(
-        "sweep", help=text, description=f"{text[0].upper()}{text[1:]}. A sweep that was killed goes on where it was; "
-        "several machines may run one sweep in a folder that they share.",
-        usage="segrl sweep FILE --output_dir FOLDER [options] [-- FLAGS]", parents=parents,
+    command = add_command(
+        *(areas, "sweep", text, *parents),
+        more="A sweep that was killed goes on where it was; several machines may run one sweep in a folder that they "
+        "share.",
+        usage="segrl sweep FILE --output_dir FOLDER [options] [-- FLAGS]",
         epilog="FLAGS go to every script, such as: -- --use_cpu --max_steps 20",
     )  # fmt: skip
     command.add_argument("file", type=Path, metavar="FILE", help="published scores with the command of each row, such "

@@ -16,7 +16,7 @@ from segrl.errors import CheckpointError
 from segrl.heads.head_file import HEAD_CONFIG
 from segrl.models.saved_files import read_object
 from segrl.predictions.prompt_settings import SETTINGS_FILE, PromptSettings, load_prompt_settings
-from segrl.publishing.run_files import ADAPTER, find_base
+from segrl.publishing.run_files import ADAPTER, find_base, run_arguments
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG
 
 __all__ = ["model_card"]
@@ -76,7 +76,7 @@ def model_card(
     base = base or find_base(run)
     adapter = (path / ADAPTER).is_file()
     results = next((read_object(file) for file in _results(run) if file.is_file()), {})
-    known = _arguments(run)
+    known = run_arguments(run)
     parts = [
         _front(settings, base, licence, adapter),
         f"# {repository.partition('/')[2]}\n\n{_NOTICE}",
@@ -93,15 +93,6 @@ def model_card(
 
 def _results(path: Path) -> list[Path]:
     return [path / "results.json", path / "evaluation" / "results.json"]
-
-
-def _arguments(path: Path) -> Mapping[str, Any]:
-    """The arguments of the script that made the run, or nothing; a checkpoint's are in the folder around it."""
-    file = next(
-        (place / "segrl_run.json" for place in (path, path.parent) if (place / "segrl_run.json").is_file()), None
-    )
-    found = {} if file is None else read_object(file).get("arguments", {})
-    return found if isinstance(found, Mapping) else {}
 
 
 def _front(settings: PromptSettings, base: str | None, licence: str | None, adapter: bool) -> str:

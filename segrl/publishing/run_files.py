@@ -1,4 +1,4 @@
-"""Which files of a run are published: the model, its head, its segmenter and its settings, and nothing else.
+"""Files of a run that are published: the model, its head, its segmenter and its settings, and nothing else.
 
 A run's folder also holds what must not leave: answers about its test data, pictures of it, states of the trainer in
 pickles, and the command line with the paths of a machine.
@@ -6,21 +6,22 @@ pickles, and the command line with the paths of a machine.
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from segrl.errors import CheckpointError
 from segrl.heads.head_file import HEAD_CONFIG, HEAD_WEIGHTS
 from segrl.hub import is_hub_name
-from segrl.models.saved_files import check_saved_files
+from segrl.models.saved_files import check_saved_files, read_object
 from segrl.predictions.prompt_settings import SETTINGS_FILE, load_prompt_settings
 from segrl.segmenters.sam2 import SEGMENTER_CONFIG, SEGMENTER_WEIGHTS
 
-__all__ = ["ADAPTER", "find_base", "run_files"]
+__all__ = ["ADAPTER", "find_base", "run_arguments", "run_files"]
 
 ADAPTER = "adapter_config.json"
+_ARGUMENTS = "segrl_run.json"
 _MODEL = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *(ADAPTER, "adapter_model.safetensors"),
@@ -77,26 +78,31 @@ def find_base(folder: str | os.PathLike) -> str | None:
     Args:
         folder: The run's output directory, or one of its checkpoints.
 
+    Raises:
+        CheckpointError: A file that would name it is damaged.
+
     Example:
         >>> _ = Path("adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
         >>> find_base(".")
         'acme/base'
     """
     path = Path(folder)
-    places = ((path / ADAPTER, ("base_model_name_or_path",)), (path / "segrl_run.json", ("arguments", "model")))
-    for file, keys in places:
-        value = _value(file, keys)
+    adapter = read_object(path / ADAPTER) if (path / ADAPTER).is_file() else {}
+    for value in (adapter.get("base_model_name_or_path"), run_arguments(path).get("model")):
         if isinstance(value, str) and is_hub_name(value) and not Path(value).exists():
             return value
     return None
 
 
-def _value(path: Path, keys: tuple[str, ...]) -> Any:
-    """A value inside a JSON file, or None."""
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-        for key in keys:
-            value = value[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return value
+def run_arguments(folder: Path) -> Mapping[str, Any]:
+    """Return the arguments of the script that made a run; empty where it is not known.
+
+    Args:
+        folder: The run's output directory, or one of its checkpoints, whose arguments are in the folder around it.
+
+    Raises:
+        CheckpointError: `segrl_run.json` is damaged.
+    """
+    file = next((place / _ARGUMENTS for place in (folder, folder.parent) if (place / _ARGUMENTS).is_file()), None)
+    found = {} if file is None else read_object(file).get("arguments")
+    return found if isinstance(found, Mapping) else {}

@@ -7,9 +7,9 @@ A record is bounded whatever the size of the images: masks are kept on the grid 
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from PIL import Image, ImageDraw, ImageFont
 from segrl.errors import DataError
 from segrl.geometry.masks import mask_to_rle, resize_mask, rle_to_mask
 from segrl.metrics.overlap import dice
+from segrl.predictions.frames import shrunk_size
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
 from segrl.reports.drawing import INK, PALE, PAPER, draw_legend, draw_overlay, wrap_text
+from segrl.reports.results_file import write_whole
 
 __all__ = [
     "GROUPS",
@@ -56,8 +58,7 @@ def group_header(image: Image.Image | None, target: Target | VolumeTarget, index
     """
     mask = target.mask if index is None else target.mask[index]
     height, width = mask.shape
-    scale = min(1.0, SIDE / max(mask.shape))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = shrunk_size((width, height), SIDE)
     texts = {name: text[:MOST_TEXT] for name, text in target.to_dict().items() if text}
     depth = None if index is None else len(target.mask)
     shown = {"size": list(size), "pixels": [width, height], "slice": index, "depth": depth}
@@ -75,8 +76,7 @@ def group_answer(prediction: Prediction, target: Target | VolumeTarget, index: i
     mask = prediction.mask
     shown = None if mask is None else mask if index is None else mask[index]
     height, width = (target.mask if index is None else target.mask[index]).shape
-    scale = min(1.0, SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = shrunk_size((width, height), SIDE)
     on_slice = index is None or prediction.slice_index == index
     return {
         "text": prediction.text[:MOST_TEXT],
@@ -97,11 +97,11 @@ def write_group(folder: Path, name: str, record: Mapping[str, Any], image: Image
         record: The header, `step`, and `answers`.
         image: Scaled to the record's `size`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if image is not None:
-        _replace(folder / f"{name}.png", lambda path: _small(image, record).save(path, format="PNG"))
-    text = json.dumps(_finite(record))
-    _replace(folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        buffer = io.BytesIO()
+        _small(image, record).save(buffer, format="PNG")
+        write_whole(folder / f"{name}.png", buffer.getvalue())
+    write_whole(folder / f"{name}.json", (json.dumps(_finite(record)) + "\n").encode())
 
 
 def read_groups(run: str | Path) -> list[tuple[dict[str, Any], Image.Image | None]]:
@@ -207,12 +207,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, write: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a trainer has logged, as a table and as curves: `results.csv` and `curves.png` of a run."""
+"""The log of a trainer, as a table and as curves: `results.csv` and `curves.png` of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CURVES", "TABLE", "curve_panels", "draw_curves", "write_curves", "write_table"]
+from segrl.reports.results_file import write_whole
+
+__all__ = ["CURVES", "TABLE", "Curve", "curve_panels", "draw_curves", "rows_by_step", "write_curves", "write_table"]
 
 TABLE, CURVES = "results.csv", "curves.png"
 Curve = tuple[list[float], list[float]]  # steps and values
@@ -75,7 +77,7 @@ def write_table(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    return _replace(Path(path), buffer.getvalue().encode("utf-8"))
+    return write_whole(Path(path), buffer.getvalue().encode("utf-8"))
 
 
 def curve_panels(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
@@ -149,7 +151,7 @@ def draw_curves(
         figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    return _replace(Path(path), buffer.getvalue())
+    return write_whole(Path(path), buffer.getvalue())
 
 
 def write_curves(history: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> None:
@@ -162,17 +164,6 @@ def write_curves(history: Sequence[Mapping[str, Any]], folder: str | os.PathLike
     """
     write_table(history, Path(folder) / TABLE)
     draw_curves(curve_panels(history), Path(folder) / CURVES)
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
 
 
 def _name(key: str) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from segrl.geometry.masks import rle_to_mask
 from segrl.metrics.summary import bootstrap_ci
+from segrl.predictions.frames import NOT_SHOWN
 from segrl.reports.drawing import draw_overlay
 from segrl.reports.groups import answer_lines, answer_overlay
 from segrl.reports.page import element, section, text_table
@@ -51,14 +52,21 @@ def _group(record: Mapping[str, Any], image: Image.Image | None, pictures: Pictu
     truth = pictures.add(_small(answer_overlay(record, None, image)), "ground truth")
     cells = [element("div", truth, element("p", text=f"ground truth{where}"))]
     for number, answer in enumerate(answers, 1):
-        named = "" if answer.get("slice") is None else f" (names slice {answer['slice'] + 1})"
-        drawn = pictures.add(_small(answer_overlay(record, answer, image)), f"answer {number}{named}")
+        drawn = pictures.add(
+            _small(answer_overlay(record, answer, image)), f"answer {number}{_named(answer.get('slice'))}"
+        )
         lines = [element("div", text=line) for line in answer_lines(answer)]
         cells.append(element("div", drawn, *lines, element("pre", text=answer["text"])))
     summary = element("summary", text=f"step {record['step']}: {record.get('query', '')} (rewards {ends})")
     known = ", ".join(f"{key} {record[key]}" for key in (*_GROUPINGS, "name") if record.get(key))
     inside = [element("p", text=known, class_="note"), element("div", *cells, class_="row")]
     return element("details", summary, *inside, class_="group", **{"data-spread": spread})
+
+
+def _named(index: int | None) -> str:
+    if index is None:
+        return ""
+    return " (names a slice that was not shown)" if index == NOT_SHOWN else f" (names slice {index + 1})"
 
 
 def failures_section(runs: Sequence[RunFiles], title: str) -> str:

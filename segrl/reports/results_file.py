@@ -16,7 +16,7 @@ import numpy as np
 from segrl._version import __version__
 from segrl.errors import DataError
 
-__all__ = ["versions", "write_results"]
+__all__ = ["versions", "write_results", "write_whole"]
 
 EVALUATION_TIME = "evaluation_time.json"  # seconds, beside results.json, which is the same each time
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "sam2")
@@ -58,12 +58,21 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> P
         ...     write_results(Path(folder, "results.json"), {"b": np.float32(0.5), "a": (1, None)}).read_text().split()
         ['{', '"a":', '[', '1,', 'null', '],', '"b":', '0.5', '}']
     """
-    path = Path(path)
     text = json.dumps(_plain(results, "results"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return write_whole(Path(path), text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file at once: a reader never sees half of it. Missing folders are created, an existing file is replaced.
+
+    Example:
+        >>> write_whole(Path("new", "notes.txt"), b"whole").read_text()
+        'whole'
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from segrl.models.saved_files import read_object
 from segrl.reports.groups import read_groups
 from segrl.reports.history import TABLE
 
-__all__ = ["CASES", "CONTROL", "HISTORY", "MARKER", "STAGE1", "RunFiles", "read_run"]
+__all__ = ["CASES", "CONTROL", "HISTORY", "MARKER", "STAGE1", "Records", "RunFiles", "read_run"]
 
 MARKER, HISTORY, STAGE1, CONTROL = "segrl_run.json", "log_history.json", "stage1", "control"
 CASES, SAMPLES = "cases", "samples"  # small pictures of what was asked about; the first images as they were
@@ -106,7 +106,7 @@ def read_run(folder: str | Path) -> RunFiles:
 
 
 def _history(folder: Path) -> tuple[History, bool]:
-    """What a stage has logged, and whether it came to its end: `log_history.json`, else `results.csv`."""
+    """Return the log of a stage, and whether it came to its end: `log_history.json`, else `results.csv`."""
     path = folder / HISTORY
     if path.is_file():
         found = _json(path)

@@ -132,10 +132,14 @@ def _results(runs: Sequence[RunFiles], comparison: Mapping[str, Any] | None) -> 
     for run in runs:
         for key, what in (("gain", "stage 2 - stage 1"), ("gain_over_control", "stage 2 - stage 1 continued")):
             for name, gain in (run.results.get(key) or {}).items():
-                body.append(element("p", text=f"{run.name}: {what}, {name}: {_interval(gain)} points, paired"))
+                body.append(element("p", text=f"{run.name}: {what}, {name}: {_interval(name, gain)} points, paired"))
     if comparison is not None:
         rows = [
-            [name, _points(row["first"]), _points(row["second"]), _interval([row["difference"], *row["ci95"]])]
+            [
+                name,
+                *(_shown(name, row[side]) for side in ("first", "second")),
+                _interval(name, [row["difference"], *row["ci95"]]),
+            ]
             for name, row in comparison["scores"].items()
             if row["n"]
         ]
@@ -178,15 +182,14 @@ def _score(found: Mapping[str, Any], name: str) -> str:
     value, ends = found.get(name), (found.get("ci95") or {}).get(name)
     if not _is_number(value):
         return ""
-    if name.endswith("_mm"):
-        return f"{value:.2f}" + ("" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
-    return _points(float(value)) + ("" if ends is None else f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]")
+    return _shown(name, value) + ("" if ends is None else f" [{_shown(name, ends[0])}, {_shown(name, ends[1])}]")
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _shown(name: str, value: float, sign: str = "") -> str:
+    """Format a score: a distance in millimetres, all others, which are fractions, in percent."""
+    return f"{value:{sign}.2f}" if name.endswith("_mm") else f"{100 * value:{sign}.1f}"
 
 
-def _interval(values: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in values)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _interval(name: str, values: Sequence[float]) -> str:
+    mean, low, high = (_shown(name, value, "+") for value in values)
+    return f"{mean} [{low}, {high}]"

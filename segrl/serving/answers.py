@@ -8,7 +8,7 @@ import base64
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from segrl.geometry.image_files import open_image
 from segrl.inference.images import ReasoningSegmenter
 from segrl.inference.result import InferenceResult
 from segrl.inference.volumes import VolumeSegmenter
+from segrl.predictions.frames import shrunk_size
 from segrl.reports.drawing import draw_overlay
 from segrl.serving.settings import ServingSettings
 
@@ -101,7 +102,7 @@ def answer_upload(
         try:
             _check_size(path, suffix, settings.max_pixels)
             result: Any = segmenter.predict(str(path), upload.question, samples=upload.samples, **generation)
-            return _FORMS[form](result, upload.shown_name, folder)
+            return _FORMS[form](replace(result, name=upload.shown_name), folder)
         except (DataError, OSError) as error:
             said = str(error).replace(str(path), upload.shown_name).replace(folder, "")
             raise DataError(" ".join(said.split())) from error
@@ -130,38 +131,30 @@ def _check_size(path: Path, suffix: str, most: int) -> None:
 # ---- the forms of an answer ------------------------------------------------------------------------------------------
 
 
-def _values(result: InferenceResult, name: str) -> dict[str, Any]:
-    return {**result.to_dict(), "name": name}
+def _json(result: InferenceResult, folder: str) -> Answer:
+    return Answer(result.to_dict())
 
 
-def _json(result: InferenceResult, name: str, folder: str) -> Answer:
-    return Answer(_values(result, name))
-
-
-def _mask_file(result: InferenceResult, name: str, folder: str) -> Answer:
+def _mask_file(result: InferenceResult, folder: str) -> Answer:
     """The mask as `InferenceResult.save` writes it: PNG on the image's pixels, NIfTI on the scan's grid."""
     if result.mask is None:
-        raise DataError(f"{name}: the answer has no mask; its status is {result.status.value}")
-    written = result.save(os.path.join(folder, "out"), "upload", record=False)
-    kind = ".nii.gz" if isinstance(result.source, Case) else ".png"
-    if "mask" not in written:
-        raise DataError(f"{name}: the answer has no mask")
-    media = "application/gzip" if kind == ".nii.gz" else "image/png"
-    return Answer(written["mask"].read_bytes(), media, f"{_stem(name)}_mask{kind}")
+        raise DataError(f"{result.name}: the answer has no mask; its status is {result.status.value}")
+    written = result.save(os.path.join(folder, "out"), "upload", overlay=False, record=False)
+    kind, media = (".nii.gz", "application/gzip") if isinstance(result.source, Case) else (".png", "image/png")
+    return Answer(written["mask"].read_bytes(), media, f"{_stem(result.name)}_mask{kind}")
 
 
-def _overlay(result: InferenceResult, name: str, folder: str) -> Answer:
-    return Answer(_png(result.plot()), "image/png", f"{_stem(name)}_overlay.png")
+def _overlay(result: InferenceResult, folder: str) -> Answer:
+    return Answer(_encoded(result.plot(), "PNG"), "image/png", f"{_stem(result.name)}_overlay.png")
 
 
-def _page(result: InferenceResult, name: str, folder: str) -> Answer:
-    """What the page shows and offers: values, pictures and the file of the mask, all inside the JSON."""
-    found = _values(result, name)
-    del found["mask"]
-    found["overlay"] = _data(_overlay(result, name, folder))
+def _page(result: InferenceResult, folder: str) -> Answer:
+    """Return all that the page shows and offers inside JSON: values, pictures and the file of the mask."""
+    found = result.to_dict(mask=False)
+    found["overlay"] = _data(_overlay(result, folder))
     found["mask_file"] = None
     if result.mask is not None:
-        mask = _mask_file(result, name, folder)
+        mask = _mask_file(result, folder)
         found["mask_file"] = {"name": mask.name, "data": _data(mask), "foreground": int(result.mask.sum())}
     found["slices"] = _slices(result, result.source) if isinstance(result.source, Case) else []
     return Answer(found)
@@ -175,22 +168,20 @@ def _slices(result: InferenceResult, case: Case) -> list[dict[str, Any]]:
     if named is not None and 0 <= named < depth:
         chosen.add(named)
     height, width = case.grey.shape[1:]
-    scale = min(1.0, _SHOWN_EDGE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = shrunk_size((width, height), _SHOWN_EDGE)
     shown = []
     for index in sorted(chosen):
         boxes = result.boxes if index == named else ()
         mask = None if result.mask is None else result.mask[index]
         drawn = draw_overlay(Image.fromarray(case.grey[index]), size, mask=mask, boxes=boxes)
-        buffer = io.BytesIO()
-        drawn.save(buffer, format="JPEG", quality=85)
-        shown.append({"index": index, "picture": _data(Answer(buffer.getvalue(), "image/jpeg"))})
+        picture = Answer(_encoded(drawn, "JPEG", quality=85), "image/jpeg")
+        shown.append({"index": index, "picture": _data(picture)})
     return shown
 
 
-def _png(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image, form: str, **settings: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=form, **settings)
     return buffer.getvalue()
 
 
@@ -204,7 +195,7 @@ def _stem(name: str) -> str:
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "_" for letter in base)
 
 
-_FORMS: dict[str, Callable[[InferenceResult, str, str], Answer]] = {
+_FORMS: dict[str, Callable[[InferenceResult, str], Answer]] = {
     "json": _json,
     "mask": _mask_file,
     "overlay": _overlay,

@@ -61,61 +61,15 @@ def make_app(
         Nothing of an upload is kept when it is answered.
     """
     limits = settings or ServingSettings()
-    worker = Worker(limits.max_waiting, limits.time_limit)
-    task = segmenter.settings.task
-    shown = {
-        **{"name": name, "task": task, "segrl": __version__, "files": SUFFIXES[task], "formats": FORMATS},
-        **{"max_size_mb": limits.max_size_mb, "time_limit": limits.time_limit, "max_samples": limits.max_samples},
-        "examples": [{"number": number, "question": text} for number, (_, text) in enumerate(examples)],
-    }
-
-    async def info(request: Request) -> Response:
-        return _json({**shown, "waiting": worker.waiting})
-
-    async def example(request: Request) -> Response:
-        number = request.path_params["number"]
-        if not 0 <= number < len(examples):
-            raise HTTPException(404, f"example {number}: there are {len(examples)}")
-        path = examples[number][0]
-        suffix = next(kind for kind in SUFFIXES[task] if path.name.lower().endswith(kind))
-        headers = {"Content-Disposition": f'attachment; filename="example_{number}{suffix}"'}
-        return Response(path.read_bytes(), media_type="application/octet-stream", headers={**_HEADERS, **headers})
-
-    async def predict(request: Request) -> Response:
-        _same_origin(request)
-        form = request.query_params.get("format", "json")
-        if form not in FORMATS:
-            raise HTTPException(400, f"format={form!r}: expected one of {', '.join(FORMATS)}")
-        upload = await _read_upload(request, limits)
-        question = worker.put(partial(answer_upload, segmenter, upload, form, limits))
-        del upload
-        answer = await _wait(request, question)
-        if answer.media_type == "application/json":
-            return _json(answer.content)
-        headers = {"Content-Disposition": f'attachment; filename="{answer.name}"'}
-        return Response(answer.content, media_type=answer.media_type, headers={**_HEADERS, **headers})
-
-    def page(file: str) -> Any:
-        content = (Path(__file__).parent / file).read_bytes()
-
-        async def send(request: Request) -> Response:
-            return Response(content, media_type=f"{_PAGES[file]}; charset=utf-8", headers=_HEADERS)
-
-        return send
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette):
-        yield
-        await asyncio.to_thread(worker.close)
-
+    made = _Endpoints(segmenter, limits, name, examples)
     return Starlette(
         routes=[
-            Route("/", page("page.html")),
-            Route("/page.css", page("page.css")),
-            Route("/page.js", page("page.js")),
-            Route("/api/info", info),
-            Route("/api/predict", predict, methods=["POST"]),
-            Route("/examples/{number:int}", example),
+            Route("/", _page("page.html")),
+            Route("/page.css", _page("page.css")),
+            Route("/page.js", _page("page.js")),
+            Route("/api/info", made.info),
+            Route("/api/predict", made.predict, methods=["POST"]),
+            Route("/examples/{number:int}", made.example),
         ],
         # a local server answers under local names only, so that no page from elsewhere reads it by a name of its own
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL if limits.is_local else ["*"])],
@@ -126,8 +80,70 @@ def make_app(
             ClientDisconnect: _left,
             Exception: _failed,
         },
-        lifespan=lifespan,
+        lifespan=made.lifespan,
     )
+
+
+class _Endpoints:
+    """The model behind its worker, and what the routes answer."""
+
+    def __init__(
+        self, segmenter: Any, limits: ServingSettings, name: str, examples: Sequence[tuple[Path, str]]
+    ) -> None:
+        self.segmenter, self.limits, self.examples = segmenter, limits, examples
+        self.worker = Worker(limits.max_waiting, limits.time_limit)
+        self.files = SUFFIXES[segmenter.settings.task]
+        self.shown = {
+            **{"name": name, "task": segmenter.settings.task, "segrl": __version__},
+            **{"files": self.files, "formats": FORMATS, "max_size_mb": limits.max_size_mb},
+            **{"time_limit": limits.time_limit, "max_samples": limits.max_samples},
+            "examples": [{"number": number, "question": text} for number, (_, text) in enumerate(examples)],
+        }
+
+    async def info(self, request: Request) -> Response:
+        return _json({**self.shown, "waiting": self.worker.waiting})
+
+    async def example(self, request: Request) -> Response:
+        number = request.path_params["number"]
+        if not 0 <= number < len(self.examples):
+            raise HTTPException(404, f"example {number}: there are {len(self.examples)}")
+        path = self.examples[number][0]
+        suffix = next(kind for kind in self.files if path.name.lower().endswith(kind))
+        return _file(path.read_bytes(), "application/octet-stream", f"example_{number}{suffix}")
+
+    async def predict(self, request: Request) -> Response:
+        _same_origin(request)
+        form = request.query_params.get("format", "json")
+        if form not in FORMATS:
+            raise HTTPException(400, f"format={form!r}: expected one of {', '.join(FORMATS)}")
+        upload = await _read_upload(request, self.limits)
+        question = self.worker.put(partial(answer_upload, self.segmenter, upload, form, self.limits))
+        del upload
+        answer = await _wait(request, question)
+        if answer.media_type == "application/json":
+            return _json(answer.content)
+        return _file(answer.content, answer.media_type, answer.name)
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette):
+        yield
+        await asyncio.to_thread(self.worker.close)
+
+
+def _page(file: str) -> Any:
+    """Return the endpoint of a file of the page, read once."""
+    content = (Path(__file__).parent / file).read_bytes()
+
+    async def send(request: Request) -> Response:
+        return Response(content, media_type=f"{_PAGES[file]}; charset=utf-8", headers=_HEADERS)
+
+    return send
+
+
+def _file(content: bytes, media_type: str, name: str) -> Response:
+    """Return a file that a browser saves under a name."""
+    headers = {**_HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type=media_type, headers=headers)
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

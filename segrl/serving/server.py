@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from segrl.errors import SegRLError
+from segrl.inference.base import find_run
 from segrl.inference.images import ReasoningSegmenter
 from segrl.inference.loading import load
 from segrl.inference.volumes import VolumeSegmenter
+from segrl.predictions.prompt_settings import load_prompt_settings
 from segrl.reports.terminal import say
 from segrl.serving.settings import ServingSettings
 
@@ -53,8 +55,11 @@ def serve(
     limits = settings or ServingSettings()
     listening = _listen(limits)
     with listening:
+        folder = find_run(run)
+        known = load_prompt_settings(folder)
+        kept = folder if limits.is_local else None
+        offered = [] if known is None else find_examples(known.task, examples, kept)  # refused before the load
         segmenter = load(run, **loading)
-        offered = find_examples(segmenter.settings.task, examples, segmenter.run if limits.is_local else None)
         server = _server(segmenter, limits, Path(run).name, offered)
         say(f"Open {_address(listening)} in a browser. POST {_address(listening)}/api/predict answers programs; "
             "Ctrl-C ends the server.")  # fmt: skip

@@ -71,7 +71,7 @@ class Question:
             found = self.ask(stopping_criteria=StoppingCriteriaList([_Stop(self)]))
             if self.given_up:
                 raise TimeLimitError("the answer took longer than the time limit of this server")
-        except BaseException as error:
+        except BaseException as error:  # raised where the answer is awaited, whatever it is; the thread goes on
             self.answer.set_exception(error)
         else:
             self.answer.set_result(found)
