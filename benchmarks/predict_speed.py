@@ -2,8 +2,8 @@
 
     python benchmarks/predict_speed.py RUN [--images FOLDER] [--repeats 3]
 
-Printed are medians over the repeats, in one process after a first call, with the greedy answers of both ways compared:
-texts and boxes must be equal, masks may differ in the rounding of batched sums at their border.
+Printed are medians over the repeats, taken in turns in one process after a first call, with the greedy answers of both
+ways compared: texts and boxes must be equal, masks may differ in the rounding of batched sums at their border.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from segrl.inference import load
 from segrl.reports import say
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Return the median wall time of some work."""
-    found = []
+def seconds(repeats: int, *works: Callable[[], Any]) -> list[float]:
+    """Return the median wall time of each work; they take turns, so that a slow minute of the machine is in all."""
+    found: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        for work, times in zip(works, found, strict=True):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return [statistics.median(times) for times in found]
 
 
 def main() -> None:
@@ -61,17 +62,13 @@ def main() -> None:
         0.0 if a.mask is None or b.mask is None else float(np.mean(a.mask != b.mask))
         for a, b in zip(single, together, strict=True)
     )
-    calls = seconds(
-        lambda: [segmenter.predict(image, query) for image, query in zip(images, queries, strict=True)],
-        options.repeats,
-    )
-    batch = seconds(lambda: segmenter.predict(images, queries), options.repeats)
     few, many = list(zip(images, queries, strict=True))[:4], options.samples
-    one = seconds(
-        lambda: [segmenter.predict(i, q, do_sample=True, seed=n) for n, (i, q) in enumerate(few)], options.repeats
-    )
-    several = seconds(
-        lambda: [segmenter.predict(i, q, samples=many, seed=n) for n, (i, q) in enumerate(few)], options.repeats
+    calls, batch, one, several = seconds(
+        options.repeats,
+        lambda: [segmenter.predict(image, query) for image, query in zip(images, queries, strict=True)],
+        lambda: segmenter.predict(images, queries),
+        lambda: [segmenter.predict(i, q, do_sample=True, seed=n) for n, (i, q) in enumerate(few)],
+        lambda: [segmenter.predict(i, q, samples=many, seed=n) for n, (i, q) in enumerate(few)],
     )
     lengths = {
         "one": [len(segmenter.predict(i, q, do_sample=True, seed=n).text) for n, (i, q) in enumerate(few)],

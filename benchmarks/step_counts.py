@@ -1,4 +1,4 @@
-"""What a step and a decoder layer run, in numbers that no clock and no load of the machine changes."""
+"""Counts of what a step and a decoder layer run, in numbers that no clock and no load of the machine changes."""
 
 from __future__ import annotations
 

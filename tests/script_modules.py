@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -96,6 +97,15 @@ class Example:
             text=True,
             timeout=280,
         )
+
+
+def phases_of(out: str) -> list[str]:
+    """The phases that a run printed: all of its plan, each once, in order."""
+    found = re.findall(r"^phase (\d+) of (\d+), (.+?):", out, re.MULTILINE)
+    whole = [str(number) for number in range(1, len(found) + 1)]
+    assert [number for number, _, _ in found] == whole
+    assert {count for _, count, _ in found} == set(whole[-1:])
+    return [name for _, _, name in found]
 
 
 def read_json(path: Path) -> Any:

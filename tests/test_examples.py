@@ -22,7 +22,7 @@ from marks import learned_by_heart, slow_to_build
 from medvol_data import volumes
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from script_modules import ROOT, Example, read_json
+from script_modules import ROOT, Example, phases_of, read_json
 from test_models_loading import hub_key, write_hub_folder
 
 from segrl import SegGRPOConfig, SegSFTConfig
@@ -206,6 +206,9 @@ def test_bars_and_table_are_shown(kind, main_run):
     rows = re.findall(rf"^│ ({kind.baseline}|stage1|stage2) .*│$", out, re.MULTILINE)
     assert rows == [kind.baseline, "stage1", "stage2"]
     assert f"Written to {folder}: results.json, predictions.json, {kind.pictures}" in out
+    images = ["vision", "captions", "segmenter", "text alone"]
+    before = images if kind.baseline == "baseline" else ["segmenter", "vision"]
+    assert phases_of(out) == [*before, "stage 1", "stage 2", "evaluation"]
 
 
 def test_the_run_loads_again_and_predicts_the_same(kind, main_run, tmp_path):
@@ -298,8 +301,6 @@ def test_the_documented_commands_are_understood(kind):
         argv = shlex.split(flags, comments=True)
         if script == "evaluate":
             Parser(runs.evaluation_flags).read(argv)
-        elif script == "predict":
-            assert kind.example.modules["predict"].parser().parse_args(argv).output == "mask.nii.gz"
         else:
             if "--deepspeed" in argv:  # is not installed with segrl
                 at = argv.index("--deepspeed")
@@ -473,6 +474,17 @@ def sft_run(tmp_path_factory, images) -> Path:
     folder = tmp_path_factory.mktemp("sft") / "run"
     CORE_SEG.done("train_sft", "--data", images, *QUICK, "--output_dir", folder)
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_validation_before_the_first_step_is_of_the_stage_alone(tmp_path):
+    """The text-only part before stage 1 is a training too, which has no rows to validate on."""
+    flags = ("--quick", "--max_steps", 1, "--train_limit", 12, "--eval_limit", 2, "--pretrain_steps", 1, *PIN)
+    validated = ("--val_fraction", 0.2, "--eval_on_start", "True")
+    CORE_SEG.done("train_sft", *flags, *validated, "--output_dir", tmp_path / "run")
+    history = read_json(tmp_path / "run" / "log_history.json")
+    assert [entry["step"] for entry in history if "eval_dice" in entry] == [0, 1]
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import torch
 from marks import learned_by_heart, slow_to_build
 from peft import get_peft_model
 from safetensors.torch import load_file
-from script_modules import Example, read_json
+from script_modules import Example, phases_of, read_json
 
 from segrl.data import make_scene, make_synthetic, prepare, write_folder
 from segrl.errors import SegRLError, UnknownNameError
@@ -43,7 +43,8 @@ def lisa(tmp_path_factory) -> Path:
 @slow_to_build
 def seg_zero(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("seg_zero") / "run"
-    SEG_ZERO.done("train_grpo", *SHORT, "--max_completion_length", 24, "--logging_steps", 1, "--output_dir", folder)
+    flags = (*SHORT, "--max_completion_length", 24, "--logging_steps", 1, "--output_dir", folder)
+    (folder.parent / "printed.txt").write_text(SEG_ZERO.done("train_grpo", *flags), encoding="utf-8")
     return folder
 
 
@@ -109,6 +110,8 @@ def test_lisa_has_no_stage_2():
 def test_seg_zero_trains_on_boxes_and_points_with_a_frozen_segmenter(seg_zero):
     results = read_json(seg_zero / "results.json")
     assert set(results) >= {"baseline", "oracle", "stage1", "stage2", "gain", "zero_spread"}
+    printed = (seg_zero.parent / "printed.txt").read_text(encoding="utf-8")
+    assert phases_of(printed) == ["segmenter", "vision", "captions", "stage 1", "stage 2", "evaluation"]
     truth = read_json(seg_zero / "predictions_oracle.json")
     assert all(record["status"] == "valid" for record in truth)
     assert any(record["boxes"] for record in truth)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from test_scripts_two_stages import RECIPES
 
 from segrl import SegGRPOConfig, SegSFTConfig
 from segrl.data.division import hold_out
@@ -17,6 +18,7 @@ from segrl.scripts import TwoStageArguments, check_rewards, parse
 from segrl.scripts.config_file import expand_config, flag_values, write_config
 from segrl.scripts.memory import StepSizes, estimate_memory
 from segrl.scripts.phases import Phases, duration
+from segrl.scripts.run_steps import RunSteps
 from segrl.scripts.validation import check_validation, validation_defaults
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,23 @@ def test_a_run_that_goes_on_counts_only_what_it_does_itself():
     phases.progress(0.75)
     assert phases.done == pytest.approx(0.75)
     assert phases.left() == pytest.approx(25 * 20 / 15)
+
+
+def test_a_stage_costs_its_rows_or_its_answers(tmp_path):
+    """Eight rows, twice and once; GRPO writes four answers to each, by epochs as by steps."""
+    run = RunSteps()
+    run.arguments, run.recipe = TwoStageArguments(), RECIPES["tiny"]
+    run.rows = {"train": rows_of(*"abcdefgh"), "test": rows_of("a", "b")}
+    plain: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    sft = SegSFTConfig(str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, **plain)
+    by_epochs = {"num_generations": 4, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    grpo = SegGRPOConfig(str(tmp_path), **by_epochs, **plain)
+    twice = SegGRPOConfig(str(tmp_path), **by_epochs, num_iterations=2, **plain)
+    assert [run.steps(config) for config in (sft, grpo, twice)] == [4, 4, 8]
+    plan = run._plan({"stage 2": grpo, "stage 1": sft}).plan
+    assert list(plan.items()) == [("stage 1", 16.0), ("stage 2", 32.0), ("evaluation", 4.0)]
+    by_steps = SegGRPOConfig(str(tmp_path), **{**by_epochs, "max_steps": 4}, **plain)
+    assert run._plan({"stage 2": by_steps}).plan["stage 2"] == plan["stage 2"]
 
 
 def test_durations():
@@ -201,6 +220,14 @@ def test_a_file_of_flags_and_the_one_that_a_run_writes(tmp_path, monkeypatch):
     assert {**once_more[1].to_dict(), "output_dir": ""} | {"hub_token": ""} == {
         **config.to_dict(), "output_dir": "", "hub_token": ""
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["[A-Z]+_", "no", "007", "12:30", "a: b", "null", "1e-4", "true", "0.5"])
+def test_a_run_writes_each_value_as_it_was_given(value, tmp_path):
+    """YAML would read some as something else: a list that never ends, false, seven, minutes, a mapping, nothing."""
+    config = SegSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    path = write_config(tmp_path, ["--patients", value, "--save_strategy", "no"], TwoStageArguments(), config)
+    assert expand_config(["--config", str(path)])[0] == ["--patients", value, "--save_strategy", "no"]
 
 
 @pytest.mark.parametrize(

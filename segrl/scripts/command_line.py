@@ -25,6 +25,7 @@ from segrl.reports.terminal import escaped_warnings, say
 from segrl.rewards.factory import make_reward
 from segrl.rewards.trial import try_reward
 from segrl.scripts.arguments import check_numbers
+from segrl.scripts.config_file import flag_values
 from segrl.scripts.help_page import help_page
 from segrl.scripts.trainer_settings import check_counts
 
@@ -33,9 +34,9 @@ __all__ = [
     "check_list",
     "check_rewards",
     "find_preset",
-    "given_flags",
     "missing_processes",
     "parse",
+    "quiet",
     "run_script",
 ]
 
@@ -156,17 +157,7 @@ def parse(
     check_counts(SimpleNamespace(**{item.name: read.get(item.name) for item in fields(config_class)}))  # type: ignore[arg-type]
     arguments, config = parser.read(argv)
     check_numbers(arguments, least)
-    return arguments, config, given_flags(argv)
-
-
-def given_flags(argv: Sequence[str]) -> set[str]:
-    """Return the names of the flags on a command line.
-
-    Example:
-        >>> sorted(given_flags(["--max-steps=2", "--data", "folder"]))
-        ['data', 'max_steps']
-    """
-    return {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}
+    return arguments, config, set(flag_values(argv))
 
 
 def check_rewards(names: Sequence[str], drop: Sequence[str] = ()) -> list[str]:

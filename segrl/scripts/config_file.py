@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from segrl.errors import SegRLError
+from segrl.reports.results_file import write_whole
 
 __all__ = ["CONFIG_FILE", "expand_config", "flag_values", "write_config"]
 
@@ -139,7 +140,7 @@ def write_config(folder: Path, argv: Sequence[str], arguments: Any, config: Any)
         name = name.removeprefix("no_") if turned_off else name
         if name in _OF_ONE_RUN or name.endswith("_token"):
             continue
-        read: list[Any] = [yaml.safe_load(value) if value else value for value in values]
+        read = [_typed(value) for value in values]
         given[name] = not turned_off if not read else read[0] if len(read) == 1 else read
     derived = {}
     plain = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -157,14 +158,17 @@ def write_config(folder: Path, argv: Sequence[str], arguments: Any, config: Any)
         "# Settings of the preset, and what follows from them:",
         "".join(f"# {line}\n" for line in _dump(derived).splitlines()),
     ]
-    path = folder / CONFIG_FILE
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = "\n".join(part.rstrip("\n") for part in lines) + "\n"
+    return write_whole(folder / CONFIG_FILE, text.encode("utf-8"))
+
+
+def _typed(text: str) -> Any:
+    """A value of the command line as YAML would show it: a number, true or false, or else the text itself."""
     try:
-        unfinished.write_text("\n".join(part.rstrip("\n") for part in lines) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # such as a regular expression
+    return value if isinstance(value, bool | int | float) and str(value).casefold() == text.casefold() else text
 
 
 def _dump(settings: Mapping[str, Any]) -> str:

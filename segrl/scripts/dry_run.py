@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would do, printed; nothing is written."""
+"""`--dry_run`: the plan of a run, printed; nothing is written."""
 
 from __future__ import annotations
 
@@ -102,14 +102,10 @@ def _answer_length(rows: Dataset, processor: Any) -> int:
 
 
 def _steps(run: Any, config: Any) -> str:
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    each = PartialState().num_processes
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes
     what = "answers" if hasattr(config, "num_generations") else "rows"
-    if config.max_steps > 0:
-        return f"{config.max_steps} steps of {batch * each} {what}"
-    views = run.views() * (config.num_generations if what == "answers" else 1)
-    steps = round(views * config.num_train_epochs / (batch * each))
-    return f"{steps} steps of {batch * each} {what}, {config.num_train_epochs:g} epochs"
+    said = f"{run.steps(config)} steps of {batch} {what}"
+    return said if config.max_steps > 0 else f"{said}, {config.num_train_epochs:g} epochs"
 
 
 def _as_trained(run: Any, model: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from segrl.data.contents import SplitContents
@@ -231,6 +232,18 @@ class ExampleRun:
     def views(self) -> int:
         """Return the number of rows that are trained on, copies included."""
         return self.trained_rows() * self.copies()
+
+    def steps(self, config: Any) -> int:
+        """Return the optimizer steps of the trainer of a stage; an epoch of GRPO has `num_generations` answers a row.
+
+        Args:
+            config: Its settings.
+        """
+        if config.max_steps > 0:
+            return config.max_steps
+        answers = getattr(config, "num_generations", 1) * getattr(config, "num_iterations", 1)
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes
+        return max(1, round(self.views() * answers * config.num_train_epochs / batch))
 
     def shortened(self, steps: int) -> int:
         """Return the steps of a part before stage 1: a run that is a short look is short in all of its parts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ class ImageRun(TwoStageRun):
     training_flags = ImageTrainingFlags
     evaluation_flags = ImageEvaluationFlags
     baseline_splits = ("train",)
+    pretrained: ClassVar[Sequence[str]] = ("vision", "captions", "segmenter")  # in the order of a run
     recipe: ImageRecipe
     prompt: ImagePromptSettings
 
@@ -145,9 +146,10 @@ class ImageRun(TwoStageRun):
         recipe, warmup = self.recipe.pretraining, self.recipe.text_warmup
         if recipe is None or not self.pretrains:
             return {}
-        parts = {part: self.short(recipe[part]) for part in ("vision", "captions", "segmenter")}
+        parts = [part for part in self.pretrained if part != "segmenter" or self.segmenter is None]
+        costs = {part: _COSTS[part] * sum(_steps(self.short(recipe[part]))) for part in parts}
         text = {} if warmup is None else {"text alone": _TEXT_STEP * self.short(warmup)["max_steps"]}
-        return {name: _COSTS[name] * sum(_steps(parts[name])) for name in parts} | text
+        return costs | text
 
     def warm_up(self, model: Any, processor: Any) -> tuple[Any, Any]:
         recipe = self.recipe.pretraining
@@ -174,10 +176,9 @@ class ImageRun(TwoStageRun):
         vars(self).pop("material", None)  # gigabytes, of large data
         if self.recipe.text_warmup is None or not self.pretrains:
             return
-        changes = {**self.recipe.text_warmup, "save_strategy": "no", "eval_strategy": "no"}
-        changes["load_best_model_at_end"] = False
+        alone = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
         self.phases.begin("text alone")
-        warmup = replace(config, **self.short(changes))
+        warmup = replace(config, **self.short({**self.recipe.text_warmup, **alone}))
         self.trainer_arguments(model, "sft")  # freezes the tower
         SegSFTTrainer(model, warmup, train_dataset=rows, processing_class=processor).train()
 
@@ -263,6 +264,7 @@ class CascadeRun(ImageRun, FrozenSegmenterRun):
     """
 
     evaluation_flags = CascadeEvaluationFlags
+    pretrained = ("segmenter", "vision", "captions")
 
     @property
     def trains_segmenter(self) -> bool:

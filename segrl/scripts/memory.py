@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,5 +141,5 @@ def read_sizes(model: nn.Module, config: Any, *, prompt: int, answer: int, share
     )
 
 
-def _states(optimizer: str, known: Mapping[str, float] = _STATES) -> float:
-    return next((size for name, size in known.items() if name in optimizer), _ADAM)
+def _states(optimizer: str) -> float:
+    return next((size for name, size in _STATES.items() if name in optimizer), _ADAM)

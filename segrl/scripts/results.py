@@ -126,7 +126,7 @@ class ImageResults:
         return summary, records
 
     def _calibration(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What confidences are worth against Dice; those that are not known count as 0."""
+        """Calibration of the confidences against Dice; those that are not known count as 0."""
         sure = [record["confidence"]["value"] or 0.0 for record in records]
         found = calibration(sure, [record["dice"] for record in records])
         calibration_chart(found, self.folder / "calibration.png", score="Dice")

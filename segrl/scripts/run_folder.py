@@ -28,7 +28,7 @@ __all__ = ["Progress", "check_batches", "check_output", "claim_output", "claimed
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come that is continued; the defaults are a run that begins.
+    """Progress of a run that is continued; the defaults are a run that begins.
 
     Attributes:
         checkpoint: Where the training of the script's own stage goes on; None: from its beginning.

@@ -71,17 +71,13 @@ class RunSteps(ExampleRun):
 
     def _plan(self, configs: Mapping[str, Any]) -> Phases:
         """The phases of the run, with their cost: the rows that a model reads or writes."""
-        rows = {"stage 1": 1, "stage 2": 1}
         plan = dict(self.preparations()) if "stage 1" in configs else {}
-        for name in [name for name in rows if name in configs]:
-            config = configs[name]
+        for name, config in sorted(configs.items()):
             batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            steps = config.max_steps if config.max_steps > 0 else self.views() * config.num_train_epochs / batch
-            plan[name] = float(steps * batch)
+            plan[name] = float(self.steps(config) * batch)
         if self.arguments.control:
             plan["stage 1 continued"] = plan["stage 2"]
-        split = getattr(self.arguments, "split", "test")
-        plan["evaluation"] = float(self.count(split) * (len(configs) + self.arguments.control))
+        plan["evaluation"] = float(self.count("test") * (len(configs) + self.arguments.control))
         return Phases(plan)
 
     def _enter(self, stage: Literal["sft", "grpo"]) -> None:

@@ -63,7 +63,7 @@ def check_validation(arguments: Any, values: Mapping[str, Sequence[str]]) -> Non
         raise SegRLError(f"--val_split {split}: synthetic data has the splits train and test; pass --val_fraction 0.1")
     if not is_validated(arguments):
         for name in ("load_best_model_at_end", "early_stopping"):
-            if name in values and (values[name] or ["true"])[0].casefold() not in _OFF:
+            if _is_on(values, name):
                 raise SegRLError(f"--{name}: there are no rows to choose by; pass --val_fraction 0.1 or --val_split "
                                  "NAME")  # fmt: skip
         return
@@ -92,7 +92,7 @@ def validation_defaults(arguments: Any, values: Mapping[str, Sequence[str]], sta
     found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": SHARE, "metric_for_best_model": "dice"}
     if stage == "grpo":
         found["num_generations_eval"] = 1  # answers of a validation are greedy; TRL checks the number all the same
-    best = "load_best_model_at_end" in values and (values["load_best_model_at_end"] or ["true"])[0].lower() not in _OFF
+    best = _is_on(values, "load_best_model_at_end")
     if arguments.early_stopping is not None:
         found |= {"load_best_model_at_end": True, "restore_callback_states_from_checkpoint": True}
         best = True
@@ -101,6 +101,11 @@ def validation_defaults(arguments: Any, values: Mapping[str, Sequence[str]], sta
         found["save_steps"] = (values.get("eval_steps") or [SHARE])[0]
         found["save_total_limit"] = 2  # the best and the last
     return found
+
+
+def _is_on(values: Mapping[str, Sequence[str]], name: str) -> bool:
+    """Whether a flag was given, alone or with another value than false."""
+    return name in values and (values[name] or ["true"])[0].casefold() not in _OFF
 
 
 def early_stopping(arguments: Any) -> list[TrainerCallback]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Validate", "ValidationMixin"]
+__all__ = ["Validate", "ValidationMixin", "no_rows_asked"]
 
 Validate = Callable[[Any], Mapping[str, float]]
 """Measures the model of a trainer, such as its Dice on a validation split; called on every process."""
