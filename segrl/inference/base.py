@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,7 +18,7 @@ from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_hea
 from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
 from segrl.heads.probes import query_tokens
-from segrl.hub import check_token, download_run, is_hub_name
+from segrl.hub import check_token, download_run
 from segrl.inference.asking import Asked, seeded
 from segrl.models.agreement import check_processor
 from segrl.models.backbone import backbone_of, base_instance
@@ -313,7 +314,7 @@ def find_run(name: str | os.PathLike) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if is_hub_name(str(name)):
+    if re.fullmatch(r"(?![.~])[^/]+/[^/]+", str(name)):  # the hub's client tells what is wrong with a name
         return download_run(str(name))
     raise CheckpointError(
         f"model folder {str(name)!r} does not exist; pass an output directory of a segrl run, or owner/name on the hub"
