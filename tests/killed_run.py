@@ -63,6 +63,7 @@ torch.save = writes(torch.save, 1)
 safetensors.torch.save_file = writes(safetensors.torch.save_file, 1)
 transformers.modeling_utils.safe_save_file = safetensors.torch.save_file  # type: ignore[attr-defined]
 Path.write_text = writes(Path.write_text, 0)
+Path.write_bytes = writes(Path.write_bytes, 0)
 TrainerState.save_to_json = writes(TrainerState.save_to_json, 1)
 Trainer.training_step = happens(Trainer.training_step)
 Trainer.__init__ = happens(Trainer.__init__)

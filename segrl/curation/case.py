@@ -12,10 +12,11 @@ from typing import Any
 
 from segrl.caching.content import content_key
 from segrl.errors import DataError, unknown_name
+from segrl.files.whole import write_whole
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 
-__all__ = ["Case", "case_id", "read_cases", "write_atomically", "write_cases"]
+__all__ = ["Case", "case_id", "read_cases", "write_cases"]
 
 ID_DIGITS = 16  # hexadecimal; 64 bits tell a billion cases apart
 
@@ -102,7 +103,7 @@ def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
     for case in cases:
         row = {item.name: getattr(case, item.name) for item in fields(Case)}
         lines.append(json.dumps({**row, "image": _stored(case.image, home), "mask": _stored(case.mask, home)}))
-    write_atomically(Path(path), "".join(f"{line}\n" for line in lines))
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_cases(path: str | os.PathLike[str]) -> list[Case]:
@@ -128,13 +129,6 @@ def read_cases(path: str | os.PathLike[str]) -> list[Case]:
             raise DataError(f"{path}, line {number}: id {case.id!r} occurs twice; delete one of the lines")
         known.add(case.id)
     return cases
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a process that goes on after a kill, sees all of it or none."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _stored(path: Path, home: Path) -> str:

@@ -24,12 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from segrl.caching.content import content_key
-from segrl.curation.case import Case, write_atomically
+from segrl.curation.case import Case
 from segrl.curation.duplicates import near_duplicates
 from segrl.curation.packages import require
 from segrl.data.groups import balanced_folds, joined
 from segrl.data.images.augmentation import random_view
 from segrl.errors import DataError, SegRLError
+from segrl.files.whole import write_whole
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 from segrl.geometry.masks import mask_to_rle, resize_mask
@@ -222,7 +223,7 @@ def _train_and_write(job: Membership) -> None:
             found = _train_and_predict(job)
     finally:
         torch.set_num_threads(threads)
-    write_atomically(job.path, json.dumps(found) + "\n")
+    write_whole(job.path, json.dumps(found) + "\n")
 
 
 def _train_and_predict(job: Membership) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from segrl.curation.case import write_atomically
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 
 __all__ = ["read_json_lines", "write_json_lines"]
 
@@ -23,7 +23,7 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         >>> Path("texts.jsonl").read_text()
         '{"id": "a"}\\n{"id": "b"}\\n'
     """
-    write_atomically(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def read_json_lines(path: Path, read: Callable[[Any], Row], stage: str, wrong: str = "damaged") -> list[Row]:

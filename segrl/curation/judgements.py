@@ -13,7 +13,7 @@ from typing import Any, Literal
 from segrl.curation.build_folder import build_lock
 from segrl.curation.call_cache import CallCache
 from segrl.curation.calls import Caller
-from segrl.curation.case import Case, write_atomically
+from segrl.curation.case import Case
 from segrl.curation.endpoints import Endpoint
 from segrl.curation.engine import map_async
 from segrl.curation.facts import Facts, read_facts
@@ -25,6 +25,7 @@ from segrl.curation.rules import check_text
 from segrl.curation.texts import CALLS, Text, TextSettings, open_writer, read_texts
 from segrl.curation.writers import Writer
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 
 __all__ = ["JUDGEMENTS", "JUDGES", "Judgement", "Round", "judge_texts", "read_judgements"]
 
@@ -158,7 +159,7 @@ def judge_texts(
         judgements = map_async(opened, pairs, concurrency=concurrency, title="judgements")
         write_json_lines(build / JUDGEMENTS, map(asdict, judgements))
         quality = _quality(cases, judgements, settings, text, build)
-        write_atomically(build / JUDGES, json.dumps(quality, indent=2, ensure_ascii=False) + "\n")
+        write_whole(build / JUDGES, json.dumps(quality, indent=2, ensure_ascii=False) + "\n")
     return judgements
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from segrl.curation.case import Case, read_cases, write_atomically
+from segrl.curation.case import Case, read_cases
 from segrl.curation.difficulty import FOLDER, SCORED, SELECTED, THRESHOLDS
 from segrl.curation.json_lines import read_json_lines
 from segrl.curation.publish import DATASET, FinalText, read_final_texts
 from segrl.curation.statistics import case_statistics, statistics_figure
 from segrl.curation.suspects import LIST, SHEET, read_rejected
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 from segrl.models.saved_files import read_object
@@ -92,7 +93,7 @@ def write_build_report(build: str | Path) -> Path:
     published = f"Published in {DATASET}." if (home / DATASET).is_dir() else "Not published yet."
     body = [element("p", text=published), link_list(sections)]
     body += [section(title, *content) for title, content in sections.items()]
-    write_atomically(home / REPORT, html_page("A built data set", body))
+    write_whole(home / REPORT, html_page("A built data set", body))
     return home / REPORT
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from segrl.caching.content import content_key
-from segrl.curation.case import Case, write_atomically
+from segrl.curation.case import Case
 from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 from segrl.geometry.masks import rle_to_mask
@@ -117,7 +118,7 @@ def write_suspects(suspects: Sequence[Suspect], masks: Mapping[str, Sequence[Map
         )
         identity = content_key([each.case.id for each in suspects])[:8]
         page = sheet_page("Masks to look at", intro, questions, CHOICES, identity)
-        write_atomically(home / SHEET, page)
+        write_whole(home / SHEET, page)
 
 
 def read_rejected(home: Path) -> set[str]:

@@ -15,6 +15,7 @@ from segrl.data.listed_files import find_file
 from segrl.data.reasoning import build_query
 from segrl.data.text_columns import check_texts, name_classes
 from segrl.errors import DataError, unknown_name
+from segrl.files.whole import whole_file
 from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["ManifestRows", "check_dataset", "parts_of", "raise_all", "read_manifest", "write_manifest"]
@@ -187,12 +188,11 @@ def write_manifest(folder: str | Path, rows: Sequence[Mapping[str, Any]]) -> Pat
             )
     if not rows:
         raise DataError(f"no rows for {manifest}: expected at least one")
-    unfinished = manifest.with_name(".manifest.csv")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(manifest) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
-    return unfinished.replace(manifest)
+    return manifest
 
 
 def _lines(manifest: Path, table: CsvFile, noun: str) -> list[tuple[int, list[str]]]:

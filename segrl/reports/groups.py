@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 from segrl.geometry.masks import mask_to_rle, resize_mask, rle_to_mask
 from segrl.metrics.overlap import dice
 from segrl.predictions.frames import shrunk_size
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.target import Target, VolumeTarget
 from segrl.reports.drawing import INK, PALE, PAPER, draw_legend, draw_overlay, wrap_text
-from segrl.reports.results_file import write_whole
 
 __all__ = [
     "GROUPS",
@@ -101,7 +101,7 @@ def write_group(folder: Path, name: str, record: Mapping[str, Any], image: Image
         buffer = io.BytesIO()
         _small(image, record).save(buffer, format="PNG")
         write_whole(folder / f"{name}.png", buffer.getvalue())
-    write_whole(folder / f"{name}.json", (json.dumps(_finite(record)) + "\n").encode())
+    write_whole(folder / f"{name}.json", json.dumps(_finite(record)) + "\n")
 
 
 def read_groups(run: str | Path) -> list[tuple[dict[str, Any], Image.Image | None]]:

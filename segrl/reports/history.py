@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segrl.reports.results_file import write_whole
+from segrl.files.whole import write_whole
 
 __all__ = ["CURVES", "TABLE", "Curve", "curve_panels", "draw_curves", "rows_by_step", "write_curves", "write_table"]
 
@@ -77,7 +77,7 @@ def write_table(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    return write_whole(Path(path), buffer.getvalue().encode("utf-8"))
+    return write_whole(path, buffer.getvalue())
 
 
 def curve_panels(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
@@ -151,7 +151,7 @@ def draw_curves(
         figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    return write_whole(Path(path), buffer.getvalue())
+    return write_whole(path, buffer.getvalue())
 
 
 def write_curves(history: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> None:

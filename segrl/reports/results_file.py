@@ -15,8 +15,9 @@ import numpy as np
 
 from segrl._version import __version__
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 
-__all__ = ["versions", "write_results", "write_whole"]
+__all__ = ["versions", "write_results"]
 
 EVALUATION_TIME = "evaluation_time.json"  # seconds, beside results.json, which is the same each time
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "sam2")
@@ -59,24 +60,7 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> P
         ['{', '"a":', '[', '1,', 'null', '],', '"b":', '0.5', '}']
     """
     text = json.dumps(_plain(results, "results"), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    return write_whole(Path(path), text.encode())
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file at once: a reader never sees half of it. Missing folders are created, an existing file is replaced.
-
-    Example:
-        >>> write_whole(Path("new", "notes.txt"), b"whole").read_text()
-        'whole'
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return write_whole(path, text)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from segrl.errors import SegRLError
-from segrl.reports.results_file import write_whole
+from segrl.files.whole import write_whole
 
 __all__ = ["CONFIG_FILE", "expand_config", "flag_values", "write_config"]
 
@@ -159,7 +159,7 @@ def write_config(folder: Path, argv: Sequence[str], arguments: Any, config: Any)
         "".join(f"# {line}\n" for line in _dump(derived).splitlines()),
     ]
     text = "\n".join(part.rstrip("\n") for part in lines) + "\n"
-    return write_whole(folder / CONFIG_FILE, text.encode("utf-8"))
+    return write_whole(folder / CONFIG_FILE, text)
 
 
 def _typed(text: str) -> Any:

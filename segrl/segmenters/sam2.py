@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from segrl.errors import CheckpointError, SegRLError, unknown_name
+from segrl.files.whole import whole_file
 from segrl.models.saved_files import ShapesOnly, check_counts, read_object, read_weights, require_shapes
 from segrl.segmenters.base import ExactPositions, ImageFeatures, square_pixels
 from segrl.segmenters.registry import register_segmenter
@@ -337,9 +338,8 @@ class Sam2Segmenter(ExactPositions):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.sam.state_dict().items()}
-        unfinished = path / f".{SEGMENTER_WEIGHTS}"
-        save_file(state, unfinished, metadata={"format": "pt"})
-        unfinished.replace(path / SEGMENTER_WEIGHTS)
+        with whole_file(path / SEGMENTER_WEIGHTS) as unfinished:
+            save_file(state, unfinished, metadata={"format": "pt"})
         text = json.dumps(self.to_config(), indent=2, sort_keys=True) + "\n"
         (path / SEGMENTER_CONFIG).write_text(text, encoding="utf-8")
 

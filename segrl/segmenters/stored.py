@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from segrl.errors import CheckpointError, SegRLError
+from segrl.files.whole import whole_file
 from segrl.models.saved_files import check_counts, read_object, read_weights, require_shapes
 from segrl.registry.parts import build_part, check_settings, part_config
 from segrl.segmenters.registry import SEGMENTERS
@@ -42,9 +43,8 @@ def save_segmenter(segmenter: Any, folder: str | os.PathLike) -> None:
     config = part_config(SEGMENTERS, segmenter)
     path.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous().clone() for name, value in segmenter.state_dict().items()}
-    unfinished = path / f".{SEGMENTER_WEIGHTS}"
-    save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.replace(path / SEGMENTER_WEIGHTS)
+    with whole_file(path / SEGMENTER_WEIGHTS) as unfinished:
+        save_file(state, unfinished, metadata={"format": "pt"})
     (path / SEGMENTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from segrl.errors import CheckpointError
+from segrl.files.whole import write_whole
 from segrl.models.saved_files import file_problem, read_object
 
 __all__ = ["CHECKPOINT_MANIFEST", "check_checkpoint", "checkpoint_problem", "newest_checkpoint", "write_manifest"]
@@ -41,15 +42,13 @@ def write_manifest(folder: str | os.PathLike) -> None:
         {'scheduler.pt': 3}
     """
     path = Path(folder)
-    left_out = {CHECKPOINT_MANIFEST, f"{CHECKPOINT_MANIFEST}.part", TRAINER_STATE_NAME}
+    left_out = {CHECKPOINT_MANIFEST, TRAINER_STATE_NAME}
     files = {
         file.relative_to(path).as_posix(): file.stat().st_size
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in left_out
+        if file.is_file() and file.name not in left_out and file.suffix != ".tmp"  # of a process that was killed
     }
-    part = path / f"{CHECKPOINT_MANIFEST}.part"
-    part.write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
-    part.replace(path / CHECKPOINT_MANIFEST)
+    write_whole(path / CHECKPOINT_MANIFEST, json.dumps({"version": 1, "files": files}, indent=2) + "\n")
 
 
 def checkpoint_problem(folder: str | os.PathLike) -> str | None:

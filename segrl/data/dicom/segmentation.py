@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from segrl._version import __version__
 from segrl.data.dicom.files import quiet_pydicom, read_dataset
 from segrl.errors import DataError, SegRLError
+from segrl.files.whole import whole_file
 from segrl.geometry.masks import foreground
 
 __all__ = ["highdicom_modules", "write_dicom_seg"]
@@ -66,9 +67,8 @@ def write_dicom_seg(
             )
     with quiet_pydicom():
         made = _segmentation(path, frames, headers, label)
-    unfinished = Path(path).with_name(f".{Path(path).name}")
-    made.save_as(unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        made.save_as(unfinished)
 
 
 def highdicom_modules() -> tuple[ModuleType, ModuleType, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segrl.errors import DataError
+from segrl.files.whole import write_whole
 from segrl.geometry.masks import foreground, mask_to_box, mask_to_rle
 
 __all__ = ["CocoWriter"]
@@ -86,6 +86,4 @@ class CocoWriter:
             "categories": [{"id": number, "name": name} for name, number in self._categories.items()],
             "annotations": self._annotations,
         }
-        unfinished = Path(path).with_name(f".{Path(path).name}")
-        unfinished.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, json.dumps(content, ensure_ascii=False))

@@ -28,6 +28,7 @@ from segrl.data.volumes.grids import (
 from segrl.data.volumes.volume import Volume
 from segrl.data.volumes.voxel_files import open_voxels
 from segrl.errors import DataError
+from segrl.files.whole import whole_file
 from segrl.geometry.masks import foreground
 from segrl.predictions.target import read_spacing
 
@@ -153,9 +154,8 @@ def _write(path: Path, slices: np.ndarray, like: Volume) -> None:
     image = kind(array, like.affine, header)
     if header is None and like.spacing_mm is not None:
         image.header.set_xyzt_units("mm")
-    unfinished = path.with_name(f".{path.name}")  # a name that ends in .nii.gz, or it would not be compressed
-    nib.save(image, unfinished)
-    unfinished.replace(path)
+    with whole_file(path, suffix="".join(path.suffixes[-2:])) as unfinished:  # .gz, or it would not be compressed
+        nib.save(image, unfinished)
 
 
 def axes_on_scan(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume: Volume | str | Path) -> np.ndarray:

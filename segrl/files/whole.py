@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all: a reader, or a process that goes on after a kill, never sees half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["whole_file", "write_whole"]
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], *, suffix: str = "") -> Iterator[Path]:
+    """Yield the path of an unfinished file beside `path`, which takes its place at the end of the block.
+
+    After an error nothing is left, and an earlier file stays as it was. Only a killed process leaves the unfinished
+    file, `.NAME.PROCESS.tmp`.
+
+    Args:
+        path: Of the file. Missing folders are created, an existing file is replaced.
+        suffix: End of the name of the unfinished file, for libraries that look at it, such as ".nii.gz".
+
+    Example:
+        >>> with whole_file("new/notes.txt") as unfinished:
+        ...     _ = unfinished.write_text("whole")
+        ...     Path("new/notes.txt").exists()
+        False
+        >>> [path.name for path in Path("new").iterdir()]
+        ['notes.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Write a file at once, as `whole_file`; text as UTF-8.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> write_whole(Path("new", "notes.txt"), "whole").read_text()
+        'whole'
+    """
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)

@@ -1,0 +1,52 @@
+"""Files appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from segrl.files.whole import whole_file, write_whole
+
+
+def test_text_and_bytes_replace_an_earlier_file(tmp_path):
+    path = tmp_path / "deep" / "notes.txt"
+    assert write_whole(path, "größer\n") == path
+    assert path.read_bytes() == "größer\n".encode()
+    assert write_whole(str(path), b"\r\n").read_bytes() == b"\r\n"
+    assert write_whole(path, "").read_bytes() == b""
+    assert [item.name for item in path.parent.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".nii.gz"])
+def test_after_an_error_the_earlier_file_is_there_and_nothing_else(tmp_path, suffix):
+    path = write_whole(tmp_path / "notes.txt", "earlier")
+
+    def write() -> None:
+        with whole_file(path, suffix=suffix) as unfinished:
+            assert unfinished.name == f".notes.txt.{os.getpid()}.tmp{suffix}"
+            unfinished.write_text("hal")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match=r"^half$"):
+        write()
+    assert path.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_its_place_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").mkdir()
+    with pytest.raises(OSError, match="irectory"):
+        write_whole(tmp_path / "notes.txt", "text")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "notes.txt"]
+
+
+def test_only_one_module_replaces_files():
+    """A second way to write a file at once would be found here; the feature cache locks its folder and marks times."""
+    own = {"files/whole.py", "caching/feature_cache.py"}
+    home = Path(__file__).parents[1] / "segrl"
+    found = {
+        path.relative_to(home).as_posix()
+        for path in home.rglob("*.py")
+        if "os.replace(" in path.read_text() or ".replace(path" in path.read_text()
+    }
+    assert found == own
