@@ -227,6 +227,50 @@ def test_a_file_that_is_no_cache(tmp_path):
         CallCache(tmp_path / "newer")
 
 
+@pytest.mark.parametrize(
+    ("pragma", "message"),
+    [
+        ("max_page_count=1", "(database or disk is full); free some space on the disk, and give the command again"),
+        ("query_only=1", "(attempt to write a readonly database); make file and folder writable"),
+    ],
+)
+def test_a_file_that_cannot_be_written(tmp_path, pragma, message):
+    path = tmp_path / "calls.sqlite"
+    with CallCache(path) as cache:
+        cache.put("a", "m", "", Answer("answered", "kept"))
+        cache._file.execute(f"PRAGMA {pragma}")
+        with pytest.raises(DataError, match=re.escape(f"{path}: the kept calls cannot be used {message}")):
+            cache.put("b", "m", "", Answer("answered", "x" * 50_000))
+        assert cache.get("a").text == "kept"
+        assert cache.spent("m") == (1, 0.0)
+
+
+def test_a_damaged_file(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    with CallCache(path) as cache:
+        for number in range(200):
+            cache.put(f"{number:03}", "m", "", Answer("answered", "x" * 200))
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    path.write_bytes(content)
+    with CallCache(path) as cache:
+        for use in (lambda: cache.get("001"), lambda: cache.spent("m"), lambda: CallCache.read_spent(path)):
+            with pytest.raises(DataError, match=r"malformed\); move it away, and its answers are asked for again$"):
+                use()
+    with pytest.raises(DataError, match=r"make file and folder writable$"):
+        CallCache(tmp_path / "no" / "calls.sqlite")
+
+
+def test_what_was_spent_is_read_without_a_trace(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    with CallCache(path) as cache:
+        cache.put("a", "m", "", Answer("answered", "kept", cost=0.25))
+        assert CallCache.read_spent(path) == {"m": (1, 0.25)}  # while it is in use
+    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+    assert CallCache.read_spent(path) == {"m": (1, 0.25)}
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
+
+
 def test_two_writers_of_one_file(tmp_path):
     with CallCache(tmp_path / "c") as one, CallCache(tmp_path / "c") as two:
         one.put("k", "m", "", Answer("answered", "first", cost=1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ __all__ = ["add_curate_commands"]
 
 _EPILOG = """examples:
   segrl curate run curate.yaml                 all stages, into the folder build beside the file
+  segrl curate run curate.yaml --dry_run       count calls, tokens, cost, trainings and disk, and make nothing
   segrl curate difficulty curate.yaml          one stage
   segrl curate select curate.yaml              vote and threshold again, after a change of difficulty: tail
   segrl curate report build                    one HTML page
@@ -38,7 +40,9 @@ def add_curate_commands(areas: Any, common: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, parents=[common], help=help)
         command.add_argument("settings", type=Path, metavar="FILE", help="the settings, such as curate.yaml")
         command.add_argument("--build", type=Path, metavar="FOLDER", help="the build (default: that of the settings)")
-        command.set_defaults(run=run)
+        command.add_argument("--dry_run", action="store_true", help="count calls, tokens, cost, trainings and disk; "
+                             "make nothing")  # fmt: skip
+        command.set_defaults(run=_dry(run))
     report = commands.add_parser("report", parents=[common], help="one HTML page about a build")
     report.add_argument("build", type=Path, metavar="FOLDER", help="the build")
     report.set_defaults(run=_report)
@@ -49,6 +53,25 @@ def _read(arguments: argparse.Namespace) -> tuple[Any, Path]:
 
     settings = CurationSettings.read(arguments.settings)
     return settings, arguments.build or settings.build
+
+
+def _dry(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Return a command that plans its stages if `--dry_run` was given, and else runs them."""
+
+    def command(arguments: argparse.Namespace) -> int:
+        return _plan(arguments, _PLANNED[run]) if arguments.dry_run else run(arguments)
+
+    return command
+
+
+def _plan(arguments: argparse.Namespace, stages: Any) -> int:
+    from segrl.curation.plan import plan_build
+    from segrl.curation.plan_table import plan_table
+    from segrl.reports.terminal import say
+
+    settings, build = _read(arguments)
+    say(f"A plan; nothing is made.\n{plan_table(plan_build(settings, build), stages)}")
+    return OK
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -138,3 +161,13 @@ def _report(arguments: argparse.Namespace) -> int:
 
     say(f"Written to {write_build_report(arguments.build)}")
     return OK
+
+
+_PLANNED: dict[Callable[[argparse.Namespace], int], tuple[str, ...]] = {
+    _run: ("difficulty", "write", "judge", "publish"),
+    _difficulty: ("difficulty",),
+    _select: (),
+    _write: ("write",),
+    _judge: ("judge",),
+    _publish: ("publish",),
+}

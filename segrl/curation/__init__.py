@@ -3,6 +3,7 @@
 After the construction of ComLesion-14K (CORE-Seg, section 3). Each stage reads and writes files in one build folder.
 """
 
+from segrl.curation.call_plans import CallPlan, PlanAssumptions, SourceSize
 from segrl.curation.case import Case, read_cases, write_cases
 from segrl.curation.committee import CommitteeSettings
 from segrl.curation.difficulty import DifficultySettings, SetDifficulty, find_difficulty, read_errors, select_cases
@@ -10,6 +11,8 @@ from segrl.curation.endpoints import Endpoint
 from segrl.curation.facts import Facts, read_facts
 from segrl.curation.judgements import Judgement, Round, judge_texts, read_judgements
 from segrl.curation.judges import JudgeSettings
+from segrl.curation.plan import Plan, plan_build, plan_sources
+from segrl.curation.plan_table import plan_table
 from segrl.curation.prompts import write_prompts
 from segrl.curation.publish import FinalText, PublishSettings, publish_cases
 from segrl.curation.report import write_build_report
@@ -29,6 +32,7 @@ from segrl.curation.tails import Comparison, Tail, TailSettings, find_tail, vote
 from segrl.curation.texts import Text, TextSettings, read_texts, write_texts
 
 __all__ = [
+    "CallPlan",
     "Case",
     "CheckedText",
     "CommitteeSettings",
@@ -41,11 +45,14 @@ __all__ = [
     "JudgeSettings",
     "Judgement",
     "LoadedSources",
+    "Plan",
+    "PlanAssumptions",
     "PublishSettings",
     "Round",
     "RuleSettings",
     "SetDifficulty",
     "SourceSettings",
+    "SourceSize",
     "SuspectSettings",
     "Tail",
     "TailSettings",
@@ -56,6 +63,9 @@ __all__ = [
     "find_tail",
     "judge_texts",
     "load_sources",
+    "plan_build",
+    "plan_sources",
+    "plan_table",
     "publish_cases",
     "read_cases",
     "read_errors",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -20,6 +22,27 @@ CREATE TABLE IF NOT EXISTS answers (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spent (model TEXT PRIMARY KEY, calls INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID;
 """
+
+
+_FIXES = {  # by SQLite's primary code
+    sqlite3.SQLITE_FULL: "free some space on the disk, and give the command again",
+    sqlite3.SQLITE_IOERR: "free some space on the disk or repair it, and give the command again",
+    sqlite3.SQLITE_READONLY: "make file and folder writable",
+    sqlite3.SQLITE_PERM: "make file and folder writable",
+    sqlite3.SQLITE_CANTOPEN: "make file and folder writable",
+    sqlite3.SQLITE_BUSY: "end the other program that writes into it",
+}
+
+
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Raise what SQLite raises with the file and the fix."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of the number is a detail
+        fix = _FIXES.get(code, "move it away, and its answers are asked for again")
+        raise DataError(f"{path}: the kept calls cannot be used ({error}); {fix}") from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,8 @@ class CallCache:
         path: The file; made if it is absent.
 
     Raises:
-        DataError: It is no SQLite file, or one of another version.
+        DataError: It is no SQLite file or a damaged one, one of another version, not writable, or its disk is full; all
+            methods raise it.
 
     Example:
         >>> with CallCache(Path("calls.sqlite")) as cache:
@@ -71,7 +95,8 @@ class CallCache:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
+        self.path = path
+        with _said(path):
             self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
             (version,) = self._file.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
@@ -80,37 +105,59 @@ class CallCache:
             self._file.execute("PRAGMA synchronous=FULL")  # an answer costs more than a write to the disk
             self._file.executescript(_SCHEMA)
             self._file.execute(f"PRAGMA user_version={_VERSION}")
-        except sqlite3.Error as error:
-            raise DataError(f"{path}: cannot be used as a file of kept calls ({error}); move it away") from error
 
     def get(self, key: str) -> Answer | None:
         """Return the answer to a question; None if none has arrived."""
         columns = "status, text, reason, tokens_in, tokens_out, cost"
-        row = self._file.execute(f"SELECT {columns} FROM answers WHERE key = ?", (key,)).fetchone()
+        with _said(self.path):
+            row = self._file.execute(f"SELECT {columns} FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else Answer(*row, cached=True)
 
     def put(self, key: str, model: str, label: str, answer: Answer) -> None:
         """Keep an answer; one that is there stays."""
         values = (key, model, label, answer.status, answer.text, answer.reason)
         values += (answer.tokens_in, answer.tokens_out, answer.cost)
-        self._file.execute("BEGIN IMMEDIATE")
-        try:
-            new = self._file.execute(f"INSERT OR IGNORE INTO answers VALUES ({','.join('?' * 9)})", values).rowcount
-            if new:
-                self._file.execute(
-                    "INSERT INTO spent VALUES (?, 1, ?) "
-                    "ON CONFLICT (model) DO UPDATE SET calls = calls + 1, cost = cost + excluded.cost",
-                    (model, answer.cost),
-                )
-        except BaseException:
-            self._file.execute("ROLLBACK")
-            raise
-        self._file.execute("COMMIT")
+        with _said(self.path):
+            self._file.execute("BEGIN IMMEDIATE")
+            try:
+                new = self._file.execute(f"INSERT OR IGNORE INTO answers VALUES ({','.join('?' * 9)})", values).rowcount
+                if new:
+                    self._file.execute(
+                        "INSERT INTO spent VALUES (?, 1, ?) "
+                        "ON CONFLICT (model) DO UPDATE SET calls = calls + 1, cost = cost + excluded.cost",
+                        (model, answer.cost),
+                    )
+                self._file.execute("COMMIT")
+            except BaseException:
+                if self._file.in_transaction:  # a full disk ends it by itself
+                    self._file.execute("ROLLBACK")
+                raise
 
     def spent(self, model: str) -> tuple[int, float]:
         """Return how many answers of a model are kept, and what they cost."""
-        row = self._file.execute("SELECT calls, cost FROM spent WHERE model = ?", (model,)).fetchone()
+        with _said(self.path):
+            row = self._file.execute("SELECT calls, cost FROM spent WHERE model = ?", (model,)).fetchone()
         return row or (0, 0.0)
+
+    @staticmethod
+    def read_spent(path: Path) -> dict[str, tuple[int, float]]:
+        """Return `spent` of every model of a file, which is left as it is; none without a file.
+
+        Raises:
+            DataError: It is no file of kept calls.
+
+        Example:
+            >>> CallCache.read_spent(Path("no/calls.sqlite"))
+            {}
+        """
+        if not path.is_file():
+            return {}
+        whole = not path.with_name(f"{path.name}-wal").exists()  # nothing waits in a log: no lock, and no file made
+        address = f"{path.absolute().as_uri()}?{'immutable=1' if whole else 'mode=ro'}"
+        with _said(path), contextlib.closing(sqlite3.connect(address, uri=True)) as file:
+            if not file.execute("SELECT 1 FROM sqlite_master WHERE name = 'spent'").fetchone():
+                return {}
+            return {model: (calls, cost) for model, calls, cost in file.execute("SELECT * FROM spent")}
 
     def close(self) -> None:
         """Close the file."""

@@ -24,7 +24,7 @@ from segrl.curation.endpoints import Endpoint
 from segrl.curation.packages import require
 from segrl.errors import SegRLError
 
-__all__ = ["BudgetError", "Caller", "Question", "call_key", "estimate_tokens"]
+__all__ = ["BudgetError", "Caller", "Question", "call_key", "estimate_tokens", "image_tokens", "text_tokens"]
 
 _PATCH = 28  # pixels of an image that one token stands for on each side, as in Qwen2.5-VL; only for estimates
 _CHARACTERS = 4  # of a token of English
@@ -78,9 +78,28 @@ def estimate_tokens(question: Question, max_edge: int) -> int:
         >>> estimate_tokens(Question("four" * 10, (Image.new("L", (280, 280)),)), max_edge=140)
         35
     """
-    edges = ((image.width, image.height, min(1.0, max_edge / max(image.size))) for image in question.images)
-    patches = sum(math.ceil(w * scale / _PATCH) * math.ceil(h * scale / _PATCH) for w, h, scale in edges)
-    return patches + math.ceil(len(question.text) / _CHARACTERS)
+    return sum(image_tokens(image.size, max_edge) for image in question.images) + text_tokens(question.text)
+
+
+def image_tokens(size: tuple[int, int], max_edge: int) -> int:
+    """Estimate the tokens of an image of (width, height) pixels, which is shrunk to its longest edge.
+
+    Example:
+        >>> image_tokens((280, 560), max_edge=280)
+        50
+    """
+    scale = min(1.0, max_edge / max(size))
+    return math.ceil(size[0] * scale / _PATCH) * math.ceil(size[1] * scale / _PATCH)
+
+
+def text_tokens(text: str) -> int:
+    """Estimate the tokens of a text.
+
+    Example:
+        >>> text_tokens("A nodule.")
+        3
+    """
+    return math.ceil(len(text) / _CHARACTERS)
 
 
 @dataclass

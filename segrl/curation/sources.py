@@ -12,7 +12,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +31,10 @@ from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.folder import load_volumes
 from segrl.data.volumes.slices import uniform_slices
 from segrl.errors import DataError
+from segrl.geometry.image_files import open_image
 from segrl.geometry.mask_images import read_mask_file
 
-__all__ = ["LoadedSources", "SourceSettings", "load_sources"]
+__all__ = ["LoadedSources", "SourceSettings", "Surveyed", "load_sources", "survey_sources"]
 
 Format = Literal["folder", "pairs", "coco", "nnunet", "biomedparse", "sa_med2d", "imed_361m"]
 FEWEST, LISTED = 20, 5  # images of a source; names in one message
@@ -138,10 +139,7 @@ def load_sources(sources: tuple[SourceSettings, ...], build: str | Path) -> Load
         >>> len(found.cases), found.left_out
         (20, {})
     """
-    titles = Counter(plain_name(source.title).casefold() for source in sources)  # of their folders
-    twice = [title for title, count in titles.items() if count > 1]
-    if twice:
-        raise DataError(f"sources: {len(twice)} names occur twice, such as {twice[0]!r}; give each a name of its own")
+    _check_names(sources)
     cases: dict[str, Case] = {}
     left_out: dict[str, list[str]] = {}
     for source in sources:
@@ -162,14 +160,79 @@ def load_sources(sources: tuple[SourceSettings, ...], build: str | Path) -> Load
     return LoadedSources(list(cases.values()), left_out)
 
 
+@dataclass(frozen=True)
+class Surveyed:
+    """A row of a source, as far as it is known without reading its pixels.
+
+    Attributes:
+        case: Without an id; its files are those of the source, or `Path()` where they will be made.
+        size: (width, height) of the image, pixels.
+        made: Whether the build will hold files of its own for it.
+    """
+
+    case: Case
+    size: tuple[int, int]
+    made: bool
+
+
+def survey_sources(sources: tuple[SourceSettings, ...]) -> list[Surveyed]:
+    """List the rows of every source, and write nothing. Empty masks and rows that repeat others are among them.
+
+    Of scans, every structure counts as often as slices are taken of it at most, in the size of the first scan.
+
+    Raises:
+        DataError: As `load_sources`, but for what only pixels tell.
+
+    Example:
+        >>> from segrl.data import make_synthetic, write_folder
+        >>> _ = write_folder(make_synthetic(20, size=32), "mine")
+        >>> found = survey_sources((SourceSettings(path=Path("mine"), modality="MRI", licence="CC0-1.0"),))
+        >>> len(found), found[0].size, found[0].made
+        (20, (32, 32), False)
+    """
+    _check_names(sources)
+    found = []
+    for source in sources:
+        rows = list(_surveyed(source))
+        if not rows:
+            raise DataError(f"{source.path}: no rows")
+        _check(source, [row.case for row in rows])
+        found += rows
+    return found
+
+
+def _surveyed(source: SourceSettings) -> Iterator[Surveyed]:
+    if source.format == "folder" and not _holds_scans(source.path):
+        for row in _images(source.path, source.split):
+            files = {name: Path(row[name]["path"] or "") for name in ("image", "mask")}
+            with open_image(files["image"], f"image {files['image']}") as opened:
+                yield Surveyed(_described(source, {**row, **files}), opened.size, row["mask"]["bytes"] is not None)
+        return
+    scan_size: tuple[int, int] | None = None
+    for row in _read(source):
+        if isinstance(row, FormatRow):
+            texts = {"name": row.name, "split": row.split, **row.texts, "image": Path(), "mask": Path()}
+            yield Surveyed(_described(source, texts), (row.mask.shape[1], row.mask.shape[0]), True)
+            continue
+        if scan_size is None:
+            scan_size = _read_scan(row).grey.shape[:0:-1]
+        texts = {"name": row.scan.name, "patient": str(row.scan), **row.texts, "image": Path(), "mask": Path()}
+        yield from [Surveyed(_described(source, texts), scan_size, True)] * source.slices
+
+
+def _check_names(sources: tuple[SourceSettings, ...]) -> None:
+    titles = Counter(plain_name(source.title).casefold() for source in sources)  # of their folders
+    twice = [title for title, count in titles.items() if count > 1]
+    if twice:
+        raise DataError(f"sources: {len(twice)} names occur twice, such as {twice[0]!r}; give each a name of its own")
+
+
 def _rows(source: SourceSettings, build: Path) -> list[dict[str, Any]]:
     """The rows of a source with the paths of their files."""
     folder = source.path
     if source.format != "folder" or _holds_scans(folder):
         folder = _converted(source, build / "sources" / plain_name(source.title))
-    dataset = load_folder(folder, source.split if folder == source.path else None)
-    encoded = dataset.cast_column("image", Image(decode=False)).cast_column("mask", Image(decode=False))
-    rows = [dict(row) for row in encoded]  # type: ignore[call-overload]
+    rows = _images(folder, source.split if folder == source.path else None)
     merged = build / "sources" / ".merged"  # no name of a source begins so
     for row in rows:
         row["image"] = Path(row["image"]["path"])
@@ -181,6 +244,12 @@ def _rows(source: SourceSettings, build: Path) -> list[dict[str, Any]]:
             row["mask"] = merged / f"{content_key(data)}.png"
             row["mask"].write_bytes(data)
     return rows
+
+
+def _images(folder: Path, split: str | None) -> list[dict[str, Any]]:
+    dataset = load_folder(folder, split)
+    encoded = dataset.cast_column("image", Image(decode=False)).cast_column("mask", Image(decode=False))
+    return [dict(row) for row in encoded]  # type: ignore[call-overload]
 
 
 def _holds_scans(folder: Path) -> bool:
@@ -233,13 +302,7 @@ def _sliced(rows: Iterator[FormatRow | ScanRow], source: SourceSettings) -> Iter
             yield row
             continue
         texts = {name: text for name, text in row.texts.items() if name not in ("label_value", "intensity", "query")}
-        case = read(
-            {
-                **{"scan": str(row.scan), "label": str(row.label), "label_value": row.label_value},
-                **{name: row.texts.get(name, "") for name in ("modality", "intensity", "spacing_mm")},
-            },
-            allow_empty=True,
-        )
+        case = _read_scan(row, read)
         assert case.mask is not None
         shown = np.flatnonzero(case.mask.any(axis=(1, 2)))
         # an absent structure is one slice with an empty mask, which is left out and listed as such
@@ -254,16 +317,30 @@ def _sliced(rows: Iterator[FormatRow | ScanRow], source: SourceSettings) -> Iter
             yield FormatRow(image, case.mask[number], name, row.split, {**texts, **position, "name": name})
 
 
+def _read_scan(row: ScanRow, read: CaseReader | None = None) -> Any:
+    """Read the scan and label of a row, (D, H, W)."""
+    texts = {name: row.texts.get(name, "") for name in ("modality", "intensity", "spacing_mm")}
+    files = {"scan": str(row.scan), "label": str(row.label), "label_value": row.label_value}
+    return (read or CaseReader())({**files, **texts}, allow_empty=True)
+
+
 def _case(source: SourceSettings, row: Mapping[str, Any]) -> tuple[Case, str]:
     """The case of a row, and why it is left out, or ""."""
+    case = _described(source, row)
+    case = replace(case, id=case_id(case.image, case.mask, case.lesion))
+    return case, "" if read_mask_file(case.mask, str(case.mask)).any() else "empty mask"
+
+
+def _described(source: SourceSettings, row: Mapping[str, Any]) -> Case:
+    """The case of a row by its texts alone, without an id."""
     texts = {name: str(getattr(source, name) or row.get(name) or "") for name in ("lesion", "modality", "anatomy")}
     where = f"{source.path}: {row['name']}"
     for name in ("lesion", "modality"):
         if not texts[name]:
             raise DataError(f"{where}: no {name}; add it to the source, or as a column of the manifest")
     title = source.name or str(row.get("source") or "") or source.title
-    case = Case(
-        id=case_id(row["image"], row["mask"], texts["lesion"]),
+    return Case(
+        id="",
         image=row["image"],
         mask=row["mask"],
         source=title,
@@ -277,7 +354,6 @@ def _case(source: SourceSettings, row: Mapping[str, Any]) -> tuple[Case, str]:
         anatomy=texts["anatomy"],
         lesion=texts["lesion"],
     )
-    return case, "" if read_mask_file(case.mask, str(case.mask)).any() else "empty mask"
 
 
 def _patient(source: SourceSettings, row: Mapping[str, Any], where: str) -> str:
