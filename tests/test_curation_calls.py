@@ -241,7 +241,7 @@ def test_a_file_that_cannot_be_written(tmp_path, pragma, message):
         cache._file.execute(f"PRAGMA {pragma}")
         with pytest.raises(DataError, match=re.escape(f"{path}: the kept calls cannot be used {message}")):
             cache.put("b", "m", "", Answer("answered", "x" * 50_000))
-        assert cache.get("a").text == "kept"
+        assert cache.get("a") == Answer("answered", "kept", cached=True)
         assert cache.spent("m") == (1, 0.0)
 
 

@@ -156,17 +156,7 @@ def plan_sources(
     images = trainings * committee.steps * committee.batch
     rate = known.training_rate
     calls = tuple(planned_calls(chosen, number, settings, known))
-    words = 4 * (2 * known.text_tokens + 60), 4 * (2 * answer_limit(settings) + 60)
-    disk = {
-        "sources": (_bytes(sources, "made"),) * 2,
-        "difficulty": (int(count * members * (_MASK_BYTES * committee.size + 80)),) * 2,
-        "cases": tuple(int(_ROW_BYTES * (2 * count + n)) for n in number),
-        "texts": tuple(int(n * (_ROW_BYTES * 3 + 3 * size)) for n, size in zip(number, words, strict=True)),
-        "calls": tuple(
-            sum(200 * plan.calls[end] + 4 * plan.tokens_out[end] for plan in calls) for end in (0, 1)
-        ),
-        "dataset": tuple(int(n / max(1, number[1]) * _bytes(chosen, "cases")) for n in number),
-    }  # fmt: skip
+    disk = [_disk(sources, chosen, end, number, calls, settings, known) for end in (0, 1)]
     return Plan(
         {source.source: source.cases for source in sources},
         number,
@@ -178,10 +168,27 @@ def plan_sources(
         None if rate is None else (images + count * members / 3) / rate / 3600,
         calls,
         dict(kept or {}),
-        disk,
+        {part: (disk[0][part], disk[1][part]) for part in disk[0]},
         tuple(call_limits(calls, [settings.write.writer, judging.judge, judging.second])),
         known,
     )
+
+
+def _disk(
+    sources: Sequence[SourceSize], chosen: Sequence[SourceSize], end: int, number: tuple[int, int],
+    calls: Sequence[CallPlan], settings: CurationSettings, known: PlanAssumptions,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes by part of the build: expected with `end` 0, at most with 1."""
+    committee, count = settings.difficulty.committee, sum(source.cases for source in sources)
+    text = 4 * (2 * (answer_limit(settings) if end else known.text_tokens) + 60)  # with question and answer
+    return {
+        "sources": _bytes(sources, "made"),
+        "difficulty": int(count * len(committee.encoders) * (_MASK_BYTES * committee.size + 80)),
+        "cases": _ROW_BYTES * (2 * count + number[end]),
+        "texts": number[end] * 3 * (_ROW_BYTES + text),
+        "calls": sum(200 * plan.calls[end] + 4 * plan.tokens_out[end] for plan in calls),
+        "dataset": int(number[end] / max(1, number[1]) * _bytes(chosen, "cases")),
+    }
 
 
 def _bytes(sources: Sequence[SourceSize], counted: str) -> int:

@@ -208,13 +208,13 @@ def _surveyed(source: SourceSettings) -> Iterator[Surveyed]:
             with open_image(files["image"], f"image {files['image']}") as opened:
                 yield Surveyed(_described(source, {**row, **files}), opened.size, row["mask"]["bytes"] is not None)
         return
-    scan_size: tuple[int, int] | None = None
+    scan_size = (0, 0)
     for row in _read(source):
         if isinstance(row, FormatRow):
             texts = {"name": row.name, "split": row.split, **row.texts, "image": Path(), "mask": Path()}
             yield Surveyed(_described(source, texts), (row.mask.shape[1], row.mask.shape[0]), True)
             continue
-        if scan_size is None:
+        if scan_size == (0, 0):
             scan_size = _read_scan(row).grey.shape[:0:-1]
         texts = {"name": row.scan.name, "patient": str(row.scan), **row.texts, "image": Path(), "mask": Path()}
         yield from [Surveyed(_described(source, texts), scan_size, True)] * source.slices
