@@ -16,7 +16,9 @@ FILES = {
 SURFACES = [module for module, path in FILES.items() if path.name == "__init__.py" and module != "segrl"]
 SURFACES += ["segrl.errors", "segrl.hub", "segrl.losses"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CODE = {page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL) for page in PAGES}
+_BLOCK = re.compile(r'^```python(?: title="(\w+\.py)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+# Blocks of Python in each page: the name of the file that it is, or "", and its code.
+BLOCKS: dict[Path, list[tuple[str, str]]] = {page: _BLOCK.findall(page.read_text()) for page in PAGES}
 
 
 def public_names() -> Iterator[tuple[str, str, Any]]:

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 
-from public_names import CODE, FILES, ROOT
+from public_names import BLOCKS, FILES, ROOT
 
 TOP_FILES = {"__init__", "__main__", "_version", "errors", "losses", "hub"}
 TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 # What uses segrl from outside: the examples, and each block of code in the pages.
 OUTSIDE = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted((ROOT / "examples").rglob("*.py"))}
-for page, blocks in CODE.items():
-    OUTSIDE |= {f"{page.relative_to(ROOT).as_posix()}:{number}": block for number, block in enumerate(blocks)}
+for page, blocks in BLOCKS.items():
+    OUTSIDE |= {f"{page.relative_to(ROOT).as_posix()}:{number}": block for number, (_, block) in enumerate(blocks)}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, str | None]]:

@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 
 import pytest
-from public_names import CODE, PAGES, ROOT, is_callable, public_names
+from public_names import BLOCKS, PAGES, ROOT, is_callable, public_names
 
 from segrl.rewards import make_reward
 from segrl.rewards.registry import registered_infos
@@ -18,21 +18,42 @@ REFERENCE = "\n".join(page.read_text() for page in PAGES if page.parent == INDEX
 
 
 def test_the_quick_start_has_code():
-    assert len(CODE[ROOT / "docs" / "quickstart.md"]) >= 3
+    assert len(BLOCKS[ROOT / "docs" / "quickstart.md"]) >= 3
+
+
+def test_every_block_of_python_is_read():
+    for page, blocks in BLOCKS.items():
+        assert len(blocks) == page.read_text().count("\n```python"), page
 
 
 SLOW = {"extend-segrl.md", "write-a-training-script.md", "test-a-reward.md", "reward-plugin.md"}
+PRINTED = [(page, number) for page, blocks in BLOCKS.items() for number in range(len(blocks))]
+
+
+@pytest.fixture
+def own_modules():
+    """Forget the modules that a test imports: files of other pages have the same names."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if not str(getattr(sys.modules[name], "__file__", "")).startswith((sys.prefix, sys.base_prefix, str(ROOT))):
+            del sys.modules[name]
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # without a GPU
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW)) for page in PAGES if CODE[page]],
-    ids=[page.relative_to(ROOT).as_posix() for page in PAGES if CODE[page]],
+    ("page", "number"),
+    [pytest.param(page, number, marks=[pytest.mark.slow] * (page.name in SLOW)) for page, number in PRINTED],
+    ids=[f"{page.relative_to(ROOT).as_posix()}:{number}" for page, number in PRINTED],
 )
-def test_code_of_page_runs(page, tmp_path, monkeypatch, registries):
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(CODE[page]))
+def test_code_runs_as_it_is_printed(page, number, tmp_path, monkeypatch, registries, own_modules):
+    """Each block by itself, in a folder with the files that the blocks before it are."""
+    for name, code in BLOCKS[page][: number + 1]:
+        if name:
+            (tmp_path / name).write_text(code)
+    name, code = BLOCKS[page][number]
+    script = tmp_path / (name or "block.py")
+    script.write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script)])

@@ -336,6 +336,11 @@ def test_rare_kinds_of_images_get_more_views(tmp_path):
     synthetic = runs(arguments, 0, tmp_path)
     synthetic.rows["train"] = synthetic.load("train")
     assert not any(synthetic.augmented())
+    assert (synthetic.views(), synthetic.written()) == (2000, 400)  # stage 1 sees those with written answers
+    plain: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "num_train_epochs": 1}
+    stage1 = SegSFTConfig(str(tmp_path), per_device_train_batch_size=4, **plain)
+    stage2 = SegGRPOConfig(str(tmp_path), per_device_train_batch_size=8, num_generations=4, **plain)
+    assert [synthetic.steps(config) for config in (stage1, stage2)] == [100, 1000]
 
 
 @pytest.mark.parametrize("script", ["train_sft", "train_grpo", "evaluate"])

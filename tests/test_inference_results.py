@@ -226,6 +226,17 @@ class TestInputs:
         assert grey[0, 0] == 0
         assert grey[-1, -1] == 255
 
+    def test_the_modality_chooses_the_scaling_as_of_a_volume(self, segmenter, volumes):
+        deep = (np.arange(48 * 40, dtype=np.int16) - 1000).reshape(48, 40)
+        assert segmenter.predict(deep, "Find it.", modality="CT").intensity == "window:-160:240"
+        found = segmenter.predict([deep, deep, picture()], "Find it.", modality=["CT", "MRI", ""])
+        assert [one.intensity for one in found] == ["window:-160:240", "percentile:0.5:99.5", ""]
+        for one, given in ((segmenter, [deep] * 2), (volumes, [np.zeros((2, 8, 8), dtype=np.uint8)] * 2)):
+            with pytest.raises(DataError, match="1 modalities for 2 inputs; expected one text for all"):
+                one.predict(given, "Find it.", modality=["CT"])
+            with pytest.raises(DataError, match="modality=3: expected a text such as 'CT'"):
+                one.predict(given, "Find it.", modality=3)
+
     @pytest.mark.parametrize(
         ("given", "message"),
         [

@@ -99,6 +99,8 @@ def test_what_cannot_be_compared(tmp_path):
     (tmp_path / "x").write_text("mine")
     with pytest.raises(DataError, match="is not empty"):
         sheet(tmp_path)
+    with pytest.raises(DataError, match="x is a file; pass a new folder as --output_dir"):
+        sheet(tmp_path / "x")
     without = [{**record, "predicted_mask": None} for record in records(1)]
     assert len(write_review(same, without, images(), tmp_path / "b")) == 6  # an answer without a mask
 

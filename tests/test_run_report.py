@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +13,11 @@ from test_kept_groups import HOSTILE, record
 from test_review import browse, in_a_browser
 
 from segrl.cli.main import main
+from segrl.data import make_synthetic, make_synthetic_volumes
 from segrl.errors import DataError
+from segrl.evaluation import StoredMasks
 from segrl.geometry import mask_to_rle
+from segrl.geometry.mask_images import write_mask_image
 from segrl.predictions import NOT_SHOWN
 from segrl.reports.groups import write_group
 from segrl.reports.history import write_curves
@@ -21,6 +25,7 @@ from segrl.reports.report_answers import reason
 from segrl.reports.run_files import RunFiles, read_run
 from segrl.reports.run_report import MOST_BYTES, run_report
 from segrl.reports.svg_curves import svg_panel
+from segrl.scripts.results import results_for
 
 
 def answers(count: int, *, volumes: bool = False, shift: float = 0.0) -> list[dict[str, Any]]:
@@ -138,6 +143,39 @@ def test_two_runs_beside_each_other(tmp_path, capsys):
     make_run(tmp_path / "other", count=5)
     assert main(["report", str(one), str(tmp_path / "other"), "-o", str(tmp_path / "both.html")]) == 0
     assert "not compared sample by sample" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["images", "volumes"])
+def test_cases_beyond_the_first_pictures(task, tmp_path):
+    """The first half is right, the second finds nothing."""
+    count, half = (40, 20) if task == "images" else (20, 10)
+    (tmp_path / "masks").mkdir()
+    if task == "images":
+        rows = make_synthetic(count, size=32)
+        for n, row in enumerate(rows):
+            mask = np.asarray(row["mask"])
+            write_mask_image(tmp_path / "masks" / f"{row['name']}.png", mask if n < half else np.zeros_like(mask))
+    else:
+        rows = make_synthetic_volumes(count, tmp_path / "scans", depth=4, size=32)
+        for n, row in enumerate(rows):
+            label = nib.load(row["label"])  # type: ignore[attr-defined]
+            values = np.asarray(label.dataobj) * (n < half)  # type: ignore[attr-defined]
+            nib.save(nib.Nifti1Image(values, label.affine), tmp_path / "masks" / f"{row['name']}.nii.gz")  # type: ignore[attr-defined]
+    results = results_for(task)(tmp_path / "run")
+    summary, records = results.score(StoredMasks(tmp_path / "masks", rows), rows, 4, draw=True)
+    results.write({"model": summary}, {"model": records}, "model")
+    ordered = sorted(range(count), key=lambda n: (records[n]["dice"], n))
+    shown = sorted({*ordered[:6], *ordered[count // 2 - 3 : count // 2 + 3], *ordered[-6:]})
+    assert len(shown) == 18
+    assert [int(path.stem) for path in sorted((tmp_path / "run" / "cases").iterdir())] == shown
+    (tmp_path / "run" / "segrl.json").write_text(json.dumps({"task": task}))
+    files = read_run(tmp_path / "run")
+    for number in shown:
+        with Image.open(files.pictures[number]) as picture:
+            assert np.asarray(picture).max() > 0
+    page = run_report([files])
+    assert page.count('alt="case ') == 18
+    assert f"<td>mask: none</td><td>{count - half} of {count}</td>" in page  # of run lengths as an evaluation writes them
 
 
 def test_distances_are_compared_in_millimetres(tmp_path):

@@ -1,7 +1,6 @@
 """The skeleton of two-stage runs, on a small recipe: boxes without a mask head, images of 64 px."""
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import torch
 from builders import tiny_headed_model, tiny_model
 from datasets import Dataset, DatasetDict
 from marks import slow_to_build
+from public_names import BLOCKS
 from safetensors.torch import load_file
 from script_modules import ROOT, contents, read_json
 
@@ -129,7 +129,7 @@ def test_both_stages_are_trained_evaluated_and_written(whole):
     assert config["sft"]["output_dir"] == str(whole / "stage1")
     assert [entry["step"] for entry in steps_of(whole)] == [1, 2]
     assert len(read_json(whole / "predictions.json")) == 2
-    assert {"predictions.png", "model.safetensors", "segrl.json", "stage1", "checkpoint-1"} <= {
+    assert {"predictions.png", "model.safetensors", "segrl.json", "stage1", "checkpoint-1", "cases"} <= {
         path.name for path in whole.iterdir()
     }
     marker = read_json(whole / "segrl_run.json")["arguments"]
@@ -340,8 +340,7 @@ def test_a_run_is_replaced_only_when_asked(whole, tmp_path):
 
 @pytest.mark.slow
 def test_the_run_of_the_documentation(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "how-to" / "write-a-training-script.md").read_text(encoding="utf-8")
-    _, recipe = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    recipe = dict(BLOCKS[ROOT / "docs" / "how-to" / "write-a-training-script.md"])["recipe.py"]
     monkeypatch.chdir(tmp_path)
     module: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(recipe, "recipe.py", "exec", dont_inherit=True), module)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 import torch
 from browser import CHROMIUM, browser
 from builders import tiny_headed_model, tiny_model, tiny_segmenter
+from dicom_builders import write_series
 from PIL import Image
 
 from segrl.cli.main import main
@@ -327,6 +329,55 @@ def test_volumes(tmp_path):
         nibabel.save(nibabel.Nifti1Image(np.zeros((40, 40, 40), dtype=np.uint8), affine), tmp_path / "large.nii.gz")
         large = ask(client, (tmp_path / "large.nii.gz").read_bytes(), name="large.nii.gz")
         assert "64000 pixels; this server takes at most 4000" in large.json()["error"]
+
+
+def zipped(**files: bytes):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_a_dicom_series_in_a_zip(tmp_path):
+    model, processor = tiny_model("qwen3_vl")
+    prompt = VolumePromptSettings(slices=3, size=32, instruction="Answer.", max_new_tokens=4)
+    segmenter = VolumeSegmenter(model.eval(), processor, prompt, tiny_segmenter())
+    voxels = np.random.default_rng(0).integers(-900, 900, (7, 24, 20)).astype(np.int16)
+    files = {f"a/{path.name}": path.read_bytes() for path in write_series(tmp_path / "one", voxels)}
+    other = {f"b/{path.name}": path.read_bytes() for path in write_series(tmp_path / "two", voxels)}
+    extra = {"../../x.txt": b"note", "__MACOSX/a/._IM000.dcm": b"rubbish", "DICOMDIR": b"index"}
+    expected = segmenter.predict(tmp_path / "one", QUESTION).to_dict()
+    limits = ServingSettings(port=0, max_pixels=4000)
+    with running_server(segmenter, limits) as address, httpx2.Client(base_url=address, timeout=60) as client:
+        found = ask(client, zipped(**files, **extra), name="series.ZIP")
+        assert found.status_code == 200, found.text
+        assert found.json() == {**json.loads(json.dumps(expected)), "name": "series.ZIP"}
+        mask = ask(client, zipped(**files), name="series.zip", form="mask")
+        assert 'filename="series_mask.nii.gz"' in mask.headers["content-disposition"]
+        (tmp_path / "mask.nii.gz").write_bytes(mask.content)
+        assert nibabel.load(tmp_path / "mask.nii.gz").shape == (20, 24, 7)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
+        good, whole = zipped(**files), dict(list(files.items())[:3] + list(files.items())[4:])
+        broken = good[:200] + bytes(400) + good[600:]
+        deep = np.zeros((3, 40, 40), dtype=np.int16)
+        for bad, message in (
+            (b"no archive", "s.zip: no zip archive that can be read"),
+            (broken, "s.zip: no zip archive that can be read"),
+            (zipped(**extra), "s.zip: holds no DICOM files"),
+            (zipped(**files, **other), "s.zip: holds 2 series, expected one"),
+            (zipped(**whole), "IM0"),  # a slice is missing: files are named as they came
+            (zipped(**{"a.dcm": bytes(50_000_000)}), "50000000 bytes when unpacked; this server takes at most"),
+            (
+                zipped(**{path.name: path.read_bytes() for path in write_series(tmp_path / "deep", deep)}),
+                "s.zip: 4800 pixels; this server takes at most 4000",
+            ),
+        ):
+            refused = ask(client, bad, name="s.zip")
+            error = refused.json()["error"]
+            assert refused.status_code == 422, error
+            assert message in error
+            assert "00000" not in error.replace("50000000", "")
+            assert tempfile.gettempdir() not in error
 
 
 def test_what_does_not_begin(tmp_path, capsys, monkeypatch):

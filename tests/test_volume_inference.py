@@ -89,7 +89,7 @@ def same(one, other):
 class TestPredict:
     def test_slice_boxes_and_mask_of_the_volume(self, segmenter, row):
         _, grey = read_grey(row["scan"], modality="MRI")
-        answer = segmenter.predict(row["scan"], QUESTION, modalities="MRI")
+        answer = segmenter.predict(row["scan"], QUESTION, modality="MRI")
         assert answer.text == text(3, BOX)
         assert answer.valid
         assert (answer.slice_index, answer.boxes.tolist()) == (5, [BOX])
@@ -100,9 +100,9 @@ class TestPredict:
 
     def test_path_volume_and_grey_values_are_one(self, segmenter, row, tmp_path):
         volume, grey = read_grey(row["scan"], modality="MRI")
-        first = segmenter.predict(row["scan"], QUESTION, modalities="MRI")
+        first = segmenter.predict(row["scan"], QUESTION, modality="MRI")
         for given in (tmp_path.parent / row["scan"], volume, grey):
-            same(segmenter.predict(given, QUESTION, modalities="MRI"), first)
+            same(segmenter.predict(given, QUESTION, modality="MRI"), first)
 
     def test_the_intensity_that_is_asked_for(self, segmenter, row):
         volume, grey = read_grey(row["scan"], intensity="window:0:90")
@@ -138,7 +138,7 @@ class TestPredict:
 
     def test_the_same_volume_is_read_and_encoded_once(self, segmenter, row):
         before = segmenter.propagator.encoded_slices
-        first, second = segmenter.predict_batch([row["scan"]] * 2, [QUESTION] * 2, modalities="MRI")
+        first, second = segmenter.predict_batch([row["scan"]] * 2, [QUESTION] * 2, modality="MRI")
         same(first, second)
         assert segmenter.propagator.encoded_slices == before + 8
 
@@ -212,12 +212,12 @@ class TestAnswers:
 
 class TestSaved:
     def test_the_same_prediction(self, segmenter, row, tmp_path):
-        before = segmenter.predict(row["scan"], QUESTION, modalities="MRI")
+        before = segmenter.predict(row["scan"], QUESTION, modality="MRI")
         segmenter.save_pretrained(tmp_path / "run")
         assert {SEGMENTER_CONFIG, SEGMENTER_WEIGHTS, "segrl.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
         loaded = VolumeSegmenter.from_pretrained(tmp_path / "run", device="cpu")
         assert loaded.settings == segmenter.settings
-        same(loaded.predict(row["scan"], QUESTION, modalities="MRI"), before)
+        same(loaded.predict(row["scan"], QUESTION, modality="MRI"), before)
 
     def test_a_checkpoint_has_the_segmenter_of_its_run(self, segmenter, row, tmp_path):
         segmenter.save_pretrained(tmp_path / "checkpoint-2")
@@ -311,8 +311,8 @@ class TestErrors:
         volume = np.zeros((3, 24, 40), np.uint8)
         with pytest.raises(DataError, match="1 volumes for 2 queries; expected one query per volume"):
             segmenter.predict_batch([volume], ["A", "B"])
-        with pytest.raises(DataError, match="2 modalities for 1 volumes; expected one per volume, or one text"):
-            segmenter.predict_batch([volume], ["A"], modalities=["CT", "MRI"])
+        with pytest.raises(DataError, match="2 modalities for 1 inputs; expected one text for all, or one per input"):
+            segmenter.predict_batch([volume], ["A"], modality=["CT", "MRI"])
 
     def test_an_intensity_that_is_none(self, segmenter, row):
         for given in (row["scan"], read_volume(row["scan"])):

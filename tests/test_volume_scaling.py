@@ -80,7 +80,7 @@ def test_liver_and_tumour_are_as_far_apart_in_inference_as_in_training(row, mode
     for asked in (segmenter, Seen(loaded.model, loaded.processor, loaded.settings)):  # type: ignore[arg-type]
         for spelling in ("", *SPELLINGS):
             for scan in (row["scan"], read_volume(row["scan"]), read_case(row)):
-                asked.predict(scan, "Where?", modalities=spelling)
+                asked.predict(scan, "Where?", modality=spelling)
                 assert all(map(np.array_equal, asked.pictures, pictures))
     case = segmenter.read_case(row["scan"], "CT scan", "")
     assert np.array_equal(case.grey, expected)
@@ -111,7 +111,7 @@ def test_a_row_that_several_scalings_fit_is_named(row, model):
     with pytest.raises(DataError, match=message):
         evaluate_volumes(segmenter, Dataset.from_list([{**row, "modality": "CT scan"}]), progress=False)
     with pytest.raises(DataError, match=r"several scalings \(.*\); pass intensity="):
-        segmenter.predict(row["scan"], "Where?", modalities="CT scan")
+        segmenter.predict(row["scan"], "Where?", modality="CT scan")
     both, _ = trained(row, {**row, "intensity": "window:0:80"})
     assert both.scaling_of_row(row) == ("CT", "")  # rows like it were in training
     assert both.scaling_of_row({**row, "intensity": "window:0:80"}) == ("CT", "window:0:80")

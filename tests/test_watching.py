@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -191,13 +192,15 @@ def test_settings_that_follow_from_a_validation(tmp_path):
 
 
 def test_a_file_of_flags_and_the_one_that_a_run_writes(tmp_path, monkeypatch):
-    monkeypatch.delenv("SEGRL_TEST", raising=False)
+    for name in ("SEGRL_TEST", "SEGRL_API_KEY"):
+        monkeypatch.setenv(name, "")  # which the file sets, and the end of the test takes back
     path = tmp_path / "my.yaml"
     path.write_text(
-        "env: {SEGRL_TEST: 1}\nlearning_rate: 1e-4\nrewards: [format, box_f1]\nbf16: false\nreport_to: [a, b]\n"
+        "env: {SEGRL_TEST: 1, SEGRL_API_KEY: secret}\n"
+        "learning_rate: 1e-4\nrewards: [format, box_f1]\nbf16: false\nreport_to: [a, b]\n"
         "train_limit: null\nlr_scheduler_kwargs: {num_cycles: 2}\nhub_token: secret\nmax-steps: 7\n"
     )
-    argv, files = expand_config(["--max_steps", "9", f"--config={path}", "--no_reasoning"])
+    argv, files, variables = expand_config(["--max_steps", "9", f"--config={path}", "--no_reasoning"])
     assert argv[-3:] == ["--max_steps", "9", "--no_reasoning"]
     assert set(files) == {"learning_rate", "rewards", "bf16", "report_to", "lr_scheduler_kwargs", "hub_token",
                           "train_limit"}  # fmt: skip
@@ -210,11 +213,14 @@ def test_a_file_of_flags_and_the_one_that_a_run_writes(tmp_path, monkeypatch):
         1e-4, 9, False, ["format", "box_f1"]
     )  # fmt: skip
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
-    text = write_config(tmp_path, [*shown, "--output_dir", str(tmp_path)], arguments, config).read_text()
+    told = [*shown, "--output_dir", str(tmp_path)]
+    text = write_config(tmp_path, told, arguments, config, variables).read_text()
     assert "secret" not in text
     assert str(tmp_path) not in text
     assert "\nreasoning: false\n" in text
-    again, _ = expand_config(["--config", str(tmp_path / "config.yaml"), "--output_dir", "other", "--use_cpu"])
+    flags = ["--config", str(tmp_path / "config.yaml"), "--output_dir", "other", "--use_cpu"]
+    again, _, repeated = expand_config(flags)
+    assert (repeated, os.environ["SEGRL_TEST"]) == ({"SEGRL_TEST": "1"}, "1")
     once_more = parse(again, TwoStageArguments, SegGRPOConfig)
     assert once_more[0] == arguments
     assert {**once_more[1].to_dict(), "output_dir": ""} | {"hub_token": ""} == {

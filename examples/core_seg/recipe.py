@@ -21,6 +21,7 @@ from segrl.scripts import (
     ON_A_CPU,
     TINY_IMAGES,
     TINY_ON_DATA,
+    TINY_QUICK,
     TINY_SFT,
     TINY_TEXT,
     HeadRun,
@@ -64,6 +65,7 @@ RECIPES = {
         rewards=REWARDS,
         adapter=("semantic_guided", {"standardise": True}),
         text_warmup=TINY_TEXT,
+        quick=TINY_QUICK,
         # A few hundred images do not teach boxes, so masks do not wait for words: a head that finds the lesion by
         # itself survives wrong boxes.
         on_data={**TINY_ON_DATA, "sft": {**TINY_SFT, "max_steps": 700}, "text_warmup": None},

@@ -22,6 +22,7 @@ from segrl.predictions import ImagePromptSettings
 from segrl.scripts import (
     TINY_IMAGES,
     TINY_ON_DATA,
+    TINY_QUICK,
     TINY_SFT,
     HeadRun,
     ImageRecipe,
@@ -50,6 +51,7 @@ RECIPES = {
         # nothing but the mask says which lesion is meant, so there is no text to learn first
         sft={**TINY_SFT, "max_steps": 400},
         grpo=None,
+        quick={**TINY_QUICK, "text_warmup": None},
         on_data={**TINY_ON_DATA, "sft": {**TINY_SFT, "max_steps": 700}},
     ),
     # formulas E, from LISA's train_ds.py: 10 times 500 steps of 2 x 10 rows per device

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from segrl.errors import DataError, unknown_name
 from segrl.predictions.characters import is_blank
 
-__all__ = ["Asked", "queries_for", "seeded", "split_settings"]
+__all__ = ["Asked", "modalities_for", "queries_for", "seeded", "split_settings"]
 
 _SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
 
@@ -116,6 +116,21 @@ def queries_for(query: Any, count: int, several: bool) -> list[str]:
     if blank := [number for number, one in enumerate(query) if is_blank(one)]:
         raise DataError(f"query: question {blank[0]} is empty; expected a text for each input")
     return list(query)
+
+
+def modalities_for(modality: Any, count: int) -> list[str]:
+    """Return one modality for each input, "" where none is given.
+
+    Raises:
+        DataError: No text, or another number of texts than inputs.
+    """
+    if isinstance(modality, str):
+        return [modality] * count
+    if not isinstance(modality, Sequence) or not all(isinstance(one, str) for one in modality):
+        raise DataError(f"modality={modality!r:.100}: expected a text such as 'CT', or a list of one text per input")
+    if len(modality) != count:
+        raise DataError(f"{len(modality)} modalities for {count} inputs; expected one text for all, or one per input")
+    return list(modality)
 
 
 _OWN = ("samples", "seed", "abstain_below", "probabilities", "max_new_tokens", "do_sample", "temperature", "top_p")

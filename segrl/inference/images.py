@@ -19,7 +19,7 @@ from segrl.geometry.image_files import read_image
 from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
 from segrl.hub import reraise_as
-from segrl.inference.asking import Asked, queries_for, split_settings
+from segrl.inference.asking import Asked, modalities_for, queries_for, split_settings
 from segrl.inference.base import SegmenterBase
 from segrl.inference.batches import MOST, in_batches
 from segrl.inference.result import InferenceResult, result_of
@@ -110,6 +110,7 @@ class ReasoningSegmenter(SegmenterBase):
         image: Any,
         query: Any,
         *,
+        modality: Sequence[str] | str = "",
         intensity: str = "",
         batch_size: int | None = None,
         progress: bool = False,
@@ -122,6 +123,7 @@ class ReasoningSegmenter(SegmenterBase):
                 `LoadedImage`, or a list of those.
                 What has more than 8 bits is scaled to grey values, see `segrl.data.load_image`.
             query: The question; for a list also one each.
+            modality: Such as "CT", for images with more than 8 bits; for a list also one each. See `load_image`.
             intensity: Scaling of images with more than 8 bits, such as "window:-160:240"; see `load_image`.
             batch_size: Images answered together; None: as many as fit into memory, at most 16.
             progress: Show a progress bar.
@@ -141,8 +143,9 @@ class ReasoningSegmenter(SegmenterBase):
         queries = queries_for(query, len(inputs), several)
         self._check_texts(queries)
 
-        def read(value: Any) -> LoadedImage:
-            return value if isinstance(value, LoadedImage) else load_image(value, intensity=intensity)
+        def read(given: tuple[Any, str]) -> LoadedImage:
+            value, kind = given
+            return value if isinstance(value, LoadedImage) else load_image(value, modality=kind, intensity=intensity)
 
         def answer(loaded: Sequence[LoadedImage], texts: Sequence[str]) -> list[InferenceResult]:
             results = self._answers([one.image for one in loaded], texts, None, asked)
@@ -151,7 +154,7 @@ class ReasoningSegmenter(SegmenterBase):
 
         found = in_batches(
             self,
-            inputs,
+            list(zip(inputs, modalities_for(modality, len(inputs)), strict=True)),
             queries,
             read,
             answer,

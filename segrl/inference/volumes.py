@@ -23,7 +23,7 @@ from segrl.data.volumes.slices import render_slices, shown_frame, uniform_slices
 from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
 from segrl.heads.attach import find_mask_head
-from segrl.inference.asking import Asked, queries_for, split_settings
+from segrl.inference.asking import Asked, modalities_for, queries_for, split_settings
 from segrl.inference.base import SegmenterBase
 from segrl.inference.batches import VOLUMES, in_batches
 from segrl.inference.result import InferenceResult, result_of
@@ -89,7 +89,7 @@ class VolumeSegmenter(SegmenterBase):
         volume: Any,
         query: Any,
         *,
-        modalities: str = "",
+        modality: Sequence[str] | str = "",
         intensity: Intensity | str = "",
         spacing_mm: Any = None,
         batch_size: int | None = None,
@@ -102,7 +102,7 @@ class VolumeSegmenter(SegmenterBase):
             volume: A path of a NIfTI file, of an array, or of a folder with a DICOM series (or one of its files); a
                 `Volume`, a `Case`, an array (D, H, W) uint8; or a list of those. See `predict_batch`.
             query: The question; for a list also one each.
-            modalities: Modality of all, such as "CT".
+            modality: Such as "CT"; for a list also one each.
             intensity: The scaling to grey values, in the place of that of training.
             spacing_mm: Of scans whose file does not say it, see `segrl.data.read_volume`.
             batch_size: Volumes answered together; None: as many as fit into memory, at most 4.
@@ -123,15 +123,15 @@ class VolumeSegmenter(SegmenterBase):
         queries = queries_for(query, len(inputs), several)
         self._check_texts(queries)
 
-        def read(value: Any) -> Case:
-            return self.read_case(value, modalities, str(intensity), spacing_mm)
+        def read(given: tuple[Any, str]) -> Case:
+            return self.read_case(*given, str(intensity), spacing_mm)
 
         def answer(cases: Sequence[Case], texts: Sequence[str]) -> list[InferenceResult]:
             return self._answers(cases, texts, asked, progress)
 
         found = in_batches(
             self,
-            inputs,
+            list(zip(inputs, modalities_for(modality, len(inputs)), strict=True)),
             queries,
             read,
             answer,
@@ -149,7 +149,7 @@ class VolumeSegmenter(SegmenterBase):
         volumes: Sequence[Case | Volume | np.ndarray | str | Path],
         queries: Sequence[str],
         *,
-        modalities: Sequence[str] | str = "",
+        modality: Sequence[str] | str = "",
         intensity: Intensity | str = "",
         progress: bool = False,
         **settings: Any,
@@ -161,7 +161,7 @@ class VolumeSegmenter(SegmenterBase):
                 uint8 in the order of `segrl.data.volumes.intensity`, whose pixels are shown as squares since nobody
                 knows its spacing. Equal objects are read and encoded once.
             queries: One question each.
-            modalities: Such as "CT", one for all or one each. A scan is scaled to grey values as the training rows of
+            modality: Such as "CT", one for all or one each. A scan is scaled to grey values as the training rows of
                 its modality were; see `VolumePromptSettings.scaling_for`.
             intensity: The scaling itself, in the place of that of training.
             progress: Show a progress bar of the slices that the segmenter has done.
@@ -180,9 +180,7 @@ class VolumeSegmenter(SegmenterBase):
         asked = split_settings(settings)
         if len(volumes) != len(queries):
             raise DataError(f"{len(volumes)} volumes for {len(queries)} queries; expected one query per volume")
-        kinds = [modalities] * len(volumes) if isinstance(modalities, str) else list(modalities)
-        if len(kinds) != len(volumes):
-            raise DataError(f"{len(kinds)} modalities for {len(volumes)} volumes; expected one per volume, or one text")
+        kinds = modalities_for(modality, len(volumes))
         self._check_texts(queries)
         if not volumes:
             return []

@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image
 
 from segrl.geometry.masks import rle_to_mask
+from segrl.geometry.run_lengths import rle_counts
 from segrl.metrics.summary import bootstrap_ci
 from segrl.predictions.frames import NOT_SHOWN
+from segrl.reports.cases import CASE, choose_cases, fullest_slice
 from segrl.reports.drawing import draw_overlay
 from segrl.reports.groups import answer_lines, answer_overlay
 from segrl.reports.page import element, section, text_table
@@ -20,7 +22,6 @@ from segrl.reports.run_files import Records, RunFiles
 
 __all__ = ["breakdown_section", "cases_section", "failures_section", "groups_section", "reason"]
 
-CASE, SHOWN = 224, 6  # pixels; cases of each kind
 _GROUPINGS = ("modality", "anatomy", "lesion")
 
 
@@ -95,7 +96,7 @@ def reason(record: Mapping[str, Any]) -> str | None:
     if record.get("status", "valid") != "valid":
         return f"text: {record['status']}"
     mask = record.get("predicted_mask")
-    if "predicted_mask" in record and (mask is None or not sum(mask["counts"][1::2])):
+    if "predicted_mask" in record and (mask is None or not rle_counts(mask)[1::2].any()):
         return "mask: none"
     return "mask: misses the target"
 
@@ -139,14 +140,12 @@ def _by_group(records: Records, key: str) -> dict[str, tuple[str, str, str]]:
 def cases_section(run: RunFiles, pictures: Pictures, title: str) -> str:
     """Return the worst, median and best answers, with their masks."""
     body = []
-    records = [(number, record) for number, record in enumerate(run.records.get("run", [])) if "dice" in record]
-    if not records:
+    records = run.records.get("run", [])
+    parts = choose_cases(records)
+    if not parts["best"]:
         return section(title, element("p", text="No answers yet.", class_="note"))
-    ordered = sorted(records, key=lambda pair: (pair[1]["dice"], pair[0]))
-    middle = max(0, len(ordered) // 2 - SHOWN // 2)
-    parts = {"worst": ordered[:SHOWN], "median": ordered[middle : middle + SHOWN], "best": ordered[-SHOWN:][::-1]}
     for name, chosen in parts.items():
-        cells = [_case(number, record, run, pictures) for number, record in chosen]
+        cells = [_case(number, records[number], run, pictures) for number in chosen]
         body += [element("h3", text=f"{name}, by Dice"), element("div", *cells, class_="row cases")]
     return section(title, *body)
 
@@ -171,8 +170,7 @@ def _case_picture(number: int, record: Mapping[str, Any], run: RunFiles) -> Imag
     target = rle_to_mask(true)
     mask = None if found is None else rle_to_mask(found)
     if target.ndim == 3:
-        areas = target.sum(axis=(1, 2))
-        index = int(areas.argmax()) if areas.any() else len(target) // 2
+        index = fullest_slice(target)
         target, mask = target[index], None if mask is None else mask[index]
     ground = Image.new("RGB", target.shape[::-1]) if image is None else image
     scale = CASE / max(target.shape)

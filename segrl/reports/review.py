@@ -54,8 +54,8 @@ def write_review(
         The numbers of the samples, in the order of the sheet.
 
     Raises:
-        DataError: The folder is not empty, records hold no masks or those of volumes, or no sample has an image and two
-            different masks.
+        DataError: The folder is a file or not empty, records hold no masks or those of volumes, or no sample has an
+            image and two different masks.
 
     Example:
         >>> from segrl.geometry import mask_to_rle
@@ -66,6 +66,8 @@ def write_review(
         ['key.json', 'sheet.html']
     """
     home = Path(folder)
+    if home.exists() and not home.is_dir():
+        raise DataError(f"{home} is a file; pass a new folder as --output_dir")
     if home.exists() and any(home.iterdir()):
         raise DataError(f"{home} is not empty; pass a new --output_dir")
     for name, records in zip(names, (first, second), strict=True):

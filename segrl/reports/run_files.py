@@ -13,13 +13,14 @@ from PIL import Image
 
 from segrl.errors import CheckpointError, DataError
 from segrl.models.saved_files import read_object
+from segrl.reports.cases import CASES
 from segrl.reports.groups import read_groups
 from segrl.reports.history import TABLE
 
-__all__ = ["CASES", "CONTROL", "HISTORY", "MARKER", "STAGE1", "Records", "RunFiles", "read_run"]
+__all__ = ["CONTROL", "HISTORY", "MARKER", "STAGE1", "Records", "RunFiles", "read_run"]
 
 MARKER, HISTORY, STAGE1, CONTROL = "segrl_run.json", "log_history.json", "stage1", "control"
-CASES, SAMPLES = "cases", "samples"  # small pictures of what was asked about; the first images as they were
+SAMPLES = "samples"  # the first images as they were
 _STAGES = {"stage 1": STAGE1, "stage 2": ".", "stage 1 continued": CONTROL}
 Records = list[dict[str, Any]]
 History = list[dict[str, Any]]

@@ -15,7 +15,15 @@ from segrl.scripts.image_run import CascadeRun, HeadRun, ImageRun
 from segrl.scripts.recipe import Recipe, sam2_builder
 from segrl.scripts.run_folder import Progress, check_batches, check_output, claim_output, claimed
 from segrl.scripts.stages import find_stage1, is_finished, save_start, train_and_save
-from segrl.scripts.tiny_images import ON_A_CPU, TINY_IMAGES, TINY_ON_DATA, TINY_SFT, TINY_TEXT, build_tiny_reader
+from segrl.scripts.tiny_images import (
+    ON_A_CPU,
+    TINY_IMAGES,
+    TINY_ON_DATA,
+    TINY_QUICK,
+    TINY_SFT,
+    TINY_TEXT,
+    build_tiny_reader,
+)
 from segrl.scripts.trainer_settings import check_counts, check_trainer
 from segrl.scripts.two_stages import TwoStageRun
 
@@ -25,6 +33,7 @@ __all__ = [
     "SEGMENTER_HELP",
     "TINY_IMAGES",
     "TINY_ON_DATA",
+    "TINY_QUICK",
     "TINY_SFT",
     "TINY_TEXT",
     "CascadeRun",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = ["CONFIG_FILE", "expand_config", "flag_values", "write_config"]
 
 CONFIG_FILE = "config.yaml"
 _FLAG = "--config"
+_SECRET = re.compile("token|key|secret|passw|credential", re.IGNORECASE)  # in names of variables
 _OF_ONE_RUN = ("output_dir", "overwrite", "resume_from_checkpoint", "check_only", "dry_run")  # repeated by no other run
 
 
@@ -45,14 +47,15 @@ def flag_values(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def expand_config(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return a command line with the flags of `--config FILE` in its place, before all others.
+def expand_config(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Return a command line with the flags of `--config FILE` in its place, before all others; set its `env`.
 
     Args:
         argv: The command line.
 
     Returns:
-        The whole command line, and the file by the name of each flag that comes from it and from nowhere else.
+        The whole command line; the file by the name of each flag that comes from it and from nowhere else; and the
+        environment variables that it has set.
 
     Raises:
         SegRLError: No such file, or it holds something else than flags and their values; names the file.
@@ -75,13 +78,14 @@ def expand_config(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not path or path.startswith("--"):
             raise SegRLError("--config: expected a YAML file of flags, such as --config my.yaml")
     if path is None:
-        return rest, {}
+        return rest, {}, {}
     settings = _read(Path(path))
-    for name, value in settings.pop("env", {}).items():
-        os.environ[str(name)] = str(value)
+    variables = {str(name): str(value) for name, value in settings.pop("env", {}).items()}
+    os.environ.update(variables)
     flags = [part for name, value in settings.items() if value is not None for part in _flag(path, name, value)]
     given = flag_values(rest)
-    return [*flags, *rest], {name.replace("-", "_"): path for name in settings if name.replace("-", "_") not in given}
+    files = {name.replace("-", "_"): path for name in settings if name.replace("-", "_") not in given}
+    return [*flags, *rest], files, variables
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -113,16 +117,20 @@ def _flag(path: str, name: str, value: Any) -> list[str]:
     return [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
 
 
-def write_config(folder: Path, argv: Sequence[str], arguments: Any, config: Any) -> Path:
+def write_config(
+    folder: Path, argv: Sequence[str], arguments: Any, config: Any, variables: Mapping[str, str] | None = None
+) -> Path:
     """Write `config.yaml` into a run: the flags that were given; and, as comments, the settings that a preset made.
 
-    With `--config` the file repeats the run. Tokens of accounts are left out.
+    With `--config` the file repeats the run. Tokens of accounts, and variables whose names say that they hold a secret,
+    are left out.
 
     Args:
         folder: The run's.
         argv: The command line, after `expand_config`.
         arguments: The script's own flags as they were read.
         config: The trainer's settings as they were read.
+        variables: Environment variables that a file of flags has set.
 
     Example:
         >>> from segrl import SegSFTConfig
@@ -134,6 +142,9 @@ def write_config(folder: Path, argv: Sequence[str], arguments: Any, config: Any)
         ('data: lesions', True, False)
     """
     given: dict[str, Any] = {}
+    shown = {name: value for name, value in (variables or {}).items() if not _SECRET.search(name)}
+    if shown:
+        given["env"] = shown
     known = {item.name for part in (arguments, config) for item in fields(part)}
     for name, values in flag_values(argv).items():
         turned_off = name not in known and name.startswith("no_") and not values

@@ -36,7 +36,8 @@ def describe_run(run: Any, configs: Mapping[str, Any], ready: Any) -> None:
         counts["val"] = counts["train"] - run.trained_rows()
         counts["train"] = run.trained_rows()
     rows = ", ".join(f"{counts[split]} {name}" for split, name in names.items() if split in counts)
-    say(f"rows: {rows}; {run.views()} are trained on with all copies")
+    few = f", stage 1 on {run.written()} of them" if "stage 1" in configs and run.written() < run.views() else ""
+    say(f"rows: {rows}; {run.views()} are trained on with all copies{few}")
     for name, config in configs.items():
         say(f"{name}: {_steps(run, config)}")
     cost = sum(run.phases.plan.values())

@@ -233,6 +233,10 @@ class ExampleRun:
         """Return the number of rows that are trained on, copies included."""
         return self.trained_rows() * self.copies()
 
+    def written(self) -> int:
+        """Return the number of rows with written answers, copies included, which stage 1 is trained on."""
+        return self.views()
+
     def steps(self, config: Any) -> int:
         """Return the optimizer steps of the trainer of a stage; an epoch of GRPO has `num_generations` answers a row.
 
@@ -243,7 +247,8 @@ class ExampleRun:
             return config.max_steps
         answers = getattr(config, "num_generations", 1) * getattr(config, "num_iterations", 1)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes
-        return max(1, round(self.views() * answers * config.num_train_epochs / batch))
+        rows = self.written() if isinstance(config, SegSFTConfig) else self.views()
+        return max(1, round(rows * answers * config.num_train_epochs / batch))
 
     def shortened(self, steps: int) -> int:
         """Return the steps of a part before stage 1: a run that is a short look is short in all of its parts."""

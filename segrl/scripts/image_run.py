@@ -82,6 +82,10 @@ class ImageRun(TwoStageRun):
     def views(self) -> int:
         return sum(1 + copies for copies in self.augmented())
 
+    def written(self) -> int:
+        known = None if self.arguments.data is not None else self.recipe.synthetic.get("sft")
+        return min(known or self.views(), self.views())
+
     def augmented(self) -> list[int]:
         """Return the number of augmented copies of each row; rare kinds of rows get more, as the square root says."""
         rows = self.train_rows
@@ -108,8 +112,8 @@ class ImageRun(TwoStageRun):
 
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
         rows, recipe = self.repeated, self.recipe
-        if completions and self.arguments.data is None and (written := recipe.synthetic.get("sft")):
-            rows = rows.select(range(min(written, len(rows))))
+        if completions:
+            rows = rows.select(range(self.written()))
         if completions and self.pretrains and self.prompt.reasoning and "reasoning" not in rows.column_names:
             rows = rows.add_column("reasoning", [list_findings(picture) for picture in self.pictures(rows)])  # type: ignore[call-arg]
         limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes, "coordinates": self.arguments.coordinates}

@@ -34,6 +34,8 @@ class Recipe:
         fill_to: Repeat the rows of a small training set up to about this many; 0 does not.
         synthetic: Sizes of the data that is made without `--data`; "train" and "test" are the rows of these splits.
         demonstration: Whether the preset's own model has random weights, as a run says when it begins.
+        quick: Fields, of those above, that differ where `--quick` is given. Their numbers of steps hold as they are; of
+            stages and parts that it does not name, `--quick` takes 3.
         on_data: Fields, of those above, that differ where `--data` is given.
 
     Example:
@@ -62,10 +64,11 @@ class Recipe:
     fill_to: int = 0
     synthetic: Mapping[str, int] = field(default_factory=dict)
     demonstration: bool = False
+    quick: Mapping[str, Any] = field(default_factory=dict)
     on_data: Mapping[str, Any] = field(default_factory=dict)
 
-    def fitted(self, data: str | None) -> Self:
-        """Return the preset as it is for `--data`, or without.
+    def fitted(self, data: str | None, *, quick: bool = False) -> Self:
+        """Return the preset as it is for `--data`, or without, and for a look.
 
         Example:
             >>> from segrl.predictions import ImagePromptSettings
@@ -74,7 +77,8 @@ class Recipe:
             >>> recipe.fitted(None).sft, recipe.fitted("my/images").sft
             ({'max_steps': 200}, {'max_steps': 500})
         """
-        return self if data is None else replace(self, **self.on_data)
+        recipe = self if data is None else replace(self, **self.on_data)
+        return replace(recipe, **recipe.quick) if quick else recipe
 
 
 def sam2_builder(config: Sam2Config, source: str | None = None) -> Callable[[str | None], Any]:

@@ -20,6 +20,7 @@ from segrl.inference.volumes import VolumeSegmenter
 from segrl.metrics.calibration import calibration
 from segrl.metrics.summary import SUMMARY_METRICS, paired_difference, summarise
 from segrl.predictions.prediction import invalid_text
+from segrl.reports.cases import encode_case, write_cases
 from segrl.reports.charts import calibration_chart
 from segrl.reports.contact_sheets import contact_sheet
 from segrl.reports.results_file import EVALUATION_TIME, versions, write_results
@@ -99,6 +100,7 @@ class ImageResults:
 
     def __init__(self, folder: Path, pictures: int | None = None, samples: int = 1) -> None:
         self.folder, self._shown = folder, []
+        self._cases: dict[int, bytes] = {}  # a few kB for each answer
         self.samples = samples
         self.seconds: list[float] = []  # for one answer, of each model that was scored
         self.pictures = self.pictures if pictures is None else pictures
@@ -117,6 +119,7 @@ class ImageResults:
         if self._shown:
             scored = zip(self._shown, records, strict=False)
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
+        write_cases(self.folder, self._cases, records)
         summary = self.summarise(records)
         if not isinstance(system, StoredMasks):  # which have no text that could be invalid
             self.seconds.append((time.monotonic() - began) / max(1, len(records)))
@@ -184,11 +187,16 @@ class ImageResults:
         return {"all": _gain(after, before, "dice")} | {name: gain for name, gain in found.items() if name != "all"}
 
     def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
+        if self.pictures:
+            self._cases[number] = encode_case(shown, target.mask)
         if number < self.pictures:
-            self._shown.append({"image": shown, "prediction": prediction, "target": target})
-            path = self.folder / SAMPLES / f"{number:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shown.convert("RGB").save(path)  # what sheets of several runs draw on
+            self._draw(number, shown, prediction, target)
+
+    def _draw(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
+        self._shown.append({"image": shown, "prediction": prediction, "target": target})
+        path = self.folder / SAMPLES / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shown.convert("RGB").save(path)  # what sheets of several runs draw on
 
 
 def _calibrated(found: Mapping[str, Any]) -> str:
@@ -218,13 +226,12 @@ class VolumeResults(ImageResults):
     pictures = 8
     compared = ("dice", "slice_visibility", "slice_boxes")
 
-    def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
-        if number < self.pictures:
-            path = self.folder / "pictures" / f"{number:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            known = {"spacing_mm": target.spacing_mm, "edges": shown.scan.edges, "intensity": shown.intensity}
-            scan = target.name or Path(shown.scan.name).name
-            volume_picture(shown.grey, prediction, target, path, **known, query=target.query, name=scan)
+    def _draw(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
+        path = self.folder / "pictures" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = {"spacing_mm": target.spacing_mm, "edges": shown.scan.edges, "intensity": shown.intensity}
+        scan = target.name or Path(shown.scan.name).name
+        volume_picture(shown.grey, prediction, target, path, **known, query=target.query, name=scan)
 
 
 def results_for(task: str) -> type[ImageResults]:

@@ -38,9 +38,11 @@ class RunSteps(ExampleRun):
 
     Attributes:
         argv: The command line, with what a file of flags adds to it.
+        variables: Environment variables that such a file has set.
     """
 
     argv: Sequence[str] = ()
+    variables: Mapping[str, str] = {}
     queries: Queries | None
     _stage = ""  # name of the phase at hand
 
@@ -122,7 +124,7 @@ class RunSteps(ExampleRun):
         with claimed(self.folder, asdict(self.arguments), self.progress):
             main = PartialState().is_main_process
             if main and self.config is not None and not (self.folder / CONFIG_FILE).is_file():
-                write_config(self.folder, self.argv, self.arguments, self.config)
+                write_config(self.folder, self.argv, self.arguments, self.config, self.variables)
             if main and self.recipe.demonstration and self.own_model:
                 others = ", ".join(name for name in self.recipes if name != self.arguments.preset)
                 say(f"preset {self.arguments.preset}: a demonstration. A small model with random weights, which will "

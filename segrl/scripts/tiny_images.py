@@ -12,7 +12,7 @@ from segrl.models.tiny import tiny_qwen3_vl
 from segrl.scripts.recipe import sam2_builder
 from segrl.segmenters.sam2 import sam2_config
 
-__all__ = ["ON_A_CPU", "TINY_IMAGES", "TINY_ON_DATA", "TINY_SFT", "TINY_TEXT", "build_tiny_reader"]
+__all__ = ["ON_A_CPU", "TINY_IMAGES", "TINY_ON_DATA", "TINY_QUICK", "TINY_SFT", "TINY_TEXT", "build_tiny_reader"]
 
 SIDE = 96  # of an image as the tiny model sees it, pixels: every coordinate has two digits
 
@@ -68,6 +68,19 @@ def build_tiny_reader(train: Dataset, path: str | None, *, phrases: Sequence[str
         max_pixels=SIDE**2,
     )
 
+
+# just enough for answers with a mask, which is rough
+TINY_QUICK: dict[str, Any] = {
+    "pretraining": {
+        "scenes": 64,
+        "vision": {"steps": 3},
+        "captions": {"steps": 3},
+        "segmenter": {"encoder_steps": 10, "decoder_steps": 10, "decoder_batch_size": 10},
+    },
+    "text_warmup": {**TINY_TEXT, "max_steps": 60},
+    "sft": {**TINY_SFT, "max_steps": 20},
+    "fill_to": 0,
+}
 
 # fields of an `ImageRecipe`
 TINY_IMAGES: dict[str, Any] = {

@@ -84,7 +84,8 @@ class TwoStageRun(RunSteps):
 
     def __init__(self, arguments: Any, seed: int, folder: Path, given: set[str] | None = None) -> None:
         self.arguments, self.seed, self.folder, self.given = arguments, seed, folder, given or set()
-        self.recipe = find_preset(arguments.preset, self.recipes).fitted(arguments.data)
+        preset = find_preset(arguments.preset, self.recipes)
+        self.recipe = preset.fitted(arguments.data, quick=getattr(arguments, "quick", False))
         self.prompt = self.recipe.prompt
         if isinstance(arguments, TwoStageArguments):
             arguments.skip_stage1 |= self.recipe.sft is None
@@ -203,7 +204,7 @@ class TwoStageRun(RunSteps):
         Raises:
             SegRLError: Whatever is wrong with flags, folder, data or run.
         """
-        argv, _ = expand_config(argv)
+        argv, _, _ = expand_config(argv)
         (arguments,) = Parser(cls.evaluation_flags, description=f"Evaluate a run of {cls.name}.").read(argv)
         check_numbers(arguments, cls.least)
         find_preset(arguments.preset, cls.recipes)
@@ -229,7 +230,7 @@ class TwoStageRun(RunSteps):
     @classmethod
     def _begin(cls, argv: Sequence[str], config_class: type, stage: str, output_dir: str) -> tuple[Self, Any]:
         """Read the command line, look at the folder, load the data."""
-        argv, files = expand_config(argv)
+        argv, files, variables = expand_config(argv)
         values = flag_values(argv)
         try:
             arguments, config, given = parse(
@@ -247,8 +248,10 @@ class TwoStageRun(RunSteps):
         if {"gradient_accumulation_steps", "global_batch_size"} <= given:
             raise SegRLError("--gradient_accumulation_steps follows from --global_batch_size; pass one of the two")
         config.report_to = [name for item in config.report_to for name in item.split(",")]
-        run = cls(arguments, config.seed, Path(config.output_dir), given | (QUICK.keys() if arguments.quick else set()))
-        run.argv = argv
+        run = cls(arguments, config.seed, Path(config.output_dir), given)
+        if arguments.quick:  # a preset that is made for a look has its own steps
+            run.given |= QUICK.keys() - ({"max_steps"} if run.recipe.quick else set())
+        run.argv, run.variables = argv, variables
         run.progress = check_output(
             run.folder,
             overwrite=arguments.overwrite,
@@ -273,13 +276,14 @@ class TwoStageRun(RunSteps):
     def _defaults(cls, known: Any, stage: str, values: Mapping[str, Sequence[str]], folder: str) -> dict[str, Any]:
         """The preset's settings of a stage, and those of a validation or a quick look, as defaults of flags."""
         check_validation(known, values)  # here, before transformers looks at the same settings
-        recipe = find_preset(known.preset, cls.recipes).fitted(known.data)
+        recipe = find_preset(known.preset, cls.recipes).fitted(known.data, quick=known.quick)
         settings = {"output_dir": folder, **(getattr(recipe, stage) or {})}
         if "gradient_accumulation_steps" in values and "global_batch_size" not in values:
             settings.pop("global_batch_size", None)
         settings |= validation_defaults(known, values, stage)
         if known.quick:
-            settings |= QUICK
+            own = settings.get("max_steps") if stage in recipe.quick else None
+            settings |= QUICK if own is None else {**QUICK, "max_steps": own}
             if not {"output_dir", "resume_from_checkpoint"} & values.keys():
                 settings |= {"output_dir": f"{folder}_quick", "overwrite": True}  # of looks before
         first = recipe.sft_reasoning

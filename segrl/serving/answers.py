@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from segrl.data.dicom.series import open_dicom_series
 from segrl.data.volumes.case import Case
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
@@ -24,13 +26,16 @@ from segrl.inference.result import InferenceResult
 from segrl.inference.volumes import VolumeSegmenter
 from segrl.predictions.frames import shrunk_size
 from segrl.reports.drawing import draw_overlay
+from segrl.serving.archives import unpack
 from segrl.serving.settings import ServingSettings
 
 __all__ = ["FORMATS", "SUFFIXES", "Answer", "Upload", "answer_upload"]
 
 FORMATS = ("json", "mask", "overlay", "page")
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
-_VOLUMES = (".nii.gz", ".nii")
+_ARCHIVE = ".zip"  # of a DICOM series
+_VOLUMES = (".nii.gz", ".nii", _ARCHIVE)
+_BYTES, _HEADERS = 4, 20_000_000  # of a voxel in DICOM files, at most; of their headers
 SUFFIXES = {"images": _IMAGES, "volumes": _VOLUMES}
 _SHOWN_SLICES, _SHOWN_EDGE = 256, 384  # slices of a volume on the page, and their longest edge in pixels
 
@@ -96,21 +101,33 @@ def answer_upload(
     suffix = next((kind for kind in kinds if upload.shown_name.lower().endswith(kind)), None)
     if suffix is None:
         raise DataError(f"{upload.shown_name}: expected a file of {segmenter.settings.task}, {', '.join(kinds)}")
+    names: dict[str, str] = {}
     with TemporaryDirectory(prefix="segrl-serve-") as folder:
         path = Path(folder, f"upload{suffix}")  # under a name of our own, whatever the client says
         path.write_bytes(upload.content)
         try:
+            if suffix == _ARCHIVE:
+                series = Path(folder, "series")
+                names = unpack(path, series, _BYTES * settings.max_pixels + _HEADERS)
+                path = series
             _check_size(path, suffix, settings.max_pixels)
             result: Any = segmenter.predict(str(path), upload.question, samples=upload.samples, **generation)
             return _FORMS[form](replace(result, name=upload.shown_name), folder)
         except (DataError, OSError) as error:
-            said = str(error).replace(str(path), upload.shown_name).replace(folder, "")
+            said = str(error)
+            for own, theirs in names.items():
+                said = said.replace(f"{path}/{own}", theirs).replace(own, theirs)
+            for own in (path, Path(folder, f"upload{suffix}")):
+                said = said.replace(str(own), upload.shown_name)
+            said = said.replace(folder, "")
             raise DataError(" ".join(said.split())) from error
 
 
 def _check_size(path: Path, suffix: str, most: int) -> None:
     """Refuse a picture or volume by its header, before its pixels are in memory."""
-    if suffix in _VOLUMES:
+    if suffix == _ARCHIVE:
+        count = math.prod(open_dicom_series(path).shape)
+    elif suffix in _VOLUMES:
         import nibabel
         from nibabel.filebasedimages import ImageFileError
 

@@ -1,0 +1,89 @@
+"""Cases that a report shows: which answers, which slice of a volume, and a small picture of what was asked about."""
+
+# D slices, H/W pixels
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["CASE", "CASES", "choose_cases", "encode_case", "fullest_slice", "write_cases"]
+
+CASES = "cases"  # folder of the pictures, by the number of their record
+CASE, SHOWN = 224, 6  # pixels; cases of each kind
+
+
+def choose_cases(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return the numbers of the "worst", "median" and "best" answers by Dice, 6 each; of few answers some are in two.
+
+    Example:
+        >>> chosen = choose_cases([{"dice": n / 100} for n in range(50)])
+        >>> chosen["worst"][:3], chosen["median"][:3], chosen["best"][:3]
+        ([0, 1, 2], [22, 23, 24], [49, 48, 47])
+        >>> choose_cases([])["best"]
+        []
+    """
+    scored = [number for number, record in enumerate(records) if "dice" in record]
+    ordered = sorted(scored, key=lambda number: (records[number]["dice"], number))
+    middle = max(0, len(ordered) // 2 - SHOWN // 2)
+    return {"worst": ordered[:SHOWN], "median": ordered[middle : middle + SHOWN], "best": ordered[-SHOWN:][::-1]}
+
+
+def fullest_slice(mask: np.ndarray) -> int:
+    """Return the slice of a mask (D, H, W) with most foreground; of an empty mask the middle one.
+
+    Example:
+        >>> mask = np.zeros((5, 2, 2), dtype=bool)
+        >>> fullest_slice(mask)
+        2
+        >>> mask[4, 0] = True
+        >>> fullest_slice(mask)
+        4
+    """
+    areas = mask.sum(axis=(1, 2))
+    return int(areas.argmax()) if areas.any() else len(mask) // 2
+
+
+def encode_case(shown: Any, mask: np.ndarray) -> bytes:
+    """Return a small JPEG of an image, or of the slice of a `Case` with most of the ground truth.
+
+    Args:
+        shown: What `on_answer` of an evaluation gets.
+        mask: Ground truth, (H, W) or (D, H, W).
+
+    Example:
+        >>> content = encode_case(Image.new("L", (900, 600)), np.zeros((600, 900), dtype=bool))
+        >>> Image.open(io.BytesIO(content)).size
+        (224, 149)
+    """
+    image = shown if isinstance(shown, Image.Image) else Image.fromarray(shown.grey[fullest_slice(mask)])
+    small = image.convert("RGB")
+    small.thumbnail((CASE, CASE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def write_cases(folder: Path, pictures: Mapping[int, bytes], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the pictures of the cases that a report shows into `cases/` of a run's folder.
+
+    Args:
+        folder: The run's.
+        pictures: From `encode_case`, by the number of the record.
+        records: Of all answers.
+
+    Example:
+        >>> write_cases(Path("run"), {0: b"a", 1: b"b"}, [{"dice": 0.5}, {}])
+        >>> [path.name for path in Path("run", "cases").iterdir()]
+        ['00000.jpg']
+    """
+    for number in sorted({number for chosen in choose_cases(records).values() for number in chosen}):
+        if number in pictures:
+            path = folder / CASES / f"{number:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pictures[number])
