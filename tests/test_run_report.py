@@ -175,7 +175,9 @@ def test_cases_beyond_the_first_pictures(task, tmp_path):
             assert np.asarray(picture).max() > 0
     page = run_report([files])
     assert page.count('alt="case ') == 18
-    assert f"<td>mask: none</td><td>{count - half} of {count}</td>" in page  # of run lengths as an evaluation writes them
+    assert (
+        f"<td>mask: none</td><td>{count - half} of {count}</td>" in page
+    )  # of run lengths as an evaluation writes them
 
 
 def test_distances_are_compared_in_millimetres(tmp_path):
