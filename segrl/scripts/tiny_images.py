@@ -75,7 +75,7 @@ TINY_QUICK: dict[str, Any] = {
         "scenes": 64,
         "vision": {"steps": 3},
         "captions": {"steps": 3},
-        "segmenter": {"encoder_steps": 10, "decoder_steps": 10, "decoder_batch_size": 10},
+        "segmenter": {"encoder_steps": 30, "decoder_steps": 30, "decoder_batch_size": 10, "unprompted": 0.5},
     },
     "text_warmup": {**TINY_TEXT, "max_steps": 60},
     "sft": {**TINY_SFT, "max_steps": 20},
