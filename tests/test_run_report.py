@@ -152,12 +152,14 @@ def test_cases_beyond_the_first_pictures(task, tmp_path):
     (tmp_path / "masks").mkdir()
     if task == "images":
         rows = make_synthetic(count, size=32)
-        for n, row in enumerate(rows):
+        for n in range(count):
+            row: Any = rows[n]
             mask = np.asarray(row["mask"])
             write_mask_image(tmp_path / "masks" / f"{row['name']}.png", mask if n < half else np.zeros_like(mask))
     else:
         rows = make_synthetic_volumes(count, tmp_path / "scans", depth=4, size=32)
-        for n, row in enumerate(rows):
+        for n in range(count):
+            row = rows[n]
             label = nib.load(row["label"])  # type: ignore[attr-defined]
             values = np.asarray(label.dataobj) * (n < half)  # type: ignore[attr-defined]
             nib.save(nib.Nifti1Image(values, label.affine), tmp_path / "masks" / f"{row['name']}.nii.gz")  # type: ignore[attr-defined]
