@@ -105,13 +105,47 @@ def estimators(samples: int = 20, alpha: float = 2.5, x_min: float = 0.01) -> No
             f"{np.median(starts):.4f} (is {x_min})")  # fmt: skip
 
 
+def plain_x_min(values: np.ndarray) -> float:
+    """Find x_min as Clauset et al. say, without a package: the start whose tail is nearest to its own fit."""
+    ordered = np.sort(values)
+    logs = np.log(ordered)
+    best, found = 2.0, ordered[0]
+    for start in range(len(ordered) - 1):
+        rest = logs[start:] - logs[start]
+        if rest.sum() > 0:
+            fitted = 1 - np.exp(-rest * len(rest) / rest.sum())
+            distance = float(abs(fitted - np.arange(len(rest)) / len(rest)).max())
+            best, found = min((best, found), (distance, ordered[start]))
+    return float(found)
+
+
+def starts(x_min: float = 0.01, alpha: float = 2.5) -> None:
+    """Print how far Clauset's x_min is off on samples of several sizes, and whether `find_tail` gives the same."""
+    for count, samples in ((500, 200), (2000, 200), (5000, 60)):
+        ratios, same = [], 0
+        for seed in range(samples):
+            values = x_min * (1 - np.random.default_rng(seed).random(count)) ** (-1 / (alpha - 1))
+            values = values[values < 1]
+            found = plain_x_min(values)
+            ratios.append(found / x_min)
+            same += count == 500 and seed < 20 and bool(np.isclose(found, find_tail(values).x_min or 0))
+        mean, error, median = np.mean(ratios), np.std(ratios, ddof=1) / samples**0.5, np.median(ratios)
+        near = np.mean(abs(np.array(ratios) - 1) < 0.1)
+        say(f"{count} errors, {samples} samples: x_min / truth {mean:.3f} ± {error:.3f}, median {median:.3f}, in 10 % "
+            f"{near:.2f}" + (f"; find_tail gives the same on {same} of 20" if count == 500 else ""))  # fmt: skip
+
+
 def main() -> None:
     """Measure what the flags ask for."""
     parser = argparse.ArgumentParser(description="Recall and precision of the selection on planted hard cases.")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="of the planted sets")
     parser.add_argument("--estimators", action="store_true", help="measure Clauset's estimators instead")
     arguments = parser.parse_args()
-    estimators() if arguments.estimators else measure(arguments.seeds)
+    if arguments.estimators:
+        estimators()
+        starts()
+    else:
+        measure(arguments.seeds)
 
 
 if __name__ == "__main__":

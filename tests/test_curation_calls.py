@@ -22,7 +22,7 @@ def endpoint(server: ChatServer, **settings) -> Endpoint:
 
 def ask_all(where: Endpoint, cache: CallCache, questions: list[Question]) -> list[Answer]:
     @asynccontextmanager
-    async def opened():
+    async def opened(worker):
         async with Caller(where, cache) as caller:
             yield caller.ask
 
@@ -283,7 +283,7 @@ def test_the_first_error_stops_a_map_and_what_runs_ends():
     begun, ended = [], []
 
     @asynccontextmanager
-    async def opened():
+    async def opened(worker):
         async def work(item):
             begun.append(item)
             await asyncio.sleep(0.01 * item)
@@ -302,9 +302,9 @@ def test_the_first_error_stops_a_map_and_what_runs_ends():
 
 def test_maps_of_nothing_and_in_threads():
     @asynccontextmanager
-    async def opened():
+    async def opened(worker):
         yield asyncio.sleep
 
     assert map_async(opened, [], concurrency=3) == []
-    assert map_items(str, []) == []
-    assert map_items(lambda item: item + 1, list(range(20)), workers=3) == list(range(1, 21))
+    assert list(map_items(str, [])) == []
+    assert list(map_items(abs, list(range(0, -20, -1)), workers=1)) == [(n, n) for n in range(20)]

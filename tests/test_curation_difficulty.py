@@ -19,11 +19,14 @@ from segrl.curation import (
     CurationSettings,
     DifficultySettings,
     PublishSettings,
+    SourceSettings,
     SuspectSettings,
     TailSettings,
     find_difficulty,
     find_tail,
     publish_cases,
+    read_errors,
+    run_difficulty,
     select_cases,
     vote,
 )
@@ -235,6 +238,46 @@ def test_an_unknown_encoder_is_named(tmp_path):
     jobs = committee_jobs(make_cases(tmp_path, 8), replace(TINY, encoders=("resnet19",)), tmp_path / "one")
     with pytest.raises(SegRLError, match="encoders: 'resnet19'"):
         list(run_committee(jobs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoders": ("tu-regnetx_002", "resnet19")}, r"'resnet19' is no encoder .*did you mean 'resnet1"),
+        ({"encoders": ("tu-resnet19x",)}, r"'tu-resnet19x' with weights=None: .*resnet19x"),
+        ({"encoders": ("resnet18",), "weights": "imagnet"}, r"'resnet18' with weights='imagnet': .*imagnet"),
+    ],
+)
+def test_a_wrong_encoder_leaves_no_build(tmp_path, settings, message):
+    make_cases(tmp_path / "pairs", 20)
+    source = SourceSettings(path=tmp_path / "pairs", format="pairs", lesion="cyst", modality="CT", licence="MIT")
+    wrong = CurationSettings(sources=(source,), difficulty=DifficultySettings(committee=CommitteeSettings(**settings)))
+    with pytest.raises(SegRLError, match=rf"^encoders: {message}") as found:
+        run_difficulty(wrong, tmp_path / "build")
+    assert len(str(found.value)) < 300
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"id": "a", "errors": []}', r"errors.jsonl, line 1: damaged \(errors=\[\]; expected numbers from 0 to 1"),
+        ('{"id": "a", "errors": [NaN]}', r"line 1: damaged \(errors=\[nan\]"),
+        ('{"id": "a", "errors": [0.1]}\n{"id": "b", "errors": [0.1, 0.2]}', r"errors of different numbers of members"),
+    ],
+)
+def test_damaged_errors(tmp_path, lines, message):
+    (tmp_path / "difficulty").mkdir()
+    (tmp_path / "difficulty/errors.jsonl").write_text(lines + "\n")
+    with pytest.raises(DataError, match=message):
+        read_errors(tmp_path)
+
+
+def test_cases_without_errors(tmp_path):
+    cases = make_cases(tmp_path, 3)
+    with pytest.raises(DataError, match=rf"^no errors of 2 cases, such as {cases[1].id}; run the stage"):
+        select_cases(cases, {cases[0].id: [0.5]}, TailSettings(), tmp_path)
 
 
 # masks to look at

@@ -42,6 +42,9 @@ def add_curate_commands(areas: Any, common: argparse.ArgumentParser) -> None:
         command.add_argument("--build", type=Path, metavar="FOLDER", help="the build (default: that of the settings)")
         command.add_argument("--dry_run", action="store_true", help="count calls, tokens, cost, trainings and disk; "
                              "make nothing")  # fmt: skip
+        if run in (_run, _difficulty, _write, _judge):
+            command.add_argument("--engine", choices=["local", "ray"], default="local",
+                                 help="where trainings and calls run: here, or on a Ray cluster")  # fmt: skip
         command.set_defaults(run=_dry(run))
     report = commands.add_parser("report", parents=[common], help="one HTML page about a build")
     report.add_argument("build", type=Path, metavar="FOLDER", help="the build")
@@ -75,8 +78,12 @@ def _plan(arguments: argparse.Namespace, stages: Any) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for stage in (_difficulty, _write, _judge, _publish):
-        stage(arguments)
+    from segrl.curation.engine import connected
+
+    with connected(arguments.engine):
+        for stage in (_difficulty, _write, _judge):
+            stage(arguments)
+    _publish(arguments)
     arguments.build = _read(arguments)[1]
     return _report(arguments)
 
@@ -85,7 +92,7 @@ def _difficulty(arguments: argparse.Namespace) -> int:
     from segrl.curation.stages import run_difficulty
 
     settings, build = _read(arguments)
-    return _told(run_difficulty(settings, build), build)
+    return _told(run_difficulty(settings, build, engine=arguments.engine), build)
 
 
 def _select(arguments: argparse.Namespace) -> int:
@@ -123,14 +130,14 @@ def _write(arguments: argparse.Namespace) -> int:
     from segrl.curation.stages import run_writing
 
     settings, build = _read(arguments)
-    return _counted(run_writing(settings, build), build / "texts.jsonl")
+    return _counted(run_writing(settings, build, engine=arguments.engine), build / "texts.jsonl")
 
 
 def _judge(arguments: argparse.Namespace) -> int:
     from segrl.curation.stages import run_judging
 
     settings, build = _read(arguments)
-    return _counted(run_judging(settings, build), build / "judgements.jsonl")
+    return _counted(run_judging(settings, build, engine=arguments.engine), build / "judgements.jsonl")
 
 
 def _counted(rows: Any, path: Path) -> int:

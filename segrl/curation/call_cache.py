@@ -96,6 +96,7 @@ class CallCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: dict[str, tuple[int, float]] = {}  # by model: calls that are under way, and what they may cost
         with _said(path):
             self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
             (version,) = self._file.execute("PRAGMA user_version").fetchone()
@@ -138,6 +139,34 @@ class CallCache:
         with _said(self.path):
             row = self._file.execute("SELECT calls, cost FROM spent WHERE model = ?", (model,)).fetchone()
         return row or (0, 0.0)
+
+    def reserve(self, model: str, worst: float, max_calls: int | None, max_cost: float | None) -> str:
+        """Hold a call, and what it may cost, until it is released.
+
+        Args:
+            model: Of the call.
+            worst: What it may cost.
+            max_calls: Limit of kept calls and of those under way; None has none.
+            max_cost: Limit of what they cost; None has none.
+
+        Returns:
+            The limit that the call would pass, in words; then nothing is held. "" if there is none.
+        """
+        held_calls, held_cost = self._held.get(model, (0, 0.0))
+        if max_calls is not None or max_cost is not None:
+            calls, cost = self.spent(model)
+            if max_calls is not None and calls + held_calls >= max_calls:
+                return f"max_calls={max_calls} is reached"
+            if max_cost is not None and cost + held_cost + worst > max_cost:
+                said = f"{calls} calls have cost {cost:.4g}, the next may cost {worst:.2g}"
+                return f"max_cost={max_cost:g} is reached: {said}"
+        self._held[model] = held_calls + 1, held_cost + worst
+        return ""
+
+    def release(self, model: str, worst: float) -> None:
+        """Let go of a call that was reserved."""
+        calls, cost = self._held[model]
+        self._held[model] = calls - 1, cost - worst
 
     @staticmethod
     def read_spent(path: Path) -> dict[str, tuple[int, float]]:

@@ -103,14 +103,6 @@ def text_tokens(text: str) -> int:
 
 
 @dataclass
-class _Held:
-    """Calls that have been sent and not answered yet, and what they may cost."""
-
-    calls: int = 0
-    cost: float = 0.0
-
-
-@dataclass
 class Caller:
     """Asks one endpoint; an asynchronous context manager.
 
@@ -124,7 +116,6 @@ class Caller:
 
     endpoint: Endpoint
     cache: CallCache
-    _held: _Held = field(default_factory=_Held)
     _locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _failures: int = 0  # in a row
     _next: float = 0.0  # when the rate allows the next call
@@ -166,11 +157,10 @@ class Caller:
         await self._wait_for_rate()
         worst = self.endpoint.cost(estimate_tokens(question, self.endpoint.max_edge), self.endpoint.max_tokens)
         self._check_budget(worst)
-        self._held.calls, self._held.cost = self._held.calls + 1, self._held.cost + worst
         try:
             return await self._send(question)
         finally:
-            self._held.calls, self._held.cost = self._held.calls - 1, self._held.cost - worst
+            self.cache.release(self.endpoint.model, worst)
 
     async def _send(self, question: Question) -> Answer:
         openai = require("openai")
@@ -200,16 +190,11 @@ class Caller:
 
     def _check_budget(self, worst: float) -> None:
         endpoint = self.endpoint
-        if self._stopped is None and (endpoint.max_cost is not None or endpoint.max_calls is not None):
-            calls, cost = self.cache.spent(endpoint.model)
-            goes_on = "what has arrived is kept; raise the limit, and the build goes on where it was"
-            if endpoint.max_calls is not None and calls + self._held.calls >= endpoint.max_calls:
-                self._stopped = BudgetError(f"{endpoint.model}: max_calls={endpoint.max_calls} is reached; {goes_on}")
-            if endpoint.max_cost is not None and cost + self._held.cost + worst > endpoint.max_cost:
-                self._stopped = BudgetError(
-                    f"{endpoint.model}: max_cost={endpoint.max_cost:g} is reached: {calls} calls have cost {cost:.4g}, "
-                    f"the next may cost {worst:.2g}; {goes_on}"
-                )
+        if self._stopped is None:
+            passed = self.cache.reserve(endpoint.model, worst, endpoint.max_calls, endpoint.max_cost)
+            if passed:
+                goes_on = "what has arrived is kept; raise the limit, and the build goes on where it was"
+                self._stopped = BudgetError(f"{endpoint.model}: {passed}; {goes_on}")
         if self._stopped is not None:
             raise self._stopped
 
@@ -280,4 +265,9 @@ def _whole(text: str) -> str:
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The words of an error in one line, and those of the server where the client leaves them out."""
+    text = " ".join(str(error).split())
+    body = getattr(error, "body", None)
+    if body and not (isinstance(body, Mapping) and "message" in body):  # not OpenAI's layout, such as FastAPI's detail
+        text = f"{text}: {' '.join(str(body).split())}"
+    return text[:300] or type(error).__name__

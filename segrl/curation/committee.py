@@ -8,14 +8,12 @@ with others. Each training is a file that is complete or absent, so that a build
 
 from __future__ import annotations
 
+import difflib
 import json
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from torch import Tensor
 from segrl.caching.content import content_key
 from segrl.curation.case import Case
 from segrl.curation.duplicates import near_duplicates
+from segrl.curation.engine import Engine, map_items
 from segrl.curation.packages import require
 from segrl.data.groups import balanced_folds, joined
 from segrl.data.images.augmentation import random_view
@@ -35,12 +34,14 @@ from segrl.geometry.image_files import read_image
 from segrl.geometry.mask_images import read_mask_file
 from segrl.geometry.masks import mask_to_rle, resize_mask
 from segrl.metrics.overlap import dice
+from segrl.models.saved_files import ShapesOnly
 
 __all__ = [
     "CommitteeSettings",
     "Membership",
     "case_folds",
     "case_groups",
+    "check_encoders",
     "committee_jobs",
     "group_folds",
     "run_committee",
@@ -128,6 +129,17 @@ class Membership:
     path: Path
 
 
+def check_encoders(settings: CommitteeSettings) -> None:
+    """Build every network, so that a name that is wrong is found before anything is made; weights are downloaded.
+
+    Raises:
+        SegRLError: An encoder that is not known, or the extra `curation` is not installed.
+    """
+    with ShapesOnly() if settings.weights is None else nullcontext():
+        for member in range(len(settings.encoders)):
+            _built(settings, member)
+
+
 def case_folds(cases: Sequence[Case], settings: CommitteeSettings) -> tuple[list[int], list[set[int]]]:
     """Divide cases into folds; patients, equal images and near-duplicates stay together.
 
@@ -191,39 +203,32 @@ def committee_jobs(cases: Sequence[Case], settings: CommitteeSettings, folder: P
     ]
 
 
-def run_committee(jobs: Sequence[Membership]) -> Iterator[Membership]:
-    """Train what is not there yet; yields every job when its file is, finished ones first."""
+def run_committee(jobs: Sequence[Membership], *, engine: Engine = "local") -> Iterator[Membership]:
+    """Train what is not there yet; yields every job when its file is, finished ones first.
+
+    With the engine "ray" the trainings run in the workers of a cluster, and their files are written here.
+    """
     waiting = [job for job in jobs if not job.path.is_file()]
     yield from (job for job in jobs if job not in waiting)
-    for folder in {job.path.parent for job in waiting}:
-        folder.mkdir(parents=True, exist_ok=True)
-    processes = waiting[0].settings.processes if waiting else 1
-    if processes == 1:
-        for job in waiting:
-            _train_and_write(job)
-            yield job
+    if not waiting:
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
-        yield from (job for job, _ in zip(waiting, pool.map(_train_and_write, waiting), strict=True))
+    settings = waiting[0].settings
+    gpus = 1 if settings.device.startswith("cuda") else 0
+    for number, found in map_items(_trained_alone, waiting, workers=settings.processes, gpus=gpus, engine=engine):
+        write_whole(waiting[number].path, json.dumps(found) + "\n")
+        yield waiting[number]
 
 
-def _end_with_parent() -> None:
-    """Let a worker end when the process that started it is killed."""
-    parent = parent_process()
-    assert parent is not None
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _train_and_write(job: Membership) -> None:
+def _trained_alone(job: Membership) -> dict[str, Any]:
+    """Train and predict on one thread, and leave torch's random state as it was."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums of several threads differ in their last bits from those of one
     devices = [torch.cuda.current_device()] if job.settings.device.startswith("cuda") else []
     try:
         with torch.random.fork_rng(devices=devices):
-            found = _train_and_predict(job)
+            return _train_and_predict(job)
     finally:
         torch.set_num_threads(threads)
-    write_whole(job.path, json.dumps(found) + "\n")
 
 
 def _train_and_predict(job: Membership) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def _trained(
     images: np.ndarray, masks: np.ndarray, train: list[int], stopping: list[int], job: Membership, rng: Any
 ) -> torch.nn.Module:
     settings = job.settings
-    network = _network(settings, job.member)
+    network = _built(settings, job.member).to(settings.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
     warmup = max(1, settings.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -295,16 +300,25 @@ def _trained(
     return network.eval()
 
 
-def _network(settings: CommitteeSettings, member: int) -> torch.nn.Module:
+def _built(settings: CommitteeSettings, member: int) -> torch.nn.Module:
     unet = require("segmentation_models_pytorch").Unet
     encoder = settings.encoders[member]
     try:
-        network = unet(
+        return unet(
             encoder, encoder_depth=4, encoder_weights=settings.weights, decoder_channels=_CHANNELS[:4], classes=1
         )
-    except (KeyError, ValueError) as error:
-        raise SegRLError(f"encoders: {encoder!r} with weights={settings.weights!r}: {error}") from error
-    return network.to(settings.device)
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise SegRLError(f"encoders: {encoder!r}{_why_not(encoder, settings.weights, error)}") from error
+
+
+def _why_not(encoder: str, weights: str | None, error: Exception) -> str:
+    """Say what is wrong with an encoder; packages list all that they know, which is hundreds."""
+    known = require("segmentation_models_pytorch").encoders.get_encoder_names()
+    if encoder in known or encoder.startswith("tu-"):
+        return f" with weights={weights!r}: {' '.join(str(error).split())[:200]}"
+    near = difflib.get_close_matches(encoder, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f" is no encoder of segmentation_models_pytorch{hint} Expected such as resnet18, or tu- and a name of timm"
 
 
 def _view(image: np.ndarray, mask: np.ndarray, rng: Any) -> tuple[np.ndarray, np.ndarray]:

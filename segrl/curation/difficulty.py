@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from segrl.curation.case import Case, read_cases, write_cases
 from segrl.curation.committee import CommitteeSettings, Membership, committee_jobs, run_committee
+from segrl.curation.engine import Engine
 from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.suspects import SuspectSettings, find_suspects, write_suspects
 from segrl.curation.tails import Tail, TailSettings, find_tail, vote
@@ -92,7 +93,9 @@ class SetDifficulty:
     tail: Tail
 
 
-def find_difficulty(cases: Sequence[Case], settings: DifficultySettings, build: Path) -> list[SetDifficulty]:
+def find_difficulty(
+    cases: Sequence[Case], settings: DifficultySettings, build: Path, *, engine: Engine = "local"
+) -> list[SetDifficulty]:
     """Train the committees, measure every case out of fold, and select the hard ones.
 
     Trainings whose files are there are not made again: a stage that was stopped goes on, and ends with the same files.
@@ -101,6 +104,8 @@ def find_difficulty(cases: Sequence[Case], settings: DifficultySettings, build: 
         cases: Of all sources.
         settings: How.
         build: Folder of the build, which exists.
+        engine: "local", or "ray" for trainings in the workers of a cluster, which read the files of the cases under the
+            same paths.
 
     Returns:
         What was found for each set, in the order of the cases.
@@ -122,7 +127,7 @@ def find_difficulty(cases: Sequence[Case], settings: DifficultySettings, build: 
         jobs += committee_jobs([case for case in cases if case.source == source], settings.committee, folder)
     with Progress(console=console(stderr=True)) as bar:
         task = bar.add_task("committee", total=len(jobs))
-        for job in run_committee(jobs):
+        for job in run_committee(jobs, engine=engine):
             bar.update(task, advance=1, description=f"committee, {job.cases[0].source}")
     predictions = {case.id: {} for case in cases}
     for job in jobs:
@@ -153,7 +158,7 @@ def select_cases(
         build: Folder of the build.
 
     Raises:
-        DataError: As `find_tail`; names the set.
+        DataError: As `find_tail`, and names the set; or a case without errors.
 
     Example:
         >>> texts = ("mine", "", "CT", "Lung", "nodule", "MIT")
@@ -163,6 +168,8 @@ def select_cases(
         >>> found.selected, read_selected(Path("build"))[0].id
         (1, 'hard')
     """
+    if missing := [case.id for case in cases if case.id not in errors]:
+        raise DataError(f"no errors of {len(missing)} cases, such as {missing[0]}; run the stage `difficulty` again")
     votes = dict(zip((c.id for c in cases), vote([errors[case.id] for case in cases], settings).tolist(), strict=True))
     scored = [replace(case, difficulty=votes[case.id]) for case in cases]
     found, selected = [], set()
@@ -202,9 +209,16 @@ stage `difficulty` first
     """
 
     def read(row: Any) -> tuple[str, list[float]]:
-        return str(row["id"]), [float(value) for value in row["errors"]]
+        values = [float(value) for value in row["errors"]]
+        if not values or not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"errors={values}; expected numbers from 0 to 1, one or more")
+        return str(row["id"]), values
 
-    return dict(read_json_lines(build / FOLDER / ERRORS, read, "difficulty"))
+    path = build / FOLDER / ERRORS
+    found = dict(read_json_lines(path, read, "difficulty"))
+    if len({len(values) for values in found.values()}) > 1:
+        raise DataError(f"{path}: errors of different numbers of members; run the stage `difficulty` again")
+    return found
 
 
 def read_selected(build: Path) -> list[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from segrl.errors import SegRLError
@@ -109,6 +109,16 @@ variable, or key_variable: "" for a server that needs none
             f"{self.url} needs a key: {self.key_variable} is not set; set this environment variable, or "
             'key_variable: "" for a server that needs none'
         )
+
+    def shared(self, workers: int) -> Endpoint:
+        """Return the settings for one of several workers, which keep the limits together.
+
+        Example:
+            >>> Endpoint(url="http://localhost:8000/v1", model="m", concurrency=8).shared(3).concurrency
+            2
+        """
+        rate = self.calls_per_minute and self.calls_per_minute / workers
+        return replace(self, concurrency=max(1, self.concurrency // workers), calls_per_minute=rate)
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
         """Return the price of a call.

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segrl.curation.build_folder import build_lock
-from segrl.curation.call_cache import CallCache
 from segrl.curation.calls import Caller
 from segrl.curation.case import Case
 from segrl.curation.endpoints import Endpoint
-from segrl.curation.engine import map_async
+from segrl.curation.engine import Engine, connected, map_async
 from segrl.curation.facts import Facts, read_facts
 from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.judge_quality import judge_agreement, judge_calibration
@@ -23,6 +22,7 @@ from segrl.curation.judges import Judge, JudgeSettings, ModelJudge, RuleJudge, V
 from segrl.curation.prompts import read_prompts
 from segrl.curation.rules import check_text
 from segrl.curation.texts import CALLS, Text, TextSettings, open_writer, read_texts
+from segrl.curation.work import Worker
 from segrl.curation.writers import Writer
 from segrl.errors import DataError
 from segrl.files.whole import write_whole
@@ -102,6 +102,7 @@ def judge_texts(
     build: Path,
     *,
     text: TextSettings | None = None,
+    engine: Engine = "local",
 ) -> list[Judgement]:
     """Judge the texts of a build, and let those be written again that are not good enough.
 
@@ -113,6 +114,7 @@ def judge_texts(
         settings: How.
         build: Folder of the build, with the texts.
         text: How the texts were written, and are written again.
+        engine: As for `write_texts`.
 
     Returns:
         Judgements; those that were not accepted are among them, with the reason.
@@ -147,18 +149,20 @@ def judge_texts(
     )
 
     @asynccontextmanager
-    async def opened() -> AsyncIterator[Callable[[tuple[Case, Text]], Awaitable[Judgement]]]:
+    async def opened(worker: Worker) -> AsyncIterator[Callable[[tuple[Case, Text]], Awaitable[Judgement]]]:
         async with AsyncExitStack() as stack:
-            writer = await open_writer(text, build, stack)
-            judge = await open_judge(settings.judge, text, build, stack)
+            writer = await open_writer(text, worker, stack)
+            judge = await open_judge(settings.judge, text, worker, stack)
             yield lambda pair: _judge_case(*pair, text, settings, writer, judge, versions)
 
-    with build_lock(build):
+    with build_lock(build), connected(engine):
         concurrency = max((endpoint.concurrency for endpoint in endpoints), default=2)
         pairs = list(zip(cases, texts, strict=True))
-        judgements = map_async(opened, pairs, concurrency=concurrency, title="judgements")
+        judgements = map_async(
+            opened, pairs, concurrency=concurrency, title="judgements", cache=build / CALLS, engine=engine
+        )
         write_json_lines(build / JUDGEMENTS, map(asdict, judgements))
-        quality = _quality(cases, judgements, settings, text, build)
+        quality = _quality(cases, judgements, settings, text, build, engine)
         write_whole(build / JUDGES, json.dumps(quality, indent=2, ensure_ascii=False) + "\n")
     return judgements
 
@@ -178,12 +182,12 @@ def read_judgements(build: Path) -> list[Judgement]:
     return read_json_lines(build / JUDGEMENTS, _judgement, "judge", "no judgement")
 
 
-async def open_judge(endpoint: Endpoint | None, text: TextSettings, build: Path, stack: AsyncExitStack) -> Judge:
+async def open_judge(endpoint: Endpoint | None, text: TextSettings, worker: Worker, stack: AsyncExitStack) -> Judge:
     """Return a judge; the stack closes it."""
     if endpoint is None:
         return RuleJudge()
-    cache = stack.enter_context(CallCache(build / CALLS))
-    caller = await stack.enter_async_context(Caller(endpoint, cache))
+    cache = stack.enter_context(worker.open_cache())
+    caller = await stack.enter_async_context(Caller(endpoint.shared(worker.workers), cache))
     return ModelJudge(caller, read_prompts(text.prompts)["judge"], text.outline)
 
 
@@ -268,6 +272,7 @@ def _quality(
     settings: JudgeSettings,
     text: TextSettings,
     build: Path,
+    engine: Engine,
 ) -> dict[str, object]:
     """Compare two judges on a sample, and let rules and judge look for planted faults."""
     known = {case.id: case for case in cases}
@@ -276,9 +281,9 @@ def _quality(
 
     def judge_all(endpoint: Endpoint | None, items: Sequence[tuple[Case, str, str, str]]) -> list[Verdict]:
         @asynccontextmanager
-        async def opened() -> AsyncIterator[Callable[[tuple[Case, str, str, str]], Awaitable[Verdict]]]:
+        async def opened(worker: Worker) -> AsyncIterator[Callable[[tuple[Case, str, str, str]], Awaitable[Verdict]]]:
             async with AsyncExitStack() as stack:
-                judge = await open_judge(endpoint, text, build, stack)
+                judge = await open_judge(endpoint, text, worker, stack)
 
                 async def one(item: tuple[Case, str, str, str]) -> Verdict:
                     case, query, reasoning, label = item
@@ -288,7 +293,7 @@ def _quality(
                 yield one
 
         concurrency = 2 if endpoint is None else endpoint.concurrency
-        return map_async(opened, items, concurrency=concurrency)
+        return map_async(opened, items, concurrency=concurrency, cache=build / CALLS, engine=engine)
 
     if settings.second is not None:
         sample = good[: settings.agreement_sample]

@@ -1,4 +1,4 @@
-"""Packages of the extra `curation`, imported when they are needed."""
+"""Packages of extras, imported when they are needed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from segrl.errors import SegRLError
 __all__ = ["require"]
 
 
-def require(package: str) -> Any:
-    """Import a package of the extra `curation`.
+def require(package: str, extra: str = "curation") -> Any:
+    """Import a package of an extra of segrl.
 
     Raises:
         SegRLError: It is not installed; names the extra.
@@ -24,4 +24,4 @@ def require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise SegRLError(f'{package} is not installed; run pip install "segrl[curation]"') from error
+        raise SegRLError(f'{package} is not installed; run pip install "segrl[{extra}]"') from error

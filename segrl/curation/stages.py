@@ -12,7 +12,9 @@ from typing import Any
 
 from segrl.curation.build_folder import build_lock
 from segrl.curation.case import Case, read_cases, write_cases
+from segrl.curation.committee import check_encoders
 from segrl.curation.difficulty import FOLDER, SetDifficulty, find_difficulty, read_errors, read_selected, select_cases
+from segrl.curation.engine import Engine
 from segrl.curation.judgements import Judgement, judge_texts
 from segrl.curation.publish import publish_cases, read_final_texts
 from segrl.curation.settings import CurationSettings
@@ -77,16 +79,17 @@ def claim_build(settings: CurationSettings, build: Path) -> None:
         write_results(build / MARKER, kept)
 
 
-def run_difficulty(settings: CurationSettings, build: Path) -> list[SetDifficulty]:
+def run_difficulty(settings: CurationSettings, build: Path, *, engine: Engine = "local") -> list[SetDifficulty]:
     """Read the sources and find the hard cases; what is there from an earlier run is kept.
 
     Args:
         settings: Of the build.
         build: Its folder.
+        engine: "local", or "ray" for the workers of a cluster.
 
     Raises:
-        DataError: As `claim_build`, `load_sources` and `find_difficulty`. If a source is refused, the folder is no
-            build yet, and can be used again.
+        DataError: As `claim_build`, `load_sources` and `find_difficulty`. If a source or an encoder is refused, the
+            folder is no build yet, and can be used again.
 
     Example:
         >>> _ = Path("curate.yaml").write_text("sources: [{path: mine, licence: MIT}]")
@@ -94,11 +97,13 @@ def run_difficulty(settings: CurationSettings, build: Path) -> list[SetDifficult
         Traceback (most recent call last):
         segrl.errors.DataError: ...manifest.csv: no such file; expected a CSV file with at least the columns image
     """
+    if not (build / CASES).is_file():
+        check_encoders(settings.difficulty.committee)  # before the folder is a build with this committee for good
     with build_lock(build):
         claim_build(settings, build)
         if not (build / CASES).is_file():
             _read_sources(settings, build)
-        return find_difficulty(read_cases(build / CASES), settings.difficulty, build)
+        return find_difficulty(read_cases(build / CASES), settings.difficulty, build, engine=engine)
 
 
 def run_selection(settings: CurationSettings, build: Path) -> list[SetDifficulty]:
@@ -134,7 +139,7 @@ def selected_cases(build: Path) -> list[Case]:
     return [case for case in cases if case.id not in rejected]
 
 
-def run_writing(settings: CurationSettings, build: Path) -> list[Text]:
+def run_writing(settings: CurationSettings, build: Path, *, engine: Engine = "local") -> list[Text]:
     """Write question, reasoning and answer of every hard case; what has arrived from a model is kept.
 
     Raises:
@@ -147,10 +152,10 @@ def run_writing(settings: CurationSettings, build: Path) -> list[Text]:
         segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
     with _claimed(settings, build):
-        return write_texts(selected_cases(build), settings.write, build)
+        return write_texts(selected_cases(build), settings.write, build, engine=engine)
 
 
-def run_judging(settings: CurationSettings, build: Path) -> list[Judgement]:
+def run_judging(settings: CurationSettings, build: Path, *, engine: Engine = "local") -> list[Judgement]:
     """Judge the texts, and write those again that are not good enough.
 
     Raises:
@@ -163,7 +168,7 @@ def run_judging(settings: CurationSettings, build: Path) -> list[Judgement]:
         segrl.errors.DataError: no/build: no build of segrl curate; run the stage difficulty first
     """
     with _claimed(settings, build):
-        return judge_texts(selected_cases(build), settings.judge, build, text=settings.write)
+        return judge_texts(selected_cases(build), settings.judge, build, text=settings.write, engine=engine)
 
 
 def run_publish(settings: CurationSettings, build: Path) -> dict[str, int]:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segrl.curation.build_folder import build_lock
-from segrl.curation.call_cache import CallCache
 from segrl.curation.calls import Caller
 from segrl.curation.case import Case
 from segrl.curation.endpoints import Endpoint
-from segrl.curation.engine import map_async
+from segrl.curation.engine import Engine, map_async
 from segrl.curation.facts import Facts, read_facts
 from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.prompts import read_prompts
 from segrl.curation.questions import read_descriptions, write_question
 from segrl.curation.rules import RuleSettings, check_corpus, check_text
+from segrl.curation.work import Worker
 from segrl.curation.writers import TEMPLATE, ModelWriter, TemplateWriter, Writer
 from segrl.errors import DataError, SegRLError
 from segrl.predictions.frames import Frame
@@ -103,7 +103,7 @@ class Text:
     reason: str = ""
 
 
-def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path) -> list[Text]:
+def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path, *, engine: Engine = "local") -> list[Text]:
     """Write question, reasoning and answer of every case into `build/texts.jsonl`, in the order of the cases.
 
     Answers of a model are kept in `build/calls.sqlite` as they arrive: a build that was stopped asks again only what
@@ -113,6 +113,7 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path) -> l
         cases: At least one.
         settings: How.
         build: Folder of the build; made if it is absent.
+        engine: "local", or "ray" for the workers of a cluster, which read the files of the cases under the same paths.
 
     Returns:
         The texts. Those of status "refused" and "failed" are among them, with the reason.
@@ -139,9 +140,9 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path) -> l
     share = settings.implicit_share
 
     @asynccontextmanager
-    async def opened() -> AsyncIterator[Callable[[Case], Awaitable[tuple[Text, Facts]]]]:
+    async def opened(worker: Worker) -> AsyncIterator[Callable[[Case], Awaitable[tuple[Text, Facts]]]]:
         async with AsyncExitStack() as stack:
-            writer = await open_writer(settings, build, stack)
+            writer = await open_writer(settings, worker, stack)
 
             async def write(case: Case) -> tuple[Text, Facts]:
                 facts = await asyncio.to_thread(read_facts, case)
@@ -161,7 +162,7 @@ def write_texts(cases: Sequence[Case], settings: TextSettings, build: Path) -> l
         settings.writer.key()  # before the folder holds anything
     with build_lock(build):
         concurrency = settings.writer.concurrency if settings.writer else 2
-        pairs = map_async(opened, cases, concurrency=concurrency, title="texts")
+        pairs = map_async(opened, cases, concurrency=concurrency, title="texts", cache=build / CALLS, engine=engine)
         texts = [text for text, _ in pairs]
         if settings.writer is not None:  # templates repeat themselves by design
             texts = _without_boilerplate(texts, [facts for _, facts in pairs], settings.rules)
@@ -184,12 +185,12 @@ def read_texts(build: Path) -> list[Text]:
     return read_json_lines(build / TEXTS, _text, "write", "no text")
 
 
-async def open_writer(settings: TextSettings, build: Path, stack: AsyncExitStack) -> Writer:
+async def open_writer(settings: TextSettings, worker: Worker, stack: AsyncExitStack) -> Writer:
     """Return the writer that settings ask for; the stack closes it."""
     if settings.writer is None:
         return TemplateWriter()
-    cache = stack.enter_context(CallCache(build / CALLS))
-    caller = await stack.enter_async_context(Caller(settings.writer, cache))
+    cache = stack.enter_context(worker.open_cache())
+    caller = await stack.enter_async_context(Caller(settings.writer.shared(worker.workers), cache))
     return ModelWriter(caller, read_prompts(settings.prompts), settings.outline)
 
 
