@@ -3,13 +3,14 @@
 Prints the number of nodes, what a limit says, and whether Ray is still connected at the end.
 """
 
+import importlib
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import ray
 from curation_build import settings
-from ray.cluster_utils import Cluster
 from test_curation_ray import DIFFICULTY
 
 from segrl.curation.case import read_cases
@@ -19,12 +20,15 @@ from segrl.curation.judgements import judge_texts
 from segrl.curation.texts import write_texts
 from segrl.errors import SegRLError
 
+ray: Any = importlib.import_module("ray")  # of an extra
+Cluster: Any = importlib.import_module("ray.cluster_utils").Cluster
+
 
 def main(folder: Path, url: str, failing: str) -> None:
     cases = read_cases(folder.parent / "cases.jsonl")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, logging_level="error", log_to_driver=False)
+    ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         print("nodes", len(ray.nodes()), "cpus", int(ray.cluster_resources()["CPU"]))
         with connected("ray"):

@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import httpx
 import pytest
 from curation_cases import make_cases
 
@@ -41,9 +42,9 @@ def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
         for _ in range(600):
             assert server.poll() is None, (tmp_path / "server.txt").read_text()
             try:
-                httpx.get(f"http://localhost:{port}/v1/models", timeout=5)
+                urllib.request.urlopen(f"http://localhost:{port}/v1/models", timeout=5).close()
                 break
-            except httpx.TransportError:
+            except urllib.error.URLError:
                 time.sleep(1)
         yield Endpoint(
             url=f"http://localhost:{port}/v1", model=str(tmp_path / "model"), key_variable="", max_tokens=24,

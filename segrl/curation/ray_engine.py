@@ -46,7 +46,7 @@ def ray_connected() -> Iterator[None]:
     own = not ray.is_initialized()
     if own:
         try:
-            ray.init(logging_level="error", log_to_driver=False)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise SegRLError(
                 f"no Ray cluster: {' '.join(str(error).split())[:300]}; start one with `ray start --head`, or unset "
