@@ -17,10 +17,8 @@ from sharing_runs import run, same_runs
 from trainer_checks import history, letters, overfit, text_rows, weights, written_rollout
 from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 
-from segrl.data import make_synthetic, prepare
 from segrl.heads import DenseLoss, detach_mask_head
 from segrl.models import backbone_of
-from segrl.predictions import ImagePromptSettings
 from segrl.trainers import SegGRPOTrainer
 
 pytestmark = [
@@ -382,79 +380,6 @@ def test_unsupported_model_trains_as_in_trl_with_one_warning(name, tmp_path):
             assert reason in str(warning.message)
             assert "share_prompt=False" in str(warning.message)
             assert warning.filename == __file__
-        logs.append((history(trainer), weights(trainer.model)))
-    assert logs[0][0] == logs[1][0]
-    assert all(torch.equal(value, logs[1][1][name]) for name, value in logs[0][1].items())
-
-
-def tiles(name: str) -> tuple[Any, Any]:
-    """LLaVA-NeXT or LLaVA-OneVision, whose images are tiles of several sizes, and its processor."""
-    _, llava = build("llava")
-    tokenizer = llava.tokenizer
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    grid = [[56, 56], [56, 112], [112, 56]]
-    size: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tower: Any = {**size, "image_size": 56, "patch_size": 28}
-    shared: dict[str, Any] = {"image_token_index": image, "image_grid_pinpoints": grid, "tie_word_embeddings": False}
-    text = {**TEXT, "vocab_size": len(tokenizer) + 8, "eos_token_id": tokenizer.eos_token_id, "head_dim": 16}
-    made: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "chat_template": llava.chat_template,
-        "image_token": "<|image_pad|>",
-    }
-    if name == "next":
-        vision: Any = transformers.CLIPVisionConfig(**tower)
-        config: Any = transformers.LlavaNextConfig(
-            vision_config=vision, text_config=transformers.LlamaConfig(**text), vision_feature_layer=-1, **shared
-        )
-        images = transformers.LlavaNextImageProcessor(
-            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=grid
-        )
-        processor: Any = transformers.LlavaNextProcessor(
-            images, patch_size=28, vision_feature_select_strategy="default", num_additional_image_tokens=1, **made
-        )
-        return transformers.LlavaNextForConditionalGeneration(config), processor
-    vision = transformers.SiglipVisionConfig(**tower)
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=vision, text_config=transformers.Qwen2Config(**text), vision_feature_layer=-1, **shared
-    )
-    images = transformers.LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=grid)
-    processor = transformers.LlavaOnevisionProcessor(
-        images,
-        video_processor=transformers.LlavaOnevisionVideoProcessor(size={"height": 56, "width": 56}),
-        num_image_tokens=4,
-        vision_feature_select_strategy="full",
-        **made,
-    )
-    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["next", "onevision"])
-def test_tiles_train_as_in_trl_with_one_warning(name, tmp_path):
-    """Their images cannot be told apart by row, which is known only when the first batch comes."""
-    logs = []
-    for share in (None, False):
-        torch.manual_seed(0)
-        model, processor = tiles(name)
-        add_head(model, processor)
-        settings = ImagePromptSettings(instruction="Answer.", frame_kind="original_px")
-        rows = prepare(make_synthetic(4, size=64), processor, settings, completions=False)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trainer = SegGRPOTrainer(
-                model,
-                [letters, "format"],
-                grpo_args(tmp_path, share_prompt=share, generation_kwargs=seg_bias(processor)),
-                train_dataset=rows,
-                processing_class=processor,
-                dense_losses=[DenseLoss("dice_ce")],
-                prompt_settings=settings,
-            )
-            trainer.train()
-        told = [str(warning.message) for warning in caught if "share_prompt" in str(warning.message)]
-        assert len(told) == (share is None)
-        assert all("image_sizes" in text for text in told)
         logs.append((history(trainer), weights(trainer.model)))
     assert logs[0][0] == logs[1][0]
     assert all(torch.equal(value, logs[1][1][name]) for name, value in logs[0][1].items())

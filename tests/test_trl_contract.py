@@ -328,7 +328,16 @@ def test_every_override_exists_in_trl():
     own |= {"_image_keys", "_image_token", "_keys", "_prompt_keys", "_shares", "_start_sharing"}
     own |= {"_share_by_default", "_warned", "_wants_sharing"}
     own |= {"_check_inputs", "_texts_checked"}
-    own |= {"_has_engine", "_head_state", "_packed_logps", "_proven", "_save_head", "_without_head"}
+    own |= {
+        "_compare",
+        "_has_engine",
+        "_head_state",
+        "_packed_logps",
+        "_save_head",
+        "_tried",
+        "_untried",
+        "_without_head",
+    }
     own |= {"_init_joint", "_joint_loss", "_keep_settings", "_load", "_mode", "_trained_already"}
     own |= {"_added_tokens", "_budget", "_check_budget", "_loss_in_parts", "_micro_batch_count", "_part", "_parts"}
     own |= {"_groups", "_row_groups", "_training_budget"}

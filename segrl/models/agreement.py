@@ -91,7 +91,10 @@ def _pairs(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
         theirs = getattr(config, name, None)
         if theirs is None and name == "image_token_id":
             theirs = getattr(config, "image_token_index", None)
-        yield name, getattr(processor, name, None), theirs
+        ours = getattr(processor, name, None)
+        if name == "image_token_id" and theirs in (getattr(processor, "image_token_ids", None) or ()):
+            ours = theirs  # Gemma 3's processor calls the token that begins an image by this name
+        yield name, ours, theirs
     images, vision = getattr(processor, "image_processor", None), getattr(config, "vision_config", None)
     if getattr(vision, "spatial_merge_size", None) is None or getattr(images, "merge_size", None) is None:
         return  # other families call other things by these names

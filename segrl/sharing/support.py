@@ -16,7 +16,16 @@ from segrl.models.backbone import backbone_of, base_instance, is_sharded
 from segrl.sharing.attention import install
 from segrl.sharing.layout import build_layout
 
-__all__ = ["enable_sharing", "no_mask"]
+__all__ = ["COMPARED", "enable_sharing", "no_mask"]
+
+# Classes whose scores of packed rows with images `tests/test_family_matrix.py` compares with those of rows apart.
+COMPARED = (
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+)
 
 _IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 

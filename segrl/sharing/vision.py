@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,8 +56,7 @@ class VisionOnce:
         self._stamp: Any = None
         self._keys: list[str] | None = None
         self._outside: list[str] | None = None
-        self._kind: Any = None
-        self._joined = False
+        self._form: _Form | None = None
 
     @property
     def frozen(self) -> bool:
@@ -130,7 +130,7 @@ class VisionOnce:
             if stamp != self._stamp:  # a weight has changed, and with it all features
                 self._stamp = stamp
                 cache.clear()
-        if cache is not None and self._kind is not None:  # the type of the output is known only after a first call
+        if cache is not None and self._form is not None:  # the form of the output is known only after a first call
             for name in dict.fromkeys(names):
                 kept = cache.get(name, device=pixel_values.device)
                 if kept is not None:
@@ -147,14 +147,13 @@ class VisionOnce:
                 if parts is None:  # an unknown form of output
                     self.encoded_images += images - len(missing)
                     return self._original(pixel_values, **grid, **kwargs)
-                self._kind = type(output)
-                self._joined = _is_joined(output)
+                self._form = _form_of(output)
                 found.update(zip((name for name, _ in batch), parts, strict=True))
             if cache is not None:
                 for name in missing:
                     cache.put(name, found[name])
-        pieces = [found[name] for name in names]
-        return _assembled(self._kind, pieces, self._joined)
+        assert self._form is not None
+        return _assembled(self._form, [found[name] for name in names])
 
     def _precision(self, device: str) -> torch.dtype | None:
         """Return the precision of the tower: that of autocast or of its weights; None for weights of several.
@@ -215,23 +214,41 @@ def select_features(output: Any, rows: Sequence[int], num_images: Sequence[int])
     if parts is None:
         return None
     chosen = [parts[n] for n in image_indices(rows, num_images)]
-    return _assembled(type(output), chosen, _is_joined(output))
+    return _assembled(_form_of(output), chosen)
 
 
-def _is_joined(output: Any) -> bool:
-    """Return whether deeper layers are one tensor (transformers before 5.20), not a list by image."""
-    return any(isinstance(level, Tensor) for level in getattr(output, "deepstack_features", None) or [])
+@dataclass(frozen=True)
+class _Form:
+    """How an output of `get_image_features` holds its images.
+
+    Attributes:
+        kind: Type of the output.
+        stacked: Features are one tensor (N, n, D), as InternVL's, not a list by image.
+        joined: Deeper layers are one tensor (transformers before 5.20), not a list by image.
+    """
+
+    kind: Any
+    stacked: bool
+    joined: bool
 
 
-def _assembled(kind: Any, pieces: Sequence[tuple[Tensor, ...]], joined: bool) -> Any:
+def _form_of(output: Any) -> _Form:
+    levels = getattr(output, "deepstack_features", None) or []
+    stacked = isinstance(output.pooler_output, Tensor)
+    return _Form(type(output), stacked, any(isinstance(level, Tensor) for level in levels))
+
+
+def _assembled(form: _Form, pieces: Sequence[tuple[Tensor, ...]]) -> Any:
     deeper = [list(level) for level in zip(*(piece[1:] for piece in pieces), strict=True)]
-    extra = {"deepstack_features": [torch.cat(d) if joined else d for d in deeper]} if deeper else {}
-    return kind(pooler_output=tuple(piece[0] for piece in pieces), **extra)
+    extra = {"deepstack_features": [torch.cat(d) if form.joined else d for d in deeper]} if deeper else {}
+    pooled = tuple(piece[0] for piece in pieces)
+    return form.kind(pooler_output=torch.stack(pooled) if form.stacked else pooled, **extra)
 
 
 def _by_image(output: Any, images: int) -> list[tuple[Tensor, ...]] | None:
     """Split features by image, each with those of deeper layers; None if `output` has another form."""
     pooled = getattr(output, "pooler_output", None)
+    pooled = list(pooled) if isinstance(pooled, Tensor) and pooled.ndim == 3 else pooled
     if not isinstance(pooled, (list, tuple)) or len(pooled) != images:
         return None
     sizes = [len(part) for part in pooled]

@@ -46,6 +46,7 @@ from segrl.trainers import engines
 from segrl.trainers.config import SegGRPOConfig
 from segrl.trainers.kept_groups import KeptGroups, write_records
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args, head_detached
+from segrl.trainers.reference_sync import sync_without_head
 from segrl.trainers.reward_funcs import check_groups, common_format, resolve_reward_funcs
 from segrl.trainers.rollout import Rollout, is_policy, tensors_of_prompts
 from segrl.trainers.shared_prompt import SharedPromptGRPOTrainer
@@ -139,6 +140,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             *(model, dense_losses, args, validate),
             lambda: SharedPromptGRPOTrainer.__init__(self, model, reward_funcs, args, *positional, **kwargs),
         )
+        sync_without_head(self)
         rewards = [reward for reward in self.reward_funcs if isinstance(reward, Reward)]
         self._needs_probability = any(reward.info.needs_probability for reward in rewards)
         if self.mask_head is not None or propagator is not None or box_segmenter is not None or rewards:

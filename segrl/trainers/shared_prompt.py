@@ -28,11 +28,14 @@ from segrl import sharing
 from segrl.caching.content import ImageKeys
 from segrl.caching.feature_cache import FeatureCache
 from segrl.errors import SegRLError
+from segrl.heads.attach import attach_mask_head, detach_mask_head
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
+from segrl.sharing.support import COMPARED
 from segrl.trainers.compiled_layers import compile_trained_layers
 from segrl.trainers.engines import is_sharding, synced_generation
 from segrl.trainers.token_budget import NORMALIZERS, Part, TokenBudgetMixin, select_batch
+from segrl.trainers.tried_shapes import TriedShapes, score_difference
 
 __all__ = ["SharedPromptGRPOTrainer"]
 
@@ -67,7 +70,8 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
     _share_by_default = True
     _warned = False  # whether the warning about inputs has been given
     _added_tokens = 0  # put behind each completion in scoring and loss
-    _proven = False  # whether a batch has gone through packed
+    _tried: TriedShapes | None = None  # batches that have gone through packed
+    _untried = True  # whether the row that is scored now is larger than those
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +94,9 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
     def _start_sharing(self) -> bool:
         """Prepare policy and reference model for packed rows, or warn why they cannot take them."""
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
-        reason = "the router's auxiliary loss counts every token" if self.aux_loss_enabled else None
+        reason = None
+        if self.aux_loss_enabled:
+            reason = "the router's auxiliary loss counts every token; router_aux_loss_coef=0 leaves it out"
         if self.args.torch_compile:
             reason = "torch_compile=True would compile the model anew for every layout"
         for model in models:
@@ -183,10 +189,11 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
         except (SegRLError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            if self._proven:
+            if not self._untried:
                 raise
             self._shares = False  # before training only a text was tried; TRL's pass raises what is not about sharing
-            _warn(f"the first batch did not go through packed: {type(error).__name__}: {error}")
+            name = "first" if self._tried is None or not self._tried.tokens else "larger"
+            _warn(f"the {name} batch did not go through packed: {type(error).__name__}: {error}")
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return dense(model, input_ids, attention_mask, keep, batch_size, **settings, **images)
 
@@ -203,7 +210,10 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
         """Score with one packed row for all completions of a micro-batch, where any share a prompt."""
         keys, rows = self._prompt_keys or [], len(input_ids)
         dense = super()._get_per_token_logps_and_entropies
-        backbone = backbone_of(base_instance(self.accelerator.unwrap_model(model)))
+        whole = self.accelerator.unwrap_model(model)
+        backbone = backbone_of(base_instance(whole))
+        compares = type(base_instance(whole)).__name__ not in COMPARED and not is_sharding(self.accelerator)
+        self._tried = tried = self._tried or TriedShapes()
         results = []
         if batch_size is not None and self._training_budget is not None:
             parts = sharing.consecutive_parts(keys, attention_mask[:, -keep:].sum(1).tolist(), self._training_budget)
@@ -211,18 +221,45 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
             starts = range(0, rows, batch_size or rows)
             parts = [range(start, min(start + (batch_size or rows), rows)) for start in starts]
         for part in parts:
+            self._untried = True
             packed = sharing.pack_rows(backbone, input_ids, attention_mask, keep, keys, part, **images)
+            ids, mask = input_ids[part.start : part.stop], attention_mask[part.start : part.stop]
             if packed is None:
-                ids, mask = input_ids[part.start : part.stop], attention_mask[part.start : part.stop]
                 own = sharing.select_rows(part, **images)
                 results.append(dense(model, ids, mask, keep, compute_entropy=compute_entropy, **own)[:2])
                 continue
+            self._untried = tried.outgrown(packed)
+            if compares and tried.needs_comparison(packed):
+                self._untried = True
+                self._compare(whole, packed, ids, mask, keep, **sharing.select_rows(part, **images))
+                tried.passed(packed, compared=True)
             with self.accelerator.autocast():
                 output = model(**packed.inputs, shift_labels=packed.labels, fused_lm_head=True)
-            self._proven = True
+            tried.passed(packed)
             results.append((output.log_probs[:, :keep], output.entropy[:, :keep] if compute_entropy else None))
         entropies = torch.cat([entropy for _, entropy in results]) if compute_entropy else None
         return torch.cat([logps for logps, _ in results]), entropies, None
+
+    @torch.no_grad()
+    def _compare(self, model: Any, packed: sharing.Packed, ids: Tensor, mask: Tensor, keep: int, **images: Any) -> None:
+        """Score a packed row and the same rows apart, both without dropout; raises if the scores differ."""
+        training, head = model.training, detach_mask_head(model)  # the head waits for another forward
+        model.eval()
+        try:
+            with self.accelerator.autocast():
+                output = model(**packed.inputs, shift_labels=packed.labels, fused_lm_head=True)
+            expected = super()._get_per_token_logps_and_entropies(model, ids, mask, keep, **images)[0]
+        finally:
+            model.train(training)
+            if head is not None:
+                attach_mask_head(model, head)
+        difference = score_difference(output.log_probs[:, :keep], expected, packed.labels[:, :keep])
+        exact = next(model.parameters()).dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        if not difference < (1e-2 if exact else 1.0):
+            name = type(base_instance(model)).__name__
+            raise RuntimeError(
+                f"log-probabilities of {name} differ by {difference:.2g} from those of rows of their own"
+            )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
