@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
 
 def rows_of(processor: Any, n: int = 2, size: tuple[int, int] = (64, 64), **arguments: Any) -> Any:
     """Synthetic rows, with images and masks of `size`."""
-    rows = make_synthetic(n, size=64)
+    rows: Any = make_synthetic(n, size=64)
     if size != (64, 64):
         changed = [{**row, "image": row["image"].resize(size), "mask": row["mask"].resize(size, 0)} for row in rows]
         rows = Dataset.from_list(changed, features=rows.features)
