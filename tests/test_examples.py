@@ -11,6 +11,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -679,6 +680,22 @@ def test_one_step_of_each_stage_of_the_published_preset(published, tmp_path):
     assert segmenter.model.mask_head.segmenter.image_size == 512
     row: Any = make_synthetic(1, size=64)[0]
     assert segmenter.predict(row["image"], row["query"], max_new_tokens=4).text is not None
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_one_step_of_each_stage_in_4_bit(published, tmp_path):
+    sft, run = tmp_path / "sft", tmp_path / "run"
+    flags = (*PUBLISHED, "--load_in_4bit")
+    CORE_SEG.done("train_sft", *flags, "--model", published[0], "--segmenter", published[1], "--output_dir", sft)
+    CORE_SEG.done("train_grpo", *flags, "--model", sft, "--max_completion_length", 8, "--output_dir", run)
+    assert {"kl", "policy", "dense/dice_ce"} <= steps_of(run)[0].keys()
+    adapter = load_file(run / "adapter_model.safetensors")
+    assert any("lora_B" in key and value.any() for key, value in adapter.items())
+    head = load_file(run / "mask_head.safetensors")
+    assert {value.dtype for value in head.values() if value.is_floating_point()} == {torch.float32}
+    assert load(run, device="cpu").model.dtype == torch.float32
 
 
 def test_published_presets_load_bfloat16(published):

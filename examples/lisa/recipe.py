@@ -31,9 +31,9 @@ from segrl.scripts import (
 from segrl.segmenters import sam2_config
 
 
-def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
+def build_3b(train: Dataset, path: str | None, **loading: Any) -> tuple[Any, Any]:
     """Qwen2.5-VL-3B, from a path or the hub."""
-    return load_vlm(path or "Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
+    return load_vlm(path or "Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16, **loading)
 
 
 ANSWER: dict[str, Any] = {"reasoning": False, "answer_form": "mask", "answer_tags": False, "instruction": ""}

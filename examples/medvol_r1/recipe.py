@@ -112,9 +112,9 @@ def build_tiny(train: Dataset, path: str | None) -> tuple[Any, Any]:
     )
 
 
-def build_4b(train: Dataset, path: str | None) -> tuple[Any, Any]:
+def build_4b(train: Dataset, path: str | None, **loading: Any) -> tuple[Any, Any]:
     """Qwen3-VL-4B, from a path or the hub."""
-    return load_vlm(path or "Qwen/Qwen3-VL-4B-Instruct", dtype=torch.bfloat16)
+    return load_vlm(path or "Qwen/Qwen3-VL-4B-Instruct", dtype=torch.bfloat16, **loading)
 
 
 ON_A_CPU = {

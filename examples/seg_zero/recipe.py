@@ -34,9 +34,9 @@ from segrl.segmenters import sam2_config
 PHRASES = ['[{"bbox_2d": [12, 34, 56, 78], "point_2d": [23, 45]}, {"bbox_2d": [', "[]"] * 20
 
 
-def build_3b(train: Dataset, path: str | None) -> tuple[Any, Any]:
+def build_3b(train: Dataset, path: str | None, **loading: Any) -> tuple[Any, Any]:
     """Qwen2.5-VL-3B, from a path or the hub."""
-    return load_vlm(path or "Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
+    return load_vlm(path or "Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16, **loading)
 
 
 # GRPO as published; both peers of this loss average within an answer, then over answers.

@@ -184,6 +184,12 @@ class TwoStageArguments(RunArguments):
             "choices": list(get_args(CoordinatePolicy)),
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Load the base model in 4 bit (NF4 of bitsandbytes), for presets with LoRA; the mask head is not."
+        },
+    )
     lora_scope: str | None = field(
         default=None,
         metadata={

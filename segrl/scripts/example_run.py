@@ -21,6 +21,7 @@ from segrl.predictions.prompt_settings import PromptSettings
 from segrl.rewards.factory import make_reward
 from segrl.rewards.reward import Reward
 from segrl.scripts.arguments import EvaluationArguments, TwoStageArguments
+from segrl.scripts.four_bit import check_four_bit, four_bit_loading
 from segrl.scripts.phases import Phases
 from segrl.scripts.recipe import Recipe
 from segrl.scripts.run_folder import Progress
@@ -105,7 +106,17 @@ class ExampleRun:
         """Return the preset's model, or that of `--model`, and its processor."""
         path = self.arguments.model
         with reraise_as(f"--model {path!r}" if path else self.arguments.preset, CheckpointError):
-            return self.recipe.build(self.train_rows, path)
+            return self.recipe.build(self.train_rows, path, **self.loading())
+
+    def loading(self) -> dict[str, Any]:
+        """Return how the base model of training is loaded, as arguments of `load_vlm`."""
+        wanted = getattr(self.arguments, "load_in_4bit", False) and self.config is not None
+        return four_bit_loading(self.config) if wanted else {}
+
+    def trainable(self) -> dict[str, Any]:
+        """Return the arguments with which `load_run` loads a stage that is trained on."""
+        loading = self.loading()
+        return {"device": loading["device_map"][""] if loading else "cpu", "trainable": True, **loading}
 
     def build_segmenter(self, weights: str | None) -> Any:
         """Return the preset's segmenter, or the one whose weights are given."""
@@ -143,6 +154,8 @@ class ExampleRun:
         arguments = self.arguments
         if isinstance(arguments, EvaluationArguments) and arguments.data is None and self.recipe.synthetic:
             self.check_synthetic(arguments.split)
+        if getattr(arguments, "load_in_4bit", False):
+            check_four_bit(self.recipe, arguments.preset)
         if arguments.model is not None:
             if isinstance(self.config, SegSFTConfig) or getattr(arguments, "skip_stage1", False):
                 check_source("--model", arguments.model, "model", CheckpointError)

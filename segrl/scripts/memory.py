@@ -116,7 +116,7 @@ def read_sizes(model: nn.Module, config: Any, *, prompt: int, answer: int, share
     half = bool(config.bf16 or config.fp16)
     parameters = list(model.parameters())
     # adapters are trained in single precision beside a model in half precision
-    sizes = [p.numel() * (4 if p.requires_grad and lora else p.element_size()) for p in parameters]
+    sizes = [p.numel() * (4 if p.requires_grad and lora else p.element_size()) + _scales(p) for p in parameters]
     trained = sum(size for size, p in zip(sizes, parameters, strict=True) if p.requires_grad)
     rows, group = config.per_device_train_batch_size, getattr(config, "num_generations", None)
     prompts = rows // group if group and shares_prompt else rows
@@ -139,6 +139,12 @@ def read_sizes(model: nn.Module, config: Any, *, prompt: int, answer: int, share
         reference=sum(sizes) if group and config.beta and not lora else 0,
         states=_states(optimizer),
     )
+
+
+def _scales(parameter: nn.Parameter) -> int:
+    """Bytes of the scales beside a weight in 4 bit, which are no parameters."""
+    absmax = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+    return 0 if absmax is None else absmax.numel() * absmax.element_size()
 
 
 def _states(optimizer: str) -> float:

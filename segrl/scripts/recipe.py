@@ -21,7 +21,8 @@ class Recipe:
     adds fields of its own in a subclass.
 
     Attributes:
-        build: `build(train_rows, model) -> (model, processor)`; `model` is `--model`, None for the preset's own.
+        build: `build(train_rows, model, **loading) -> (model, processor)`; `model` is `--model`, None for the preset's
+            own. `loading` goes to `load_vlm`, and may be missing where `--load_in_4bit` is not supported.
         segmenter: `segmenter(weights)` builds the segmenter; `weights` is `--segmenter`, None for the preset's own.
         prompt: How the model is asked; `--reasoning` and `--frame_kind` change it.
         sft_reasoning: Chain of thought in stage 1, where it differs from stage 2; `--sft_reasoning` changes it. None:
@@ -52,7 +53,7 @@ class Recipe:
         ('images', None)
     """
 
-    build: Callable[[Any, str | None], tuple[Any, Any]]
+    build: Callable[..., tuple[Any, Any]]
     prompt: PromptSettings
     sft: Mapping[str, Any] | None
     grpo: Mapping[str, Any] | None

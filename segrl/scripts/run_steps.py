@@ -103,7 +103,7 @@ class RunSteps(ExampleRun):
         for flag in (*self.stage1_flags, "lora_scope"):
             if getattr(self.arguments, flag) is not None:
                 raise SegRLError(f"--{flag} belongs to stage 1; {name} has its own already, drop the flag")
-        loaded = self.load_run(stage1, device="cpu", trainable=True)
+        loaded = self.load_run(stage1, **self.trainable())
         earlier = load_prompt_settings(stage1)
         if earlier is not None:
             self.prompt.check_continues(earlier, name)
@@ -156,7 +156,7 @@ class RunSteps(ExampleRun):
         config.seed = self.seed + 1  # other batches than stage 1 had
         self._stage = "stage 1 continued"
         self._enter("sft")
-        loaded = self.load_run(stage1, device="cpu", trainable=True)
+        loaded = self.load_run(stage1, **self.trainable())
         rows = self.prepare(loaded.model, loaded.processor, completions=True)
         set_seed(config.seed)
         self.train_sft(config, loaded.model, loaded.processor, rows)

@@ -182,7 +182,7 @@ class TwoStageRun(RunSteps):
             model, processor, rows = ready or run._ready(start, completions=first is not None)  # type: ignore[misc]
             if first is not None:
                 run._fit_sft(first, model, processor, rows)
-                again = run.load_run(run.folder / STAGE1, device="cpu", trainable=True)
+                again = run.load_run(run.folder / STAGE1, **run.trainable())
                 model, processor = again.model, again.processor
                 run._enter("grpo")
                 rows = run.prepare(model, processor, completions=False)

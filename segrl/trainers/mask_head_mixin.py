@@ -292,7 +292,11 @@ class MaskHeadMixin(ValidationMixin):
             if _is_whole(trainer, folder):
                 restore_weights(trainer.model, folder)
             else:
+                kinds = {name: parameter.dtype for name, parameter in trainer.model.named_parameters()}
                 load()
+                for name, parameter in trainer.model.named_parameters():
+                    if (kind := kinds.get(name, parameter.dtype)) != parameter.dtype:  # PEFT's float32, over 4 bit
+                        parameter.data = parameter.data.to(kind)
         if self.mask_head is not None:
             engines.load_head(trainer.accelerator, trainer.model_wrapped, self.mask_head, folder)
 
