@@ -340,7 +340,7 @@ def test_every_override_exists_in_trl():
     }
     own |= {"_init_joint", "_joint_loss", "_keep_settings", "_load", "_mode", "_trained_already"}
     own |= {"_added_tokens", "_budget", "_check_budget", "_loss_in_parts", "_micro_batch_count", "_part", "_parts"}
-    own |= {"_groups", "_row_groups", "_training_budget"}
+    own |= {"_compared_sampling", "_groups", "_row_groups", "_training_budget"}
     classes = (SegGRPOTrainer, SharedPromptGRPOTrainer, MaskHeadMixin, TokenBudgetMixin)
     ours = {name: value for kind in classes for name, value in vars(kind).items()}
     defined = {name for name in ours if name.startswith("_") and not name.startswith("__")} - own

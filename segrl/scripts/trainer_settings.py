@@ -45,6 +45,7 @@ _LEAST: Mapping[str, float] = {
     "max_completion_length": 1,
     **dict.fromkeys(("max_length", "save_total_limit", "ref_model_sync_steps", "dataloader_prefetch_factor"), 1),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "max_grad_norm", "weight_decay", "beta"), 0),
+    "max_sampling_gap": 0,
     **dict.fromkeys(("learning_rate", "head_learning_rate", "epsilon", "text_weight", "policy_weight"), 0),
     **dict.fromkeys(("feature_cache_memory", "feature_cache_disk", "kept_groups"), 0),
 }

@@ -71,6 +71,13 @@ class SegGRPOConfig(GRPOConfig):
             "head, no dense losses, no registered rewards), which then is TRL's bit for bit. False: TRL's passes."
         },
     )
+    max_sampling_gap: float | None = field(
+        default=0.3,
+        metadata={
+            "help": "Largest mean difference between log-probabilities of vLLM and of the trainer, in nats a token: "
+            "the first rollout stops the run above it, later ones are warned of. None compares nothing."
+        },
+    )
     tokens_per_micro_batch: int | None = field(
         default=None,
         metadata={

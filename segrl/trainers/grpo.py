@@ -8,7 +8,8 @@ What is overridden, and why (each calls `super()`):
   weight sync.
 - `_get_per_token_logps_and_entropies`: takes these states from the old-log-prob pass when generation gave none (vLLM).
 - `_calculate_rewards`: turns completions into `Prediction`s with masks, once, for all rewards.
-- `_generate_and_score_completions`: sends the segmenter's inputs along to the loss.
+- `_generate_and_score_completions`: sends the segmenter's inputs along to the loss; compares vLLM's log-probabilities
+  with the trainer's.
 - `_compute_loss`: adds the dense losses on masks decoded inside TRL's own forward.
 - `log`: the first time, says which share of the answers is invalid, and why; writes predictions (`log_completions`).
 
@@ -49,6 +50,7 @@ from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args, head_det
 from segrl.trainers.reference_sync import sync_without_head
 from segrl.trainers.reward_funcs import check_groups, common_format, resolve_reward_funcs
 from segrl.trainers.rollout import Rollout, is_policy, tensors_of_prompts
+from segrl.trainers.sampling_gap import check_sampling_gap
 from segrl.trainers.shared_prompt import SharedPromptGRPOTrainer
 from segrl.trainers.validation import Validate
 
@@ -114,6 +116,7 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
     _texts_checked = True
     _records: Sequence[dict[str, Any]] = ()
     _groups: KeptGroups | None = None
+    _compared_sampling = False  # whether a rollout of vLLM has been compared
     _first_statuses: Counter[str] | None = None  # of the answers before the first log
 
     def __init__(
@@ -184,6 +187,8 @@ class SegGRPOTrainer(MaskHeadMixin, SharedPromptGRPOTrainer):
             self._rollout = None
         if self._groups is not None:
             self._groups.close()
+        if self.use_vllm and check_sampling_gap(self, output, first=not self._compared_sampling) is not None:
+            self._compared_sampling = True
         if self.dense_losses:
             output["seg_inputs"] = rollout.inputs  # a list of B references: shuffled and split with the batch
         return output
