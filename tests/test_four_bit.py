@@ -133,7 +133,7 @@ def test_estimated_memory_counts_packed_weights_and_their_scales(base):
     model, _ = load_vlm(str(base), quantization_config=quantized(), device_map={"": "cpu"})
     plain, _ = load_vlm(str(base))
     packed = four_bit_layers(model)
-    layers = {name: module for name, module in plain.named_modules() if name in packed}
+    layers: dict[str, Any] = {name: module for name, module in plain.named_modules() if name in packed}
     args = grpo_args("run", num_generations=4)
     sizes = [read_sizes(one, args, prompt=9, answer=9, shares_prompt=True).weights for one in (model, plain)]
     whole = sum(4 * layer.weight.numel() for layer in layers.values())
