@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 from PIL import Image
+from script_modules import Example
 
 from segrl.cli.main import main
 from segrl.curation import (
@@ -418,6 +419,28 @@ def test_the_command_builds_and_goes_on(settings_file, tmp_path, capsys):
     settings_file.write_text(changed.replace("licence: MIT", "licence: GPL"))
     assert main(["curate", "select", str(settings_file)]) == 2
     assert "holds a build with other sources" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_build_trains(settings_file, tmp_path):
+    """Both stages of CORE-Seg on the published data set, two steps each."""
+    assert main(["curate", "run", str(settings_file)]) == 0
+    flags = (
+        "--max_steps",
+        2,
+        "--per_device_train_batch_size",
+        2,
+        "--eval_limit",
+        2,
+        "--dataloader_pin_memory",
+        "false",
+    )
+    Example("core_seg").done(
+        "train_grpo", "--data", tmp_path / "build/dataset", *flags, "--output_dir", tmp_path / "run"
+    )
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["stage2"]["n"] == 2
+    assert json.loads((tmp_path / "run/log_history.json").read_text())
 
 
 def test_a_folder_that_is_no_build_is_refused(settings_file, tmp_path, capsys):
