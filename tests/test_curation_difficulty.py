@@ -422,8 +422,9 @@ def test_the_command_builds_and_goes_on(settings_file, tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_a_build_trains(settings_file, tmp_path):
-    """Both stages of CORE-Seg on the published data set, two steps each."""
+    """Both stages of CORE-Seg on the published data set, one step each."""
     assert main(["curate", "run", str(settings_file)]) == 0
     flags = (
         "--max_steps",

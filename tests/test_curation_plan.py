@@ -141,6 +141,15 @@ def test_a_dry_run_of_each_stage_makes_nothing(tmp_path, capsys):
     assert files_of(tmp_path) == before
 
 
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    make_pairs(tmp_path / "pairs", 20)
+    (tmp_path / "curate.yaml").write_text(YAML)
+    for other, message in (("pairs", "is not empty, and no build"), ("curate.yaml", "is not empty, and no build")):
+        words = ["curate", "run", str(tmp_path / "curate.yaml"), "--dry_run", "--build", str(tmp_path / other)]
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_a_build_holds_is_counted(tmp_path, capsys):
     make_pairs(tmp_path / "pairs", 20)

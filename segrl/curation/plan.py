@@ -24,7 +24,7 @@ from segrl.curation.case import Case, read_cases
 from segrl.curation.difficulty import FOLDER, SELECTED
 from segrl.curation.settings import CurationSettings
 from segrl.curation.sources import survey_sources
-from segrl.curation.stages import CASES, selected_cases
+from segrl.curation.stages import CASES, check_build, selected_cases
 from segrl.curation.texts import CALLS
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
@@ -80,8 +80,8 @@ def plan_build(settings: CurationSettings, build: Path, assumptions: PlanAssumpt
         assumptions: What is not known before.
 
     Raises:
-        DataError: A source that cannot be used, as far as that is known without reading its pixels, or files of the
-            build that are damaged.
+        DataError: A source that cannot be used, as far as that is known without reading its pixels, a folder that holds
+            something else, or files of the build that are damaged.
 
     Example:
         >>> from segrl.data import make_synthetic, write_folder
@@ -91,8 +91,7 @@ def plan_build(settings: CurationSettings, build: Path, assumptions: PlanAssumpt
         >>> plan.hard, plan.trainings, plan.predictions, Path("build").exists()
         ((6, 20), 9, 60, False)
     """
-    if build.exists() and not build.is_dir():
-        raise DataError(f"{build}: is no folder; pass another --build")
+    check_build(settings, build)
     if (build / CASES).is_file():
         cases = read_cases(build / CASES)
         rows = [(case, _size(case), case.image.is_relative_to(build)) for case in cases]

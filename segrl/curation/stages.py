@@ -26,6 +26,7 @@ from segrl.models.saved_files import read_object
 from segrl.reports.results_file import write_results
 
 __all__ = [
+    "check_build",
     "claim_build",
     "run_difficulty",
     "run_judging",
@@ -59,10 +60,22 @@ def claim_build(settings: CurationSettings, build: Path) -> None:
         Traceback (most recent call last):
         segrl.errors.DataError: build: holds a build with other sources; pass another --build, or restore the settings
     """
+    kept = check_build(settings, build)
+    for path in build.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        path.unlink()
+    if not (build / MARKER).is_file():
+        write_results(build / MARKER, kept)
+
+
+def check_build(settings: CurationSettings, build: Path) -> dict[str, Any]:
+    """Refuse a folder that cannot be the build of these settings, as `claim_build`; nothing is made.
+
+    Returns:
+        What is of the build for good: sources and committee.
+    """
     kept = _plain({"sources": settings.sources, "committee": settings.difficulty.committee})
     kept["committee"].pop("processes")  # changes no byte
-    marked = (build / MARKER).is_file()
-    if marked:
+    if (build / MARKER).is_file():
         known = read_object(build / MARKER)
         for name, value in kept.items():
             if known.get(name) != value:
@@ -73,10 +86,7 @@ def claim_build(settings: CurationSettings, build: Path) -> None:
         own = {build / ".lock", *build.glob(f".{MARKER}.*.tmp")}
         if not build.is_dir() or not own.issuperset(build.iterdir()):
             raise DataError(f"{build}: is not empty, and no build of segrl curate (no {MARKER}); pass another --build")
-    for path in build.rglob(".*.tmp"):  # of a process that was killed while it wrote
-        path.unlink()
-    if not marked:
-        write_results(build / MARKER, kept)
+    return kept
 
 
 def run_difficulty(settings: CurationSettings, build: Path, *, engine: Engine = "local") -> list[SetDifficulty]:
