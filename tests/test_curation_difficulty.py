@@ -426,19 +426,9 @@ def test_the_command_builds_and_goes_on(settings_file, tmp_path, capsys):
 def test_a_build_trains(settings_file, tmp_path):
     """Both stages of CORE-Seg on the published data set, one step each."""
     assert main(["curate", "run", str(settings_file)]) == 0
-    flags = (
-        "--max_steps",
-        2,
-        "--per_device_train_batch_size",
-        2,
-        "--eval_limit",
-        2,
-        "--dataloader_pin_memory",
-        "false",
-    )
-    Example("core_seg").done(
-        "train_grpo", "--data", tmp_path / "build/dataset", *flags, "--output_dir", tmp_path / "run"
-    )
+    few = ("--max_steps", 1, "--eval_limit", 2, "--per_device_train_batch_size", 8, "--dataloader_pin_memory", "false")
+    flags = ("--data", tmp_path / "build/dataset", *few, "--output_dir", tmp_path / "run")
+    Example("core_seg").done("train_grpo", *flags)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["stage2"]["n"] == 2
     assert json.loads((tmp_path / "run/log_history.json").read_text())

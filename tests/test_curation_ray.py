@@ -34,7 +34,8 @@ def test_a_cluster_of_two_makes_the_same_files(tmp_path):
         asked = len(server.requests)
     with ChatServer(faulty_reply) as server, ChatServer(lambda request, _: good_reply(request)) as other:
         command = [sys.executable, "-W", "ignore", Path(__file__).with_name("ray_builds.py"), tmp_path / "ray"]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RAY_USAGE_STATS_ENABLED": "0",
+                       "RAY_raylet_start_wait_time_s": "600"}  # fmt: skip
         environment.pop("RAY_ADDRESS", None)
         done = subprocess.run(
             [*map(str, command), server.url, other.url], env=environment, capture_output=True, text=True, timeout=1700,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from segrl.curation.calls import image_tokens, text_tokens
 from segrl.curation.endpoints import Endpoint
@@ -129,14 +129,16 @@ class CallPlan:
     gpu_hours: float | None = None
 
 
-def planned_calls(chosen: Sequence[SourceSize], number: tuple[int, int], settings: CurationSettings, known: Any):
+def planned_calls(
+    chosen: Sequence[SourceSize], number: tuple[int, int], settings: CurationSettings, known: PlanAssumptions
+) -> Iterator[CallPlan]:
     """Yield the calls of every model; `number` of the cases of `chosen` are hard."""
     writer, judging = settings.write.writer, settings.judge
     rounds = range(1, judging.rounds + 1)
     again = sum(known.again**round for round in rounds), judging.rounds  # further texts of one case
     if writer is not None:
         ask = _questions(chosen, writer, settings, known)
-        first, second = ask(("perception", "reasoning"), rewritten=False), ask(("perception", "reasoning"), True)
+        first, second = ask(("perception", "reasoning"), False), ask(("perception", "reasoning"), True)
         yield _calls("write", "writer", writer, number, (1, 1), 2, first, known)
         if judging.rounds:
             yield _calls("judge", "writer", writer, number, again, 2, second, known)
@@ -151,7 +153,9 @@ def planned_calls(chosen: Sequence[SourceSize], number: tuple[int, int], setting
         yield _calls("judge", "second", judging.second, sample, (1, 1), 1, ask(("judge",), False), known)
 
 
-def _questions(chosen: Sequence[SourceSize], endpoint: Endpoint, settings: CurationSettings, known: Any) -> Any:
+def _questions(
+    chosen: Sequence[SourceSize], endpoint: Endpoint, settings: CurationSettings, known: PlanAssumptions
+) -> Callable[[Sequence[str], bool], tuple[float, float]]:
     """Return a function that gives the mean tokens of the questions of one case, (expected, at most)."""
     prompts, outline = read_prompts(settings.write.prompts), settings.write.outline
     total = max(1, sum(source.cases for source in chosen))
@@ -198,7 +202,7 @@ def answer_limit(settings: CurationSettings) -> int:
     return settings.write.writer.max_tokens if settings.write.writer else 250
 
 
-def call_limits(calls: Sequence[CallPlan], endpoints: Sequence[Endpoint | None]):
+def call_limits(calls: Sequence[CallPlan], endpoints: Sequence[Endpoint | None]) -> Iterator[str]:
     """Say which limits the expected calls of a model pass."""
     for endpoint in {each.model: each for each in endpoints if each is not None}.values():
         own = [plan for plan in calls if plan.model == endpoint.model]

@@ -33,7 +33,7 @@ __all__ = ["Plan", "plan_build", "plan_sources"]
 
 _MASK_BYTES = 3.6  # of the run lengths of a mask, for each pixel of its side; measured, see docs/log.md
 _ROW_BYTES = 400  # of a case in a file of cases, and of what surrounds a text
-_PIXEL_BYTES = 0.6  # of a grey image and its mask as PNG that are made of a scan
+_PIXEL_BYTES = 0.6  # of an image and its mask that the build makes; a guess
 
 
 @dataclass(frozen=True)
