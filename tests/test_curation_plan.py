@@ -12,7 +12,7 @@ import pytest
 from chat_server import ChatServer, Fault, text_of
 from curation_build import settings as build_settings
 from curation_cases import good_reply, make_cases
-from public_names import CODE, ROOT
+from public_names import BLOCKS, ROOT
 from test_curation_difficulty import files_of
 from test_curation_difficulty import make_cases as make_pairs
 from test_curation_sources import write_set
@@ -197,7 +197,7 @@ def test_every_layout_is_counted(tmp_path):
 
 def test_the_plan_on_paper_is_what_the_code_computes():
     page = ROOT / "docs/how-to/build-a-data-set.md"
-    (block,) = [block for block in CODE[page] if "plan_sources" in block]
+    (block,) = [code for _, code in BLOCKS[page] if "plan_sources" in code]
     (shown,) = re.findall(r"^```text\n(cases .*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(block, {})
