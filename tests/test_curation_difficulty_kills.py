@@ -11,6 +11,7 @@ import pytest
 from script_modules import ROOT
 from test_curation_difficulty import files_of, make_cases
 
+KILLS = 20
 SETTINGS = """
 sources: [{path: pairs, format: pairs, lesion: nodule, modality: CT, licence: MIT}]
 difficulty:
@@ -49,11 +50,11 @@ def test_a_killed_build_ends_with_the_same_files(tmp_path):
     (tmp_path / "curate.yaml").write_text(SETTINGS)
     events = finished(launch(tmp_path, "alone", 0))
     draw, kills = random.Random(0), 0
-    while kills < 6:
+    while kills < KILLS:
         for path in sorted((tmp_path / "killed").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         while True:
-            process = launch(tmp_path, "killed", draw.randint(1, events) if kills < 6 else 0)
+            process = launch(tmp_path, "killed", draw.randint(1, events) if kills < KILLS else 0)
             if process.returncode != -signal.SIGKILL:
                 break
             kills += 1
