@@ -12,8 +12,18 @@ from dicom_builders import dataset, file_of, write, write_series
 from PIL import Image
 from pydicom.uid import JPEGLosslessSV1
 
-from segrl.data import load_image, load_volumes, read_label, read_volume, write_manifest, write_mask
+from segrl.data import (
+    grey_values,
+    load_image,
+    load_volumes,
+    read_label,
+    read_volume,
+    write_manifest,
+    write_mask,
+    write_volume,
+)
 from segrl.data.dicom import is_dicom, open_dicom_series, read_dicom_image, write_dicom_seg
+from segrl.data.volumes.case import read_case
 from segrl.errors import DataError, SegRLError
 
 RNG = np.random.default_rng(0)
@@ -195,6 +205,42 @@ class TestSeries:
     def test_one_slice(self, tmp_path):
         write_series(tmp_path, voxels((1, 5, 6)))
         assert read_volume(tmp_path).spacing_mm == (5.0, 2.0, 1.0)
+
+    def test_low_values_shown_white(self, tmp_path):
+        """A series is shown as an image of one of its slices is: dark where MONOCHROME2 is bright."""
+        values, given = voxels(), {"intensity": "window:-1000:1000"}
+        write_series(tmp_path / "plain", values, order=range(4), **PLAIN)
+        files = write_series(
+            tmp_path / "white", values, order=range(4), PhotometricInterpretation="MONOCHROME1", **PLAIN
+        )
+        plain, white = (read_volume(tmp_path / name) for name in ("plain", "white"))
+        assert np.array_equal(plain.voxels, white.voxels)  # values have their unit
+        assert (plain.inverted, white.inverted) == (False, True)
+        shown = grey_values(white, **given)
+        assert np.array_equal(shown, 255 - grey_values(plain, **given))
+        row = {"scan": str(tmp_path / "white"), **given}
+        assert np.array_equal(read_case(row, label=False).grey, shown)
+        for section, file in zip(shown, files, strict=True):
+            assert np.array_equal(grey(file, **given)[0], section)
+        with pytest.raises(DataError, match=r"a.nii: low values of .*white are shown white \(MONOCHROME1\), which NIfTI"):
+            write_volume(tmp_path / "a.nii", white)
+
+    def test_slices_of_which_some_are_inverted(self, tmp_path):
+        files = write_series(tmp_path, voxels((3, 4, 4)), order=range(3), SeriesInstanceUID="1.2.3")
+        made = pydicom.dcmread(files[1])
+        made.PhotometricInterpretation = "MONOCHROME1"
+        made.save_as(files[1])
+        with pytest.raises(DataError, match=r"IM001.dcm: is MONOCHROME1, and IM000.dcm MONOCHROME2: low values are wh"):
+            read_volume(tmp_path)
+
+    def test_the_modality_of_the_files(self, tmp_path):
+        """Without a column modality a CT series has the window that an image of it has."""
+        write_series(tmp_path / "ct", voxels((4, 20, 30)), order=range(4), **PLAIN)
+        volume = read_volume(tmp_path / "ct")
+        assert volume.modality == "CT"
+        case = read_case({"scan": str(tmp_path / "ct")}, label=False)
+        assert case.intensity == grey(tmp_path / "ct" / "IM000.dcm")[1] == "window:-160:240"
+        assert read_case({"scan": str(tmp_path / "ct"), "modality": "MRI"}, label=False).intensity != case.intensity
 
     def test_slices_that_are_missing_double_or_elsewhere(self, tmp_path):
         files = write_series(tmp_path / "a", voxels((5, 3, 4)), order=range(5))

@@ -989,6 +989,30 @@ def test_sa_med2d(tmp_path, capsys):
         list(read_sa_med2d(home, texts={}))
 
 
+def test_sa_med2d_leaves_out_brain_masks_and_turns_the_inverted_disc(tmp_path):
+    home, truth = tmp_path / "SAMed2Dv1", masks(2)
+    binary = grey(masks(1, seed=5)[0])
+    images = {
+        "fundus_photography--ichallenge_adam_task2--A0001--2d_none": (picture(0), grey(~truth[0])),
+        "mr_t1--Brain_PTM--case_1--x_0001": (binary, grey(truth[0])),
+        "mr_t1--Brain_PTM--case_1--x_0002": (picture(1), grey(truth[1])),
+        "mr_t2--FeTA--brain-growth_7--x_0001": (binary, grey(truth[0])),
+        "mr_t2--FeTA--sub-001--x_0001": (binary, grey(truth[1])),  # of another set: nobody says that it is none
+    }
+    for name, (image, mask) in images.items():
+        save(home / "images" / f"{name}.png", image)
+        save(home / "masks" / f"{name}--0000_000.png", mask)
+    index = {f"images/{name}.png": [f"masks/{name}--0000_000.png"] for name in images}
+    (home / "SAMed2D_v1.json").write_text(json.dumps(index))
+    classes = {name.split("--")[1]: {"it": "0000"} for name in images}
+    (home / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(classes))
+    with pytest.warns(UserWarning, match=r"2 images are binary masks of brains .*such as images/mr_t1--Brain_PTM.*0001"):
+        rows = {row.name.split("--")[2][:6]: row.mask for row in read_sa_med2d(home, texts={})}
+    assert rows.keys() == {"A0001", "case_1", "sub-00"}
+    assert np.array_equal(rows["A0001"], truth[0])
+    assert np.array_equal(rows["case_1"], truth[1])
+
+
 def test_m3d_refseg(tmp_path, capsys):
     home, rng, labels = tmp_path / "M3D_RefSeg", np.random.default_rng(0), {}
     for case in ("s0000", "s0001"):

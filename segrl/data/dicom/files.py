@@ -26,6 +26,7 @@ __all__ = [
     "quiet_pydicom",
     "read_dataset",
     "read_dicom_image",
+    "shown_inverted",
 ]
 
 _ENDINGS = (".dcm", ".dicom", ".ima")
@@ -95,8 +96,7 @@ def read_dicom_image(path: str | os.PathLike) -> DicomImage:
     dataset = read_dataset(path, pixels=True)
     pixels = decoded(dataset, path)
     window, note = _window(dataset, path)
-    inverted = str(dataset.PhotometricInterpretation) == "MONOCHROME1"
-    return DicomImage(pixels, window, inverted, str(dataset.get("Modality", "") or ""), note)
+    return DicomImage(pixels, window, shown_inverted(dataset), str(dataset.get("Modality", "") or ""), note)
 
 
 def read_dataset(path: Path, *, pixels: bool) -> Any:
@@ -145,6 +145,11 @@ def decoded(dataset: Any, path: Path) -> np.ndarray:
     except _UNREADABLE as error:
         raise DataError(f"{path}: the pixels cannot be decoded ({_line(error)}); copy the file again") from error
     return np.asarray(apply_modality_lut(stored, dataset), dtype=np.float32)
+
+
+def shown_inverted(dataset: Any) -> bool:
+    """Return whether low values are shown white."""
+    return str(dataset.PhotometricInterpretation) == "MONOCHROME1"
 
 
 def pydicom_module() -> ModuleType:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from segrl.data.dicom.files import decoded, is_dicom, pydicom_module, quiet_pydicom, read_dataset
+from segrl.data.dicom.files import decoded, is_dicom, pydicom_module, quiet_pydicom, read_dataset, shown_inverted
 from segrl.errors import DataError
 
 __all__ = ["DicomSeries", "holds_dicom", "open_dicom_series"]
@@ -31,6 +31,7 @@ class DicomSeries:
         shape: (X, Y, Z): columns, rows and slices.
         affine: (4, 4), voxel to NIfTI's world (RAS), millimetres.
         modality: Code of the files, such as "CT".
+        inverted: Whether low values are shown white (MONOCHROME1).
 
     Example:
         >>> DicomSeries((Path("1.dcm"),), (512, 512, 1), np.eye(4), "CT").dtype
@@ -41,6 +42,7 @@ class DicomSeries:
     shape: tuple[int, int, int]
     affine: np.ndarray
     modality: str
+    inverted: bool = False
 
     dtype = np.dtype(np.float32)
 
@@ -101,7 +103,8 @@ def open_dicom_series(path: str | os.PathLike) -> DicomSeries:
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = directions[:3] * across, directions[3:] * down
     affine[:3, 2], affine[:3, 3] = step, positions[ordered[0]]
-    return DicomSeries(tuple(ordered), shape, _LPS_TO_RAS @ affine, str(first.get("Modality", "") or ""))
+    modality = str(first.get("Modality", "") or "")
+    return DicomSeries(tuple(ordered), shape, _LPS_TO_RAS @ affine, modality, shown_inverted(first))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -171,6 +174,11 @@ def _check_alike(header: Any, file: Path, first: Any, other: Path, directions: n
         )
     turned = np.abs(_numbers(header, "ImageOrientationPatient", 6, file) - directions).max() > 1e-3
     spaced = np.abs(_numbers(header, "PixelSpacing", 2, file) - _numbers(first, "PixelSpacing", 2, other)).max() > 1e-4
+    if shown_inverted(header) != shown_inverted(first):
+        raise DataError(
+            f"{file}: is {header.PhotometricInterpretation}, and {other.name} {first.PhotometricInterpretation}: low "
+            "values are white in one of them only; give each kind a folder of its own"
+        )
     if turned or spaced:
         what = "direction" if turned else "pixel spacing"
         raise DataError(

@@ -1,7 +1,8 @@
 """SA-Med2D-20M: a file for each instance, named by image, class and number (Ye et al., arXiv:2311.11969).
 
 Layout as in public loaders, read on 2026-11-30; the download was not seen. Its sets have licences of their own; nothing
-is fetched here.
+is fetched here. Two faults of the data are those that constantinpape/torch-em found in it (`datasets/medical/sa_med2d.py`
+and its history): masks of one set are 0 at the optic disc and above elsewhere, and images of two are binary brain masks.
 
     SAMed2Dv1/images/ct_00--SET--CASE--x_0040.png      SAMed2Dv1/masks/ct_00--SET--CASE--x_0040--CCCC_III.png
     SAMed2Dv1/SAMed2D_v1.json                          {"images/...": ["masks/...", ...]}
@@ -28,6 +29,8 @@ from segrl.geometry.mask_images import read_mask_file
 __all__ = ["read_sa_med2d"]
 
 _INDEX, _CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
+_INVERTED = "ichallenge_adam_task2"  # set whose masks are 0 at the optic disc
+_BRAIN_MASKS, _OF_BRAINS = "brain-growth", "Brain_PTM"  # cases whose images are masks; a set with such images
 _INSTANCE = re.compile(r"--(\d+)_(\d+)\.png$")
 
 
@@ -41,8 +44,9 @@ def read_sa_med2d(
 ) -> Iterator[FormatRow]:
     """Read SA-Med2D-20M, one row for each image and class: the union of the instances of that class.
 
-    Instances whose mask has another size than the image, of which the data hold some, are left out, with a warning that
-    counts them.
+    Instances whose mask has another size than the image, of which the data hold some, are left out, and so are images
+    that are themselves the binary mask of a brain: cases named "brain-growth", and images of two values in Brain_PTM.
+    Warnings count them. Masks of ichallenge_adam_task2, which hold 0 for the optic disc, are inverted.
 
     Args:
         source: The folder `SAMed2Dv1`.
@@ -91,24 +95,36 @@ def read_sa_med2d(
     if problems or not by_class:
         raise DataError(f"{home}: {len(problems)} problems in {len(wanted)} images:{listed(problems)}")
     splits = divided(list(dict.fromkeys(parts[1:] for parts in wanted.values())), test_fraction, seed)
-    other_size = []
+    other_size, no_images = [], []
     for found, terms in by_class.items():
         modality, of_set, case = wanted[found]
         with open_image(home / found, f"image {home / found}") as opened:
             size = opened.height, opened.width
+            if _BRAIN_MASKS in case or (of_set == _OF_BRAINS and len(np.unique(np.asarray(opened))) == 2):
+                no_images.append(found)
+                continue
         for term, paths in terms.items():
-            masks = {path: read_mask_file(home / path, f"mask {home / path}") for path in paths}
+            masks = {path: _mask(home / path, inverted=of_set == _INVERTED) for path in paths}
             other_size += [path for path, mask in masks.items() if mask.shape != size]
             kept = [mask for mask in masks.values() if mask.shape == size]
             if kept:
                 words = {"modality": modality, "source": of_set, "lesion": term.replace("_", " ")}
                 name = Path(found).name
                 yield FormatRow(home / found, np.any(kept, axis=0), name, splits[of_set, case], {**words, **texts})
+    if no_images:
+        warnings.warn(
+            f"{len(no_images)} images are binary masks of brains and were left out, such as {no_images[0]}", stacklevel=2
+        )
     if other_size:
         warnings.warn(
             f"{len(other_size)} masks have another size than their image and were left out, such as {other_size[0]}",
             stacklevel=2,
         )
+
+
+def _mask(path: Path, *, inverted: bool) -> np.ndarray:
+    mask = read_mask_file(path, f"mask {path}")
+    return ~mask if inverted else mask
 
 
 def _parts(found: str) -> tuple[str, str, str] | None:

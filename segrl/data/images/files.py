@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from segrl.data.dicom.files import is_dicom, read_dicom_image
-from segrl.data.volumes.case import say_note
-from segrl.data.volumes.intensity import Intensity, check_intensity, intensity_for, scale_intensity
+from segrl.data.volumes.case import say_note, shades
+from segrl.data.volumes.intensity import Intensity
+from segrl.data.volumes.volume import Volume
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image, read_image
 
@@ -83,8 +84,10 @@ def load_image(source: Any, *, modality: str = "", intensity: str = "") -> Loade
     return _scaled(source.reshape(source.shape[:2]), "image", modality=modality, intensity=intensity)
 
 
-def _scaled(pixels: np.ndarray, where: str, *, name: str = "", modality: str = "", intensity: str = "") -> LoadedImage:
-    """Scale grey pixels (H, W) of any real type to 8 bits.
+def _scaled(
+    pixels: np.ndarray, where: str, *, name: str = "", modality: str = "", intensity: str = "", inverted: bool = False
+) -> LoadedImage:
+    """Scale grey pixels (H, W) of any real type to 8 bits, as one slice of a volume.
 
     Raises:
         DataError: Other numbers, NaN or infinity, or an intensity that is none or blanks the image; begins with
@@ -92,15 +95,9 @@ def _scaled(pixels: np.ndarray, where: str, *, name: str = "", modality: str = "
     """
     if pixels.dtype.kind not in "iuf":
         raise DataError(f"{where}: {pixels.dtype} pixels; expected real numbers; scale a mask or a label to 0-255")
-    voxels = pixels[np.newaxis].astype(np.float32)
-    try:
-        chosen = Intensity.parse(intensity) if intensity else intensity_for(modality, voxels)
-        if intensity:
-            check_intensity(voxels, chosen)
-        grey = scale_intensity(voxels, chosen)[0]
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return LoadedImage(Image.fromarray(grey).convert("RGB"), name, str(chosen))
+    slices = Volume(pixels[np.newaxis].astype(np.float32), name=where, inverted=inverted)
+    grey, chosen, _ = shades(slices, modality, intensity)
+    return LoadedImage(Image.fromarray(grey[0]).convert("RGB"), name, str(chosen))
 
 
 def _opened(source: Any, where: str, name: str, modality: str, intensity: str) -> LoadedImage:
@@ -118,8 +115,8 @@ def _dicom(path: Path, modality: str, intensity: str) -> LoadedImage:
     if not intensity and frame.window is not None:
         intensity = str(Intensity("window", *frame.window))
     kind = modality or frame.modality
-    loaded = _scaled(frame.pixels, str(path), name=str(path), modality=kind, intensity=intensity)
-    return replace(loaded, image=ImageOps.invert(loaded.image)) if frame.inverted else loaded
+    shown = {"modality": kind, "intensity": intensity, "inverted": frame.inverted}
+    return _scaled(frame.pixels, str(path), name=str(path), **shown)
 
 
 def _no_intensity(where: str, intensity: str) -> None:

@@ -22,7 +22,7 @@ from segrl.errors import DataError
 from segrl.predictions.modalities import modality_kind
 from segrl.predictions.target import VolumeTarget, read_spacing
 
-__all__ = ["Case", "CaseReader", "case_of", "choose_scaling", "grey_values", "read_case", "read_grey", "say_note"]
+__all__ = ["Case", "CaseReader", "case_of", "choose_scaling", "grey_values", "read_case", "read_grey", "say_note", "shades"]
 
 _LOG = logging.getLogger("segrl.data")
 
@@ -203,6 +203,9 @@ def grey_values(volume: Volume, *, modality: str = "", intensity: str = "") -> n
 def choose_scaling(volume: Volume, modality: str = "", intensity: str = "") -> tuple[Intensity, str]:
     """Return the scaling of a volume, and a note if it is another than its modality suggests, else "".
 
+    Without a modality that of its file counts. The windows of a DICOM series are not followed, other than that of a
+    single image: slices of one series may have different ones.
+
     Raises:
         DataError: An intensity that is none or blanks the volume, or voxels that are NaN or infinite; names the volume.
     """
@@ -211,10 +214,29 @@ def choose_scaling(volume: Volume, modality: str = "", intensity: str = "") -> t
             given = Intensity.parse(intensity)
             check_intensity(volume.voxels, given)
             return given, ""
+        modality = modality or volume.modality
         chosen = intensity_for(modality, volume.voxels)
         return chosen, scaling_note(modality, volume.voxels, chosen)
     except DataError as error:
         raise DataError(f"{volume.name or 'volume'}: {error}") from error
+
+
+def shades(volume: Volume, modality: str = "", intensity: str = "") -> tuple[np.ndarray, Intensity, str]:
+    """Return the grey values of a volume as it is shown, (D, H, W) uint8, their scaling, and its note.
+
+    Images with more than 8 bits are read through it, too, as volumes of one slice.
+
+    Raises:
+        DataError: As `choose_scaling`.
+
+    Example:
+        >>> from segrl.data import Volume
+        >>> shades(Volume(np.array([[[0.0, 10.0]]]), inverted=True), intensity="window:0:10")[0].tolist()
+        [[[255, 0]]]
+    """
+    scaling, note = choose_scaling(volume, modality, intensity)
+    grey = scale_intensity(volume.voxels, scaling)
+    return (255 - grey if volume.inverted else grey), scaling, note
 
 
 @functools.cache
@@ -224,6 +246,5 @@ def say_note(text: str) -> None:
 
 
 def _scale(volume: Volume, modality: str, intensity: str) -> tuple[Case, str]:
-    scaling, note = choose_scaling(volume, modality, intensity)
-    grey = scale_intensity(volume.voxels, scaling)
-    return Case(replace(volume, voxels=grey), content_key(grey), intensity=str(scaling)), note
+    grey, scaling, note = shades(volume, modality, intensity)
+    return Case(replace(volume, voxels=grey, inverted=False), content_key(grey), intensity=str(scaling)), note

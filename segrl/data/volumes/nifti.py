@@ -80,7 +80,8 @@ def read_volume(path: str | Path, spacing_mm: Any = None) -> Volume:
         )
     spacing = file_spacing(file.affine, file.header) or read_spacing(spacing_mm, f"{path}: spacing_mm")
     oriented = knows_orientation(file.affine, file.header)
-    return Volume(slices, spacing, str(path), file.affine, file.file_shape, file.header, oriented)
+    shown = {"modality": file.array.modality, "inverted": file.array.inverted} if file.of_dicom else {}
+    return Volume(slices, spacing, str(path), file.affine, file.file_shape, file.header, oriented, **shown)
 
 
 def write_mask(path: str | Path, mask: ArrayLike, like: Volume) -> None:
@@ -119,7 +120,8 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a volume as NIfTI, float32 on its own grid; `read_volume` reads it back.
 
     Raises:
-        DataError: If the path does not end in `.nii` or `.nii.gz`, or has no folder.
+        DataError: If the path does not end in `.nii` or `.nii.gz`, or has no folder; or low values are shown white,
+            which NIfTI cannot say.
 
     Example:
         >>> import tempfile
@@ -130,6 +132,11 @@ def write_volume(path: str | Path, volume: Volume) -> None:
         >>> bool((again.voxels == volume.voxels).all()), again.spacing_mm
         (True, (5.0, 1.0, 1.0))
     """
+    if volume.inverted:
+        raise DataError(
+            f"{path}: low values of {volume.name or 'the volume'} are shown white (MONOCHROME1), which NIfTI cannot say; "
+            "write dataclasses.replace(volume, voxels=-volume.voxels, inverted=False)"
+        )
     _write(Path(path), volume.voxels.astype(np.float32, copy=False), volume)
 
 

@@ -30,6 +30,8 @@ class Volume:
         header: NIfTI header of the file; None if there is none.
         oriented: Whether it is known how the patient lies in the grid, so that left and right may be named; by default
             if an affine is given.
+        modality: What the file says, such as "CT"; "" if it says nothing, as NIfTI.
+        inverted: Whether low values are shown white, as of a DICOM series in MONOCHROME1.
 
     Raises:
         DataError: If the voxels are not (D, H, W), there are none, or the spacing is not three positive numbers.
@@ -47,6 +49,8 @@ class Volume:
     file_shape: tuple[int, ...] | None = None
     header: nib.Nifti1Header | None = None
     oriented: bool | None = None
+    modality: str = ""
+    inverted: bool = False
 
     def __post_init__(self) -> None:
         label = f" of {self.name!r}" if self.name else ""

@@ -63,6 +63,11 @@ class VoxelFile:
     source: Path
 
     @property
+    def of_dicom(self) -> bool:
+        """Whether it is a DICOM series."""
+        return isinstance(self.array, DicomSeries)
+
+    @property
     def file_shape(self) -> tuple[int, ...]:
         """Shape of the file's array, with its trailing axes of length 1."""
         return tuple(int(edge) for edge in self.array.shape)
@@ -107,7 +112,7 @@ class VoxelFile:
 
     def _sections(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """Yield the voxels, scaled by the header, with their place in (X, Y, Z)."""
-        if isinstance(self.array, DicomSeries):
+        if self.of_dicom:
             for number, values in enumerate(self.array.slices()):
                 yield np.s_[:, :, number : number + 1], values[..., np.newaxis]
             return
