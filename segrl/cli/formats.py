@@ -9,6 +9,7 @@ import argparse
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from segrl.errors import SegRLError, unknown_name
@@ -202,6 +203,20 @@ FORMATS: dict[str, Format] = {
         "m3d_refseg:read_m3d_refseg",
         {"path": "folder of M3D_RefSeg.csv and the cases"},
         _DRAWN,
+    ),
+    "ispy1": Format(
+        "ISPY1, masks of TCIA's ISPY1-Tumor-SEG-Radiomics on its scans or on DICOM files",
+        "ispy1:read_ispy1",
+        {"path": "the folder of NIfTI-Files"},
+        {
+            "dicom": Flag("take the scans of this folder of the collection ISPY1, a folder a patient",
+                          {"type": Path, "metavar": "FOLDER"}),
+            "masks": Flag("kind of masks (default: stv_manual)",
+                          {"choices": ("stv_manual", "stv_resunet", "ftv"), "default": "stv_manual"}),
+            "phase": Flag("of the contrast agent, 0 before it (default: 1)",
+                          {"type": int, "default": 1, "metavar": "N"}),
+            **_DRAWN,
+        },
     ),
     "imed_361m": Format("IMed-361M, sparse masks of all structures", "imed_361m:read_imed_361m", _SETS),
 }

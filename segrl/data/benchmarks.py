@@ -14,6 +14,7 @@ from segrl.data.formats import (
     read_biomedparse,
     read_cvc_clinicdb,
     read_imed_361m,
+    read_ispy1,
     read_m3d_refseg,
     read_pairs,
     read_reasonseg,
@@ -173,6 +174,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         "huggingface.co/datasets/GoodBaiBai88/M3D-RefSeg; scans of TotalSegmentator, under its terms",
         "segrl data convert m3d_refseg M3D_RefSeg/ DESTINATION",
         read=partial(read_m3d_refseg, texts={}),
+    ),
+    "ispy1": Benchmark(
+        "ISPY1: MR scans of the breast with structural tumor volumes drawn by hand; no published split: drawn by patient",
+        "cancerimagingarchive.net, analysis result ISPY1-Tumor-SEG-Radiomics, and collection ISPY1 for DICOM; under "
+        "TCIA's terms",
+        "segrl data convert ispy1 ISPY1-Tumor-SEG-Radiomics/ DESTINATION --test_fraction 0.2",
+        read=partial(read_ispy1, texts={}, test_fraction=0.2),
     ),
     "u_mrg_14k": Benchmark(
         "U-MRG-14K: medical images with questions, reasoning, boxes and points",

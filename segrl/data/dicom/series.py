@@ -15,7 +15,7 @@ import numpy as np
 from segrl.data.dicom.files import decoded, is_dicom, pydicom_module, quiet_pydicom, read_dataset, shown_inverted
 from segrl.errors import DataError
 
-__all__ = ["DicomSeries", "holds_dicom", "open_dicom_series"]
+__all__ = ["DicomSeries", "holds_dicom", "open_dicom_series", "open_dicom_volumes"]
 
 _SEARCHED = 64  # files of a folder that are looked at to see whether it holds DICOM
 _APART = 0.05  # largest deviation of a distance between slices, as a fraction of their step: headers are rounded
@@ -32,6 +32,8 @@ class DicomSeries:
         affine: (4, 4), voxel to NIfTI's world (RAS), millimetres.
         modality: Code of the files, such as "CT".
         inverted: Whether low values are shown white (MONOCHROME1).
+        derived: Whether the voxels were computed from others, such as maps of enhancement and subtractions.
+        study: UID of the study, one visit.
 
     Example:
         >>> DicomSeries((Path("1.dcm"),), (512, 512, 1), np.eye(4), "CT").dtype
@@ -43,6 +45,8 @@ class DicomSeries:
     affine: np.ndarray
     modality: str
     inverted: bool = False
+    derived: bool = False
+    study: str = ""
 
     dtype = np.dtype(np.float32)
 
@@ -89,7 +93,50 @@ def open_dicom_series(path: str | os.PathLike) -> DicomSeries:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give a DICOM series")
-    headers = _one_series(path)
+    return _on_grid(_one_series(path), path)
+
+
+def open_dicom_volumes(folder: str | os.PathLike) -> tuple[list[DicomSeries], list[str]]:
+    """Read the headers of all volumes in a folder and its subfolders, such as those of one patient.
+
+    A series that holds several volumes at one position, such as the phases of a contrast agent, is divided: files at
+    one position are ordered by the identifier of their temporal position, acquisition number and time, and instance
+    number, and each volume has one of each position.
+
+    Args:
+        folder: Files that are no DICOM image of one grey frame (segmentations, reports) are left out.
+
+    Returns:
+        The volumes in the order in which they were taken (date and time of the study, time, number of the series,
+        phase), and why series are no volume.
+
+    Raises:
+        SegRLError: pydicom is not installed.
+
+    Example:
+        >>> open_dicom_volumes("nowhere")
+        ([], [])
+    """
+    found: dict[str, dict[Path, Any]] = {}
+    for file in sorted(path for path in Path(folder).rglob("*") if path.name != "DICOMDIR" and is_dicom(path)):
+        try:
+            header = read_dataset(file, pixels=False)
+        except DataError:
+            continue
+        found.setdefault(str(header.get("SeriesInstanceUID", "")), {})[file] = header
+    volumes, problems = [], []
+    for headers in found.values():
+        where = next(iter(headers)).parent
+        try:
+            for number, phase in enumerate(_phases(headers, where)):
+                volumes.append(((*_taken(next(iter(phase.values()))), number), _on_grid(phase, where)))
+        except DataError as error:
+            problems.append(str(error))
+    return [volume for _, volume in sorted(volumes, key=lambda known: known[0])], problems
+
+
+def _on_grid(headers: dict[Path, Any], path: Path) -> DicomSeries:
+    """Return the volume that files with these headers are, in order."""
     first = next(iter(headers.values()))
     shape = int(first.Columns), int(first.Rows), len(headers)
     directions = _numbers(first, "ImageOrientationPatient", 6, path)
@@ -103,8 +150,43 @@ def open_dicom_series(path: str | os.PathLike) -> DicomSeries:
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = directions[:3] * across, directions[3:] * down
     affine[:3, 2], affine[:3, 3] = step, positions[ordered[0]]
-    modality = str(first.get("Modality", "") or "")
-    return DicomSeries(tuple(ordered), shape, _LPS_TO_RAS @ affine, modality, shown_inverted(first))
+    return DicomSeries(
+        tuple(ordered),
+        shape,
+        _LPS_TO_RAS @ affine,
+        str(first.get("Modality", "") or ""),
+        shown_inverted(first),
+        "DERIVED" in list(first.get("ImageType") or []),
+        str(first.get("StudyInstanceUID", "")),
+    )
+
+
+def _phases(headers: dict[Path, Any], where: Path) -> list[dict[Path, Any]]:
+    """Divide files into volumes that have one of each position."""
+    at: dict[tuple[float, ...], list[Path]] = {}
+    for file, header in headers.items():
+        position = _numbers(header, "ImagePositionPatient", 3, file)
+        at.setdefault(tuple(np.round(position, 2).tolist()), []).append(file)
+    counts = sorted({len(files) for files in at.values()})
+    if len(counts) > 1:
+        raise DataError(f"{where}: some positions of the series have {counts[0]} slices and some {counts[-1]}")
+    ordered = [sorted(files, key=lambda file: _phase(headers[file])) for files in at.values()]
+    return [{files[n]: headers[files[n]] for files in ordered} for n in range(counts[0])]
+
+
+def _phase(header: Any) -> tuple[Any, ...]:
+    """Return what orders the files at one position."""
+    whole = [_whole(header, name) for name in ("TemporalPositionIdentifier", "AcquisitionNumber", "InstanceNumber")]
+    return *whole[:2], str(header.get("AcquisitionTime") or ""), whole[2]
+
+
+def _taken(header: Any) -> tuple[Any, ...]:
+    names = ("StudyDate", "StudyTime", "AcquisitionTime")
+    return *(str(header.get(name) or "") for name in names), _whole(header, "SeriesNumber")
+
+
+def _whole(header: Any, name: str) -> int:
+    return int(header.get(name) or 0)
 
 
 def _files(folder: Path) -> list[Path]:

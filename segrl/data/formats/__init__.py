@@ -6,6 +6,7 @@ from segrl.data.formats.coco_writing import CocoWriter
 from segrl.data.formats.columns import read_columns, write_columns
 from segrl.data.formats.cvc_clinicdb import read_cvc_clinicdb
 from segrl.data.formats.imed_361m import read_imed_361m
+from segrl.data.formats.ispy1 import read_ispy1
 from segrl.data.formats.m3d_refseg import read_m3d_refseg
 from segrl.data.formats.medsegbench import read_medsegbench
 from segrl.data.formats.mmr import read_mmr
@@ -28,6 +29,7 @@ __all__ = [
     "read_columns",
     "read_cvc_clinicdb",
     "read_imed_361m",
+    "read_ispy1",
     "read_m3d_refseg",
     "read_medsegbench",
     "read_mmr",

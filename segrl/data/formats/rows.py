@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from segrl.data.dicom.series import open_dicom_series
 from segrl.data.manifest import write_manifest
 from segrl.errors import DataError
 from segrl.geometry.mask_images import write_mask_image
@@ -57,12 +58,13 @@ class ScanRow:
     """One question about a scan, whose label file stays as it is.
 
     Attributes:
-        scan: Its file.
+        scan: Its file, or the folder of a DICOM series.
         label: The file of its label, on the same grid.
         label_value: The value of the structure in it, as text.
         split: For example "train".
         texts: Columns of the manifest.
         ignored_value: Values in the label, as text, of voxels that scores leave out; "" for none.
+        slices: Files of a DICOM series; () for all DICOM files of its folder.
 
     Example:
         >>> ScanRow(Path("ct.nii.gz"), Path("label.nii.gz"), "2", "test").label_value
@@ -75,6 +77,7 @@ class ScanRow:
     split: str
     texts: Mapping[str, str] = field(default_factory=dict)
     ignored_value: str = ""
+    slices: tuple[Path, ...] = ()
 
 
 def write_rows(
@@ -181,7 +184,8 @@ class _Writer:
 
     def line(self, row: FormatRow | ScanRow) -> dict[str, str]:
         if isinstance(row, ScanRow):
-            files = {"image": self._copied(row.scan, "images"), "label": self._copied(row.label, "labels")}
+            scan = self._series(row) if row.slices or row.scan.is_dir() else self._copied(row.scan, "images")
+            files = {"image": scan, "label": self._copied(row.label, "labels")}
             ignored = {"ignored_value": row.ignored_value} if row.ignored_value else {}
             return {**files, "label_value": row.label_value, **ignored, "split": row.split, **row.texts}
         if isinstance(row.image, Path) and row.image.suffix.lower() in _KEPT:
@@ -206,16 +210,31 @@ class _Writer:
         if key not in self.files:
             suffix = ".nii.gz" if source.name.lower().endswith(".nii.gz") else source.suffix
             path = self._place(part, source.name[: len(source.name) - len(suffix)], suffix)
-            try:
-                if self.hardlink:
-                    os.link(source, self.home / path)
-                else:
-                    shutil.copyfile(source, self.home / path)
-            except OSError as error:
-                fix = "; leave --hardlink out" if self.hardlink else ""
-                raise DataError(f"{source}: cannot be copied: {error.strerror or error}{fix}") from error
+            self._copy(source, self.home / path)
             self.files[key] = path
         return self.files[key]
+
+    def _series(self, row: ScanRow) -> str:
+        """Copy a DICOM series into a folder of its own, whose files are named by their place in it."""
+        slices = row.slices or open_dicom_series(row.scan).files
+        key = tuple(path.absolute() for path in slices)
+        if key not in self.files:
+            path = self._place("images", row.scan.name, "")
+            (self.home / path).mkdir()
+            for number, file in enumerate(slices):
+                self._copy(file, self.home / path / f"{number:04d}.dcm")
+            self.files[key] = path
+        return self.files[key]
+
+    def _copy(self, source: Path, target: Path) -> None:
+        try:
+            if self.hardlink:
+                os.link(source, target)
+            else:
+                shutil.copyfile(source, target)
+        except OSError as error:
+            fix = "; leave --hardlink out" if self.hardlink else ""
+            raise DataError(f"{source}: cannot be copied: {error.strerror or error}{fix}") from error
 
     def _drawn(self, row: FormatRow) -> str:
         key = row.image if isinstance(row.image, Path) else (row.split, row.name)

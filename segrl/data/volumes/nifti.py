@@ -32,7 +32,7 @@ from segrl.files.whole import whole_file
 from segrl.geometry.masks import foreground
 from segrl.predictions.target import read_spacing
 
-__all__ = ["axes_on_scan", "read_volume", "write_mask", "write_volume"]
+__all__ = ["axes_on_scan", "lies_on", "read_volume", "write_mask", "write_volume"]
 
 _MAX_SHIFT = 0.05  # largest distance of label and scan in voxels, where they are furthest apart: headers are rounded
 
@@ -178,21 +178,46 @@ def axes_on_scan(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume:
         scan, scan_shape, scan_affine = str(volume), file.shape, file.affine
     assert scan_shape is not None
     assert scan_affine is not None
-    other = slice_grid(scan_shape[:3], scan_affine)
-    axes = axes_like(affine, other[1])
-    own = slice_grid(shape, affine, axes)
-    if own[0] != other[0]:
+    axes, own, other, shift = _compared(shape, affine, scan_shape[:3], scan_affine)
+    if own != other:
         raise DataError(
-            f"{path}: the label has the shape {own[0]} as (D, H, W), {scan} has {other[0]}; expected the same; save "
+            f"{path}: the label has the shape {own} as (D, H, W), {scan} has {other}; expected the same; save "
             "the label on the grid of its scan"
         )
-    corners = np.array(np.meshgrid(*[(0, edge - 1) for edge in own[0][::-1]])).reshape(3, -1)
-    apart = (own[1] - other[1])[:3]
-    shift = np.linalg.norm(apart[:, :3] @ corners + apart[:, 3:], axis=0).max()
-    shift /= voxel_sizes(other[1]).min()
     if shift > _MAX_SHIFT:
         raise DataError(
             f"{path}: the label lies up to {shift:.3g} voxels away from {scan}: their affines differ; expected the "
             "same grid; copy the affine of the scan if only the header is wrong, else resample the label to the scan"
         )
     return axes
+
+
+def lies_on(
+    shape: tuple[int, ...], affine: np.ndarray, scan_shape: tuple[int, ...], scan_affine: np.ndarray
+) -> bool:
+    """Return whether a label with this grid fits a scan with that one, whatever the order of their axes.
+
+    Example:
+        >>> lies_on((2, 3, 4), np.eye(4), (2, 3, 4), np.eye(4)), lies_on((2, 3, 4), np.eye(4), (2, 3, 5), np.eye(4))
+        (True, False)
+    """
+    _, own, other, shift = _compared(shape, affine, scan_shape, scan_affine)
+    return own == other and shift <= _MAX_SHIFT
+
+
+def _compared(
+    shape: tuple[int, ...], affine: np.ndarray, scan_shape: tuple[int, ...], scan_affine: np.ndarray
+) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...], float]:
+    """Return the turn of a label's axes to the slices of its scan, both shapes as (D, H, W), and their distance there.
+
+    The distance is that of the corners that are furthest apart, in voxels; it is infinite for other shapes.
+    """
+    other = slice_grid(scan_shape, scan_affine)
+    axes = axes_like(affine, other[1])
+    own = slice_grid(shape, affine, axes)
+    if own[0] != other[0]:
+        return axes, own[0], other[0], np.inf
+    corners = np.array(np.meshgrid(*[(0, edge - 1) for edge in own[0][::-1]])).reshape(3, -1)
+    apart = (own[1] - other[1])[:3]
+    shift = np.linalg.norm(apart[:, :3] @ corners + apart[:, 3:], axis=0).max()
+    return axes, own[0], other[0], float(shift / voxel_sizes(other[1]).min())
