@@ -222,7 +222,9 @@ class TestSeries:
         assert np.array_equal(read_case(row, label=False).grey, shown)
         for section, file in zip(shown, files, strict=True):
             assert np.array_equal(grey(file, **given)[0], section)
-        with pytest.raises(DataError, match=r"a.nii: low values of .*white are shown white \(MONOCHROME1\), which NIfTI"):
+        with pytest.raises(
+            DataError, match=r"a.nii: low values of .*white are shown white \(MONOCHROME1\), which NIfTI"
+        ):
             write_volume(tmp_path / "a.nii", white)
 
     def test_slices_of_which_some_are_inverted(self, tmp_path):

@@ -1006,7 +1006,9 @@ def test_sa_med2d_leaves_out_brain_masks_and_turns_the_inverted_disc(tmp_path):
     (home / "SAMed2D_v1.json").write_text(json.dumps(index))
     classes = {name.split("--")[1]: {"it": "0000"} for name in images}
     (home / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(classes))
-    with pytest.warns(UserWarning, match=r"2 images are binary masks of brains .*such as images/mr_t1--Brain_PTM.*0001"):
+    with pytest.warns(
+        UserWarning, match=r"2 images are binary masks of brains .*such as images/mr_t1--Brain_PTM.*0001"
+    ):
         rows = {row.name.split("--")[2][:6]: row.mask for row in read_sa_med2d(home, texts={})}
     assert rows.keys() == {"A0001", "case_1", "sub-00"}
     assert np.array_equal(rows["A0001"], truth[0])

@@ -53,7 +53,7 @@ def ispy1(home: Path, cases=CASES) -> Path:
 
 
 def collection(home: Path, masks: Path, cases=CASES) -> dict[str, np.ndarray]:
-    """DICOM files of the collection, and masks on their grid; returned are the voxels of the first phase after contrast.
+    """DICOM files of the collection, and masks on their grid; returned are voxels of the first phase after it.
 
     Of each patient two visits, the first with one series of three phases, a map that was computed from them on the same
     grid, a localizer of another, and a report without pixels.
@@ -134,7 +134,9 @@ def test_the_volumes_of_a_patient(tmp_path):
     collection(tmp_path / "ISPY1", tmp_path / "masks", CASES[:1])
     volumes, problems = open_dicom_volumes(tmp_path / "ISPY1" / CASES[0])
     assert problems == []
-    assert [(one.files[0].parts[-3], one.files[0].parts[-2], one.derived) for one in volumes if len(one.files) == 6] == [
+    assert [
+        (one.files[0].parts[-3], one.files[0].parts[-2], one.derived) for one in volumes if len(one.files) == 6
+    ] == [
         (visit, series, series == "41.0-SER")
         for visit in ("b_baseline", "a_later")
         for series in ("4.0-Dynamic", "41.0-SER", "4.0-Dynamic", "4.0-Dynamic")
@@ -167,7 +169,9 @@ def test_what_is_no_such_layout(tmp_path, capsys):
         list(read_ispy1(home, texts={}, masks="stv"))
     with pytest.raises(DataError, match=r"nowhere: no such folder; expected the collection ISPY1"):
         list(read_ispy1(home, texts={}, dicom=tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=rf"3 problems in 3 masks:\n  {CASES[0]}: no {CASES[0]}_DCE_0003_\*.nii.gz in a"):
+    with pytest.raises(
+        DataError, match=rf"3 problems in 3 masks:\n  {CASES[0]}: no {CASES[0]}_DCE_0003_\*.nii.gz in a"
+    ):
         list(read_ispy1(home, texts={}, phase=3))
     (tmp_path / "ISPY1" / CASES[0]).mkdir(parents=True)
     with pytest.raises(DataError, match=rf"{CASES[0]}: no DICOM volume in .*{CASES[0]}"):

@@ -209,12 +209,17 @@ FORMATS: dict[str, Format] = {
         "ispy1:read_ispy1",
         {"path": "the folder of NIfTI-Files"},
         {
-            "dicom": Flag("take the scans of this folder of the collection ISPY1, a folder a patient",
-                          {"type": Path, "metavar": "FOLDER"}),
-            "masks": Flag("kind of masks (default: stv_manual)",
-                          {"choices": ("stv_manual", "stv_resunet", "ftv"), "default": "stv_manual"}),
-            "phase": Flag("of the contrast agent, 0 before it (default: 1)",
-                          {"type": int, "default": 1, "metavar": "N"}),
+            "dicom": Flag(
+                "take the scans of this folder of the collection ISPY1, a folder a patient",
+                {"type": Path, "metavar": "FOLDER"},
+            ),
+            "masks": Flag(
+                "kind of masks (default: stv_manual)",
+                {"choices": ("stv_manual", "stv_resunet", "ftv"), "default": "stv_manual"},
+            ),
+            "phase": Flag(
+                "of the contrast agent, 0 before it (default: 1)", {"type": int, "default": 1, "metavar": "N"}
+            ),
             **_DRAWN,
         },
     ),

@@ -176,7 +176,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         read=partial(read_m3d_refseg, texts={}),
     ),
     "ispy1": Benchmark(
-        "ISPY1: MR scans of the breast with structural tumor volumes drawn by hand; no published split: drawn by patient",
+        "ISPY1: MR scans of the breast with tumor volumes drawn by hand; no published split: drawn by patient",
         "cancerimagingarchive.net, analysis result ISPY1-Tumor-SEG-Radiomics, and collection ISPY1 for DICOM; under "
         "TCIA's terms",
         "segrl data convert ispy1 ISPY1-Tumor-SEG-Radiomics/ DESTINATION --test_fraction 0.2",

@@ -72,7 +72,7 @@ def read_ispy1(
     Example:
         >>> list(read_ispy1("no/such/folder", texts={}))
         Traceback (most recent call last):
-        segrl.errors.DataError: no/such/folder: no masks_stv_manual in it or in its NIfTI-Files; it has none of masks_...
+        segrl.errors.DataError: no/such/folder: no masks_stv_manual in it or in its NIfTI-Files; it has none of ...
     """
     home, scans = _home(Path(source), masks), None if dicom is None else Path(dicom)
     if scans is not None and not scans.is_dir():

@@ -1,8 +1,9 @@
 """SA-Med2D-20M: a file for each instance, named by image, class and number (Ye et al., arXiv:2311.11969).
 
 Layout as in public loaders, read on 2026-11-30; the download was not seen. Its sets have licences of their own; nothing
-is fetched here. Two faults of the data are those that constantinpape/torch-em found in it (`datasets/medical/sa_med2d.py`
-and its history): masks of one set are 0 at the optic disc and above elsewhere, and images of two are binary brain masks.
+is fetched here. Two faults of the data are those that constantinpape/torch-em found in it (its `sa_med2d.py` and the
+history of that file): masks of one set are 0 at the optic disc and above elsewhere, and images of two are binary brain
+masks.
 
     SAMed2Dv1/images/ct_00--SET--CASE--x_0040.png      SAMed2Dv1/masks/ct_00--SET--CASE--x_0040--CCCC_III.png
     SAMed2Dv1/SAMed2D_v1.json                          {"images/...": ["masks/...", ...]}
@@ -113,7 +114,8 @@ def read_sa_med2d(
                 yield FormatRow(home / found, np.any(kept, axis=0), name, splits[of_set, case], {**words, **texts})
     if no_images:
         warnings.warn(
-            f"{len(no_images)} images are binary masks of brains and were left out, such as {no_images[0]}", stacklevel=2
+            f"{len(no_images)} images are binary masks of brains and were left out, such as {no_images[0]}",
+            stacklevel=2,
         )
     if other_size:
         warnings.warn(

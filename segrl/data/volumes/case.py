@@ -22,7 +22,17 @@ from segrl.errors import DataError
 from segrl.predictions.modalities import modality_kind
 from segrl.predictions.target import VolumeTarget, read_spacing
 
-__all__ = ["Case", "CaseReader", "case_of", "choose_scaling", "grey_values", "read_case", "read_grey", "say_note", "shades"]
+__all__ = [
+    "Case",
+    "CaseReader",
+    "case_of",
+    "choose_scaling",
+    "grey_values",
+    "read_case",
+    "read_grey",
+    "say_note",
+    "shades",
+]
 
 _LOG = logging.getLogger("segrl.data")
 

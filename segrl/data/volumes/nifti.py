@@ -134,8 +134,8 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     """
     if volume.inverted:
         raise DataError(
-            f"{path}: low values of {volume.name or 'the volume'} are shown white (MONOCHROME1), which NIfTI cannot say; "
-            "write dataclasses.replace(volume, voxels=-volume.voxels, inverted=False)"
+            f"{path}: low values of {volume.name or 'the volume'} are shown white (MONOCHROME1), which NIfTI cannot "
+            "say; write dataclasses.replace(volume, voxels=-volume.voxels, inverted=False)"
         )
     _write(Path(path), volume.voxels.astype(np.float32, copy=False), volume)
 
@@ -192,9 +192,7 @@ def axes_on_scan(path: Path, shape: tuple[int, ...], affine: np.ndarray, volume:
     return axes
 
 
-def lies_on(
-    shape: tuple[int, ...], affine: np.ndarray, scan_shape: tuple[int, ...], scan_affine: np.ndarray
-) -> bool:
+def lies_on(shape: tuple[int, ...], affine: np.ndarray, scan_shape: tuple[int, ...], scan_affine: np.ndarray) -> bool:
     """Return whether a label with this grid fits a scan with that one, whatever the order of their axes.
 
     Example:
