@@ -10,7 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from segrl import ReasoningSegmenter
-from segrl.data import load_folder, make_synthetic
+from segrl.data import load_folder, make_synthetic, write_folder
+from segrl.data.images.kept import KeptPixels
 from segrl.errors import DataError, SegRLError
 from segrl.evaluation import evaluate, evaluate_constant_mask
 from segrl.metrics import iou, register_metric, summarise
@@ -127,6 +128,38 @@ def test_a_model_is_asked_greedily_about_every_row_in_order():
         assert target.name == row["name"]
         assert record["fail"] is True  # a model that learned nothing writes no valid text
         assert record["dice"] == slow_scores(prediction.mask, target.mask)[0]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_what_the_check_has_read_is_not_read_again(tmp_path, share):
+    """Whatever the files are like; of a budget for half of the rows the others come from their files."""
+    rows = make_synthetic(6, size=40)
+    write_folder(rows, tmp_path)
+    paths = sorted((tmp_path / "images").iterdir())
+    for mode, path in zip(("L", "RGB", "RGBA", "P"), paths, strict=False):
+        Image.open(path).convert(mode).save(path)
+    for path in (paths[4], tmp_path / "masks" / paths[4].name):
+        Image.open(path).crop((0, 0, 40, 30)).save(path)
+    turned = Image.open(paths[4]).transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    turned.save(paths[4], exif=turned.getexif())
+    one = 40 * 40 * 4
+    kept = KeptPixels(int(share * 6 * one))
+    found = load_folder(tmp_path, kept=kept)
+    seen: list[Any] = []
+    settings: Any = {"progress": False, "batch_size": 4}
+    expected = evaluate(Thresholding(), found, on_answer=lambda *answer: seen.append(answer), **settings)
+    for path in (*paths, *(tmp_path / "masks").iterdir()):
+        if share == 1:
+            path.unlink()
+    again: list[Any] = []
+    records = evaluate(Thresholding(), found, kept=kept, on_answer=lambda *answer: again.append(answer), **settings)
+    assert records == expected
+    assert kept.take(0) is None  # nothing stays
+    for (_, shown, _, target), (_, other, _, same) in zip(seen, again, strict=True):
+        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(other.convert("RGB")))
+        assert np.array_equal(target.mask, same.mask)
+        assert np.array_equal(target.boxes, same.boxes)
 
 
 def test_no_rows_give_no_records_and_bad_input_is_named():

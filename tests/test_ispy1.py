@@ -1,6 +1,7 @@
 """ISPY1: NIfTI masks found on the grid of NIfTI scans or of DICOM series, in a small copy of the documented layout."""
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -62,17 +63,21 @@ def collection(home: Path, masks: Path, cases=CASES) -> dict[str, np.ndarray]:
     for number, case in enumerate(cases):
         rng = np.random.default_rng(number)
         for visit, date in (("b_baseline", "19850101"), ("a_later", "19850401")):
-            study = {"StudyInstanceUID": f"1.2.{number}.{date}", "StudyDate": date, "StudyTime": "101500"}
+            study: Any = {"StudyInstanceUID": f"1.2.{number}.{date}", "StudyDate": date, "StudyTime": "101500"}
             folder, uid = home / case / visit, f"1.2.3.{number}.{date}"
             for phase in (2, 0, 1):
                 values = rng.integers(0, 900, SHAPE, dtype=np.int16)
-                times = {"TemporalPositionIdentifier": phase + 1, "AcquisitionTime": f"10{phase}000", "Modality": "MR"}
+                times: Any = {
+                    "TemporalPositionIdentifier": phase + 1,
+                    "AcquisitionTime": f"10{phase}000",
+                    "Modality": "MR",
+                }
                 order = range(phase * 10, phase * 10 + len(values))
                 write_series(folder / "4.0-Dynamic", values, spacing=SPACING, order=order, RescaleSlope=1,
                              RescaleIntercept=0, **study, **times, SeriesInstanceUID=uid)  # fmt: skip
                 if visit == "b_baseline" and phase == 1:
                     phases[case] = values
-            kind = {"ImageType": ["DERIVED", "SECONDARY"], "AcquisitionTime": "100500", **study}
+            kind: Any = {"ImageType": ["DERIVED", "SECONDARY"], "AcquisitionTime": "100500", **study}
             write_series(folder / "41.0-SER", rng.integers(0, 9, SHAPE, dtype=np.int16), spacing=SPACING, **kind)
             write_series(folder / "1.0-scout", rng.integers(0, 9, (3, 4, 5), dtype=np.int16), **study)
         (home / case / "b_baseline" / "notes.txt").write_text("no DICOM")
@@ -94,6 +99,7 @@ def test_checked_and_converted_and_readable(tmp_path, capsys):
     assert sorted(row["patient"] for row in rows) == sorted(CASES)
     for row in rows:
         case, number = read_case(row), CASES.index(row["patient"])
+        assert case.mask is not None
         assert case.mask.sum() == truth(row["patient"], (12, 10, 14)).sum()
         voxels = read_volume(row["scan"]).voxels
         assert np.array_equal(voxels, scan(10 * number + 1, (12, 10, 14)).transpose(2, 1, 0))
@@ -125,6 +131,7 @@ def test_masks_on_dicom_grids(tmp_path, hardlink):
         assert sorted(path.name for path in Path(row["scan"]).iterdir()) == [f"{n:04d}.dcm" for n in range(SHAPE[0])]
         volume, case = read_volume(row["scan"]), read_case(row)
         assert np.array_equal(volume.voxels, phases[row["patient"]])
+        assert case.mask is not None
         assert np.array_equal(case.mask, truth(row["patient"], SHAPE))
         assert case.scan.spacing_mm == SPACING
     assert main(["data", "check", str(tmp_path / "data")]) == 0
@@ -167,6 +174,8 @@ def test_what_is_no_such_layout(tmp_path, capsys):
         list(read_ispy1(home, texts={}, masks="stv_resunet"))
     with pytest.raises(DataError, match=r"masks='stv': expected one of stv_manual, stv_resunet, ftv"):
         list(read_ispy1(home, texts={}, masks="stv"))
+    with pytest.raises(DataError, match="phase=-1: expected 0, before the contrast agent, or more"):
+        list(read_ispy1(home, texts={}, phase=-1))
     with pytest.raises(DataError, match=r"nowhere: no such folder; expected the collection ISPY1"):
         list(read_ispy1(home, texts={}, dicom=tmp_path / "nowhere"))
     with pytest.raises(

@@ -25,7 +25,7 @@ from segrl.data import (
 )
 from segrl.data.formats import FormatRow, coco_annotations
 from segrl.errors import DataError
-from segrl.evaluation import StoredMasks, evaluate, evaluate_masks
+from segrl.evaluation import CocoResults, StoredMasks, evaluate, evaluate_masks
 from segrl.geometry import mask_to_rle, rle_to_mask
 from segrl.geometry.run_lengths import rle_counts
 from segrl.inference import ReasoningSegmenter
@@ -240,6 +240,56 @@ def test_detections_of_coco(coco, capsys):
     with pytest.warns(UserWarning, match="1 detections"):
         assert detections(coco, "--min_score", "0.3", "--output_dir", str(coco / "low")) == 0
     assert rle_to_mask(read_json(coco / "low" / "predictions.json")[0]["predicted_mask"]).all()
+
+
+def test_answers_as_cocos_results_come_back_exactly(coco, capsys):
+    """Through the ids of given annotations, and of those that are written; from an evaluation, and from its records."""
+    from pycocotools.coco import COCO
+
+    folder = coco / "theirs"
+    folder.mkdir()
+    answers = {}
+    for n, row in enumerate(map(dict, load_folder(coco / "data", "test").select([0, 2]))):
+        answers[row["name"], row["lesion"]] = np.random.default_rng(n).random((20, 24)) < 0.4 * n  # the first is empty
+        Image.fromarray(answers[row["name"], row["lesion"]]).save(folder / f"{Path(row['name']).stem}.png")
+    manifest = (coco / "data" / "manifest.csv").read_text().splitlines()
+    (coco / "data" / "manifest.csv").write_text("\n".join(line for line in manifest if "node" not in line) + "\n")
+    argv = ["eval", "--data", str(coco / "data"), "--pictures", "0", "--predictions"]
+    own, given, again = coco / "own.json", coco / "given.json", coco / "again.json"
+    assert main([*argv, str(folder), "--coco", str(own)]) == 0
+    more = ["--coco", str(given), "--annotations", str(coco / "a.json"), "--overwrite"]
+    assert main([*argv, str(folder), *more]) == 0
+    stored = coco / "theirs_evaluation" / "predictions.json"
+    assert main(["eval", "--predictions", str(stored), "--coco", str(again)]) == 0
+    assert read_json(again) == read_json(own)
+    capsys.readouterr()
+    for results, annotations in ((own, coco / "own_annotations.json"), (given, coco / "a.json")):
+        assert main([*argv, str(results), "--annotations", str(annotations)]) == 0
+        back = read_json(coco / f"{results.stem}_evaluation" / "predictions.json")
+        assert back == read_json(stored)
+        assert all(np.array_equal(rle_to_mask(r["predicted_mask"]), answers[r["name"], r["lesion"]]) for r in back)
+        found = COCO(str(annotations)).loadRes(str(results))
+        (one,) = found.loadAnns(found.getAnnIds())
+        assert np.array_equal(found.annToMask(one), list(answers.values())[1])
+
+    def refused(*more: str) -> str:
+        assert main([*argv, str(folder), "--overwrite", *more]) == 2
+        return capsys.readouterr().err
+
+    assert main([*argv, str(folder), "--coco", str(own), "--output_dir", str(coco / "o")]) == 2
+    assert "own.json: exists; pass --overwrite, or another name" in capsys.readouterr().err
+    assert "there is no folder" in refused("--coco", str(coco / "nowhere" / "a.json"))
+    content = read_json(coco / "a.json")
+    (coco / "less.json").write_text(json.dumps({**content, "images": content["images"][:1]}))
+    error = refused("--coco", str(coco / "b.json"), "--annotations", str(coco / "less.json"))
+    assert "COCO's results: 1 problems, expected none" in error
+    assert "the image is not in" in error
+    assert not (coco / "b.json").exists()
+
+
+def test_rows_that_coco_cannot_tell_apart():
+    with pytest.raises(DataError, match=r"3 problems(?s:.)*row 0 \(a.png\): no lesion(?s:.)*row 2 \(a.png\): asks f"):
+        CocoResults(["a.png", "a.png", "a.png", "b/a.jpg"], ["", "cyst", "Cyst", "node"])
 
 
 @pytest.mark.parametrize(

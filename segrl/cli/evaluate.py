@@ -28,8 +28,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     command.add_argument("--split", metavar="NAME", help="default: test")
     command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes; a "
                          "folder with manifest.csv says so itself")  # fmt: skip
-    command.add_argument("--annotations", type=Path, metavar="FILE", help="with --predictions of COCO's results: JSON "
-                         "with the images and categories that their ids stand for")  # fmt: skip
+    command.add_argument("--annotations", type=Path, metavar="FILE", help="with --predictions of COCO's results, or "
+                         "with --coco: JSON with the images and categories that the ids stand for")  # fmt: skip
     command.add_argument("--min_score", type=share, metavar="X", help="of such results, drop those with a lower score "
                          "(default: 0.5)")  # fmt: skip
     command.add_argument("--missing_empty", action="store_true", help="with --predictions: no file means an empty mask")
@@ -54,6 +54,8 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace the results in output_dir")
     command.add_argument("--conventions", nargs="+", metavar="NAME", help="also score the masks as published "
                          "evaluators do, such as lisa rela; all: every one, side by side, with sources")  # fmt: skip
+    command.add_argument("--coco", type=Path, metavar="FILE", help="images: also write the masks as COCO's results; "
+                         "without --annotations their ids are in FILE_annotations.json")  # fmt: skip
     command.add_argument("--pictures", type=count, metavar="N", help="answers drawn (default: 16 images, 8 volumes)")
     command.set_defaults(run=_evaluate)
 
@@ -76,8 +78,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if arguments.missing_empty:
             raise SegRLError("--missing_empty is for folders, a row without a detection has an empty mask; drop it")
     else:
-        for flag in ("annotations", "min_score"):
-            if getattr(arguments, flag) is not None:
+        for flag, other in (("annotations", arguments.coco), ("min_score", None)):
+            if getattr(arguments, flag) is not None and other is None:
                 raise SegRLError(f"--{flag} is for --predictions of COCO's results; drop it")
     if arguments.data is None:
         raise SegRLError("--data is missing: what is the system evaluated on?")
@@ -88,6 +90,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with benchmark_folder(arguments.benchmark, arguments.data) as folder:
         arguments.conventions = arguments.conventions or list(BENCHMARKS[arguments.benchmark].conventions)
         return _evaluate_on(folder, arguments)
+
+
+def _coco_results(arguments: argparse.Namespace, names: Any, lesions: Any) -> Any:
+    """What writes --coco, with everything checked that can be before the first answer; None without the flag."""
+    from segrl.errors import SegRLError
+    from segrl.evaluation import CocoResults
+
+    if arguments.coco is None:
+        return None
+    if not arguments.coco.absolute().parent.is_dir():
+        raise SegRLError(f"--coco {arguments.coco}: there is no folder {arguments.coco.parent}; create it first")
+    if arguments.coco.exists() and not arguments.overwrite:
+        raise SegRLError(f"--coco {arguments.coco}: exists; pass --overwrite, or another name")
+    return CocoResults(list(names), list(lesions), arguments.annotations)
 
 
 def _holds_detections(path: Path) -> bool:
@@ -113,7 +129,6 @@ def _score_again(arguments: argparse.Namespace) -> int:
         "allow_outside",
         "allow_empty",
         "volumes",
-        "annotations",
         "min_score",
         "missing_empty",
         "batch_size",
@@ -124,6 +139,8 @@ def _score_again(arguments: argparse.Namespace) -> int:
     ):
         if getattr(arguments, flag):
             raise SegRLError(f"--{flag}: {path.name} holds the answers and the true masks; drop the flag")
+    if arguments.annotations is not None and arguments.coco is None:
+        raise SegRLError(f"--annotations: {path.name} holds the answers and the true masks; drop the flag")
     if arguments.benchmark is not None and arguments.benchmark not in BENCHMARKS:
         raise unknown_name("benchmark", arguments.benchmark, BENCHMARKS)
     of_papers = BENCHMARKS[arguments.benchmark].conventions if arguments.benchmark else ()
@@ -131,11 +148,17 @@ def _score_again(arguments: argparse.Namespace) -> int:
     output = arguments.output_dir or path.with_name(f"{path.stem}_evaluation")
     check_output(output, overwrite=arguments.overwrite, inputs={"predictions": path})
     try:
-        cases = cases_of(read_records(path)[: arguments.limit])
+        records = read_records(path)[: arguments.limit]
+        cases = cases_of(records)
     except DataError as error:
         raise error if str(path) in str(error) else DataError(f"{path}: {error}") from error
+    if arguments.coco is not None and any(len(record["target_mask"]["size"]) != 2 for record in records):
+        raise SegRLError("--coco is for images; masks of volumes are NIfTI")
+    coco = _coco_results(arguments, *([record[name] for record in records] for name in ("name", "lesion")))
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}
     with claimed(output, asked):
+        if coco is not None:
+            coco.write(arguments.coco, records)
         found = {"config": asked, "conventions": compare_conventions(cases, names)}
         page = conventions_page(found["conventions"])
         (output / "conventions.md").write_text(page, encoding="utf-8")
@@ -146,6 +169,7 @@ def _score_again(arguments: argparse.Namespace) -> int:
 
 def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
     from segrl.data.images.folder import check_rows, load_folder
+    from segrl.data.images.kept import KeptPixels
     from segrl.data.overview import manifest_task
     from segrl.data.splits import load_split
     from segrl.data.volumes.folder import check_volumes, load_volumes
@@ -179,25 +203,34 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
     if task == "volumes":
         empty = {"allow_empty": arguments.allow_empty}
         readers = {"folder": partial(load_volumes, **empty), "check": partial(check_volumes, **empty)}
+        if arguments.coco is not None:
+            raise SegRLError("--coco is for images; masks of volumes are NIfTI")
     elif arguments.allow_empty:
         raise SegRLError("--allow_empty is for volumes, masks of images may be empty; drop it")
-    rows = load_split(str(data), arguments.split or "test", **readers, allow_outside=arguments.allow_outside)
+    kept = KeptPixels() if task == "images" else None
+    wanted = {"kept": kept, "allow_outside": arguments.allow_outside}
+    rows = load_split(str(data), arguments.split or "test", **readers, **wanted)
     if arguments.limit is not None and arguments.limit < len(rows):
         rows = rows.select(range(arguments.limit))
     if arguments.conventions:
         names = check_conventions(arguments.conventions)
+    coco = _coco_results(arguments, rows["name"], rows["lesion"])
     results = results_for(task)(output, arguments.pictures, arguments.samples)
     size = arguments.batch_size or (4 if task == "volumes" else 16)
     system = _loaded(arguments, task) if arguments.predictions is None else _stored(arguments, rows)
     asked = {name: value for name, value in vars(arguments).items() if name not in ("run", "modules")}
     with claimed(output, asked):
-        summary, records = results.score(system, rows, size, draw=True)
+        summary, records = results.score(system, rows, size, draw=True, kept=kept)
         found = {"config": asked, "model": summary}
         if arguments.conventions:
             found["conventions"] = compare_conventions(cases_of(records), names)
             page = conventions_page(found["conventions"])
             (output / "conventions.md").write_text(page, encoding="utf-8")
         results.write(found, {"model": records}, "model")
+        if coco is not None:
+            coco.write(arguments.coco, records)
+            say(f"Written to {arguments.coco}: COCO's results, whose ids are in "
+                f"{arguments.annotations or f'{arguments.coco.stem}_annotations.json'}")  # fmt: skip
         if arguments.conventions:
             say(page)
     return OK
@@ -234,7 +267,7 @@ def _loaded(arguments: argparse.Namespace, task: str) -> Any:
 def _stored(arguments: argparse.Namespace, rows: Any) -> Any:
     from segrl.evaluation import CocoMasks, StoredMasks
 
-    if arguments.annotations is not None:
+    if arguments.annotations is not None and not arguments.predictions.is_dir():
         least = 0.5 if arguments.min_score is None else arguments.min_score
         return CocoMasks(arguments.predictions, arguments.annotations, rows, min_score=least)
     return StoredMasks(arguments.predictions, rows, missing_empty=arguments.missing_empty)

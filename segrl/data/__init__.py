@@ -10,6 +10,7 @@ from segrl.data.division import Division
 from segrl.data.images.augmentation import augment
 from segrl.data.images.files import LoadedImage, load_image
 from segrl.data.images.folder import check_rows, load_folder
+from segrl.data.images.kept import KeptPixels
 from segrl.data.images.prompts import build_prompt, prepare, shown_image
 from segrl.data.images.synthetic import LESIONS, Scene, make_scene, make_synthetic, write_folder
 from segrl.data.manifest import write_manifest
@@ -38,6 +39,7 @@ __all__ = [
     "CaseReader",
     "Division",
     "Intensity",
+    "KeptPixels",
     "Labels",
     "LoadedImage",
     "Queries",

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 
 from segrl.data.contents import SplitContents
 from segrl.data.images.folder import check_rows, load_folder
+from segrl.data.images.kept import KeptPixels
 from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.hub import check_source, reraise_as
@@ -26,6 +27,7 @@ def load_split(
     folder: Callable[..., Dataset] = load_folder,
     check: Callable[..., None] = check_rows,
     contents: SplitContents | None = None,
+    kept: KeptPixels | None = None,
     allow_outside: bool = False,
     texts: Sequence[str] = METADATA_COLUMNS,
     argument: str = "--data",
@@ -41,6 +43,8 @@ def load_split(
         check: Function that raises for bad rows of any other source; by default for images and masks.
         contents: Collects what the splits of `source` hold, to warn of what they share; passed on to `folder` and
             `check` (there with `split=`) where it is given.
+        kept: Keeps the pixels that are checked, by the number of their row; passed on to both where it is given. For
+            one split of images.
         allow_outside: Whether a manifest may name files outside its folder; passed on to `folder` where it is set.
         texts: Text columns that are added to such a data set if they are missing: empty, but `name` is `row <index>`.
         argument: Name of `source` in errors, as the user knows it.
@@ -63,6 +67,8 @@ def load_split(
     path = Path(source)
     if contents is not None:
         folder, check = partial(folder, contents=contents), partial(check, contents=contents, split=split)
+    if kept is not None:
+        folder, check = partial(folder, kept=kept), partial(check, kept=kept)
     if allow_outside:
         folder = partial(folder, allow_outside=True)
     if (path / "dataset_dict.json").is_file():

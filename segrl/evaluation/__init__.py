@@ -1,7 +1,7 @@
 """A model judged on a data set: one record per row, and the baselines beside it."""
 
 from segrl.evaluation.base import OnAnswer, overlap_record
-from segrl.evaluation.coco_results import CocoMasks
+from segrl.evaluation.coco_results import CocoMasks, CocoResults
 from segrl.evaluation.comparison import compare_records, read_records
 from segrl.evaluation.constant_mask import constant_mask_baseline, evaluate_constant_mask
 from segrl.evaluation.images import evaluate, evaluate_true_boxes
@@ -19,6 +19,7 @@ __all__ = [
     "VOLUME_GROUPINGS",
     "VOLUME_METRICS",
     "CocoMasks",
+    "CocoResults",
     "OnAnswer",
     "StoredMasks",
     "compare_records",

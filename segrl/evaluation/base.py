@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset
 from rich.progress import track
 
+from segrl.data.read_ahead import read_ahead
 from segrl.data.row_texts import texts_of_rows
 from segrl.errors import DataError, SegRLError
 from segrl.geometry.masks import mask_to_rle
-from segrl.metrics.overlap import dice, failure, iou
+from segrl.metrics.overlap import overlaps
 from segrl.metrics.registry import Metric, make_metric
 from segrl.predictions.prediction import Prediction
 from segrl.predictions.reserved_text import check_reserved
@@ -44,7 +45,7 @@ def check_questions(dataset: Dataset, segmenter: Any) -> None:
 
 
 def score_rows(
-    dataset: Dataset,
+    rows: Dataset | Sequence[Mapping[str, Any]],
     read: Callable[[dict[str, Any]], tuple[Any, Any]],
     answer: Callable[[list[tuple[Any, Any]]], Sequence[Prediction]],
     record: Callable[[Prediction, Any], dict[str, Any]],
@@ -53,11 +54,12 @@ def score_rows(
     batch_size: int,
     progress: bool,
     on_answer: OnAnswer | None,
+    ahead: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a record of every row, in order.
 
     Args:
-        dataset: The rows.
+        rows: The rows, by number; each is read once, in order.
         read: A row to what is shown and its target.
         answer: What was read of a batch to its predictions.
         record: A prediction and its target to a record.
@@ -65,6 +67,7 @@ def score_rows(
         batch_size: Rows read and answered together.
         progress: Whether the bar is shown.
         on_answer: Sees every answer.
+        ahead: Read the next batch in a thread while one is answered; two are in memory then.
 
     Raises:
         DataError: `batch_size` is below 1.
@@ -72,9 +75,13 @@ def score_rows(
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: expected 1 or more rows per generation")
     records: list[dict[str, Any]] = []
-    starts = range(0, len(dataset), batch_size)
-    for start in track(starts, title, len(starts), disable=not progress):
-        batch = [read(dict(dataset[n])) for n in range(start, min(start + batch_size, len(dataset)))]
+    starts = range(0, len(rows), batch_size)
+
+    def read_batch(start: int) -> list[tuple[Any, Any]]:
+        return [read(dict(rows[n])) for n in range(start, min(start + batch_size, len(rows)))]
+
+    batches = read_ahead(read_batch, starts) if ahead else map(read_batch, starts)
+    for batch in track(batches, title, len(starts), disable=not progress):
         for prediction, (shown, target) in zip(answer(batch), batch, strict=True):
             if on_answer is not None:
                 on_answer(len(records), shown, prediction, target)
@@ -121,13 +128,12 @@ def overlap_record(
             f"{target.name or 'row'}: the predicted mask has shape {prediction.mask.shape}, the true one "
             f"{target.mask.shape}; put the prediction on the grid of the image or scan"
         )
-    mask, true = counted_masks(prediction, target)
-    found = None if prediction.mask is None else mask
+    score, overlap = overlaps(*counted_masks(prediction, target))
     return {
         **target.to_dict(),
-        "dice": dice(mask, true),
-        "iou": iou(mask, true),
-        "fail": failure(found, true, prediction.valid),
+        "dice": score,
+        "iou": overlap,
+        "fail": not prediction.valid or score == 0.0,
         "status": str(prediction.status.value),
         "text": prediction.text,
         "boxes": prediction.boxes.tolist(),

@@ -1,10 +1,11 @@
-"""Masks that another system wrote as COCO's results: a list of image, category, segmentation and score."""
+"""COCO's results, a list of image, category, segmentation and score: those of another system read, answers written."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import numpy as np
 from datasets import Dataset
 
 from segrl.data.formats.coco import coco_mask, coco_tables
+from segrl.data.formats.coco_writing import CocoWriter
 from segrl.data.formats.rows import plain_name
 from segrl.data.formats.sources import listed, read_json
 from segrl.errors import DataError
 from segrl.evaluation.stored_masks import StoredMasks
 from segrl.geometry.masks import mask_to_rle, rle_to_mask
+from segrl.geometry.run_lengths import rle_counts
 from segrl.predictions.prediction import Prediction
 
-__all__ = ["CocoMasks", "is_coco_results"]
+__all__ = ["CocoMasks", "CocoResults", "is_coco_results"]
 
 
 class CocoMasks(StoredMasks):
@@ -106,6 +109,103 @@ class CocoMasks(StoredMasks):
         return self.checked(mask, target, f"{self.folder}, row {number}")
 
 
+class CocoResults:
+    """Writes the masks of answers as COCO's results; `CocoMasks` and pycocotools read the same masks back.
+
+    An answer is one detection, in the image that has the name of its row and in the category of its lesion; one with an
+    empty mask, or without a mask, is none. Its score is its confidence, or 1 where none is known.
+
+    Args:
+        names: Of the images of all rows, in order.
+        lesions: Of the rows.
+        annotations: JSON with the ids of images and categories; None: a file of annotations, with the true masks, is
+            written beside the results, `NAME_annotations.json`.
+
+    Raises:
+        DataError: Rows that COCO cannot tell apart or that have no lesion, images and categories without an id: all are
+            counted, ten named; or annotations of another layout.
+
+    Example:
+        >>> from segrl.geometry import mask_to_rle
+        >>> mask = mask_to_rle(np.eye(2, dtype=bool), compressed=True)
+        >>> record = {"name": "a.png", "lesion": "cyst", "predicted_mask": mask, "target_mask": mask}
+        >>> CocoResults(["a.png"], ["cyst"]).write("found.json", [record])
+        >>> read_json(Path("found.json"))
+        [{'image_id': 1, 'category_id': 1, 'segmentation': {'size': [2, 2], 'counts': '0120'}, 'score': 1.0}]
+        >>> is_coco_results(Path("found.json")), coco_tables(Path("found_annotations.json"))[1]
+        (True, {1: 'cyst'})
+    """
+
+    def __init__(self, names: Sequence[str], lesions: Sequence[str], annotations: str | Path | None = None) -> None:
+        self.annotations = None if annotations is None else Path(annotations)
+        self._keys = [_key(name, lesion) for name, lesion in zip(names, lesions, strict=True)]
+        rows = list(enumerate(zip(names, self._keys, strict=True)))
+        problems = [f"row {number} ({name}): no lesion, and COCO has a category for each detection"
+                    for number, (name, key) in rows if not key[1]]  # fmt: skip
+        first: dict[tuple[str, str], int] = {}
+        stems: dict[str, str] = {}
+        for number, (name, key) in rows:
+            if first.setdefault(key, number) != number:
+                problems.append(f"row {number} ({name}): asks for {key[1]!r} as row {first[key]} does, of that name")
+            elif stems.setdefault(key[0], name) != name:
+                problems.append(f"row {number} ({name}): has the name of {stems[key[0]]}")
+        if self.annotations is not None:
+            pictures, categories = self._tables(self.annotations)
+            for number, (name, key) in rows:
+                if key[0] not in pictures or key[1] not in categories:
+                    what = "the image" if key[0] not in pictures else f"the category {key[1]!r}"
+                    problems.append(f"row {number} ({name}): {what} is not in {annotations}")
+        if problems:
+            raise DataError(f"COCO's results: {len(problems)} problems, expected none:{listed(problems)}")
+
+    def write(self, path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write the answers; existing files are replaced.
+
+        Args:
+            path: JSON file of the results.
+            records: One for each row, of `segrl.evaluation.overlap_record`.
+        """
+        path, annotations = Path(path), self.annotations
+        if annotations is None:
+            annotations, terms = path.with_name(f"{path.stem}_annotations.json"), dict[str, str]()
+            writer = CocoWriter()
+            for record in records:
+                true = rle_to_mask(record["target_mask"])
+                category = terms.setdefault(record["lesion"].casefold(), record["lesion"])
+                writer.add(record["name"], true.shape[::-1], true, category=category)
+            writer.write(annotations)
+        pictures, categories = self._tables(annotations)
+        found = []
+        for (name, lesion), record in zip(self._keys, records, strict=True):
+            mask = record["predicted_mask"]
+            if mask is not None and rle_counts(mask)[1::2].any():
+                sure = (record.get("confidence") or {}).get("value")
+                ids = {"image_id": pictures[name], "category_id": categories[lesion]}
+                found.append({**ids, "segmentation": mask, "score": 1.0 if sure is None else sure})
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.write_text(json.dumps(found), encoding="utf-8")
+        unfinished.replace(path)
+
+    @staticmethod
+    def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Ids of images by the name of their file, and of categories by their name."""
+        pictures, categories = coco_tables(path)
+        names: dict[str, Any] = {}
+        shared = []
+        for number, entry in pictures.items():
+            name = plain_name(Path(entry["file_name"]).stem)
+            if names.setdefault(name, number) != number:
+                shared.append(f"image {name}: ids {names[name]} and {number}")
+        if shared:
+            raise DataError(f"{path}: {len(shared)} images have the name of another one:{listed(shared)}")
+        return names, {name.casefold(): number for number, name in categories.items()}
+
+
+def _key(name: str, lesion: str) -> tuple[str, str]:
+    """What tells rows apart: the name of their image, and their lesion."""
+    return plain_name(Path(str(name)).stem), str(lesion).strip().casefold()
+
+
 def is_coco_results(path: Path) -> bool:
     """Return whether a JSON file is a list of detections, and not of segrl's records.
 
@@ -139,5 +239,5 @@ def _rows(dataset: Dataset) -> dict[tuple[str, str], list[int]]:
     found: dict[tuple[str, str], list[int]] = {}
     columns = [dataset[name] if name in dataset.column_names else [""] * len(dataset) for name in ("name", "lesion")]
     for number, (name, lesion) in enumerate(zip(*columns, strict=True)):
-        found.setdefault((plain_name(Path(str(name)).stem), str(lesion).casefold()), []).append(number)
+        found.setdefault(_key(name, lesion), []).append(number)
     return found

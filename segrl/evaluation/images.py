@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from segrl.data.images.kept import KeptPixels, KeptRows
 from segrl.data.images.prompts import FULL_IMAGE
 from segrl.evaluation.base import OnAnswer, check_questions, overlap_record, score_rows
 from segrl.geometry.image_files import read_image
@@ -29,6 +30,7 @@ def evaluate(
     metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
+    kept: KeptPixels | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Ask the model about every row, greedily unless the settings say otherwise.
@@ -41,6 +43,8 @@ def evaluate(
         progress: Show a progress bar.
         on_answer: Called for every row with its number, the image, the prediction and the target; to draw or keep what
             the records do not hold.
+        kept: Pixels that `segrl.data.load_folder` read of these rows, or of more that begin with them; None reads their
+            files.
         settings: To `ReasoningSegmenter.predict_batch`, such as `samples=8, seed=0`.
 
     Returns:
@@ -69,7 +73,7 @@ def evaluate(
         return segmenter.predict_batch(images, [target.query for target in targets], sizes=sizes, **settings)
 
     return score_rows(
-        dataset,
+        dataset if kept is None else KeptRows(dataset, kept),
         lambda row: (whole_image(row), read_image_target(row)),
         answer,
         partial(overlap_record, metrics=metrics),
@@ -77,6 +81,7 @@ def evaluate(
         batch_size=batch_size,
         progress=progress,
         on_answer=on_answer,
+        ahead=True,
     )
 
 
@@ -134,6 +139,7 @@ def evaluate_true_boxes(
         batch_size=batch_size,
         progress=progress,
         on_answer=on_answer,
+        ahead=True,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from segrl.data.images.kept import KeptPixels, KeptRows
 from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.labels import read_label
 from segrl.errors import DataError
@@ -125,6 +126,7 @@ def evaluate_masks(
     metrics: Sequence[str | Metric] = (),
     progress: bool = True,
     on_answer: OnAnswer | None = None,
+    kept: KeptPixels | None = None,
 ) -> list[dict[str, Any]]:
     """Score the masks of a folder, whichever system wrote them.
 
@@ -135,6 +137,7 @@ def evaluate_masks(
         metrics: See `segrl.evaluation.evaluate`.
         progress: Show a progress bar.
         on_answer: See `segrl.evaluation.evaluate` and `evaluate_volumes`.
+        kept: See `segrl.evaluation.evaluate`; for images.
 
     Returns:
         One record per row as of `segrl.evaluation.overlap_record`, of volumes with "hd95_mm" and "nsd"; "fail" is Dice
@@ -172,7 +175,8 @@ def evaluate_masks(
         return {name: value for name, value in found.items() if name not in _OF_SLICES}
 
     settings: dict[str, Any] = {"title": "score", "batch_size": batch_size, "progress": progress}
-    return score_rows(dataset, read, answer, record, **settings, on_answer=on_answer)
+    rows = dataset if kept is None else KeptRows(dataset, kept)
+    return score_rows(rows, read, answer, record, **settings, on_answer=on_answer, ahead=not stored.volumes)
 
 
 def _names(dataset: Dataset) -> Iterable[str]:

@@ -219,11 +219,17 @@ def mask_to_rle(mask: ArrayLike, *, compressed: bool = False) -> dict[str, Any]:
     inside = foreground(mask, ndim=3 if np.ndim(mask) == 3 else 2)
     if inside.size > MAX_RLE_PIXELS:
         raise DataError(f"mask: shape {inside.shape}; expected at most {MAX_RLE_PIXELS} pixels, what rle_to_mask reads")
-    pixels = inside.swapaxes(-1, -2).ravel()
-    starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    counts = np.diff(starts, prepend=0, append=pixels.size)
-    if pixels.size and pixels[0]:
-        counts = np.concatenate([[0], counts])
+    first, columns = 0, inside
+    if inside.ndim == 2:  # lesions are small: columns without one are one run
+        box = mask_to_box(inside)
+        left, right = (0, 0) if box is None else (int(box[0]), int(box[2]))
+        first, columns = left * inside.shape[0], inside[:, left:right]
+    pixels = np.zeros(columns.size + 2, dtype=bool)  # background around them
+    pixels[1:-1] = columns.swapaxes(-1, -2).ravel()
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + first
+    if changes.size and changes[-1] == inside.size:
+        changes = changes[:-1]
+    counts = np.diff(changes, prepend=0, append=inside.size)
     return {"size": list(inside.shape), "counts": counts_to_text(counts) if compressed else counts.tolist()}
 
 

@@ -37,6 +37,8 @@ def counts_to_text(counts: np.ndarray) -> str:
         more = open_ & (rest != np.where(five & _SIGN, -1, 0))
         table[open_, place] = (five + np.where(more, _MORE, 0) + _FIRST)[open_]
         open_ = more
+        if not more.any():
+            break
     return table[table > 0].tobytes().decode("ascii")
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from segrl.errors import DataError
 from segrl.geometry.masks import empty_score, foreground
 
-__all__ = ["dice", "failure", "iou"]
+__all__ = ["dice", "failure", "iou", "overlaps"]
 
 
 def dice(pred: ArrayLike, true: ArrayLike) -> float:
@@ -32,9 +32,7 @@ def dice(pred: ArrayLike, true: ArrayLike) -> float:
         >>> dice([[1, 1, 0]], [[0, 255, 255]])
         0.5
     """
-    overlap, pred_area, true_area = _areas(pred, true)
-    empty = empty_score(pred_area == 0, true_area == 0)
-    return 2 * overlap / (pred_area + true_area) if empty is None else empty
+    return overlaps(pred, true)[0]
 
 
 def iou(pred: ArrayLike, true: ArrayLike) -> float:
@@ -54,9 +52,25 @@ def iou(pred: ArrayLike, true: ArrayLike) -> float:
         >>> iou([[1, 1, 1, 0]], [[0, 0, 255, 255]])
         0.25
     """
+    return overlaps(pred, true)[1]
+
+
+def overlaps(pred: ArrayLike, true: ArrayLike) -> tuple[float, float]:
+    """Compute `dice` and `iou` in one pass over the masks.
+
+    Raises:
+        DataError: As these.
+
+    Example:
+        >>> overlaps([[1, 1, 0]], [[0, 255, 255]])
+        (0.5, 0.3333333333333333)
+    """
     overlap, pred_area, true_area = _areas(pred, true)
     empty = empty_score(pred_area == 0, true_area == 0)
-    return overlap / (pred_area + true_area - overlap) if empty is None else empty
+    if empty is not None:
+        return empty, empty
+    total = pred_area + true_area
+    return 2 * overlap / total, overlap / (total - overlap)
 
 
 def _areas(pred: ArrayLike, true: ArrayLike) -> tuple[int, int, int]:

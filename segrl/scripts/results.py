@@ -106,10 +106,20 @@ class ImageResults:
         self.pictures = self.pictures if pictures is None else pictures
 
     def score(
-        self, system: SegmenterBase | StoredMasks, rows: Any, batch_size: int, draw: bool
+        self, system: SegmenterBase | StoredMasks, rows: Any, batch_size: int, draw: bool, kept: Any = None
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return summary and records of a model, or of masks, on some rows; `draw` draws the first answers, too."""
+        """Return summary and records of a model, or of masks, on some rows.
+
+        Args:
+            system: The model, or the masks.
+            rows: Of the data set.
+            batch_size: Rows per generation.
+            draw: Draw the first answers, too.
+            kept: Of images, `segrl.data.images.kept.KeptPixels` of these rows; None reads their files.
+        """
         asked: dict[str, Any] = {"batch_size": batch_size, "on_answer": self._see if draw else None}
+        if kept is not None:
+            asked["kept"] = kept
         began = time.monotonic()
         if isinstance(system, StoredMasks):
             records = evaluate_masks(system, rows, **asked)

@@ -74,6 +74,8 @@ def read_ispy1(
         Traceback (most recent call last):
         segrl.errors.DataError: no/such/folder: no masks_stv_manual in it or in its NIfTI-Files; it has none of ...
     """
+    if phase < 0:
+        raise DataError(f"phase={phase}: expected 0, before the contrast agent, or more")
     home, scans = _home(Path(source), masks), None if dicom is None else Path(dicom)
     if scans is not None and not scans.is_dir():
         raise DataError(f"{scans}: no such folder; expected the collection ISPY1, a folder for each patient")

@@ -9,7 +9,7 @@ of training and all bad files can be fixed at once.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,21 @@ from PIL import Image as PILImage
 
 from segrl.caching.content import content_key
 from segrl.data.contents import SplitContents
+from segrl.data.images.kept import KeptPixels
 from segrl.data.listed_files import find_file
 from segrl.data.manifest import check_dataset, parts_of, raise_all, read_manifest
+from segrl.data.read_ahead import read_ahead
 from segrl.errors import DataError
 from segrl.geometry.image_files import image_orientation, open_image, read_image
 from segrl.geometry.mask_images import binarize, read_mask_file
+from segrl.geometry.masks import mask_to_box
 from segrl.predictions.target import METADATA_COLUMNS
 
 __all__ = ["IGNORED", "check_rows", "load_folder"]
 
 IGNORED = "ignored"  # column of pixels that scores leave out
+_AHEAD = 4  # rows that are read before they are looked at
+_FEW = 256  # pixels that are compared first
 
 
 def load_folder(
@@ -39,6 +44,7 @@ def load_folder(
     limit: int | None = None,
     allow_outside: bool = False,
     contents: SplitContents | None = None,
+    kept: KeptPixels | None = None,
 ) -> Dataset:
     """Load the pairs of image and mask that `<path>/manifest.csv` lists.
 
@@ -56,6 +62,7 @@ def load_folder(
         limit: Keep only the first rows, after the split.
         allow_outside: Whether the manifest may name files outside the folder, by `..`, absolute paths or links.
         contents: Collects what the split holds, so that it is compared with the others (see `check_rows`).
+        kept: Keeps the pixels that are read to validate, by the number of their row, for an evaluation.
 
     Returns:
         A data set with the columns image, mask, query, modality, anatomy, lesion, name (the image path, unless the
@@ -91,13 +98,15 @@ def load_folder(
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(features))
     contents = contents or SplitContents()
     if validate:
-        problems += _problems(dataset, locations, contents, split or "")
+        problems += _problems(dataset, locations, contents, split or "", kept)
     raise_all(problems, found.total, found.source)
     contents.warn(found.source)
     return dataset
 
 
-def check_rows(dataset: Dataset, *, contents: SplitContents | None = None, split: str = "") -> None:
+def check_rows(
+    dataset: Dataset, *, contents: SplitContents | None = None, split: str = "", kept: KeptPixels | None = None
+) -> None:
     """Check every row of a data set with the columns image, mask and query, reading one row at a time.
 
     A row is bad if its image or mask is missing or corrupt, holds several pages or transparent pixels, or declares more
@@ -110,6 +119,7 @@ def check_rows(dataset: Dataset, *, contents: SplitContents | None = None, split
         contents: Collects what the split holds. Pass the same object for all splits to be warned of images that two of
             them share.
         split: Name of the split, for warnings; "" takes it from a column split, if there is one.
+        kept: As in `load_folder`.
 
     Raises:
         DataError: For a missing or wrongly typed column, for no rows, and for bad rows: the first ten with row number,
@@ -132,12 +142,18 @@ def check_rows(dataset: Dataset, *, contents: SplitContents | None = None, split
     check_dataset(
         dataset,
         ("image", "mask", "query"),
-        lambda rows, locations: _problems(rows, locations, contents, split),
+        lambda rows, locations: _problems(rows, locations, contents, split, kept),
     )
     contents.warn("dataset")
 
 
-def _problems(dataset: Dataset, locations: Iterable[str], contents: SplitContents | None, split: str) -> Iterator[str]:
+def _problems(
+    dataset: Dataset,
+    locations: Iterable[str],
+    contents: SplitContents,
+    split: str,
+    kept: KeptPixels | None,
+) -> Iterator[str]:
     """Yield every problem with the files of a data set, row by row; at most one per file and one per pair."""
     for column in ("image", "mask"):
         if not isinstance(dataset.features[column], Image):
@@ -146,25 +162,19 @@ def _problems(dataset: Dataset, locations: Iterable[str], contents: SplitContent
                 f"use dataset.cast_column({column!r}, datasets.Image()) for paths or bytes, and fill polygons with "
                 "PIL.ImageDraw.Draw(image).polygon first"
             )
-    contents = contents or SplitContents()
     encoded = dataset
     for column in ("image", "mask", IGNORED):
         if column in encoded.column_names:
             encoded = encoded.cast_column(column, Image(decode=False))
-    for location, row in zip(locations, encoded, strict=True):
-        assert isinstance(row, dict)
-        pair = _Pair()
-        for column, read in (("image", pair.read_image), ("mask", pair.read_mask), (IGNORED, pair.read_ignored)):
-            try:
-                if row.get(column) is not None or column != IGNORED:
-                    read(row.get(column))
-            except DataError as error:
-                yield f"{location}: {error}{_path(error, row[column])}"
-        problem = pair.problem()
+    for number, (location, pair) in enumerate(zip(locations, read_ahead(_Pair.of, encoded, _AHEAD), strict=True)):
+        yield from (f"{location}: {error}" for error in pair.errors)
+        row, problem = pair.row, pair.problem()
         if problem is None and pair.image is not None and pair.mask is not None:
             name = split or str(row.get("split") or "")
-            keys = {"image": content_key(pair.image), "mask": content_key(pair.mask)}
-            problem = contents.add(name, location, row, **keys, share=float(pair.mask.mean()))
+            share = np.count_nonzero(pair.mask) / pair.mask.size
+            problem = contents.add(name, location, row, image=pair.keys[0], mask=pair.keys[1], share=share)
+            if kept is not None:
+                kept.add(number, pair.image, pair.mask, pair.ignored)
         if problem is not None:
             yield f"{location}: {problem}"
 
@@ -172,11 +182,28 @@ def _problems(dataset: Dataset, locations: Iterable[str], contents: SplitContent
 class _Pair:
     """An image and its mask, upright, and how their files store them."""
 
-    def __init__(self) -> None:
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.row = row
+        self.errors: list[str] = []
+        self.keys = "", ""  # of the content of image and mask
         self.image: np.ndarray | None = None  # (H, W, 3) uint8
         self.mask: np.ndarray | None = None  # (H, W) bool
         self.ignored: np.ndarray | None = None  # (H, W) bool
         self.stored: dict[str, tuple[int, tuple[int, int]]] = {}  # EXIF orientation, (width, height) before it
+
+    @classmethod
+    def of(cls, row: Any) -> _Pair:
+        """Read a row."""
+        pair = cls(row)
+        for column, read in (("image", pair.read_image), ("mask", pair.read_mask), (IGNORED, pair.read_ignored)):
+            try:
+                if row.get(column) is not None or column != IGNORED:
+                    read(row.get(column))
+            except DataError as error:
+                pair.errors.append(f"{error}{_path(error, row[column])}")
+        if pair.image is not None and pair.mask is not None:
+            pair.keys = content_key(pair.image), content_key(np.packbits(pair.mask), pair.mask.shape)
+        return pair
 
     def read_image(self, value: Any) -> None:
         with open_image(value, "image") as image:
@@ -219,12 +246,23 @@ class _Pair:
                 f"the EXIF orientation of the image is {turned}, that of the mask {mask_turned}, and their sizes do "
                 "not tell whether the mask is turned already; save both upright, without the EXIF tag"
             )
-        grey = self.image[..., 0]
-        if 0 < self.mask.mean() < 1 and (self.image == grey[..., None]).all():
-            inside = grey == grey.max()
-            if np.array_equal(inside, self.mask) and not grey[~inside].any():
-                return "the image is the mask itself; give the picture that the mask belongs to"
+        if _is_mask(self.image, self.mask):
+            return "the image is the mask itself; give the picture that the mask belongs to"
         return None
+
+
+def _is_mask(image: np.ndarray, mask: np.ndarray) -> bool:
+    """Return whether an image is one grey value inside a mask, and black outside; a few pixels tell most apart."""
+    inside = mask_to_box(mask)
+    if inside is None or mask.all():
+        return False
+    top = int(inside[1])
+    value = image[top, int(np.argmax(mask[top])), 0]
+    if not value:
+        return False
+    few = slice(None, None, max(1, mask.size // _FEW))
+    sample = (image.reshape(-1, 3)[few] == (mask.reshape(-1, 1)[few] * value)).all()
+    return bool(sample) and bool((image == mask[..., np.newaxis] * value).all())
 
 
 def _merged(paths: Sequence[str]) -> dict[str, Any]:
