@@ -270,7 +270,8 @@ def test_answers_as_cocos_results_come_back_exactly(coco, capsys):
         assert all(np.array_equal(rle_to_mask(r["predicted_mask"]), answers[r["name"], r["lesion"]]) for r in back)
         found = COCO(str(annotations)).loadRes(str(results))
         (one,) = found.loadAnns(found.getAnnIds())
-        assert np.array_equal(found.annToMask(one), list(answers.values())[1])
+        assert np.array_equal(rle_to_mask(one["segmentation"]), list(answers.values())[1])
+        assert one["area"] == list(answers.values())[1].sum()  # as pycocotools counts
 
     def refused(*more: str) -> str:
         assert main([*argv, str(folder), "--overwrite", *more]) == 2

@@ -184,12 +184,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "u_mrg_14k": Benchmark(
         "U-MRG-14K: medical images with questions, reasoning, boxes and points",
-        "announced with MedReasoner; not seen. With the columns of its public loaders in a Hugging Face data set:",
+        "announced with MedReasoner; not seen; read from a Hugging Face data set in the columns of public loaders",
         "segrl data convert hf PATH DESTINATION --columns question=query think=reasoning",
     ),
     "comlesion_14k": Benchmark(
         "CORE-Seg's images, questions and reasoning",
-        "announced by CORE-Seg; not seen. In any columns of a Hugging Face data set:",
+        "announced by CORE-Seg; not seen; read from a Hugging Face data set with any columns",
         "segrl data convert hf PATH DESTINATION --columns THEIRS=OURS ...",
         ("core_seg",),
     ),
