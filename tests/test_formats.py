@@ -450,6 +450,7 @@ def annotation(segmentation: Any) -> dict[str, Any]:
         ({"categories": [{"id": 1}]}, r"categories\[0\] has no name"),
         ({"images": "x"}, "expected an object with the lists"),
         ({"images": [{"id": 1, "file_name": "y.png", "height": 8, "width": 8}]}, "image y.png: not in"),
+        ({"images": [{"id": 1, "file_name": "x.png", "height": 8, "width": 9}]}, "x.png: 8 x 8 px, expected 9 x 8 as"),
     ],
 )
 def test_broken_coco(changes, message, tmp_path):

@@ -17,6 +17,7 @@ from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
 from segrl.data.formats.sources import listed, read_json
 from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
+from segrl.geometry.image_files import open_image
 from segrl.geometry.masks import mask_to_rle, rle_to_mask
 
 __all__ = ["coco_annotations", "coco_mask", "coco_tables", "read_coco", "write_coco"]
@@ -47,8 +48,8 @@ def read_coco(
 
     Raises:
         DataError: No JSON, or of another layout; categories whose names are equal; annotations that refer to nothing,
-            polygons with fewer than three points or that cross themselves, run lengths of another size: all are
-            counted, ten named; images that are not there.
+            polygons with fewer than three points or that cross themselves, run lengths of another size, images that
+            are not there or have another size than the file says: all are counted, ten named.
 
     Example:
         >>> list(read_coco("no.json", "images", texts={}))
@@ -59,6 +60,7 @@ def read_coco(
     pictures, categories = coco_tables(Path(annotations))
     missing = [entry["file_name"] for entry in pictures.values() if not (Path(images) / entry["file_name"]).is_file()]
     problems = [f"image {name}: not in {images}" for name in missing]
+    problems += _other_sizes(pictures.values(), Path(images), set(missing))
     shapes: dict[tuple[Any, Any], list[Any]] = {}
     for number, entry in enumerate(content["annotations"]):
         where = f"annotation {entry.get('id', number)}"
@@ -81,6 +83,22 @@ def read_coco(
         mask = np.any([rle_to_mask(part) for part in parts], axis=0)
         row = {**texts, "lesion": categories[category]}
         yield FormatRow(Path(images) / picture["file_name"], mask, picture["file_name"], split or splits[image], row)
+
+
+def _other_sizes(pictures: Iterable[Mapping[str, Any]], images: Path, missing: set[str]) -> Iterator[str]:
+    """Yield the problems of images that are there, whose masks would be drawn at a size that they do not have."""
+    for entry in pictures:
+        name, said = entry["file_name"], (entry["width"], entry["height"])
+        if name in missing:
+            continue
+        try:
+            with open_image(images / name, f"image {name}") as opened:
+                size = opened.size
+        except DataError as error:
+            yield str(error)
+            continue
+        if said not in (size, size[::-1]):  # an EXIF rotation swaps the two
+            yield f"image {name}: {size[0]} x {size[1]} px, expected {said[0]} x {said[1]} as the file says"
 
 
 def coco_mask(
