@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,7 +270,7 @@ def test_answers_as_cocos_results_come_back_exactly(coco, capsys):
         assert back == read_json(stored)
         assert all(np.array_equal(rle_to_mask(r["predicted_mask"]), answers[r["name"], r["lesion"]]) for r in back)
         found = COCO(str(annotations)).loadRes(str(results))
-        (one,) = found.loadAnns(found.getAnnIds())
+        one: Any = found.loadAnns(found.getAnnIds())[0]
         assert np.array_equal(rle_to_mask(one["segmentation"]), list(answers.values())[1])
         assert one["area"] == list(answers.values())[1].sum()  # as pycocotools counts
 

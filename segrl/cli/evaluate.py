@@ -229,8 +229,7 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
         results.write(found, {"model": records}, "model")
         if coco is not None:
             coco.write(arguments.coco, records)
-            say(f"Written to {arguments.coco}: COCO's results, whose ids are in "
-                f"{arguments.annotations or f'{arguments.coco.stem}_annotations.json'}")  # fmt: skip
+            say(f"Written to {arguments.coco}: COCO's results")
         if arguments.conventions:
             say(page)
     return OK
