@@ -2,8 +2,9 @@
 
     python benchmarks/predict_speed.py RUN [--images FOLDER] [--repeats 3]
 
-Printed are medians over the repeats, taken in turns in one process after a first call, with the greedy answers of both
-ways compared: texts and boxes must be equal, masks may differ in the rounding of batched sums at their border.
+Printed are medians over the repeats, of wall and of CPU time, taken in turns in one process after a first call, with
+the greedy answers of both ways compared: texts and boxes must be equal, masks may differ in the rounding of batched
+sums at their border.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ from segrl.inference import load
 from segrl.reports import say
 
 
-def seconds(repeats: int, *works: Callable[[], Any]) -> list[float]:
-    """Return the median wall time of each work; they take turns, so that a slow minute of the machine is in all."""
-    found: list[list[float]] = [[] for _ in works]
+def seconds(repeats: int, *works: Callable[[], Any]) -> tuple[list[float], list[float]]:
+    """Return the median wall time of each work, and its median CPU time, which other programs disturb less.
+
+    They take turns, so that a slow minute of the machine is in all.
+    """
+    found: list[list[tuple[float, float]]] = [[] for _ in works]
     for _ in range(repeats):
         for work, times in zip(works, found, strict=True):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    return [statistics.median(times) for times in found]
+            times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    wall, cpu = ([statistics.median(pair[n] for pair in times) for times in found] for n in (0, 1))
+    return wall, cpu
 
 
 def main() -> None:
@@ -63,7 +68,7 @@ def main() -> None:
         for a, b in zip(single, together, strict=True)
     )
     few, many = list(zip(images, queries, strict=True))[:4], options.samples
-    calls, batch, one, several = seconds(
+    (calls, batch, one, several), cpu = seconds(
         options.repeats,
         lambda: [segmenter.predict(image, query) for image, query in zip(images, queries, strict=True)],
         lambda: segmenter.predict(images, queries),
@@ -82,6 +87,8 @@ def main() -> None:
         "seconds_calls": calls,
         "seconds_batch": batch,
         "speedup": calls / batch,
+        "cpu_seconds": dict(zip(("calls", "batch", "one_sample", "samples"), cpu, strict=True)),
+        "speedup_cpu": cpu[0] / cpu[1],
         "texts_that_differ": different,
         "largest_share_of_mask_pixels_that_differ": pixels,
         "samples": many,

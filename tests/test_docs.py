@@ -60,6 +60,22 @@ def test_code_runs_as_it_is_printed(page, number, tmp_path, monkeypatch, registr
     runpy.run_path(str(script), run_name="__main__")
 
 
+def test_pictures_are_small_and_in_the_gallery():
+    pictures = sorted((ROOT / "docs" / "assets").iterdir())
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+    assert len(pictures) >= 12
+    assert [path.name for path in pictures if path.stat().st_size > 300_000] == []
+    assert [path.name for path in pictures if f"](assets/{path.name})" not in gallery] == []
+
+
+def test_links_of_texts_that_are_no_pages_of_the_documentation():
+    """Those of the pages are checked by `mkdocs build --strict`."""
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("examples/*/README.md")]
+    for path in texts:
+        for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+            assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
+
+
 def imported(path):
     """Return the module or the attribute of a module that a page names."""
     module, _, name = path.rpartition(".")

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from segrl import DenseLoss, ReasoningSegmenter, SegSFTConfig, SegSFTTrainer
 from segrl.data import prepare
 from segrl.data.images.prompts import shown_image
-from segrl.errors import CheckpointError, DataError
+from segrl.errors import CheckpointError, DataError, SegRLError
 from segrl.heads import SegInput, find_mask_head
 from segrl.heads.decoding import masks_at
 from segrl.losses import dice_ce
@@ -253,6 +253,13 @@ class TestInput:
             segmenter.predict_batch([picture(), None], ["Find it."] * 2)
         with pytest.raises(DataError, match="1 sizes for 2 images"):
             segmenter.predict_batch([picture()] * 2, ["Find it."] * 2, sizes=[(3, 4)])
+
+    def test_a_device_that_is_not_there(self, tmp_path):
+        for load in (ReasoningSegmenter.from_pretrained, ReasoningSegmenter.zero_shot):
+            with pytest.raises(SegRLError, match="device 'tpu': expected cpu, cuda, or cuda:N"):
+                load(tmp_path, device="tpu")
+            with pytest.raises(SegRLError, match=r"device 'cuda:99': this machine has \d+ CUDA devices"):
+                load(tmp_path, device="cuda:99")
 
     @pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
     def test_several_sequences_per_question_are_an_error(self, segmenter, option):

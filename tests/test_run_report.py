@@ -125,6 +125,10 @@ def test_what_is_no_run(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert main(["report", str(run), "-o", str(tmp_path / "notes.txt")]) == 2
     assert "is there and is no HTML file" in capsys.readouterr().err
+    assert main(["report", str(run), "-o", str(tmp_path / "notes.txt" / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert "notes.txt" in said
+    assert said.count("\n") == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
     for name in ("results.json", "predictions.json", "log_history.json", "segrl_run.json"):
         (run / name).write_text("{")

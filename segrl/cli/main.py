@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return BAD
+    except OSError as error:  # a full disk, a folder that may not be written, a file in the place of a folder
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror or error}; pass another path")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

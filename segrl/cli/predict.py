@@ -150,8 +150,9 @@ def _check(arguments: argparse.Namespace, jobs: Sequence[_Job], task: str) -> No
     from segrl.errors import SegRLError
 
     folder = arguments.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise SegRLError(f"--output_dir {folder} is a file; pass a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SegRLError(f"--output_dir {folder}: {there.name} is a file; pass a folder")
     if arguments.temperature is not None and arguments.samples == 1:
         raise SegRLError("--temperature is for --samples of 2 or more; a single answer is greedy")
     if arguments.abstain_below is not None and task == "volumes" and arguments.samples == 1:

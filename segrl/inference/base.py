@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from segrl.errors import CheckpointError
+from segrl.errors import CheckpointError, SegRLError
 from segrl.heads.attach import attach_mask_head, detach_mask_head, find_mask_head
 from segrl.heads.decoding import Completions, generation_states
 from segrl.heads.mask_head import HEAD_CONFIG, MaskHead
@@ -34,7 +34,7 @@ from segrl.segmenters.stored import load_segmenter, save_segmenter
 from segrl.sharing import PromptKey, enable_sharing, images_of, prefill_once
 from segrl.tasks import Task
 
-__all__ = ["SegmenterBase", "find_run"]
+__all__ = ["SegmenterBase", "find_device", "find_run"]
 
 
 _MODELS = ("config.json", "adapter_config.json")
@@ -108,8 +108,9 @@ class SegmenterBase:
 
         Raises:
             CheckpointError: No model there, weights that do not fit, or a run of another task.
+            SegRLError: There is no such device.
         """
-        path = find_run(folder)
+        where, path = find_device(device), find_run(folder)
         settings = load_prompt_settings(path)
         if settings is not None and not isinstance(settings, cls.settings_class):
             raise CheckpointError(
@@ -127,7 +128,7 @@ class SegmenterBase:
                 model, processor = _load_adapter(path, dtype, merge, trainable, kwargs)
             else:
                 model, processor = load_vlm(str(path), dtype=dtype, **kwargs)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(where)
         if (path / HEAD_CONFIG).is_file():
             loaded = MaskHead.from_pretrained(path, tokenizer=processor.tokenizer, head=head)
             _check_token(loaded, processor.tokenizer, (settings or cls.settings_class()).seg_token, path / HEAD_CONFIG)
@@ -303,6 +304,31 @@ class SegmenterBase:
         configured = self.model.generation_config.eos_token_id
         ends = {*(configured if isinstance(configured, list) else [configured]), self.processor.tokenizer.eos_token_id}
         return {token for token in ends if token is not None}
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return a device by its name; None: a CUDA device if there is one, else the CPU.
+
+    Raises:
+        SegRLError: PyTorch knows no such name, or the machine has no such device.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
+        >>> find_device("gpu")
+        Traceback (most recent call last):
+        segrl.errors.SegRLError: device 'gpu': expected cpu, cuda, or cuda:N ...
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if there else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise SegRLError(f"device {name!r}: expected cpu, cuda, or cuda:N (CUDA devices here: {there})") from error
+    if found.type == "cuda" and (found.index or 0) >= there:
+        raise SegRLError(f"device {name!r}: this machine has {there} CUDA devices; pass another, or leave it out")
+    return found
 
 
 def find_run(name: str | os.PathLike) -> Path:

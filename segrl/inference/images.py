@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Self, overload
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import AutoConfig
 
@@ -20,7 +19,7 @@ from segrl.heads.attach import find_mask_head
 from segrl.heads.requests import SegInput
 from segrl.hub import reraise_as
 from segrl.inference.asking import Asked, modalities_for, queries_for, split_settings
-from segrl.inference.base import SegmenterBase
+from segrl.inference.base import SegmenterBase, find_device
 from segrl.inference.batches import MOST, in_batches
 from segrl.inference.result import InferenceResult, result_of
 from segrl.models.loading import load_vlm
@@ -85,13 +84,14 @@ class ReasoningSegmenter(SegmenterBase):
         Raises:
             CheckpointError: There is no such model, or its weights are not complete.
             FrameError: The family is not known, and no frame is given.
+            SegRLError: There is no such device.
         """
+        where = find_device(device)
         with reraise_as(f"model {os.fspath(name)!r}", CheckpointError):
             model_type = AutoConfig.from_pretrained(name).model_type
         settings = zero_shot_settings(model_type, frame_kind)
         model, processor = load_vlm(os.fspath(name), seg_token=None, **kwargs)
         made = load_segmenter(segmenter) if isinstance(segmenter, str | os.PathLike) else segmenter
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model.to(where)  # pyright: ignore[reportArgumentType]
         return cls(model.eval(), processor, settings, made if made is None else made.to(where))
 

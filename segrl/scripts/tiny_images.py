@@ -77,7 +77,7 @@ TINY_QUICK: dict[str, Any] = {
         "captions": {"steps": 3},
         "segmenter": {"encoder_steps": 30, "decoder_steps": 30, "decoder_batch_size": 10, "unprompted": 0.5},
     },
-    "text_warmup": {**TINY_TEXT, "max_steps": 60},
+    "text_warmup": {**TINY_TEXT, "max_steps": 100},
     "sft": {**TINY_SFT, "max_steps": 20},
     "fill_to": 0,
 }
