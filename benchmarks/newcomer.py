@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,7 +78,7 @@ def write_coco(folder: Path) -> None:
         image, mask = picture(n)
         image.save(folder / "pictures" / f"case_{n:02d}.png")
         content["images"].append({"id": n, "file_name": f"case_{n:02d}.png", "width": SIDE, "height": SIDE})
-        lengths = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        lengths: Any = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         known = {"bbox": coco.toBbox(lengths).tolist(), "area": int(mask.sum()), "iscrowd": 0}
         lengths["counts"] = lengths["counts"].decode("ascii")
         content["annotations"].append({"id": n, "image_id": n, "category_id": 1, "segmentation": lengths, **known})
@@ -108,7 +109,7 @@ def write_hf(folder: Path) -> None:
         return {"picture": image, "label": Image.fromarray(mask), "question": QUESTION, "lesion": "nodule"}
 
     parts = {"train": range(IMAGES - TEST), "test": range(IMAGES - TEST, IMAGES)}
-    made = {name: Dataset.from_list([row(n) for n in numbers]) for name, numbers in parts.items()}
+    made: Any = {name: Dataset.from_list([row(n) for n in numbers]) for name, numbers in parts.items()}
     DatasetDict(made).save_to_disk(str(folder / "nodules"))
 
 

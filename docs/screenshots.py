@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ def cases(run: str, path: Path) -> None:
 
 def scenes(run: str, path: Path) -> None:
     """Synthetic scenes with what is asked for, outlined."""
-    rows = make_synthetic(8, size=96, seed=SEED, hard=True)
+    rows: Any = make_synthetic(8, size=96, seed=SEED, hard=True)
     figure = Figure(figsize=(12, 6))
     for axes, row in zip(figure.subplots(2, 4).ravel(), rows, strict=True):
         axes.imshow(draw_overlay(row["image"], (288, 288), target=np.asarray(row["mask"]) > 0))
@@ -96,7 +97,7 @@ def sheet(run: str, path: Path) -> None:
 def samples(run: str, path: Path) -> None:
     """One question answered eight times: three of the masks, the mean of all probabilities, the combined mask."""
     rows = make_synthetic(6, size=96, seed=SEED, hard=True)
-    results = load(run, device="cpu").predict(list(rows["image"]), list(rows["query"]), samples=8, seed=0)
+    results: Any = load(run, device="cpu").predict(list(rows["image"]), list(rows["query"]), samples=8, seed=0)
     found = [result for result in results if result.mask is not None and result.probability is not None]
     chosen = sorted(found, key=lambda result: result.confidence.agreement)[len(found) // 4]
     shown = [draw_overlay(chosen.source, (288, 288), mask=one.mask, boxes=one.boxes, pixels=chosen.source.size)
