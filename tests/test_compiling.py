@@ -47,11 +47,12 @@ class TestOperation:
     def test_a_layout_goes_through_a_tensor(self, groups):
         layout = layout_of(groups)
         found = decode_layout(tuple(encode_layout(layout).tolist()), torch.device("cpu"))
-        for one, other in zip(found, layout.groups, strict=True):
-            assert (one.start, one.prompt, one.lengths) == (other.start, other.prompt, other.lengths)
-            for mine, yours in ((one.gather, other.gather), (one.scatter, other.scatter)):
-                assert (mine is None) is (yours is None)
-                assert mine is None or torch.equal(mine, yours)
+        wanted = layout.batches
+        shapes = [[(part.prompts, part.completions, part.longest) for part in one.parts] for one in (found, wanted)]
+        assert shapes[0] == shapes[1]
+        for mine, yours in ((found.index, wanted.index), (found.places, wanted.places)):
+            assert (mine is None) is (yours is None)
+            assert mine is None or torch.equal(mine, yours)
 
     @given(groups_of_lengths)
     def test_values_and_gradients(self, groups):
@@ -61,7 +62,7 @@ class TestOperation:
         results = []
         for call in (
             lambda q, k, v: packed_attention(q, k, v, encode_layout(layout), 0.3),
-            lambda q, k, v: attend(layout.groups, q, k, v, 0.0, 0.3),
+            lambda q, k, v: attend(layout.batches, q, k, v, 0.0, 0.3),
         ):
             inputs = [tensor.clone().requires_grad_() for tensor in tensors]
             output = call(*inputs)

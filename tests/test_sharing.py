@@ -71,9 +71,28 @@ class TestLayout:
         assert sorted(taken) == list(range(layout.tokens))
 
     def test_equal_lengths_need_no_index(self):
-        layout = build_layout([[0, 1], [2]], [3, 3, 2], [4, 4, 0], 4, "cpu")
-        assert [(group.gather, group.scatter) for group in layout.groups] == [(None, None)] * 2
-        assert [group.lengths for group in layout.groups] == [(4, 4), ()]
+        layout = build_layout([[0, 1], [2, 3]], [3] * 4, [4] * 4, 4, "cpu")
+        assert [part.prompts for part in layout.batches.parts] == [(3, 3)]
+        assert (layout.batches.index, layout.batches.places) == (None, None)
+
+    def test_groups_of_similar_shape_are_one_batch(self):
+        """Within a quarter more products of queries and keys; a long prompt is a batch of its own."""
+        lengths = {30: [9, 10], 90: [10, 10], 31: [10, 8], 32: [10, 10, 10]}
+        prompts = [prompt for prompt, own in lengths.items() for _ in own]
+        completions = [length for own in lengths.values() for length in own]
+        members = [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+        batches = build_layout(members, prompts, completions, 10, "cpu").batches
+        assert [part.prompts for part in batches.parts] == [(30, 31, 32), (90,)]
+        assert [part.completions for part in batches.parts] == [3, 2]
+
+    @given(groupings())
+    def test_a_batch_computes_little_more_than_its_groups(self, grouping):
+        """At most a quarter, beside the padding of a group's completions to the longest."""
+        members, prompts, completions, width = grouping
+        layout = build_layout(members, prompts, completions, width, "cpu")
+        apart = [build_layout([rows], prompts, completions, width, "cpu").batches.parts[0].work for rows in members]
+        assert sum(part.work for part in layout.batches.parts) <= 1.25 * sum(apart)
+        assert sum(len(part.prompts) for part in layout.batches.parts) == len(members)
 
 
 class TestAttention:

@@ -67,7 +67,7 @@ def shared_attention(
     if isinstance(shared_prompt, Tensor):
         scaling = query.size(-1) ** -0.5 if scaling is None else scaling
         return packed_attention(query, key, value, shared_prompt, scaling), None
-    return attend(shared_prompt.groups, query, key, value, dropout, scaling), None
+    return attend(shared_prompt.batches, query, key, value, dropout, scaling), None
 
 
 class _Switch:

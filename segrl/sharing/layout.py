@@ -15,37 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "Layout", "build_group", "build_layout"]
+from segrl.sharing.group_batches import Batches, Group, batch_groups
 
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """One prompt and its completions in a packed row.
-
-    Attributes:
-        start: Position of the first prompt token; the completions follow the prompt.
-        prompt: Number of prompt tokens P, at least 1.
-        lengths: Number of tokens of each completion that has any.
-        gather: Positions (G, T) of the completions' tokens, counted from the end of the prompt, filled with 0; None if
-            all completions are equally long and a reshape suffices.
-        scatter: Positions of the tokens in the flattened (G, T), in order; None if `gather` is.
-    """
-
-    start: int
-    prompt: int
-    lengths: tuple[int, ...]
-    gather: Tensor | None = None
-    scatter: Tensor | None = None
-
-    @property
-    def end(self) -> int:
-        """Return the position after the last completion."""
-        return self.start + self.prompt + sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Return the number of tokens of the longest completion, 0 without completions."""
-        return max(self.lengths, default=0)
+__all__ = ["Layout", "build_layout"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +26,13 @@ class Layout:
 
     Attributes:
         groups: The prompts in order, together L tokens.
+        batches: The same groups as their attention is computed.
         rows: Packed positions of each row's last prompt token and completion tokens, (B, T+1); after the end of a
             completion, the position of its last prompt token.
     """
 
     groups: tuple[Group, ...]
+    batches: Batches
     rows: Tensor
 
     @property
@@ -99,19 +73,6 @@ def build_layout(
             last = start + prompt - 1
             rows[row] = [last, *range(position, position + length), *[last] * (width - length)]
             position += length
-        groups.append(build_group(start, prompt, tuple(completions[row] for row in group if completions[row]), device))
+        groups.append(Group(start, prompt, tuple(completions[row] for row in group if completions[row])))
         start = position
-    return Layout(tuple(groups), torch.tensor(rows, device=device))
-
-
-def build_group(start: int, prompt: int, lengths: tuple[int, ...], device: torch.device | str) -> Group:
-    """Build a group from the number of tokens of each completion that has any; see `Group`."""
-    if len(set(lengths)) < 2:
-        return Group(start, prompt, lengths)
-    longest = max(lengths)
-    gather, scatter, begin = [], [], 0
-    for number, length in enumerate(lengths):
-        gather.append([*range(begin, begin + length), *[0] * (longest - length)])
-        scatter += range(number * longest, number * longest + length)
-        begin += length
-    return Group(start, prompt, lengths, torch.tensor(gather, device=device), torch.tensor(scatter, device=device))
+    return Layout(tuple(groups), batch_groups(groups, device), torch.tensor(rows, device=device))

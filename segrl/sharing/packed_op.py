@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from segrl.sharing.group_attention import attend
-from segrl.sharing.layout import Group, Layout, build_group
+from segrl.sharing.group_batches import Batches, Group, batch_groups
+from segrl.sharing.layout import Layout
 
 __all__ = ["decode_layout", "encode_layout", "packed_attention"]
 
@@ -35,16 +36,16 @@ def encode_layout(layout: Layout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def decode_layout(numbers: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
-    """Return the groups that `encode_layout` wrote, with their index tensors on a device."""
-    return tuple(_groups(numbers, device))
+def decode_layout(numbers: tuple[int, ...], device: torch.device) -> Batches:
+    """Return the groups that `encode_layout` wrote as batches, with index tensors on a device."""
+    return batch_groups(list(_groups(numbers)), device)
 
 
-def _groups(numbers: tuple[int, ...], device: torch.device) -> Iterator[Group]:
+def _groups(numbers: tuple[int, ...]) -> Iterator[Group]:
     position = 0
     while position < len(numbers):
         start, prompt, count = numbers[position : position + 3]
-        yield build_group(start, prompt, numbers[position + 3 : position + 3 + count], device)
+        yield Group(start, prompt, numbers[position + 3 : position + 3 + count])
         position += 3 + count
 
 
@@ -87,10 +88,10 @@ def _differentiable() -> Iterator[None]:
 def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = decode_layout(tuple(layout.tolist()), query.device)
+    batches = decode_layout(tuple(layout.tolist()), query.device)
     with _differentiable():
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        output = attend(groups, query, key, value, 0.0, scaling)
+        output = attend(batches, query, key, value, 0.0, scaling)
         found = torch.autograd.grad(output, (query, key, value), gradient)
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
 
