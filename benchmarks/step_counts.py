@@ -117,9 +117,9 @@ def count_layer(lora: int = 8, backend: str = "inductor", width: int = 64) -> Ma
     shape = (1, heads, layout.tokens, width // heads)
     query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
     with Operations() as attention:
-        attend(layout.groups, query, key, value, 0.0, None).sum().backward()
+        attend(layout.batches, query, key, value, 0.0, None).sum().backward()
     with Operations() as again, torch.no_grad():  # compiled, the backward pass computes it once more
-        attend(layout.groups, query, key, value, 0.0, None)
+        attend(layout.batches, query, key, value, 0.0, None)
     reason = compile_layers(model, backend)
     if reason is not None:
         raise SystemExit(f"the layer cannot be compiled: {reason}")
