@@ -18,6 +18,7 @@ from segrl.data.formats.rows import plain_name
 from segrl.data.formats.sources import listed, read_json
 from segrl.errors import DataError
 from segrl.evaluation.stored_masks import StoredMasks
+from segrl.files.whole import write_whole
 from segrl.geometry.masks import mask_to_rle, rle_to_mask
 from segrl.geometry.run_lengths import rle_counts
 from segrl.predictions.prediction import Prediction
@@ -182,9 +183,7 @@ class CocoResults:
                 sure = (record.get("confidence") or {}).get("value")
                 ids = {"image_id": pictures[name], "category_id": categories[lesion]}
                 found.append({**ids, "segmentation": mask, "score": 1.0 if sure is None else sure})
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text(json.dumps(found), encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, json.dumps(found))
 
     @staticmethod
     def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
