@@ -186,8 +186,8 @@ def survey_sources(sources: tuple[SourceSettings, ...]) -> list[Surveyed]:
 
     Example:
         >>> from segrl.data import make_synthetic, write_folder
-        >>> _ = write_folder(make_synthetic(20, size=32), "mine")
-        >>> found = survey_sources((SourceSettings(path=Path("mine"), modality="MRI", licence="CC0-1.0"),))
+        >>> _ = write_folder(make_synthetic(20, size=32), "survey")
+        >>> found = survey_sources((SourceSettings(path=Path("survey"), modality="MRI", licence="CC0-1.0"),))
         >>> len(found), found[0].size, found[0].made
         (20, (32, 32), False)
     """

@@ -17,6 +17,7 @@ class TriedShapes:
         images: Images of the row with the most.
 
     Example:
+        >>> import torch
         >>> tried, row = TriedShapes(), Packed({"input_ids": torch.zeros(1, 9)}, torch.zeros(2, 4))
         >>> tried.outgrown(row), tried.needs_comparison(row)  # there are no images, so the trial before training holds
         (True, False)
@@ -58,6 +59,7 @@ def score_difference(found: Tensor, expected: Tensor, labels: Tensor) -> float:
     """Return the largest difference of two scores (B, T) of tokens; `labels` (B, T) are -100 where there is none.
 
     Example:
+        >>> import torch
         >>> score_difference(torch.tensor([[-1.0, 0.0]]), torch.tensor([[-1.5, -9.0]]), torch.tensor([[5, -100]]))
         0.5
     """

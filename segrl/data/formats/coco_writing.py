@@ -21,6 +21,7 @@ class CocoWriter:
     `segrl.data.formats.read_coco` and pycocotools read it back, pixel by pixel. Ids count from 1.
 
     Example:
+        >>> from pathlib import Path
         >>> writer = CocoWriter()
         >>> writer.add("a.png", (3, 2), np.array([[0, 1, 1], [0, 1, 0]], dtype=bool), category="cyst", score=0.5)
         >>> writer.write("a.json")
