@@ -23,7 +23,7 @@ BOTH = [  # flags of either stage
     (["--weight_decay", "-1"], "--weight_decay -1.0: expected 0 or more"),
     (["--adam_beta1", "1"], "--optim adamw_torch"),
     (["--adam_epsilon", "-1"], "--optim adamw_torch"),
-    (["--optim", "adamw_bnb_8bit"], "--optim adamw_bnb_8bit"),
+    (["--optim", "grokadamw"], "--optim grokadamw"),  # whose package is not installed
     (["--lr_scheduler_type", "warmup_stable_decay"], "--lr_scheduler_type warmup_stable_decay"),
     (["--warmup_steps", "-1"], "--warmup_steps -1"),
     (["--max_grad_norm", "inf"], "--max_grad_norm inf: expected a finite number"),

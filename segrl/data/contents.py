@@ -64,7 +64,7 @@ class SplitContents:
         """
         known = self._splits.setdefault(split, _Split())
         known.rows += 1
-        known.empty += share == 0
+        known.empty += int(share == 0)  # of numpy, too: the overview is JSON
         known.full += share == 1
         known.images.setdefault(image, location)
         texts = Metadata.texts_of(row)
