@@ -30,7 +30,7 @@ SETTINGS = ImagePromptSettings(instruction="Answer.", frame_kind="original_px")
 
 @dataclass(frozen=True)
 class Family:
-    """What a family does with shared prompts: `reason` is in the warning, None where all is shared."""
+    """Behaviour of a family with shared prompts: `reason` is in the warning, None where all is shared."""
 
     reason: str | None = None
     before_training: bool = False  # whether the warning comes when the trainer is made

@@ -93,7 +93,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _coco_results(arguments: argparse.Namespace, names: Any, lesions: Any) -> Any:
-    """What writes --coco, with everything checked that can be before the first answer; None without the flag."""
+    """Return the writer of --coco, checked as far as it can be before any answer; None without the flag."""
     from segrl.errors import SegRLError
     from segrl.evaluation import CocoResults
 

@@ -26,7 +26,7 @@ _AT_A_TIME = 4  # batches of items for each call that a worker may make at a tim
 
 
 class _Connection:
-    """What blocks of `ray_connected` inside each other share: how many there are, and an actor for each file."""
+    """State that blocks of `ray_connected` inside each other share: their number, and an actor for each file."""
 
     depth: ClassVar[int] = 0
     shared: ClassVar[dict[Path | None, Any]] = {}

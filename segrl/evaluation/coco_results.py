@@ -201,7 +201,7 @@ class CocoResults:
 
 
 def _key(name: str, lesion: str) -> tuple[str, str]:
-    """What tells rows apart: the name of their image, and their lesion."""
+    """Return the name of the image and the lesion, which tell rows apart."""
     return plain_name(Path(str(name)).stem), str(lesion).strip().casefold()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from segrl.files.whole import write_whole
+
 __all__ = ["CASE", "CASES", "choose_cases", "encode_case", "fullest_slice", "write_cases"]
 
 CASES = "cases"  # folder of the pictures, by the number of their record
@@ -84,6 +86,4 @@ def write_cases(folder: Path, pictures: Mapping[int, bytes], records: Sequence[M
     """
     for number in sorted({number for chosen in choose_cases(records).values() for number in chosen}):
         if number in pictures:
-            path = folder / CASES / f"{number:05d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pictures[number])
+            write_whole(folder / CASES / f"{number:05d}.jpg", pictures[number])

@@ -219,7 +219,7 @@ def select_features(output: Any, rows: Sequence[int], num_images: Sequence[int])
 
 @dataclass(frozen=True)
 class _Form:
-    """How an output of `get_image_features` holds its images.
+    """Form in which an output of `get_image_features` holds its images.
 
     Attributes:
         kind: Type of the output.
