@@ -32,6 +32,7 @@ def run(
     rows_of_step: tuple[int, int] = (4, 1),
     budget: int | None = None,
     standardise: bool = True,
+    epsilon: float = 1e-8,
 ) -> dict[str, Any]:
     """Train three steps with `<seg>` in the batches of rank 0 only; hashes of all parameters, and what moved."""
     state = PartialState()
@@ -48,7 +49,7 @@ def run(
     common: dict[str, Any] = {
         **{"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
         **{"max_steps": 3, "per_device_train_batch_size": rows_of_step[0], "learning_rate": 1e-2, "logging_steps": 1},
-        **{"gradient_checkpointing": False, "ddp_find_unused_parameters": unused},
+        **{"gradient_checkpointing": False, "ddp_find_unused_parameters": unused, "adam_epsilon": epsilon},
         **{"gradient_accumulation_steps": rows_of_step[1], "tokens_per_micro_batch": budget},
     }
     shared: dict[str, Any] = {
