@@ -146,3 +146,5 @@ def test_data_that_cannot_be_divided(rows):
         Division(source="north").divide(known)
     with pytest.raises(DataError, match=r"--patients '0000\.' is not found in 14 of 24 names, such as 'synthetic_0_0"):
         Division(folds=2, fold=1, patients="0000.").divide(rows)
+    with pytest.raises(DataError, match=re.escape(r"such as '_(0\d*)_5|.*'") + "$"):  # as one types it
+        Division(folds=2, fold=1, patients=r"_(0\d*)_5").divide(rows)

@@ -364,7 +364,7 @@ def _patient(source: SourceSettings, row: Mapping[str, Any], where: str) -> str:
         return str(row.get("patient") or "")
     found = re.search(source.patients, str(row["name"]))
     if found is None:
-        raise DataError(f"{where}: patients={source.patients!r} is not found in the name; expected in all names of a "
+        raise DataError(f"{where}: patients='{source.patients}' is not found in the name; expected in all names of a "
                         "source: add an alternative, such as '...|.*'")  # fmt: skip
     return found[0]
 

@@ -66,7 +66,7 @@ class Division:
         try:
             re.compile(self.patients or "")
         except re.error as error:
-            raise SegRLError(f"--patients {self.patients!r} is no regular expression: {error}") from error
+            raise SegRLError(f"--patients '{self.patients}' is no regular expression: {error}") from error
 
     def divide(self, rows: Dataset) -> dict[str, Dataset]:
         """Return the splits "train" and "test", each with its rows in the order of `rows`.
@@ -194,9 +194,9 @@ def _patients(rows: Dataset, names: list[str], expression: str | None) -> list[s
     without = [name for name, match in zip(names, found, strict=True) if match is None]
     if without:
         raise DataError(
-            f"--patients {expression!r} is not found in {len(without)} of {len(names)} names, such as "
+            f"--patients '{expression}' is not found in {len(without)} of {len(names)} names, such as "
             f"{', '.join(map(repr, without[:_LISTED]))}; expected in all: add an alternative, such as "
-            f"{expression + '|.*'!r}"
+            f"'{expression}|.*'"
         )
     return [match[0] for match in found if match]
 

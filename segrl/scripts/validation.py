@@ -55,7 +55,7 @@ def check_validation(arguments: Any, values: Mapping[str, Sequence[str]]) -> Non
     try:
         re.compile(arguments.patients or "")
     except re.error as error:
-        raise SegRLError(f"--patients {arguments.patients!r} is no regular expression: {error}") from error
+        raise SegRLError(f"--patients '{arguments.patients}' is no regular expression: {error}") from error
     if split is not None and split.strip().casefold() in ("train", "test"):
         why = "it is trained on" if split.strip().casefold() == "train" else "the run is measured on it at its end"
         raise SegRLError(f"--val_split {split}: {why}; pass another split, or --val_fraction 0.1")
