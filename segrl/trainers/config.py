@@ -87,6 +87,14 @@ class SegGRPOConfig(GRPOConfig):
             "micro-batches of per_device_train_batch_size."
         },
     )
+    fuse_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute LoRA in the precision of the layers that it adapts, with scaling and sums inside the "
+            "matrix products, in place of PEFT's casts. What is trained and saved stays float32. A model without LoRA "
+            "trains as it is, with a warning."
+        },
+    )
     compile_layers: bool = field(
         default=False,
         metadata={
@@ -155,6 +163,14 @@ class SegSFTConfig(SFTConfig):
             "help": "Divide the rows of an optimizer step (per_device_train_batch_size times "
             "gradient_accumulation_steps) into as few micro-batches as this number of tokens allows, padding "
             "included. Losses and gradients do not depend on it. None: micro-batches of per_device_train_batch_size."
+        },
+    )
+    fuse_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute LoRA in the precision of the layers that it adapts, with scaling and sums inside the "
+            "matrix products, in place of PEFT's casts. What is trained and saved stays float32. A model without LoRA "
+            "trains as it is, with a warning."
         },
     )
     compile_layers: bool = field(

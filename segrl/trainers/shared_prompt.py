@@ -32,8 +32,8 @@ from segrl.heads.attach import attach_mask_head, detach_mask_head
 from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
 from segrl.sharing.support import COMPARED
-from segrl.trainers.compiled_layers import compile_trained_layers
 from segrl.trainers.engines import is_sharding, synced_generation
+from segrl.trainers.layer_settings import prepare_layers
 from segrl.trainers.token_budget import NORMALIZERS, Part, TokenBudgetMixin, select_batch
 from segrl.trainers.tried_shapes import TriedShapes, score_difference
 
@@ -76,7 +76,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._shares = self._wants_sharing and self._start_sharing()
-        compile_trained_layers(self)
+        prepare_layers(self)
         self._check_budget()
         copies, length = (self.num_generations or 1) if self._shares else 1, self.max_completion_length or 0
         if self._budget is not None and self._budget <= copies * length:
