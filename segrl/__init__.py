@@ -4,6 +4,11 @@ Names are imported on first use, so `import segrl` loads neither torch nor trans
 of what the top level exports: type checkers read it, and so does `lazy_loader`.
 """
 
+import logging
+
 import lazy_loader
+
+# PEFT imports bitsandbytes where it is installed, which then warns of a kernel for 4 bit on a CPU that nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

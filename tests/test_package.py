@@ -44,6 +44,13 @@ def test_import_loads_no_framework_and_little_else(tmp_path):
     assert len(loaded) < 100
 
 
+@pytest.mark.slow
+def test_import_of_peft_and_transformers_says_nothing(tmp_path):
+    """Whatever optional packages are installed, bitsandbytes for one."""
+    code = "import sys; sys.stderr = sys.stdout; import segrl.sharing"
+    assert run_python(code, tmp_path, ROOT) == ""
+
+
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_every_export_is_what_its_folder_lists(module, name):
     value = getattr(segrl, name)
