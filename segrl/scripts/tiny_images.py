@@ -99,12 +99,13 @@ TINY_IMAGES: dict[str, Any] = {
     # reasoning is written for a fifth of the images, masks are there for all: stage 2 learns from what stage 1 cannot
     "synthetic": {"train": 2000, "sft": 400, "test": 240, "size": SIDE},
 }
-# A few hundred real images, each with lesions of one kind: more views of them, and longer.
+# A few hundred real images, each with lesions of one kind: more views of them, and longer; no names to learn.
 TINY_ON_DATA: dict[str, Any] = {
     "pretraining": {
         "vision": {"steps": 400},
         "captions": {"steps": 100},
-        "segmenter": {"encoder_steps": 2000, "decoder_steps": 400, "decoder_batch_size": 12, "unprompted": 0.5},
+        "segmenter": {"encoder_steps": 1500, "decoder_steps": 400, "decoder_batch_size": 12, "unprompted": 0.5},
     },
     "fill_to": 4200,
+    "noun": "lesion",
 }
