@@ -224,3 +224,21 @@ def test_stage_1_sees_the_rows_with_written_answers(tmp_path):
     run.recipe = replace(run.recipe, fill_to=0, pretraining=None)
     assert len(run.prepare(None, processor, completions=True)) == written
     assert len(run.prepare(None, processor, completions=False)) == 550
+
+
+def test_answers_on_own_images_name_no_lesion(tmp_path):
+    """With the weights of a few hundred rows, names of those were written for another, in pieces."""
+    kind = runs(Example("core_seg"), "CoreSegRun")
+    folder = write_folder(make_synthetic(8, size=64), tmp_path / "data", split="train")
+    run: Any = kind(kind.training_flags(data=str(folder)), 3, tmp_path / "run")
+    run.recipe = replace(run.recipe, fill_to=0)
+    run.rows["train"] = rows = run.load("train")
+    _, processor = tiny_qwen2_5_vl()
+    for row, given in zip(run.prepare(None, processor, completions=True), rows, strict=True):
+        text = row["completion"][0]["content"]
+        assert given["lesion"] not in text
+        assert "lesion" in text
+        assert given["lesion"] in row["prompt"][0]["content"]
+    assert {picture.findings[0].kind for picture in run.pictures(rows) if picture.findings} == {"lesion"}
+    asked = run.prepare(None, processor, completions=False)
+    assert asked["lesion"][:] == rows["lesion"][:]  # rewards and scores have the names

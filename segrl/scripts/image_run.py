@@ -122,7 +122,10 @@ class ImageRun(TwoStageRun):
     def named(self, rows: Dataset) -> Dataset:
         """Return rows whose lesions have the names that answers give them."""
         noun = self.recipe.noun
-        return rows if noun is None else rows.remove_columns("lesion").add_column("lesion", [noun] * len(rows))  # type: ignore[call-arg]
+        if noun is None:
+            return rows
+        names = [noun if name else name for name in rows["lesion"]]
+        return rows.remove_columns("lesion").add_column("lesion", names)  # type: ignore[call-arg]
 
     def pictures(self, rows: Dataset) -> list[Picture]:
         """Return what is known about training rows: of synthetic ones all lesions, of others the one asked for."""
