@@ -808,9 +808,10 @@ def test_wrong_ignored_pixels(tmp_path):
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 
-def refcoco(home: Path, **changes: Any) -> list[Any]:
+def refcoco(home: Path, *, images: Path | None = None, **changes: Any) -> list[Any]:
     """A small copy of gRefCOCO's layout: one object, two objects, none, and a polygon that crosses itself."""
-    save(home / "images" / "x.jpg", picture(0, (10, 12)))
+    save((images or home / "images") / "x.jpg", picture(0, (10, 12)))
+    home.mkdir(parents=True, exist_ok=True)
     boxes = {1: [[0, 0, 3, 0, 3, 3, 0, 3]], 2: [[5, 5, 9, 5, 9, 9, 5, 9]], 3: [[0, 0, 4, 4, 4, 0, 0, 4]]}
     content = {
         "images": [{"id": 7, "file_name": "x.jpg", "height": 10, "width": 12}],
@@ -1093,9 +1094,9 @@ def test_imed_361m(tmp_path):
             list(read_imed_361m(home, texts={}))
 
 
-def test_mmr(tmp_path):
-    truth = masks(3)
-    save(tmp_path / "images" / "train2017" / "a.png", picture(0))
+def mmr(path: Path, images: Path, truth: list[np.ndarray]) -> dict[str, Any]:
+    """A file of MMR about one image, with questions about two masks, one and none."""
+    save(images / "train2017" / "a.png", picture(0))
     parts = [{"segmentation": mask_to_rle(mask), "bbox": [0, 0, 1, 1]} for mask in truth]
     entry = {
         "file_name": "train2017/a.png",
@@ -1104,8 +1105,14 @@ def test_mmr(tmp_path):
         "questions": ["Which two?", "Which one?", "Which none?"],
         "answers": [parts[:2], parts[2:], []],
     }
-    path = tmp_path / "MMR_test_mixed.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([entry]))
+    return entry
+
+
+def test_mmr(tmp_path):
+    truth, path = masks(3), tmp_path / "MMR_test_mixed.json"
+    entry = mmr(path, tmp_path / "images", truth)
     assert main(["data", "convert", "mmr", str(path), str(tmp_path / "images"), str(tmp_path / "out")]) == 0
     rows = [dict(row) for row in map(dict, load_folder(tmp_path / "out", "test_mixed"))]
     assert [row["query"] for row in rows] == entry["questions"]
@@ -1152,8 +1159,8 @@ def test_benchmarks_are_checked_and_evaluated_as_downloaded(tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, "--data", str(home), "--benchmark", "reasonsegg"]) == 2
     assert "benchmark 'reasonsegg'; did you mean 'reasonseg'" in capsys.readouterr().err
-    assert main([*argv, "--data", str(home), "--benchmark", "grefcoco"]) == 2
-    assert "grefcoco is not read from one folder: segrl data convert refcoco" in capsys.readouterr().err
+    assert main([*argv, "--data", str(home), "--benchmark", "m3d_seg"]) == 2
+    assert "m3d_seg is not read from one folder: examples/medvol_r1/train_grpo.py" in capsys.readouterr().err
     for command in (["data", "check"], [*argv, "--data"]):
         assert main([*command, str(tmp_path / "nothing"), "--benchmark", "reasonseg"]) == 2
         assert "nothing: no such folder. reasonseg: github.com/dvlab-research/LISA" in capsys.readouterr().err

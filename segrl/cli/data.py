@@ -73,12 +73,19 @@ def _list(arguments: argparse.Namespace) -> int:
     from segrl.reports.terminal import say
 
     if arguments.json:
-        kept = ("what", "place", "command", "conventions", "seen")
-        return print_json({name: {k: getattr(found, k) for k in kept} for name, found in BENCHMARKS.items()})
+        kept = ("what", "place", "command", "conventions", "seen", "default")
+        return print_json(
+            {
+                name: {**{key: getattr(found, key) for key in kept}, "read": found.read is not None}
+                for name, found in BENCHMARKS.items()
+            }
+        )
     for name, benchmark in BENCHMARKS.items():
         say(f"{name}: {benchmark.what}")
         say(f"  {benchmark.place}")
         say(f"  {benchmark.command}")
+        if benchmark.read is not None:
+            say(f"  as downloaded: --benchmark {name}" + (f": {benchmark.default}" if benchmark.default else ""))
         if benchmark.conventions:
             say(f"  then: segrl eval ... --conventions {' '.join(benchmark.conventions)}")
     seen = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.seen)

@@ -87,7 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_on(arguments.data, arguments)
     from segrl.data.benchmarks import BENCHMARKS, benchmark_folder
 
-    with benchmark_folder(arguments.benchmark, arguments.data) as folder:
+    with benchmark_folder(arguments.benchmark, arguments.data, arguments.split or "test") as folder:
         arguments.conventions = arguments.conventions or list(BENCHMARKS[arguments.benchmark].conventions)
         return _evaluate_on(folder, arguments)
 

@@ -12,12 +12,17 @@ from typing import Any
 
 from segrl.data.formats import (
     read_biomedparse,
+    read_columns,
     read_cvc_clinicdb,
     read_imed_361m,
     read_ispy1,
     read_m3d_refseg,
+    read_medsegbench_folder,
+    read_mmr_folder,
     read_pairs,
     read_reasonseg,
+    read_refcoco_folder,
+    read_sa_med2d,
     write_rows,
 )
 from segrl.errors import DataError, unknown_name
@@ -37,7 +42,9 @@ class Benchmark:
         conventions: Evaluators whose numbers are published on it, by their names in
             `segrl.evaluation.conventions.CONVENTIONS`.
         seen: Whether published samples were read, rather than the code of public loaders alone.
-        read: Reads the folder of the download, where that says all; None: `command` needs more.
+        read: Reads the download; None: `command` needs more than it says.
+        default: What `read` takes where the download leaves something open.
+        hub: Whether it is a Hugging Face data set, whose columns `read` knows; on disk, as parquet, or on the hub.
 
     Example:
         >>> BENCHMARKS["reasonseg"].conventions, BENCHMARKS["reasonseg"].seen
@@ -50,21 +57,25 @@ class Benchmark:
     conventions: tuple[str, ...] = ()
     seen: bool = False
     read: Callable[[Path], Iterator[Any]] | None = field(default=None, repr=False)
+    default: str = ""
+    hub: bool = False
 
 
 @contextmanager
-def benchmark_folder(name: str, path: str | Path) -> Iterator[str | Path]:
+def benchmark_folder(name: str, path: str | Path, split: str | None = None) -> Iterator[str | Path]:
     """Yield a folder that evaluations read: `path` itself, or what a download in the benchmark's layout holds.
 
     Args:
         name: One of `BENCHMARKS`.
-        path: The download, all of whose splits are read into a temporary folder that is removed afterwards; or a
-            folder with `manifest.csv`, a `DatasetDict` saved to disk, or `owner/name` on the hub, which are yielded.
+        path: The download, which is read into a temporary folder that is removed afterwards; or a folder with
+            `manifest.csv`, a `DatasetDict` saved to disk, or `owner/name` on the hub, which are yielded, unless the
+            benchmark is itself a Hugging Face data set, whose columns are renamed.
+        split: Of a download, keep the rows of this one; None keeps all.
 
     Raises:
-        UnknownNameError: No such benchmark.
+        UnknownNameError: No such benchmark, or a download has no such split.
         DataError: No such folder, a download that takes more than its folder to be read, with the command that does;
-            or what the reader raises, with the place where the benchmark is to be had.
+            or what the reader raises, with the place where the benchmark is to be had and the command for other files.
 
     Example:
         >>> with benchmark_folder("reasonseg", "."):
@@ -72,25 +83,38 @@ def benchmark_folder(name: str, path: str | Path) -> Iterator[str | Path]:
         Traceback (most recent call last):
         segrl.errors.DataError: .: none of the folders train, val, test
         reasonseg: github.com/dvlab-research/LISA, which links to it; for research; nothing is downloaded here
+        another layout: segrl data convert reasonseg ReasonSeg/ DESTINATION
     """
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
     benchmark, home = BENCHMARKS[name], Path(path)
     if not home.exists() and not is_hub_name(str(path)):
         raise absent(name, path)
-    if not home.exists() or any(
-        (home / part).is_file() for part in ("manifest.csv", "dataset_dict.json", "dataset_info.json")
-    ):
+    ready = ("manifest.csv",) if benchmark.hub else ("manifest.csv", "dataset_dict.json", "dataset_info.json")
+    if any((home / part).is_file() for part in ready) or not (home.exists() or benchmark.hub):
         yield path
         return
     if benchmark.read is None:
         raise DataError(f"{path} has no manifest.csv, and {name} is not read from one folder: {benchmark.command}")
     with tempfile.TemporaryDirectory() as place:
         try:
-            write_rows(benchmark.read(home), Path(place) / name, title=name)
+            write_rows(_of_split(benchmark.read(home), split, str(path)), Path(place) / name, title=name)
         except DataError as error:
-            raise DataError(f"{error}\n{name}: {benchmark.place}; nothing is downloaded here") from error
+            raise DataError(
+                f"{error}\n{name}: {benchmark.place}; nothing is downloaded here\nanother layout: {benchmark.command}"
+            ) from error
         yield Path(place) / name
+
+
+def _of_split(rows: Iterator[Any], split: str | None, where: str) -> Iterator[Any]:
+    """The rows of a split, whatever its capitals, as `read_manifest` takes them."""
+    known: dict[str, None] = {}
+    for row in rows:
+        known[row.split] = None
+        if split is None or row.split.casefold() == split.strip().casefold():
+            yield row
+    if split is not None and known and split.strip().casefold() not in map(str.casefold, known):
+        raise unknown_name(f"split of {where}", split, known)
 
 
 def absent(name: str, path: str | Path) -> DataError:
@@ -103,6 +127,18 @@ def absent(name: str, path: str | Path) -> DataError:
     return DataError(f"{path}: no such folder. {name}: {BENCHMARKS[name].place}; nothing is downloaded here")
 
 
+_REFER = "github.com/lichengunc/refer for refs and instances"
+_ONE, _ANY = "expressions about one object of a COCO image", "expressions about any number of objects, none included"
+_COLUMNS = {
+    "image": ("image", "images"),
+    "mask": ("mask", "masks"),
+    "query": ("query", "question", "prompt"),
+    "reasoning": ("reasoning", "think"),
+}
+"""Columns of U-MRG-14K by what they are here: of its description, and images, masks and prompt, which `eval/eval.py` of
+PRIS-CV/MedReasoner, 915d369, reads."""
+_OF_COLUMNS = "columns image, mask, query (or question) and reasoning (or think); boxes and points are not read"
+
 BENCHMARKS: dict[str, Benchmark] = {
     "reasonseg": Benchmark(
         "photographs with implicit questions, regions to ignore; train, val, test",
@@ -110,19 +146,24 @@ BENCHMARKS: dict[str, Benchmark] = {
         "segrl data convert reasonseg ReasonSeg/ DESTINATION",
         ("lisa", "vision_reasoner"),
         read=partial(read_reasonseg, texts={}),
+        default="the first text of each image, as LISA evaluates",
     ),
-    "refcoco": Benchmark(
-        "RefCOCO, RefCOCO+, RefCOCOg: expressions about one object of a COCO image",
-        "github.com/lichengunc/refer for refs and instances; cocodataset.org for train2014, under COCO's terms",
-        "segrl data convert refcoco 'refs(unc).p' instances.json train2014/ DESTINATION",
-        ("lisa", "vision_reasoner"),
-    ),
-    "grefcoco": Benchmark(
-        "expressions about any number of objects of a COCO image, none included",
-        "github.com/henghuiding/gRefCOCO; cocodataset.org for train2014, under COCO's terms",
-        "segrl data convert refcoco 'grefs(unc).json' instances.json train2014/ DESTINATION",
-        ("rela",),
-    ),
+    **{
+        name: Benchmark(
+            f"{title}: {what}",
+            f"{place}; cocodataset.org for train2014, under COCO's terms",
+            f"segrl data convert refcoco '{refs}' instances.json train2014/ DESTINATION",
+            conventions,
+            read=partial(read_refcoco_folder, name=name, texts={}),
+            default=f"{refs} and instances.json in {name}/, images in images/mscoco/images/train2014/ beside it",
+        )
+        for name, title, what, place, refs, conventions in (
+            ("refcoco", "RefCOCO", _ONE, _REFER, "refs(unc).p", ("lisa", "vision_reasoner")),
+            ("refcoco+", "RefCOCO+", f"{_ONE}, without its place", _REFER, "refs(unc).p", ("lisa", "vision_reasoner")),
+            ("refcocog", "RefCOCOg", f"longer {_ONE}", _REFER, "refs(umd).p", ("lisa", "vision_reasoner")),
+            ("grefcoco", "gRefCOCO", _ANY, "github.com/henghuiding/gRefCOCO", "grefs(unc).json", ("rela",)),
+        )
+    },
     "biomedparse": Benchmark(
         "BiomedParseData: images of nine modalities, masks named by their target",
         "huggingface.co/datasets/microsoft/BiomedParseData; each set has a licence of its own",
@@ -133,11 +174,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         "35 sets of medical images at 128, 256 and 512 px",
         "github.com/zekikus/MedSegBench, which links to them; each set has a licence of its own",
         "segrl data convert medsegbench SET_256.npz DESTINATION --lesion NAME",
+        read=partial(read_medsegbench_folder, texts={}),
+        default="all sets in the folder, each in its largest size, with the names of the package; not covidquex",
     ),
     "sa_med2d_20m": Benchmark(
         "SA-Med2D-20M: slices and images of ten modalities, a mask for each instance; no split: divide by case",
         "huggingface.co/datasets/OpenGVLab/SA-Med2D-20M; each set has a licence of its own",
         "segrl data convert sa_med2d SAMed2Dv1/ DESTINATION --sets NAME --test_fraction 0.2",
+        read=partial(read_sa_med2d, texts={}, test_fraction=0.2),
+        default="all sets, a fifth of the cases drawn for test; millions of files: convert some sets instead",
     ),
     "imed_361m": Benchmark(
         "IMed-361M: images of 14 modalities with masks of named structures",
@@ -151,12 +196,16 @@ BENCHMARKS: dict[str, Benchmark] = {
         "github.com/jdg900/MMR; cocodataset.org for the images, under COCO's terms",
         "segrl data convert mmr MMR_test_mixed.json COCO/ DESTINATION",
         ("mmr",),
+        read=partial(read_mmr_folder, texts={}),
+        default="splits train, val, test_mixed, test_obj_only, test_part_only, of the files that are there; images in "
+        "refer_seg/images/mscoco/images/{train2017,val2017}/ beside MMR/",
     ),
     "cvc_clinicdb": Benchmark(
         "612 frames of 29 colonoscopy sequences with polyps; no published split: drawn by sequence",
         "polyp.grand-challenge.org/CVCClinicDB; for research",
         "segrl data convert cvc_clinicdb CVC-ClinicDB/ DESTINATION --test_fraction 0.2",
         read=partial(read_cvc_clinicdb, texts={}, test_fraction=0.2),
+        default="a fifth of the sequences drawn for test",
     ),
     "tnscui2020": Benchmark(
         "3,644 ultrasound images of thyroid nodules",
@@ -181,16 +230,23 @@ BENCHMARKS: dict[str, Benchmark] = {
         "TCIA's terms",
         "segrl data convert ispy1 ISPY1-Tumor-SEG-Radiomics/ DESTINATION --test_fraction 0.2",
         read=partial(read_ispy1, texts={}, test_fraction=0.2),
+        default="a fifth of the patients drawn for test; masks stv_manual",
     ),
     "u_mrg_14k": Benchmark(
         "U-MRG-14K: medical images with questions, reasoning, boxes and points",
-        "announced with MedReasoner; not seen; read from a Hugging Face data set in the columns of public loaders",
-        "segrl data convert hf PATH DESTINATION --columns question=query think=reasoning",
+        "huggingface.co/collections/zzzyzh/u-mrg, of MedReasoner; not seen",
+        "segrl data convert hf PATH DESTINATION --columns THEIRS=OURS ...",
+        read=partial(read_columns, columns=_COLUMNS, texts={}),
+        default=_OF_COLUMNS,
+        hub=True,
     ),
     "comlesion_14k": Benchmark(
         "CORE-Seg's images, questions and reasoning",
-        "announced by CORE-Seg; not seen; read from a Hugging Face data set with any columns",
+        "announced by CORE-Seg; not seen",
         "segrl data convert hf PATH DESTINATION --columns THEIRS=OURS ...",
         ("core_seg",),
+        read=partial(read_columns, columns=_COLUMNS, texts={}),
+        default=_OF_COLUMNS,
+        hub=True,
     ),
 }

@@ -8,13 +8,13 @@ from segrl.data.formats.cvc_clinicdb import read_cvc_clinicdb
 from segrl.data.formats.imed_361m import read_imed_361m
 from segrl.data.formats.ispy1 import read_ispy1
 from segrl.data.formats.m3d_refseg import read_m3d_refseg
-from segrl.data.formats.medsegbench import read_medsegbench
-from segrl.data.formats.mmr import read_mmr
+from segrl.data.formats.medsegbench import read_medsegbench, read_medsegbench_folder
+from segrl.data.formats.mmr import read_mmr, read_mmr_folder
 from segrl.data.formats.nnunet import read_nnunet, write_nnunet
 from segrl.data.formats.own_folder import read_rows
 from segrl.data.formats.pairs import read_pairs, write_pairs
 from segrl.data.formats.reasonseg import read_reasonseg, reasonseg_mask
-from segrl.data.formats.refcoco import read_pickled_lists, read_refcoco
+from segrl.data.formats.refcoco import read_pickled_lists, read_refcoco, read_refcoco_folder
 from segrl.data.formats.rows import FormatRow, ScanRow, write_rows
 from segrl.data.formats.sa_med2d import read_sa_med2d
 
@@ -32,12 +32,15 @@ __all__ = [
     "read_ispy1",
     "read_m3d_refseg",
     "read_medsegbench",
+    "read_medsegbench_folder",
     "read_mmr",
+    "read_mmr_folder",
     "read_nnunet",
     "read_pairs",
     "read_pickled_lists",
     "read_reasonseg",
     "read_refcoco",
+    "read_refcoco_folder",
     "read_rows",
     "read_sa_med2d",
     "reasonseg_mask",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
@@ -23,14 +23,18 @@ _TEXTS = ("query", "lesion", "modality", "anatomy", "source", "reasoning", "pati
 COLUMNS = ("image", "mask", *_TEXTS)
 
 
-def read_columns(source: str | Path, *, columns: Mapping[str, str], texts: Mapping[str, str]) -> Iterator[FormatRow]:
+def read_columns(
+    source: str | Path, *, columns: Mapping[str, str | Sequence[str]], texts: Mapping[str, str]
+) -> Iterator[FormatRow]:
     """Read a data set of images and masks.
+
+    A list of one image, as data of verl hold it, is that image, and a list of messages is the content of the first.
 
     Args:
         source: A folder of `save_to_disk`, any folder or file that `datasets.load_dataset` reads, or `owner/name` on
             the hub.
         columns: The data set's columns by what they are here: "image", "mask" and "query" or "lesion", and other texts
-            of the manifest; those that have the right name need no entry.
+            of the manifest; those that have the right name need no entry. Of several names the first that there is.
         texts: Columns that every row gets.
 
     Raises:
@@ -46,10 +50,12 @@ def read_columns(source: str | Path, *, columns: Mapping[str, str], texts: Mappi
         ('train', (32, 32), 'ring abscess')
     """
     for split, rows in _loaded(source).items():
-        names = {here: columns.get(here, here) for here in COLUMNS}
+        names = {here: here for here in COLUMNS}
         for here, theirs in columns.items():
-            if theirs not in rows.column_names:
+            if isinstance(theirs, str) and theirs not in rows.column_names:
                 raise unknown_name(f"column of {source} for {here}", theirs, rows.column_names)
+            given_names = [theirs] if isinstance(theirs, str) else theirs
+            names[here] = next((name for name in given_names if name in rows.column_names), here)
         lacking = [here for here in ("image", "mask") if names[here] not in rows.column_names]
         given = [here for here in _TEXTS if names[here] in rows.column_names]
         if lacking or not ({"query", "lesion"} & ({*given, *texts})):
@@ -58,8 +64,9 @@ def read_columns(source: str | Path, *, columns: Mapping[str, str], texts: Mappi
                             "theirs=ours, such as text=query")  # fmt: skip
         named = name_classes(rows)
         for column in (names["image"], names["mask"]):
-            if not isinstance(named.features[column], Image):
-                named = named.cast_column(column, Image())
+            wanted = List(Image()) if isinstance(named.features[column], List) else Image()
+            if named.features[column] != wanted:
+                named = named.cast_column(column, wanted)
         for number, row in enumerate(map(dict, named)):
             yield _row(row, names, given, split, texts, f"{source}, split {split}, row {number}")
 
@@ -67,12 +74,23 @@ def read_columns(source: str | Path, *, columns: Mapping[str, str], texts: Mappi
 def _row(
     row: Mapping[str, Any], names: Mapping[str, str], given: list[str], split: str, texts: Mapping[str, str], where: str
 ) -> FormatRow:
-    image = row[names["image"]]
-    if not isinstance(image, PILImage.Image):
-        raise DataError(f"{where}: no image")
-    own = {here: str(row[names[here]] or "") for here in given}
+    image, mask = (_one_image(row[names[here]], f"{here} of {where}") for here in ("image", "mask"))
+    own = {here: _text(row[names[here]]) for here in given}
     name = own.pop("name", "") or where.rpartition(" ")[2]
-    return FormatRow(image, binarize(row[names["mask"]], f"mask of {where}"), name, split, {**texts, **own})
+    return FormatRow(image, binarize(mask, f"mask of {where}"), name, split, {**texts, **own})
+
+
+def _one_image(value: Any, where: str) -> PILImage.Image:
+    images = value if isinstance(value, list) else [value]
+    if len(images) != 1 or not isinstance(images[0], PILImage.Image):
+        raise DataError(f"{where}: {len(images)} images, expected one" if len(images) != 1 else f"{where}: no image")
+    return images[0]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = value[0].get("content")
+    return str(value or "")
 
 
 def _loaded(source: str | Path) -> dict[str, Dataset]:

@@ -5,6 +5,9 @@ download was not seen. Images are those of COCO, under its terms; nothing is fet
 
     MMR_{train,val,test_mixed,test_obj_only,test_part_only}.json
         [{"file_name", "height", "width", "questions": [...], "answers": [[{"segmentation", "bbox"}, ...], ...]}]
+
+In MMR's own folders (README, 09933e8, and the file above) the images are in `refer_seg/images/mscoco/images/train2017`
+and `val2017`, beside `MMR/`.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from segrl.data.formats.coco import coco_mask
+from segrl.data.formats.coco_images import find_coco_images
 from segrl.data.formats.rows import FormatRow
 from segrl.data.formats.sources import listed, read_json
 from segrl.errors import DataError
 
-__all__ = ["read_mmr"]
+__all__ = ["read_mmr", "read_mmr_folder"]
 
 _KEYS = ("file_name", "height", "width", "questions", "answers")
 
@@ -59,6 +63,30 @@ def read_mmr(
         image = Path(images) / entry["file_name"]
         for question, answer in zip(entry["questions"], entry["answers"], strict=True):
             yield FormatRow(image, _mask(entry, answer), entry["file_name"], named, {**texts, "query": question})
+
+
+def read_mmr_folder(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[FormatRow]:
+    """Read every file of MMR in a folder, as `read_mmr` reads one: the splits are those whose files are there.
+
+    Args:
+        source: The folder `MMR`, or the one that holds it. Images are found by `find_coco_images`.
+        texts: Columns that every row gets.
+
+    Raises:
+        DataError: No such files, no folder of COCO's images; or as `read_mmr`.
+
+    Example:
+        >>> list(read_mmr_folder("no/such/folder", texts={}))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/such/folder: no MMR_train.json, MMR_val.json or MMR_test_*.json in it or in MMR
+    """
+    home = Path(source)
+    files = sorted(home.glob("MMR_*.json")) or sorted((home / "MMR").glob("MMR_*.json"))
+    if not files:
+        raise DataError(f"{home}: no MMR_train.json, MMR_val.json or MMR_test_*.json in it or in MMR")
+    images = find_coco_images(files[0].parent, ["train2017", "val2017"])
+    for path in files:
+        yield from read_mmr(path, images, texts=texts)
 
 
 def _mask(entry: Mapping[str, Any], answer: list[Mapping[str, Any]]) -> np.ndarray:

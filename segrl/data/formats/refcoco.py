@@ -5,11 +5,17 @@ Annotations come from the REFER project and from gRefCOCO's page, images are COC
 
     refs(unc).p, refs(google).p, refs(umd).p or grefs(unc).json     [{"image_id", "ann_id", "split", "sentences", ...}]
     instances.json                                                  COCO's images and annotations
+
+REFER's own folders, as `refer.py` of lichengunc/refer (2fe1dfe) and LISA's `utils/refer_seg_dataset.py` read them:
+
+    refer_seg/{refcoco,refcoco+,refcocog,grefcoco}/                 the two files
+    refer_seg/images/mscoco/images/train2014/                       COCO's images
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +24,15 @@ from typing import Any
 import numpy as np
 
 from segrl.data.formats.coco import coco_mask
+from segrl.data.formats.coco_images import find_coco_images
 from segrl.data.formats.rows import FormatRow
 from segrl.data.formats.sources import listed, read_bytes, read_json
 from segrl.errors import DataError, unknown_name
 
-__all__ = ["read_pickled_lists", "read_refcoco"]
+__all__ = ["read_pickled_lists", "read_refcoco", "read_refcoco_folder"]
+
+_LISTS = {"refcoco": "refs(unc)", "refcoco+": "refs(unc)", "refcocog": "refs(umd)", "grefcoco": "grefs(unc)"}
+"""The list of expressions of each data set, in the division that LISA and later systems report."""
 
 
 def read_refcoco(
@@ -83,6 +93,54 @@ def read_refcoco(
             query = str(sentence["sent"] if isinstance(sentence, Mapping) else sentence)
             row = {**texts, "query": query}
             yield FormatRow(Path(images) / picture["file_name"], mask, picture["file_name"], str(ref["split"]), row)
+
+
+def read_refcoco_folder(source: str | Path, name: str, *, texts: Mapping[str, str]) -> Iterator[FormatRow]:
+    """Read one of the four data sets from its folder, as `read_refcoco` reads its files.
+
+    RefCOCO and RefCOCO+ are read in the division of UNC, RefCOCOg in that of UMD, the one with a test set; Google's
+    division of RefCOCO and RefCOCOg is read by `read_refcoco` alone. Images are found by `find_coco_images`.
+
+    Args:
+        source: The folder `name`, or the one that holds it, or the one that holds `refer_seg`.
+        name: "refcoco", "refcoco+", "refcocog" or "grefcoco".
+        texts: Columns that every row gets.
+
+    Yields:
+        Rows of all splits: train, val, and testA and testB or, of RefCOCOg, test.
+
+    Raises:
+        DataError: No such folder, the folder of another of the four, no list in that division, no folder of COCO's
+            images; or as `read_refcoco`.
+        UnknownNameError: Another name.
+
+    Example:
+        >>> list(read_refcoco_folder("no/such/folder", "refcocog", texts={}))
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/such/folder: no refs(umd).p in it, in refcocog or in refer_seg/refcocog
+    """
+    if name not in _LISTS:
+        raise unknown_name("data set of referring expressions", name, _LISTS)
+    home, wanted = Path(source), _LISTS[name]
+    own = Path(os.path.abspath(home)).name
+    if own in _LISTS and own != name:
+        raise DataError(f"{home}: is the folder of {own}; read it as {own}, or give the folder of {name}")
+    lists = {folder: _lists(folder) for folder in (home / name, home / "refer_seg" / name, home)}
+    folder = next((folder for folder, found in lists.items() if found), None)
+    if folder is None:
+        raise DataError(f"{home}: no {wanted}.p in it, in {name} or in refer_seg/{name}")
+    refs = next((path for path in lists[folder] if path.stem == wanted), None)
+    if refs is None:
+        there = ", ".join(path.name for path in lists[folder])
+        raise DataError(
+            f"{folder}: no {wanted}.p, the division that is reported, only {there}; add it, or convert that one"
+        )
+    images = find_coco_images(folder, ["train2014"]) / "train2014"
+    yield from read_refcoco(refs, folder / "instances.json", images, texts=texts)
+
+
+def _lists(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*refs(*).*") if path.suffix in (".p", ".json"))
 
 
 def _objects(ref: Mapping[str, Any]) -> list[Any]:

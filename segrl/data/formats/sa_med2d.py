@@ -50,7 +50,7 @@ def read_sa_med2d(
     Warnings count them. Masks of ichallenge_adam_task2, which hold 0 for the optic disc, are inverted.
 
     Args:
-        source: The folder `SAMed2Dv1`.
+        source: The folder `SAMed2Dv1`, or the one that holds it.
         texts: Columns that every row gets, in place of what the file names say.
         sets: Names of the sets to read, such as "kvasir_seg"; None: all.
         test_fraction: Share of cases whose split is "test", drawn at random; slices of one case stay together.
@@ -67,6 +67,8 @@ def read_sa_med2d(
         segrl.errors.DataError: no/such/folder/SAMed2D_v1.json: cannot be read: No such file or directory
     """
     home = Path(source)
+    if (home / "SAMed2Dv1" / _INDEX).is_file():
+        home /= "SAMed2Dv1"
     index, classes = read_object(home / _INDEX), read_object(home / _CLASSES)
     names = {found: _parts(found) for found in index}
     known = sorted({parts[1] for parts in names.values() if parts is not None})
