@@ -8,7 +8,7 @@ import logging
 
 import lazy_loader
 
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
 # PEFT imports bitsandbytes where it is installed, which then warns of a kernel for 4 bit on a CPU that nobody wants.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
