@@ -51,6 +51,7 @@ from segrl.data.formats import (
     write_pairs,
     write_rows,
 )
+from segrl.data.formats.coco import coco_tables
 from segrl.data.overview import data_overview
 from segrl.errors import DataError, SegRLError, UnknownNameError
 from segrl.evaluation.conventions import CONVENTIONS
@@ -449,13 +450,131 @@ def annotation(segmentation: Any) -> dict[str, Any]:
         ({"categories": [{"id": 1, "name": "Cyst"}, {"id": 2, "name": "cyst "}]}, "categories 1 and 2 are both called"),
         ({"categories": [{"id": 1}]}, r"categories\[0\] has no name"),
         ({"images": "x"}, "expected an object with the lists"),
-        ({"images": [{"id": 1, "file_name": "y.png", "height": 8, "width": 8}]}, "image y.png: not in"),
+        ({"images": [{"id": 1, "file_name": "y.png", "height": 8, "width": 8}]}, "image y.png: no such file in"),
         ({"images": [{"id": 1, "file_name": "x.png", "height": 8, "width": 9}]}, "x.png: 8 x 8 px, expected 9 x 8 as"),
     ],
 )
 def test_broken_coco(changes, message, tmp_path):
     with pytest.raises(DataError, match=message):
         list(read_coco(broken_coco(tmp_path, **changes), tmp_path / "images", texts={}))
+
+
+def of_two(entry: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+    return [entry, {**entry, **changes}]
+
+
+PICTURE = {"id": 1, "file_name": "x.png", "height": 8, "width": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": of_two(PICTURE, file_name="y.png")}, r"id 1: entry 0 \(x\.png\) and entry 1 \(y\.png\)"),
+        ({"images": of_two(PICTURE, height=9)}, r"images of \S*a\.json: 1 ids cannot be told apart"),
+        ({"images": [{**PICTURE, "id": None}]}, r"entry 0 \(x\.png\): id None, expected a number or a text"),
+        (
+            {"categories": of_two({"id": 1, "name": "cyst"}, name="node")},
+            r"categories of \S*a\.json(?s:.)*id 1: entry 0 \(cyst\) and entry 1 \(node\)",
+        ),
+    ],
+)
+def test_two_entries_of_one_id(changes, message, tmp_path):
+    path = broken_coco(tmp_path, **changes)
+    save(tmp_path / "images" / "y.png", picture(1, (8, 8)))
+    with pytest.raises(DataError, match=message):
+        list(read_coco(path, tmp_path / "images", texts={}))
+    with pytest.raises(DataError, match=message):
+        coco_tables(path)  # results of other systems are read with it
+
+
+def test_an_entry_that_is_there_twice_counts_once(tmp_path):
+    path = broken_coco(tmp_path, images=of_two(PICTURE), categories=of_two({"id": 1, "name": "cyst"}))
+    assert len(list(read_coco(path, tmp_path / "images", texts={}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"), [("images", {"file_name": "y.jpg"}), ("annotations", {"segmentation": [[0, 0, 1, 0, 1, 1]]})]
+)
+def test_two_entries_of_one_id_in_refcoco(key, changes, tmp_path):
+    refcoco(tmp_path)
+    save(tmp_path / "images" / "y.jpg", picture(1, (10, 12)))
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content[key].append({**content[key][0], **changes})
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{key} of \S*instances\.json: 1 ids cannot(?s:.)*entry 0.* and entry \d"):
+        list(read_refcoco(tmp_path / "grefs(unc).json", tmp_path / "instances.json", tmp_path / "images", texts={}))
+
+
+OUTSIDE = "ct_00--KiTS--case_1--x_0040.png"  # a name that every layout takes
+
+
+def outside_of_coco(home: Path, name: str) -> Any:
+    return read_coco(broken_coco(home, images=[{**PICTURE, "file_name": name}]), home / "images", texts={})
+
+
+def outside_of_refcoco(home: Path, name: str) -> Any:
+    refcoco(home)
+    text = (home / "instances.json").read_text().replace('"x.jpg"', json.dumps(name))
+    (home / "instances.json").write_text(text)
+    return read_refcoco(home / "grefs(unc).json", home / "instances.json", home / "images", texts={})
+
+
+def outside_of_mmr(home: Path, name: str) -> Any:
+    entry = mmr(home / "MMR_val.json", home / "images", masks(3))
+    (home / "MMR_val.json").write_text(json.dumps([{**entry, "file_name": name}]))
+    return read_mmr(home / "MMR_val.json", home / "images", texts={})
+
+
+def outside_of_sa_med2d(home: Path, name: str) -> Any:
+    folder = sa_med2d(home / "images", masks(9))
+    named = json.loads((folder / "SAMed2D_v1.json").read_text())
+    (folder / "SAMed2D_v1.json").write_text(json.dumps({**named, name: []}))
+    return read_sa_med2d(folder, texts={})
+
+
+def outside_of_imed_361m(home: Path, name: str) -> Any:
+    content = {"labels": {"0": "background", "1": "spleen"}, "test": [{"image": name, "label": "label.npz"}]}
+    (home / "images").mkdir()
+    (home / "images" / "dataset.json").write_text(json.dumps(content))
+    return read_imed_361m(home / "images", texts={})
+
+
+def outside_of_m3d_refseg(home: Path, name: str) -> Any:
+    (home / "images").mkdir()
+    line = f"{name},{name},1,Where is it?"
+    (home / "images" / "M3D_RefSeg.csv").write_text(f"Image,Mask,Mask_ID,Question\n{line}\n")
+    return read_m3d_refseg(home / "images", texts={})
+
+
+@pytest.mark.parametrize("name", [f"../{OUTSIDE}", f"a/../../{OUTSIDE}", "absolute"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        outside_of_coco,
+        outside_of_refcoco,
+        outside_of_mmr,
+        outside_of_sa_med2d,
+        outside_of_imed_361m,
+        outside_of_m3d_refseg,
+    ],
+)
+def test_files_outside_the_folder_are_not_read(read, name, tmp_path):
+    """One that is there, and would be copied into the data set."""
+    path = save(tmp_path / OUTSIDE, picture(0, (13, 17)))
+    name = str(path) if name == "absolute" else name
+    with pytest.raises(
+        DataError, match=rf"{re.escape(name)}: leads outside the folder \S*images; copy the file into it"
+    ):
+        list(read(tmp_path, name))
+
+
+def test_names_are_followed_through_links(tmp_path):
+    """COCO's folders are commonly links."""
+    path = broken_coco(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    assert len(list(read_coco(path, tmp_path / "images", texts={}))) == 1
 
 
 def test_all_problems_of_a_coco_file_are_counted(tmp_path):
@@ -471,6 +590,10 @@ def test_all_problems_of_a_coco_file_are_counted(tmp_path):
         ({"channel_names": {}}, "expected names by number"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, r"label 'whole' is \[1, 2\]; regions"),
         ({"labels": {"background": 0, "core": 1, "Core": 2}}, "two labels have the same name"),
+        ({"labels": {"0": "background", "1": "core", "2": "core"}}, "two labels have the same name"),
+        ({"labels": {"background": 0, "core": 1, "edema": 1}}, "labels 'core' and 'edema' both have the value 1"),
+        ({"channel_names": {"0": "T1", "00": "T2"}}, "two have one number"),
+        ({"file_ending": "./../x.png"}, "file_ending './../x.png'; expected one such as"),
         ({"file_ending": ".tif"}, "no labels that end in .tif"),
     ],
 )
@@ -1119,7 +1242,7 @@ def test_mmr(tmp_path):
     for row, mask in zip(rows, (truth[0] | truth[1], truth[2], np.zeros((13, 17), dtype=bool)), strict=True):
         assert np.array_equal(np.asarray(row["mask"]) > 0, mask)
     for change, message in (
-        ({"file_name": "b.png"}, "image b.png: not in"),
+        ({"file_name": "b.png"}, "image b.png: no such file in"),
         ({"questions": ["Which?"]}, "1 questions, 3 answers"),
         ({"height": 14}, "13 x 17|13.*14|14"),
         ({"answers": [[{}], [], []]}, "not a list of objects with a segmentation"),

@@ -175,7 +175,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "github.com/zekikus/MedSegBench, which links to them; each set has a licence of its own",
         "segrl data convert medsegbench SET_256.npz DESTINATION --lesion NAME",
         read=partial(read_medsegbench_folder, texts={}),
-        default="all sets in the folder, each in its largest size, with the names of the package; not covidquex",
+        default="all sets in the folder, each in its largest size, structures by name; not covidquex",
     ),
     "sa_med2d_20m": Benchmark(
         "SA-Med2D-20M: slices and images of ten modalities, a mask for each instance; no split: divide by case",

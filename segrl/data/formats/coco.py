@@ -14,7 +14,7 @@ from shapely.validation import explain_validity
 
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
-from segrl.data.formats.sources import listed, read_json
+from segrl.data.formats.sources import by_id, listed, named_file, read_json
 from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
@@ -47,9 +47,10 @@ def read_coco(
         crossing: See `coco_mask`.
 
     Raises:
-        DataError: No JSON, or of another layout; categories whose names are equal; annotations that refer to nothing,
-            polygons with fewer than three points or that cross themselves, run lengths of another size, images that
-            are not there or have another size than the file says: all are counted, ten named.
+        DataError: No JSON, or of another layout; images or categories with one id, categories whose names are equal;
+            annotations that refer to nothing, polygons with fewer than three points or that cross themselves, run
+            lengths of another size, images that are not there, are outside the folder or have another size than the
+            file says: all are counted, ten named.
 
     Example:
         >>> list(read_coco("no.json", "images", texts={}))
@@ -58,9 +59,7 @@ def read_coco(
     """
     content = _content(Path(annotations), ("images", "annotations", "categories"))
     pictures, categories = coco_tables(Path(annotations))
-    missing = [entry["file_name"] for entry in pictures.values() if not (Path(images) / entry["file_name"]).is_file()]
-    problems = [f"image {name}: not in {images}" for name in missing]
-    problems += _other_sizes(pictures.values(), Path(images), set(missing))
+    problems = [problem for picture in pictures.values() for problem in _image_problems(picture, Path(images))]
     shapes: dict[tuple[Any, Any], list[Any]] = {}
     for number, entry in enumerate(content["annotations"]):
         where = f"annotation {entry.get('id', number)}"
@@ -85,20 +84,22 @@ def read_coco(
         yield FormatRow(Path(images) / picture["file_name"], mask, picture["file_name"], split or splits[image], row)
 
 
-def _other_sizes(pictures: Iterable[Mapping[str, Any]], images: Path, missing: set[str]) -> Iterator[str]:
-    """Yield the problems of images that are there, whose masks would be drawn at a size that they do not have."""
-    for entry in pictures:
-        name, said = entry["file_name"], (entry["width"], entry["height"])
-        if name in missing:
-            continue
-        try:
-            with open_image(images / name, f"image {name}") as opened:
-                size = opened.size
-        except DataError as error:
-            yield str(error)
-            continue
-        if said not in (size, size[::-1]):  # an EXIF rotation swaps the two
-            yield f"image {name}: {size[0]} x {size[1]} px, expected {said[0]} x {said[1]} as the file says"
+def _image_problems(picture: Mapping[str, Any], images: Path) -> Iterator[str]:
+    """Yield the problem of an image, if it has one; at another size its masks would be drawn elsewhere."""
+    name, said = picture["file_name"], (picture["width"], picture["height"])
+    try:
+        path = named_file(images, name)
+    except DataError as error:
+        yield f"image {error}"
+        return
+    try:
+        with open_image(path, f"image {name}") as opened:
+            size = opened.size
+    except DataError as error:
+        yield str(error)
+        return
+    if said not in (size, size[::-1]):  # an EXIF rotation swaps the two
+        yield f"image {name}: {size[0]} x {size[1]} px, expected {said[0]} x {said[1]} as the file says"
 
 
 def coco_mask(
@@ -175,7 +176,8 @@ def coco_tables(path: Path) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
     """Return the images of a file of annotations by their id, and the names of its categories.
 
     Raises:
-        DataError: No JSON, or of another layout; categories whose names are equal.
+        DataError: No JSON, or of another layout; different images or categories with one id, categories whose names
+            are equal.
 
     Example:
         >>> _ = Path("c.json").write_text('{"images": [], "categories": [{"id": 3, "name": "cyst"}]}')
@@ -183,7 +185,7 @@ def coco_tables(path: Path) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
         ({}, {3: 'cyst'})
     """
     content = _content(path, ("images", "categories"))
-    return {entry["id"]: entry for entry in content["images"]}, _categories(content["categories"], str(path))
+    return by_id(content["images"], f"images of {path}"), _categories(content["categories"], str(path))
 
 
 def _content(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def _content(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 def _categories(entries: Sequence[Mapping[str, Any]], where: str) -> dict[Any, str]:
     found: dict[Any, str] = {}
     names: dict[str, Any] = {}
-    for entry in entries:
+    for entry in by_id(entries, f"categories of {where}").values():
         name = str(entry["name"]).strip()
         if (other := names.setdefault(name.casefold(), entry["id"])) != entry["id"]:
             raise DataError(f"{where}: categories {other} and {entry['id']} are both called {name!r}; rename one")

@@ -17,7 +17,7 @@ from typing import Any
 
 from segrl.data.formats.modality import modality_name
 from segrl.data.formats.rows import FormatRow
-from segrl.data.formats.sources import listed, read_object
+from segrl.data.formats.sources import listed, named_file, read_object
 from segrl.data.volumes.arrays import sparse_label
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
@@ -37,8 +37,9 @@ def read_imed_361m(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[
         texts: Columns that every row gets, in place of what `dataset.json` says.
 
     Raises:
-        DataError: No `dataset.json`, or one of another layout; files that are not there: all are counted, ten named;
-            labels of another size than their image, or with another number of masks than there are names.
+        DataError: No `dataset.json`, or one of another layout; files that are not there or outside the folder: all are
+            counted, ten named; labels of another size than their image, or with another number of masks than there are
+            names.
 
     Example:
         >>> list(read_imed_361m("no/such/folder", texts={}))
@@ -57,27 +58,27 @@ def read_imed_361m(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[
         words = {"source": str(content.get("name") or folder.name), "modality": modality_name(str(modality)), **texts}
         for split, key in _SPLITS.items():
             for entry in content.get(key) or ():
-                files = [str(entry.get(part) or "") if isinstance(entry, dict) else "" for part in ("image", "label")]
-                lacking = [file for file in files if not file or not (folder / file).is_file()]
-                if lacking:
-                    problems.append(f"{folder.name}, {key}: {lacking[0] or entry}: no such file")
-                else:
-                    found.append((folder, *files, split, names, words))
+                parts = entry if isinstance(entry, dict) else {}
+                try:
+                    image, label = (named_file(folder, parts.get(part)) for part in ("image", "label"))
+                    found.append((image, label, split, names, words))
+                except DataError as error:
+                    problems.append(f"{folder.name}, {key}: {error}")
     if problems or not found:
         raise DataError(f"{home}: {len(problems)} problems, {len(found)} images can be read:{listed(problems)}")
-    for folder, image, label, split, names, words in found:
-        (height, width, _), masks = sparse_label(folder / label)
-        with open_image(folder / image, f"image {folder / image}") as opened:
+    for image, label, split, names, words in found:
+        (height, width, _), masks = sparse_label(label)
+        with open_image(image, f"image {image}") as opened:
             size = opened.height, opened.width
         if (height, width) != size or masks.get_shape()[0] != len(names):
             raise DataError(
-                f"{folder / label}: {masks.get_shape()[0]} masks of {height} x {width}; the image is {size[0]} x "
+                f"{label}: {masks.get_shape()[0]} masks of {height} x {width}; the image is {size[0]} x "
                 f"{size[1]} px, and dataset.json names {len(names)} structures"
             )
         for number, name in enumerate(names):
             mask = masks[[number]].toarray().reshape(height, width) > 0
             if mask.any():
-                yield FormatRow(folder / image, mask, Path(image).name, split, {**words, "lesion": name})
+                yield FormatRow(image, mask, image.name, split, {**words, "lesion": name})
 
 
 def _names(path: Path, labels: Any) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from segrl.data.csv_files import read_csv
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import ScanRow
-from segrl.data.formats.sources import listed
+from segrl.data.formats.sources import listed, named_file
 from segrl.errors import DataError
 
 __all__ = ["read_m3d_refseg"]
@@ -41,8 +41,8 @@ def read_m3d_refseg(
         seed: Of the draw.
 
     Raises:
-        DataError: No CSV file, one without the columns, or rows whose files are not there or whose `Mask_ID` is no
-            whole number above 0: all are counted, ten named.
+        DataError: No CSV file, one without the columns, or rows whose files are not there or outside the folder or
+            whose `Mask_ID` is no whole number above 0: all are counted, ten named.
 
     Example:
         >>> list(read_m3d_refseg("no/such/folder", texts={}))
@@ -80,8 +80,11 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, str]]:
         if problem is None and not row["Question"]:
             problem = "no Question"
         if problem is None:
-            lacking = [row[name] for name in ("Image", "Mask") if not (path.parent / row[name]).is_file()]
-            problem = f"{lacking[0]}: no such file" if lacking else None
+            try:
+                for name in ("Image", "Mask"):
+                    named_file(path.parent, row[name])
+            except DataError as error:
+                problem = str(error)
         if problem is None:
             found.append(row)
         else:

@@ -21,7 +21,7 @@ import numpy as np
 from segrl.data.formats.coco import coco_mask
 from segrl.data.formats.coco_images import find_coco_images
 from segrl.data.formats.rows import FormatRow
-from segrl.data.formats.sources import listed, read_json
+from segrl.data.formats.sources import listed, named_file, read_json
 from segrl.errors import DataError
 
 __all__ = ["read_mmr", "read_mmr_folder"]
@@ -43,8 +43,8 @@ def read_mmr(
         split: Split of all rows; None: what the file is called after "MMR_", such as "test_mixed".
 
     Raises:
-        DataError: No JSON, or of another layout; images that are not there, masks of another size, another number of
-            answers than of questions: all are counted, ten named.
+        DataError: No JSON, or of another layout; images that are not there or outside the folder, masks of another
+            size, another number of answers than of questions: all are counted, ten named.
 
     Example:
         >>> list(read_mmr("no.json", "images", texts={}))
@@ -100,8 +100,10 @@ def _problems(number: int, entry: Any, images: Path) -> Iterator[str]:
     if missing:
         yield f"image {number}: no {', '.join(missing)}"
         return
-    if not (images / entry["file_name"]).is_file():
-        yield f"image {entry['file_name']}: not in {images}"
+    try:
+        named_file(images, entry["file_name"])
+    except DataError as error:
+        yield f"image {error}"
     if len(entry["questions"]) != len(entry["answers"]):
         yield f"image {entry['file_name']}: {len(entry['questions'])} questions, {len(entry['answers'])} answers"
     for answer in entry["answers"]:

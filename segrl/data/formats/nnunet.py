@@ -43,8 +43,8 @@ def read_nnunet(
         files are not opened here.
 
     Raises:
-        DataError: Another layout, several channels and none named, labels that are no whole numbers or regions of
-            several, or cases without an image: all of these are counted, some named.
+        DataError: Another layout, several channels and none named, labels that are no whole numbers, regions of
+            several or two of one value, or cases without an image: all of these are counted, some named.
 
     Example:
         >>> list(read_nnunet("no/such/folder", texts={}))
@@ -57,7 +57,7 @@ def read_nnunet(
         raise DataError(f"{home}: no dataset.json; pass the folder of an nnU-Net data set")
     content = read_object(path)
     ending = str(content.get("file_ending") or "")
-    if not ending.startswith("."):
+    if not ending.startswith(".") or "/" in ending:
         raise DataError(f"{path}: file_ending {content.get('file_ending')!r}; expected one such as '.nii.gz'")
     number, name = _channel(path, content.get("channel_names") or content.get("modality"), channel)
     labels = _labels(path, content.get("labels"))
@@ -112,6 +112,8 @@ def _channel(path: Path, names: Any, wanted: str | None) -> tuple[int, str]:
     if not isinstance(names, dict) or not names or not all(str(key).isdigit() for key in names):
         raise DataError(f"{path}: channel_names {names!r:.80}; expected names by number")
     known = {int(key): str(value) for key, value in names.items()}
+    if len(known) < len(names):
+        raise DataError(f"{path}: channel_names {names!r:.80}: two have one number; number them from 0")
     if wanted is None:
         if len(known) > 1:
             listed = ", ".join(known.values())
@@ -127,11 +129,15 @@ def _labels(path: Path, labels: Any) -> dict[str, int]:
     if not isinstance(labels, dict) or not labels:
         raise DataError(f"{path}: labels {labels!r:.80}; expected values by name")
     if all(str(key).isdigit() for key in labels):  # version 1: names by value
+        if len(set(map(str, labels.values()))) < len(labels):
+            raise DataError(f"{path}: two labels have the same name; rename one")
         labels = {str(name): int(value) for value, name in labels.items()}
-    found = {}
+    found: dict[str, int] = {}
     for name, value in labels.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise DataError(f"{path}: label {name!r} is {value!r}; regions of several labels are not read")
+        if other := next((known for known, taken in found.items() if taken == value), None):
+            raise DataError(f"{path}: labels {other!r} and {name!r} both have the value {value}; give each its own")
         if value:
             found[str(name)] = value
     if len({name.casefold() for name in found}) < len(found):

@@ -26,7 +26,7 @@ import numpy as np
 from segrl.data.formats.coco import coco_mask
 from segrl.data.formats.coco_images import find_coco_images
 from segrl.data.formats.rows import FormatRow
-from segrl.data.formats.sources import listed, read_bytes, read_json
+from segrl.data.formats.sources import by_id, listed, named_file, read_bytes, read_json
 from segrl.errors import DataError, unknown_name
 
 __all__ = ["read_pickled_lists", "read_refcoco", "read_refcoco_folder"]
@@ -52,7 +52,8 @@ def read_refcoco(
 
     Raises:
         DataError: Files of another layout, a pickle that holds anything but lists, mappings, texts and numbers,
-            references to what is not there: all are counted, ten named.
+            different images or annotations with one id, references to what is not there or is outside the folder: all
+            are counted, ten named.
         UnknownNameError: No such split.
 
     Example:
@@ -65,9 +66,9 @@ def read_refcoco(
         raise unknown_name(f"split of {refs}", split, sorted(known))
     wanted = [ref for ref in expressions if split is None or ref.get("split") == split]
     content = _object(Path(instances))
-    pictures = {entry["id"]: entry for entry in content["images"]}
-    shapes = {entry["id"]: entry for entry in content["annotations"]}
+    pictures, shapes = (by_id(content[key], f"{key} of {instances}") for key in ("images", "annotations"))
     problems = []
+    files: dict[Any, Path] = {}
     for number, ref in enumerate(wanted):
         where = f"ref {ref.get('ref_id', number)}"
         missing = [key for key in ("image_id", "split", "sentences") if key not in ref]
@@ -76,8 +77,12 @@ def read_refcoco(
             continue
         if ref["image_id"] not in pictures:
             problems.append(f"{where}: image_id {ref['image_id']} is not in {instances}")
-        elif not (Path(images) / pictures[ref["image_id"]]["file_name"]).is_file():
-            problems.append(f"{where}: {pictures[ref['image_id']]['file_name']} is not in {images}")
+        elif ref["image_id"] not in files:
+            try:
+                files[ref["image_id"]] = named_file(Path(images), pictures[ref["image_id"]].get("file_name"))
+            except DataError as error:
+                files[ref["image_id"]] = Path()  # named once, however many expressions are about it
+                problems.append(f"{where}: {error}")
         problems += [f"{where}: ann_id {ann} is not in {instances}" for ann in _objects(ref) if ann not in shapes]
         if not _without_target(ref) and not _objects(ref):
             problems.append(f"{where}: neither ann_id nor no_target")
@@ -92,7 +97,7 @@ def read_refcoco(
         for sentence in ref["sentences"]:
             query = str(sentence["sent"] if isinstance(sentence, Mapping) else sentence)
             row = {**texts, "query": query}
-            yield FormatRow(Path(images) / picture["file_name"], mask, picture["file_name"], str(ref["split"]), row)
+            yield FormatRow(files[ref["image_id"]], mask, picture["file_name"], str(ref["split"]), row)
 
 
 def read_refcoco_folder(source: str | Path, name: str, *, texts: Mapping[str, str]) -> Iterator[FormatRow]:
@@ -122,13 +127,13 @@ def read_refcoco_folder(source: str | Path, name: str, *, texts: Mapping[str, st
     if name not in _LISTS:
         raise unknown_name("data set of referring expressions", name, _LISTS)
     home, wanted = Path(source), _LISTS[name]
-    own = Path(os.path.abspath(home)).name
-    if own in _LISTS and own != name:
-        raise DataError(f"{home}: is the folder of {own}; read it as {own}, or give the folder of {name}")
     lists = {folder: _lists(folder) for folder in (home / name, home / "refer_seg" / name, home)}
     folder = next((folder for folder, found in lists.items() if found), None)
     if folder is None:
         raise DataError(f"{home}: no {wanted}.p in it, in {name} or in refer_seg/{name}")
+    own = Path(os.path.abspath(folder)).name
+    if own in _LISTS and own != name:
+        raise DataError(f"{folder}: is the folder of {own}; read it as {own}, or give the folder of {name}")
     refs = next((path for path in lists[folder] if path.stem == wanted), None)
     if refs is None:
         there = ", ".join(path.name for path in lists[folder])

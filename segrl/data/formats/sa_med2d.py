@@ -22,7 +22,7 @@ import numpy as np
 from segrl.data.formats.modality import modality_name
 from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow
-from segrl.data.formats.sources import listed, read_object
+from segrl.data.formats.sources import listed, named_file, read_object
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import open_image
 from segrl.geometry.mask_images import read_mask_file
@@ -57,8 +57,8 @@ def read_sa_med2d(
         seed: Of the draw.
 
     Raises:
-        DataError: One of the two JSON files cannot be read or has another layout; files that are not there, names that
-            do not say set, case and class, classes without a name: all are counted, ten named.
+        DataError: One of the two JSON files cannot be read or has another layout; files that are not there or outside
+            the folder, names that do not say set, case and class, classes without a name: all are counted, ten named.
         UnknownNameError: A set that the file does not name.
 
     Example:
@@ -81,16 +81,15 @@ def read_sa_med2d(
     wanted = {found: parts for found, parts in names.items() if parts and (sets is None or parts[1] in sets)}
     by_class: dict[str, dict[str, list[str]]] = {}
     for found, (_, of_set, _) in wanted.items():
-        if not (home / found).is_file():
-            problems.append(f"{found}: no such file")
+        problems += _absent(home, found)
         terms = classes.get(of_set)
         terms = {str(number): term for term, number in terms.items()} if isinstance(terms, dict) else {}
         for path in index[found] if isinstance(index[found], list) else ():
             match = _INSTANCE.search(str(path))
             if match is None:
                 problems.append(f"{path}: expected a name that ends in --CLASS_INSTANCE.png")
-            elif not (home / path).is_file():
-                problems.append(f"{path}: no such file")
+            elif absent := _absent(home, path):
+                problems += absent
             elif match[1] not in terms:
                 problems.append(f"{path}: class {match[1]} of {of_set} has no name in {_CLASSES}")
             else:
@@ -124,6 +123,14 @@ def read_sa_med2d(
             f"{len(other_size)} masks have another size than their image and were left out, such as {other_size[0]}",
             stacklevel=2,
         )
+
+
+def _absent(home: Path, name: str) -> list[str]:
+    try:
+        named_file(home, name)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _mask(path: Path, *, inverted: bool) -> np.ndarray:
