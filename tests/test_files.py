@@ -1,11 +1,33 @@
 """Files appear whole or not at all."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from segrl.files.whole import whole_file, write_whole
+from segrl.files.whole import is_unfinished, whole_file, write_whole
+
+ROOT = Path(__file__).parents[1]
+_KILLED = """
+import os, signal, sys
+from segrl.files.whole import whole_file
+with whole_file(sys.argv[1], suffix=sys.argv[2]) as unfinished:
+    unfinished.write_text("hal")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_while_writing(path: Path, suffix: str) -> Path:
+    """Kill a process in the middle of a file; the path of what it leaves."""
+    before = set(path.parent.iterdir())
+    command = [sys.executable, "-c", _KILLED, str(path), suffix]
+    process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert process.returncode == -signal.SIGKILL
+    (left,) = set(path.parent.iterdir()) - before
+    return left
 
 
 def test_text_and_bytes_replace_an_earlier_file(tmp_path):
@@ -31,6 +53,22 @@ def test_after_an_error_the_earlier_file_is_there_and_nothing_else(tmp_path, suf
         write()
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", ["", ".nii.gz", ".png"])
+def test_what_a_killed_process_leaves_is_known(tmp_path, suffix):
+    path = write_whole(tmp_path / "notes.txt", "earlier")
+    left = killed_while_writing(path, suffix)
+    assert left.read_text() == "hal"
+    assert left.name.endswith(f".tmp{suffix}")
+    assert is_unfinished(left)
+    assert not is_unfinished(path)
+    assert path.read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".tmp", ".draft.tmp", "notes.7.tmp", ".notes.7.tmpl", ".notes.7.nii.gz"])
+def test_other_files_are_not_unfinished(name):
+    assert not is_unfinished(name)
 
 
 def test_a_folder_in_its_place_is_left_alone(tmp_path):

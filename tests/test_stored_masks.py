@@ -11,6 +11,7 @@ from builders import tiny_headed_model, tiny_model, tiny_segmenter
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from script_modules import read_json
+from test_files import killed_while_writing
 
 from segrl.cli.main import main
 from segrl.data import (
@@ -124,6 +125,13 @@ def test_files_that_are_no_mask_of_the_image_are_named(rows, tmp_path, size, mes
         Image.new("L", size).save(path)
     with pytest.raises(DataError, match=message):
         evaluate_masks(folder, rows, progress=False)
+
+
+def test_what_a_killed_process_left_is_no_mask(rows, tmp_path):
+    write_folder(rows, tmp_path / "theirs")
+    masks = tmp_path / "theirs/masks"
+    killed_while_writing(masks / "of_no_row.png", ".png")
+    assert [record["dice"] for record in evaluate_masks(masks, rows, progress=False)] == [1.0] * 4
 
 
 def test_folders_without_masks(rows, tmp_path):

@@ -16,6 +16,7 @@ from segrl.errors import DataError
 from segrl.evaluation.base import OnAnswer, overlap_record, score_rows
 from segrl.evaluation.images import read_image_target, whole_image
 from segrl.evaluation.volumes import volume_record
+from segrl.files.whole import is_unfinished
 from segrl.geometry.mask_images import read_mask_file
 from segrl.metrics.registry import Metric
 from segrl.predictions.prediction import Prediction, Status
@@ -58,7 +59,7 @@ class StoredMasks:
             raise DataError(f"{self.folder}: {what}; expected one mask file for each row")
         files: dict[str, list[Path]] = {}
         for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and path.name.lower().endswith(endings):
+            if path.is_file() and path.name.lower().endswith(endings) and not is_unfinished(path):
                 whole = _stem(path.relative_to(self.folder).as_posix(), endings)
                 for key in {whole, whole.rpartition("/")[2]}:
                     files.setdefault(key, []).append(path)

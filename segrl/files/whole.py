@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["whole_file", "write_whole"]
+__all__ = ["is_unfinished", "whole_file", "write_whole"]
+
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp(\..+)?", re.DOTALL)
 
 
 @contextmanager
@@ -15,7 +18,7 @@ def whole_file(path: str | os.PathLike[str], *, suffix: str = "") -> Iterator[Pa
     """Yield the path of an unfinished file beside `path`, which takes its place at the end of the block.
 
     After an error nothing is left, and an earlier file stays as it was. Only a killed process leaves the unfinished
-    file, `.NAME.PROCESS.tmp`.
+    file, `.NAME.PROCESS.tmp`, which `is_unfinished` knows.
 
     Args:
         path: Of the file. Missing folders are created, an existing file is replaced.
@@ -52,3 +55,15 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> Path:
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def is_unfinished(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file has the name of an unfinished one of `whole_file`, with any suffix.
+
+    Where no process writes, it is what a killed one left.
+
+    Example:
+        >>> [is_unfinished(name) for name in (".notes.txt.7.tmp", "out/.a.nii.gz.7.tmp.nii.gz", ".draft.tmp", "7.tmp")]
+        [True, True, False, False]
+    """
+    return _UNFINISHED.fullmatch(Path(path).name) is not None

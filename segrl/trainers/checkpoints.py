@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from segrl.errors import CheckpointError
-from segrl.files.whole import write_whole
+from segrl.files.whole import is_unfinished, write_whole
 from segrl.models.saved_files import file_problem, read_object
 
 __all__ = ["CHECKPOINT_MANIFEST", "check_checkpoint", "checkpoint_problem", "newest_checkpoint", "write_manifest"]
@@ -46,7 +46,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
     files = {
         file.relative_to(path).as_posix(): file.stat().st_size
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in left_out and file.suffix != ".tmp"  # of a process that was killed
+        if file.is_file() and file.name not in left_out and not is_unfinished(file)  # of a process that was killed
     }
     write_whole(path / CHECKPOINT_MANIFEST, json.dumps({"version": 1, "files": files}, indent=2) + "\n")
 
