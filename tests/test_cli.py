@@ -79,21 +79,42 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path):
         assert done.stdout.isascii()
 
 
+HEAVY = (
+    *("accelerate", "datasets", "hypothesis", "matplotlib", "openai", "pandas", "peft", "pyarrow", "ray", "sklearn"),
+    *("segmentation_models_pytorch", "torch", "torchvision", "transformers", "trl"),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["--help", "--version", "rewards --help", "rewards list", "rewards describe format"]
+    "command",
+    [
+        *("--help", "--version", "rewards --help", "rewards list", "rewards describe format", "data --help"),
+        *("data list", "curate --help", "curate run --help", "predict --help", "eval --help", "report --help"),
+        *("curate run bad.yaml", "curate difficulty bad.yaml", "curate run bad.yaml --dry_run"),
+    ],
 )
 def test_commands_start_without_frameworks(command, tmp_path):
+    (tmp_path / "bad.yaml").write_text("sources: [{path: mine, licence: MIT}]\njudge: {rounds: many}\n")
     code = (
         "import sys; from segrl.cli.main import main\n"
-        f"try: main({command.split()!r})\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'hypothesis'} & set(sys.modules)))"
+        f"try: status = main({command.split()!r})\n"
+        "except SystemExit as stop: status = stop.code or 0\n"
+        f"print(status, sorted({set(HEAVY)!r} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == ("2 []" if "bad.yaml" in command else "0 []"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["segrl.caching", "segrl.curation", "segrl.data", "segrl.data.formats"])
+def test_folders_of_lazy_names_import_nothing_heavy(folder, tmp_path):
+    code = f"import sys, {folder}; print(sorted({set(HEAVY) | {'numpy', 'PIL'}!r} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 @pytest.mark.slow

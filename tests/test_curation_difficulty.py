@@ -12,6 +12,7 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 from script_modules import Example
+from test_files import killed_while_writing
 
 from segrl.cli.main import main
 from segrl.curation import (
@@ -453,3 +454,17 @@ def test_a_build_that_was_killed_at_its_first_file_goes_on(tmp_path):
     (tmp_path / "build/.curation.json.7.tmp").write_text("{")
     claim_build(CurationSettings.read(tmp_path / "curate.yaml"), tmp_path / "build")
     assert [path.name for path in (tmp_path / "build").iterdir()] == ["curation.json"]
+
+
+def test_what_killed_processes_left_in_a_build_is_removed(tmp_path):
+    (tmp_path / "curate.yaml").write_text("sources: [{path: pairs, licence: MIT}]")
+    settings, build = CurationSettings.read(tmp_path / "curate.yaml"), tmp_path / "build"
+    (build / "sources").mkdir(parents=True)
+    killed_while_writing(build / "curation.json", "")  # at its first file
+    claim_build(settings, build)
+    for name, suffix in (("texts.jsonl", ""), ("sources/a.nii.gz", ".nii.gz"), ("sources/b.png", ".png")):
+        killed_while_writing(build / name, suffix)
+    (build / "sources/.mine.tmp").write_text("mine")
+    claim_build(settings, build)
+    found = {path.relative_to(build).as_posix() for path in build.rglob("*") if path.is_file()}
+    assert found == {"curation.json", "sources/.mine.tmp"}

@@ -12,7 +12,7 @@ from curation_build import CONCURRENCY, build
 from curation_cases import faulty_reply, good_reply, make_cases
 from script_modules import ROOT
 
-from segrl.curation.committee import CommitteeSettings
+from segrl.curation import CommitteeSettings
 from segrl.curation.difficulty import DifficultySettings, find_difficulty
 from segrl.errors import SegRLError
 

@@ -1,7 +1,8 @@
-"""A cache of the features of frozen encoders, and keys of content."""
+"""A cache of the features of frozen encoders, and keys of content.
 
-from segrl.caching.content import ImageKeys, content_key
-from segrl.caching.feature_cache import FeatureCache
-from segrl.caching.fingerprint import EncoderFingerprint, feature_key
+Names are imported on first use; `__init__.pyi` lists them.
+"""
 
-__all__ = ["EncoderFingerprint", "FeatureCache", "ImageKeys", "content_key", "feature_key"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

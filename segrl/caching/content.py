@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ImageKeys", "content_key", "raw_bytes"]
 
@@ -73,6 +74,8 @@ class ImageKeys:
 
 def raw_bytes(tensor: Tensor) -> Any:
     """Return the bytes of a tensor's values as a buffer, without a copy where it is contiguous and on the CPU."""
+    import torch  # here and below, because checking data should not wait for torch to load
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -81,11 +84,6 @@ def _update(digest: Any, part: Any) -> None:
     if isinstance(part, Image.Image):
         palette = part.getpalette() if part.mode == "P" else None
         _add(digest, (part.mode, part.size, palette, sorted(part.getexif().items())), part.tobytes())
-    elif isinstance(part, Tensor):
-        if part.dtype == torch.bfloat16:  # numpy has no such type
-            _add(digest, (str(part.dtype), tuple(part.shape)), raw_bytes(part))
-        else:
-            _update(digest, part.detach().cpu().numpy())
     elif isinstance(part, np.ndarray | np.generic) and not part.dtype.hasobject:
         _add(digest, (part.dtype.str, part.shape), np.ascontiguousarray(part).reshape(-1).view(np.uint8))
     elif isinstance(part, list | tuple):
@@ -97,7 +95,18 @@ def _update(digest: Any, part: Any) -> None:
     elif part is None or isinstance(part, str | bytes | bool | int | float):
         _add(digest, part)
     else:
+        _update_tensor(digest, part)
+
+
+def _update_tensor(digest: Any, part: Any) -> None:
+    import torch
+
+    if not isinstance(part, torch.Tensor):
         raise TypeError(f"{type(part).__name__}: expected images, arrays, tensors or plain values")
+    if part.dtype == torch.bfloat16:  # numpy has no such type
+        _add(digest, (str(part.dtype), tuple(part.shape)), raw_bytes(part))
+    else:
+        _update(digest, part.detach().cpu().numpy())
 
 
 def _add(digest: Any, header: Any, content: Any = b"") -> None:

@@ -62,6 +62,7 @@ def _dry(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespa
     """Return a command that plans its stages if `--dry_run` was given, and else runs them."""
 
     def command(arguments: argparse.Namespace) -> int:
+        _read(arguments)  # a mistake in the file is told before the packages of the stages are loaded
         return _plan(arguments, _PLANNED[run]) if arguments.dry_run else run(arguments)
 
     return command
@@ -69,7 +70,7 @@ def _dry(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespa
 
 def _plan(arguments: argparse.Namespace, stages: Any) -> int:
     from segrl.curation.plan import plan_build
-    from segrl.curation.plan_table import plan_table
+    from segrl.curation.plan_lines import plan_table
     from segrl.reports.terminal import say
 
     settings, build = _read(arguments)

@@ -18,7 +18,8 @@ import numpy as np
 from rich.progress import Progress
 
 from segrl.curation.case import Case, read_cases, write_cases
-from segrl.curation.committee import CommitteeSettings, Membership, committee_jobs, run_committee
+from segrl.curation.committee import committee_jobs, run_committee
+from segrl.curation.committee_settings import CommitteeSettings, Membership
 from segrl.curation.engine import Engine
 from segrl.curation.json_lines import read_json_lines, write_json_lines
 from segrl.curation.suspects import SuspectSettings, find_suspects, write_suspects

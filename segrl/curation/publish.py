@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
-
 from segrl.caching.content import content_key
 from segrl.curation.card import dataset_card
 from segrl.curation.case import Case
-from segrl.curation.committee import CommitteeSettings, case_groups, group_folds
+from segrl.curation.committee import case_groups, group_folds
+from segrl.curation.committee_settings import CommitteeSettings
 from segrl.curation.json_lines import read_json_lines
 from segrl.curation.judgements import JUDGEMENTS
 from segrl.curation.statistics import case_statistics, statistics_figure
@@ -30,20 +29,6 @@ __all__ = ["DATASET", "FinalText", "PublishSettings", "publish_cases", "read_fin
 
 DATASET, CARD, FIGURE = "dataset", "README.md", "statistics.png"
 _FOLDS = 20  # of which some are the test split
-FEATURES = Features(
-    {
-        "image": Image(),
-        "mask": Image(),
-        "boxes": List(List(Value("int64"))),
-        **{name: Value("string") for name in ("query", "reasoning", "answer", "modality", "anatomy", "lesion")},
-        **{name: Value("string") for name in ("source", "patient", "licence")},
-        "difficulty": Value("float64"),
-        "scores": Value("string"),
-        "name": Value("string"),
-        "volume": Value("string"),
-        "slice": Value("int64"),
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +133,14 @@ def publish_cases(
     kept = [case for case in cases if texts is None or case.id in texts]
     if not kept:
         raise DataError(f"{len(cases)} cases, none with an accepted text: nothing to publish")
+    from datasets import Dataset, DatasetDict
+
     test = _test_split(kept, settings, committee or CommitteeSettings())
     unfinished = build / f".{DATASET}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
-    splits = {}
+    splits, features = {}, _features()
     for split, own in (("train", [c for c in kept if c.id not in test]), ("test", [c for c in kept if c.id in test])):
-        rows = Dataset.from_list([_row(case, (texts or {}).get(case.id)) for case in own], features=FEATURES)
+        rows = Dataset.from_list([_row(case, (texts or {}).get(case.id)) for case in own], features=features)
         key = content_key([case.id for case in own])[:16]
         splits[split] = rows.select(range(len(rows)), new_fingerprint=key)  # equal builds have equal files
     DatasetDict(splits).save_to_disk(unfinished)
@@ -200,3 +187,22 @@ def _row(case: Case, text: FinalText | None) -> dict[str, Any]:
         **{"difficulty": case.difficulty, "scores": json.dumps(dict(asked.scores or {}), sort_keys=True)},
         **{"name": case.id, "volume": case.volume, "slice": case.slice},
     }
+
+
+def _features() -> Any:
+    from datasets import Features, Image, List, Value
+
+    return Features(
+        {
+            "image": Image(),
+            "mask": Image(),
+            "boxes": List(List(Value("int64"))),
+            **{name: Value("string") for name in ("query", "reasoning", "answer", "modality", "anatomy", "lesion")},
+            **{name: Value("string") for name in ("source", "patient", "licence")},
+            "difficulty": Value("float64"),
+            "scores": Value("string"),
+            "name": Value("string"),
+            "volume": Value("string"),
+            "slice": Value("int64"),
+        }
+    )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Image
 from PIL import Image as PILImage
 from rich.progress import track
 
@@ -27,10 +26,6 @@ from segrl.curation.case import Case, case_id
 from segrl.data import formats
 from segrl.data.csv_files import read_csv
 from segrl.data.formats.rows import FormatRow, ScanRow, free_name, plain_name, write_rows
-from segrl.data.images.folder import load_folder
-from segrl.data.volumes.case import CaseReader
-from segrl.data.volumes.folder import load_volumes
-from segrl.data.volumes.slices import uniform_slices
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
 from segrl.geometry.mask_images import read_mask_file
@@ -248,6 +243,10 @@ def _rows(source: SourceSettings, build: Path) -> list[dict[str, Any]]:
 
 
 def _images(folder: Path, split: str | None) -> list[dict[str, Any]]:
+    from datasets import Image
+
+    from segrl.data import load_folder
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[^\n]*masks of the data set are empty")  # left out here, or refused
         dataset = load_folder(folder, split)
@@ -289,6 +288,8 @@ def _read(source: SourceSettings) -> Iterator[FormatRow | ScanRow]:
 
 
 def _scans(source: SourceSettings) -> Iterator[ScanRow]:
+    from segrl.data import load_volumes
+
     for row in load_volumes(source.path, source.split, allow_empty=True):
         kept = {name: str(text) for name, text in dict(row).items() if name not in ("scan", "label", "name")}  # type: ignore[call-overload]
         found: Any = row
@@ -297,6 +298,8 @@ def _scans(source: SourceSettings) -> Iterator[ScanRow]:
 
 def _sliced(rows: Iterator[FormatRow | ScanRow], source: SourceSettings) -> Iterator[FormatRow]:
     """Turn scans into slices; images stay as they are."""
+    from segrl.data import CaseReader, uniform_slices
+
     read = CaseReader()
     stems: dict[Path, str] = {}  # scans in folders of their own may all have one file name
     taken: set[str] = set()
@@ -320,8 +323,10 @@ def _sliced(rows: Iterator[FormatRow | ScanRow], source: SourceSettings) -> Iter
             yield FormatRow(image, case.mask[number], name, row.split, {**texts, **position, "name": name})
 
 
-def _read_scan(row: ScanRow, read: CaseReader | None = None) -> Any:
+def _read_scan(row: ScanRow, read: Any = None) -> Any:
     """Read the scan and label of a row, (D, H, W)."""
+    from segrl.data import CaseReader
+
     texts = {name: row.texts.get(name, "") for name in ("modality", "intensity", "spacing_mm")}
     files = {"scan": str(row.scan), "label": str(row.label), "label_value": row.label_value}
     return (read or CaseReader())({**files, **texts}, allow_empty=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from segrl.curation.build_folder import build_lock
 from segrl.curation.case import Case, read_cases, write_cases
-from segrl.curation.committee import check_encoders
 from segrl.curation.difficulty import FOLDER, SetDifficulty, find_difficulty, read_errors, read_selected, select_cases
 from segrl.curation.engine import Engine
 from segrl.curation.judgements import Judgement, judge_texts
@@ -22,6 +21,7 @@ from segrl.curation.sources import load_sources
 from segrl.curation.suspects import read_rejected
 from segrl.curation.texts import Text, write_texts
 from segrl.errors import DataError
+from segrl.files.whole import is_unfinished
 from segrl.models.saved_files import read_object
 from segrl.reports.results_file import write_results
 
@@ -61,7 +61,7 @@ def claim_build(settings: CurationSettings, build: Path) -> None:
         segrl.errors.DataError: build: holds a build with other sources; pass another --build, or restore the settings
     """
     kept = check_build(settings, build)
-    for path in build.rglob(".*.tmp"):  # of a process that was killed while it wrote
+    for path in filter(is_unfinished, build.rglob(".*")):  # of a process that was killed while it wrote
         path.unlink()
     if not (build / MARKER).is_file():
         write_results(build / MARKER, kept)
@@ -83,7 +83,7 @@ def check_build(settings: CurationSettings, build: Path) -> dict[str, Any]:
                     f"{build}: holds a build with other {name}; pass another --build, or restore the settings"
                 )
     elif build.exists():
-        own = {build / ".lock", *build.glob(f".{MARKER}.*.tmp")}
+        own = {build / ".lock", *filter(is_unfinished, build.glob(f".{MARKER}.*"))}
         if not build.is_dir() or not own.issuperset(build.iterdir()):
             raise DataError(f"{build}: is not empty, and no build of segrl curate (no {MARKER}); pass another --build")
     return kept
@@ -107,6 +107,8 @@ def run_difficulty(settings: CurationSettings, build: Path, *, engine: Engine = 
         Traceback (most recent call last):
         segrl.errors.DataError: ...manifest.csv: no such file; expected a CSV file with at least the columns image
     """
+    from segrl.curation.committee_networks import check_encoders
+
     if not (build / CASES).is_file():
         check_encoders(settings.difficulty.committee)  # before the folder is a build with this committee for good
     with build_lock(build):

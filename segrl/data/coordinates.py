@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from segrl.errors import DataError, unknown_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["CoordinatePolicy", "check_coordinates", "find_coordinates", "given_reasoning", "strip_coordinates"]
 

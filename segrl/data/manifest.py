@@ -6,9 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from segrl.data.csv_files import CsvFile, read_csv
 from segrl.data.listed_files import find_file
@@ -17,6 +15,9 @@ from segrl.data.text_columns import check_texts, name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.files.whole import whole_file
 from segrl.predictions.target import METADATA_COLUMNS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["ManifestRows", "check_dataset", "parts_of", "raise_all", "read_manifest", "write_manifest"]
 

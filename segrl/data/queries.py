@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, Self
 
 from segrl.data.reasoning import pick_by_hash
 from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, SegRLError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["Queries"]
 
@@ -44,6 +45,7 @@ class Queries:
         >>> queries = Queries.from_texts({"liver": ["Produces bile.", "Liver: a vital organ."]})
         >>> queries.texts, queries.left_out
         ({'liver': ('Produces bile',)}, 1)
+        >>> from datasets import Dataset
         >>> rows = Dataset.from_list([{"name": "a", "lesion": "liver", "query": "Segment the liver in this scan."}])
         >>> queries.ask(rows)["query"][:]
         ['Description: Produces bile. Segment what it describes.']

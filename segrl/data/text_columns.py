@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
-
-from datasets import ClassLabel, Dataset, Value
+from typing import TYPE_CHECKING, Any
 
 from segrl.errors import DataError
 from segrl.predictions.target import METADATA_COLUMNS
+
+if TYPE_CHECKING:  # imported when a data set is read, so that settings and manifests are not slow to load
+    from datasets import Dataset
 
 __all__ = ["check_lesions", "check_texts", "lesion_name", "name_classes"]
 
@@ -24,11 +25,13 @@ def name_classes(dataset: Dataset) -> Dataset:
             `datasets.ClassLabel` are changed; a class that is missing (None, or -1) becomes "".
 
     Example:
-        >>> from datasets import Features
+        >>> from datasets import ClassLabel, Dataset, Features
         >>> features = Features({"lesion": ClassLabel(names=["cyst", "mass"])})
         >>> name_classes(Dataset.from_dict({"lesion": [1, None, 0]}, features=features))["lesion"][:]
         ['mass', '', 'cyst']
     """
+    from datasets import ClassLabel
+
     for column in _TEXTS:
         kind = dataset.features.get(column)
         if isinstance(kind, ClassLabel):
@@ -49,10 +52,13 @@ def check_texts(dataset: Dataset) -> None:
         DataError: A column of another type; names it and the fix.
 
     Example:
+        >>> from datasets import Dataset
         >>> check_texts(Dataset.from_dict({"query": [["Where?", "Find it."]]}))
         Traceback (most recent call last):
         segrl.errors.DataError: column 'query' has the type List(Value('string')), expected one text a row; ...
     """
+    from datasets import ClassLabel, Value
+
     for column in _TEXTS:
         kind = dataset.features.get(column)
         if kind is None or isinstance(kind, ClassLabel):

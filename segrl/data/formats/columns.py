@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
@@ -16,6 +15,9 @@ from segrl.data.formats.writing import rows_of_images
 from segrl.data.text_columns import name_classes
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.mask_images import binarize
+
+if TYPE_CHECKING:  # imported where rows are read or written, so that the list of benchmarks is quick
+    from datasets import Dataset
 
 __all__ = ["COLUMNS", "read_columns", "write_columns"]
 
@@ -49,6 +51,8 @@ def read_columns(
         >>> row.split, row.mask.shape, row.texts["lesion"]
         ('train', (32, 32), 'ring abscess')
     """
+    from datasets import Image, List
+
     for split, rows in _loaded(source).items():
         names = {here: here for here in COLUMNS}
         for here, theirs in columns.items():
@@ -94,6 +98,8 @@ def _text(value: Any) -> str:
 
 
 def _loaded(source: str | Path) -> dict[str, Dataset]:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     path = Path(source)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -126,6 +132,8 @@ def write_columns(rows: Iterable[FormatRow | ScanRow], folder: str | Path) -> di
         >>> [row.texts["lesion"] for row in read_columns("as_columns", columns={}, texts={})]
         ['cyst']
     """
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
     splits: dict[str, list[dict[str, Any]]] = {}
     with empty_folder(folder) as home:
         for row in rows_of_images(rows, "hf"):
