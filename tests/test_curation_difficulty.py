@@ -459,9 +459,10 @@ def test_a_build_that_was_killed_at_its_first_file_goes_on(tmp_path):
 def test_what_killed_processes_left_in_a_build_is_removed(tmp_path):
     (tmp_path / "curate.yaml").write_text("sources: [{path: pairs, licence: MIT}]")
     settings, build = CurationSettings.read(tmp_path / "curate.yaml"), tmp_path / "build"
-    (build / "sources").mkdir(parents=True)
+    build.mkdir()
     killed_while_writing(build / "curation.json", "")  # at its first file
     claim_build(settings, build)
+    (build / "sources").mkdir()
     for name, suffix in (("texts.jsonl", ""), ("sources/a.nii.gz", ".nii.gz"), ("sources/b.png", ".png")):
         killed_while_writing(build / name, suffix)
     (build / "sources/.mine.tmp").write_text("mine")

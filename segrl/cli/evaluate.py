@@ -33,7 +33,7 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
     command.add_argument("--min_score", type=share, metavar="X", help="of such results, drop those with a lower score "
                          "(default: 0.5)")  # fmt: skip
     command.add_argument("--missing_empty", action="store_true", help="with --predictions: no file means an empty mask")
-    command.add_argument("--limit", type=positive, metavar="N", help="evaluate only the first rows")
+    command.add_argument("--limit", type=positive, metavar="N", help="read and evaluate only the first rows")
     command.add_argument(
         "--batch_size", type=positive, metavar="N", help="rows per generation (default: 16, volumes 4)"
     )
@@ -208,10 +208,8 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
     elif arguments.allow_empty:
         raise SegRLError("--allow_empty is for volumes, masks of images may be empty; drop it")
     kept = KeptPixels() if task == "images" else None
-    wanted = {"kept": kept, "allow_outside": arguments.allow_outside}
+    wanted = {"kept": kept, "allow_outside": arguments.allow_outside, "limit": arguments.limit}
     rows = load_split(str(data), arguments.split or "test", **readers, **wanted)
-    if arguments.limit is not None and arguments.limit < len(rows):
-        rows = rows.select(range(arguments.limit))
     if arguments.conventions:
         names = check_conventions(arguments.conventions)
     coco = _coco_results(arguments, rows["name"], rows["lesion"])

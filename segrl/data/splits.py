@@ -29,6 +29,7 @@ def load_split(
     contents: SplitContents | None = None,
     kept: KeptPixels | None = None,
     allow_outside: bool = False,
+    limit: int | None = None,
     texts: Sequence[str] = METADATA_COLUMNS,
     argument: str = "--data",
 ) -> Dataset:
@@ -46,6 +47,7 @@ def load_split(
         kept: Keeps the pixels that are checked, by the number of their row; passed on to both where it is given. For
             one split of images.
         allow_outside: Whether a manifest may name files outside its folder; passed on to `folder` where it is set.
+        limit: Keep only the first rows; of the others no file is read. Passed on to `folder` where it is given.
         texts: Text columns that are added to such a data set if they are missing: empty, but `name` is `row <index>`.
         argument: Name of `source` in errors, as the user knows it.
 
@@ -71,8 +73,10 @@ def load_split(
         folder, check = partial(folder, kept=kept), partial(check, kept=kept)
     if allow_outside:
         folder = partial(folder, allow_outside=True)
+    if limit is not None:
+        folder = partial(folder, limit=limit)
     if (path / "dataset_dict.json").is_file():
-        return _of_columns(_load(load_from_disk, source, argument), source, split, check, texts)
+        return _of_columns(_load(load_from_disk, source, argument), source, split, check, texts, limit)
     if (path / "dataset_info.json").is_file():
         raise DataError(
             f"{argument} {source!r} is one data set; expected the splits train and test: save "
@@ -81,7 +85,7 @@ def load_split(
     if path.is_dir():
         return folder(source, split)
     check_source(argument, source, "data set", DataError)
-    return _of_columns(_load(load_dataset, source, argument), source, split, check, texts)
+    return _of_columns(_load(load_dataset, source, argument), source, split, check, texts, limit)
 
 
 def _load(load: Any, source: str, argument: str) -> DatasetDict:
@@ -90,11 +94,20 @@ def _load(load: Any, source: str, argument: str) -> DatasetDict:
 
 
 def _of_columns(
-    splits: DatasetDict, source: str, split: str | None, check: Callable[[Dataset], None], texts: Sequence[str]
+    splits: DatasetDict,
+    source: str,
+    split: str | None,
+    check: Callable[[Dataset], None],
+    texts: Sequence[str],
+    limit: int | None = None,
 ) -> Dataset:
     if split is None:
-        parts = [_of_columns(splits, source, str(name), check, texts) for name in splits]
-        for name, part in zip(splits, parts, strict=True):
+        parts: list[Dataset] = []
+        for name in splits:
+            left = None if limit is None else limit - sum(map(len, parts))
+            if left != 0:
+                parts.append(_of_columns(splits, source, str(name), check, texts, left))
+        for name, part in zip(splits, parts, strict=False):
             if set(part.column_names) != set(parts[0].column_names):
                 raise DataError(
                     f"{source}: split {str(name)!r} has the columns {part.column_names}, the first one "
@@ -107,6 +120,8 @@ def _of_columns(
     if split not in splits:
         raise unknown_name(f"split of {source}", split, map(str, splits))
     rows = splits[split]
+    if limit is not None and limit < len(rows):
+        rows = rows.select(range(limit))
     try:
         check(rows)
     except DataError as error:
