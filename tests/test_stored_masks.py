@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import tiny_headed_model, tiny_model, tiny_segmenter
 from datasets import Dataset, DatasetDict
-from PIL import Image
+from PIL import Image, ImageFile
 from script_modules import read_json
 from test_files import killed_while_writing
 
@@ -33,6 +33,7 @@ from segrl.geometry.run_lengths import rle_counts
 from segrl.inference import ReasoningSegmenter
 from segrl.metrics import dice, hausdorff
 from segrl.predictions import ImagePromptSettings
+from segrl.reports.cases import choose_cases, encode_case
 
 
 @pytest.fixture
@@ -180,6 +181,56 @@ def test_masks_by_the_command(data, rows, tmp_path, capsys):
     assert main(["eval", "--predictions", str(folder), "--data", str(data), *flags]) == 2  # two files are of no row
     assert "files of no row: 2" in capsys.readouterr().err
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_with_a_limit_no_other_file_is_decoded(data, rows, tmp_path, monkeypatch, saved):
+    folder = write(tmp_path / "theirs", rows.select(range(2)))
+    if saved:
+        DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "saved"))
+    decoded, load = [], ImageFile.ImageFile.load
+
+    def counted(image: Any) -> Any:
+        if image.tile:  # not decoded yet
+            decoded.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    flags = ["--limit", "2", "--pictures", "0", "--data", str(tmp_path / "saved" if saved else data)]
+    assert main(["eval", "--predictions", str(folder), *flags]) == 0
+    assert len(decoded) == 2 * 3  # image, mask and predicted mask of each row
+    assert len(read_json(tmp_path / "theirs_evaluation/predictions.json")) == 2
+
+
+def test_with_a_limit_no_other_scan_is_read(tmp_path):
+    made = make_synthetic_volumes(3, tmp_path / "data", depth=6, size=32)
+    (tmp_path / "theirs").mkdir()
+    for row in map(dict, made.select(range(2))):
+        shutil.copy(row["label"], tmp_path / "theirs" / f"{Path(row['name']).name.removesuffix('.nii.gz')}.nii.gz")
+    Path(made[2]["scan"]).write_bytes(b"broken")
+    DatasetDict({"test": made}).save_to_disk(str(tmp_path / "saved"))
+    flags = ["--volumes", "--limit", "2", "--pictures", "0", "--data", str(tmp_path / "saved")]
+    assert main(["eval", "--predictions", str(tmp_path / "theirs"), *flags]) == 0
+
+
+def test_only_the_cases_that_are_shown_are_encoded(tmp_path, monkeypatch):
+    """The files of `cases/` are those of all pictures encoded at once, as they were made before."""
+    made = make_synthetic(30, size=48, seed=4)
+    folder = write(tmp_path / "theirs", made)
+    calls = []
+
+    def counted(*shown: Any) -> bytes:
+        calls.append(shown)
+        return encode_case(*shown)
+
+    monkeypatch.setattr("segrl.scripts.results.encode_case", counted)
+    data = write_folder(made, tmp_path / "data", split="test")
+    assert main(["eval", "--predictions", str(folder), "--data", str(data), "--pictures", "1"]) == 0
+    out = tmp_path / "theirs_evaluation"
+    chosen = {number for kind in choose_cases(read_json(out / "predictions.json")).values() for number in kind}
+    found = {path.name: path.read_bytes() for path in (out / "cases").iterdir()}
+    assert found == {f"{number:05d}.jpg": encode_case(made[number]["image"]) for number in chosen}
+    assert len(calls) == len(chosen) < 30
 
 
 def test_masks_of_volumes_by_the_command(tmp_path, capsys):

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,39 +51,43 @@ def fullest_slice(mask: np.ndarray) -> int:
     return int(areas.argmax()) if areas.any() else len(mask) // 2
 
 
-def encode_case(shown: Any, mask: np.ndarray) -> bytes:
+def encode_case(shown: Any, mask: np.ndarray | None = None) -> bytes:
     """Return a small JPEG of an image, or of the slice of a `Case` with most of the ground truth.
 
     Args:
         shown: What `on_answer` of an evaluation gets.
-        mask: Ground truth, (H, W) or (D, H, W).
+        mask: Ground truth (D, H, W) of a `Case`; None for an image, which is shown as it is.
 
     Example:
-        >>> content = encode_case(Image.new("L", (900, 600)), np.zeros((600, 900), dtype=bool))
+        >>> content = encode_case(Image.new("L", (900, 600)))
         >>> Image.open(io.BytesIO(content)).size
         (224, 149)
     """
-    image = shown if isinstance(shown, Image.Image) else Image.fromarray(shown.grey[fullest_slice(mask)])
-    small = image.convert("RGB")
+    if not isinstance(shown, Image.Image):
+        assert mask is not None
+        shown = Image.fromarray(shown.grey[fullest_slice(mask)])
+    small = shown.convert("RGB")
     small.thumbnail((CASE, CASE))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
     return buffer.getvalue()
 
 
-def write_cases(folder: Path, pictures: Mapping[int, bytes], records: Sequence[Mapping[str, Any]]) -> None:
+def write_cases(folder: Path, picture: Callable[[int], bytes | None], records: Sequence[Mapping[str, Any]]) -> None:
     """Write the pictures of the cases that a report shows into `cases/` of a run's folder.
 
     Args:
         folder: The run's.
-        pictures: From `encode_case`, by the number of the record.
+        picture: The number of a record to its picture from `encode_case`, or to None for none; called only for the
+            cases that are shown, 18 at most.
         records: Of all answers.
 
     Example:
-        >>> write_cases(Path("run"), {0: b"a", 1: b"b"}, [{"dice": 0.5}, {}])
+        >>> write_cases(Path("run"), {0: b"a", 1: b"b"}.get, [{"dice": 0.5}, {}])
         >>> [path.name for path in Path("run", "cases").iterdir()]
         ['00000.jpg']
     """
     for number in sorted({number for chosen in choose_cases(records).values() for number in chosen}):
-        if number in pictures:
-            write_whole(folder / CASES / f"{number:05d}.jpg", pictures[number])
+        content = picture(number)
+        if content is not None:
+            write_whole(folder / CASES / f"{number:05d}.jpg", content)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from segrl.evaluation.conventions.cases import cases_of
-from segrl.evaluation.images import evaluate
+from segrl.evaluation.images import evaluate, whole_image
 from segrl.evaluation.stored_masks import StoredMasks, evaluate_masks
 from segrl.evaluation.volumes import VOLUME_GROUPINGS, evaluate_volumes, summarise_volumes
 from segrl.geometry.run_lengths import rle_counts
@@ -100,7 +100,7 @@ class ImageResults:
 
     def __init__(self, folder: Path, pictures: int | None = None, samples: int = 1) -> None:
         self.folder, self._shown = folder, []
-        self._cases: dict[int, bytes] = {}  # a few kB for each answer
+        self._rows: Any = None  # of the data set, of which answers were seen
         self.samples = samples
         self.seconds: list[float] = []  # for one answer, of each model that was scored
         self.pictures = self.pictures if pictures is None else pictures
@@ -118,6 +118,7 @@ class ImageResults:
             kept: Of images, `segrl.data.images.kept.KeptPixels` of these rows; None reads their files.
         """
         asked: dict[str, Any] = {"batch_size": batch_size, "on_answer": self._see if draw else None}
+        self._rows = rows if draw else self._rows
         if kept is not None:
             asked["kept"] = kept
         began = time.monotonic()
@@ -129,7 +130,8 @@ class ImageResults:
         if self._shown:
             scored = zip(self._shown, records, strict=False)
             contact_sheet([{**row, "dice": record["dice"]} for row, record in scored], self.folder / self.pictures_name)
-        write_cases(self.folder, self._cases, records)
+        if self.pictures and self._rows is not None:
+            write_cases(self.folder, self._case, records)
         summary = self.summarise(records)
         if not isinstance(system, StoredMasks):  # which have no text that could be invalid
             self.seconds.append((time.monotonic() - began) / max(1, len(records)))
@@ -197,10 +199,12 @@ class ImageResults:
         return {"all": _gain(after, before, "dice")} | {name: gain for name, gain in found.items() if name != "all"}
 
     def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
-        if self.pictures:
-            self._cases[number] = encode_case(shown, target.mask)
         if number < self.pictures:
             self._draw(number, shown, prediction, target)
+
+    def _case(self, number: int) -> bytes | None:
+        """Read the image again: which few of all answers a report shows is known when all are scored."""
+        return encode_case(whole_image(dict(self._rows[number])))
 
     def _draw(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
         self._shown.append({"image": shown, "prediction": prediction, "target": target})
@@ -235,6 +239,18 @@ class VolumeResults(ImageResults):
     pictures_name = "pictures/"
     pictures = 8
     compared = ("dice", "slice_visibility", "slice_boxes")
+
+    def __init__(self, folder: Path, pictures: int | None = None, samples: int = 1) -> None:
+        super().__init__(folder, pictures, samples)
+        self._cases: dict[int, bytes] = {}  # a few kB each; a scan is not read again for one slice
+
+    def _see(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
+        if self.pictures:
+            self._cases[number] = encode_case(shown, target.mask)
+        super()._see(number, shown, prediction, target)
+
+    def _case(self, number: int) -> bytes | None:
+        return self._cases.get(number)
 
     def _draw(self, number: int, shown: Any, prediction: Any, target: Any) -> None:
         path = self.folder / "pictures" / f"{number:03d}.png"
