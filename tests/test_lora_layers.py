@@ -94,7 +94,8 @@ class TestValues:
         assert results[0].keys() == results[1].keys()
         assert len(results[0]) == 6
         for name, value in results[0].items():
-            torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-5)
+            difference = (results[1][name] - value).abs().max().item() if value.numel() else 0.0
+            assert difference <= 1e-5 * max(1.0, value.abs().max().item()), name  # sums of up to 64 products
 
     def test_no_rows(self):
         plain, fused = stack()

@@ -11,7 +11,7 @@ from segrl.errors import SegRLError, unknown_name
 from segrl.models.lora_layers import forget_copies, fuse_lora
 from segrl.sharing.compiling import compile_layers
 
-__all__ = ["prepare_layers"]
+__all__ = ["leave_unpacked", "prepare_layers"]
 
 
 def prepare_layers(trainer: Any) -> None:
@@ -27,6 +27,20 @@ def prepare_layers(trainer: Any) -> None:
         _fuse(trainer)
     if getattr(trainer.args, "compile_layers", False):
         _compile(trainer)
+
+
+def leave_unpacked(model: Any) -> None:
+    """Keep layers in 4 bit as they are stored, on processors for which bitsandbytes packs them anew.
+
+    It does so in the first pass without gradients, such as a rollout's, where there is AVX512-BF16; a pass with
+    gradients of the packed layers then fails (bitsandbytes 0.50).
+
+    Args:
+        model: A model that is going to be trained.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 class _FreshCopies(TrainerCallback):

@@ -21,7 +21,7 @@ from segrl.sharing.micro_batches import fill_padded
 from segrl.tasks import Task, check_columns, make_task
 from segrl.trainers import engines
 from segrl.trainers.config import SegSFTConfig
-from segrl.trainers.layer_settings import prepare_layers
+from segrl.trainers.layer_settings import leave_unpacked, prepare_layers
 from segrl.trainers.mask_head_mixin import MaskHeadMixin, default_args
 from segrl.trainers.token_budget import Part, RowCollator, TokenBudgetMixin, join_rows
 from segrl.trainers.validation import Validate
@@ -132,6 +132,7 @@ class SegSFTTrainer(MaskHeadMixin, TokenBudgetMixin, SFTTrainer):
         if not self._check_inputs():
             self.data_collator = CheckedCollator(self.data_collator, self.processing_class)
         self._keep_settings(prompt_settings)
+        leave_unpacked(self.model)
         prepare_layers(self)
         self._check_budget()
 

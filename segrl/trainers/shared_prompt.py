@@ -33,7 +33,7 @@ from segrl.models.backbone import backbone_of, base_instance
 from segrl.sharing.packing import IMAGE_INPUTS
 from segrl.sharing.support import COMPARED
 from segrl.trainers.engines import is_sharding, synced_generation
-from segrl.trainers.layer_settings import prepare_layers
+from segrl.trainers.layer_settings import leave_unpacked, prepare_layers
 from segrl.trainers.token_budget import NORMALIZERS, Part, TokenBudgetMixin, select_batch
 from segrl.trainers.tried_shapes import TriedShapes, score_difference
 
@@ -75,6 +75,7 @@ class SharedPromptGRPOTrainer(TokenBudgetMixin, GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        leave_unpacked(self.model)
         self._shares = self._wants_sharing and self._start_sharing()
         prepare_layers(self)
         self._check_budget()
