@@ -11,7 +11,8 @@ script: torch and all that fits already is taken from there, so that a version c
   installed here (`moved`), and
 - the tests of `FILES` run, of which failures say which assumption is broken.
 
-The last line is a row of the table in `docs/explanation/compatibility.md`, which `--table` writes (`.ci/long` runs it).
+The last line is a row of the table in `docs/explanation/compatibility.md`, which `--table` writes (`.ci/long` writes a
+copy and compares it).
 The exit status is that of pytest.
 """
 
@@ -89,7 +90,7 @@ def with_rows(page: str, rows: Sequence[str]) -> str:
     """The page with other rows in its table of versions."""
     before, head, after = page.partition(_HEAD)
     if not head:
-        raise SystemExit(f"no table with the columns {', '.join(PACKAGES)} in {TABLE.name}")
+        raise SystemExit(f"no table with the columns {', '.join(PACKAGES)} in the page")
     return before + head + "".join(f"{row}\n" for row in rows) + after[re.match(r"(\|.*\n)*", after).end() :]  # type: ignore[union-attr]
 
 
@@ -100,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="*", help="package=version; none tests what is installed")
     parser.add_argument("--table", action="store_true", help="write the table of tested versions")
+    parser.add_argument("--page", type=Path, default=TABLE, help="where --table writes; default: the page of the docs")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(own)
     if args.probe:
@@ -113,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--table tests what is installed and the oldest of each pin; drop the versions")
     runs = [tested(packages, rest) for packages in ([], oldest((ROOT / "pyproject.toml").read_text()))]
     if all(row for _, row in runs):
-        TABLE.write_text(with_rows(TABLE.read_text(), [row for _, row in runs]))
+        args.page.write_text(with_rows(args.page.read_text(), [row for _, row in runs]))
     return max(status for status, _ in runs)
 
 

@@ -70,6 +70,20 @@ def trainer_of(kind: str, base: Any, folder: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_layers_are_not_packed_for_inference(kind, base, tmp_path, monkeypatch):
+    """As on processors with AVX512-BF16, where a pass without gradients packs the weights of the next with them."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = trainer_of(kind, base, tmp_path).model
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(module.support_avx512bf16_for_cpu for module in layers)
+    before = four_bit_layers(model)
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[1, 2, 3]]))
+    assert same(four_bit_layers(model), before)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_train_save_resume_merge(kind, base, tmp_path):
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trainer_of(kind, base, tmp_path / "whole", **saving)

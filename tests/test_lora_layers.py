@@ -137,7 +137,7 @@ class TestValues:
 
 
 class TestOtherCalls:
-    """What is not the usual call is PEFT's."""
+    """Calls other than the usual one are PEFT's."""
 
     def check(self, plain: Any, fused: Any, **settings: Any) -> None:
         x = torch.randn(5, 16)
@@ -345,6 +345,18 @@ class TestTrainers:
             trainer.train()
             results.append([entry["loss"] for entry in history(trainer) if "loss" in entry])
         assert results[0] == pytest.approx(results[1], abs=1e-4)
+
+    @pytest.mark.parametrize(
+        ("settings", "reason"),
+        [
+            ({"target_modules": ["embed_tokens"]}, "adapts no plain linear layers, but Embedding ones"),
+            (None, "has no LoRA"),
+        ],
+    )
+    def test_reasons(self, settings, reason):
+        model, _ = build("text")
+        model = model if settings is None else get_peft_model(model, LoraConfig(**settings))
+        assert reason in (fuse_lora(model) or "")
 
     def test_without_lora(self, tmp_path):
         model, tokenizer = build("text")

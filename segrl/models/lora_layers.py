@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -55,15 +56,15 @@ def fuse_lora(model: Any) -> str | None:
         >>> fuse_lora(model), sum(isinstance(module, FusedLoraLinear) for module in model.modules())
         (None, 2)
     """
-    layers = [module for module in model.modules() if type(module) is LoraLinear]
-    fused = [module for module in model.modules() if type(module) is FusedLoraLinear]
-    if not layers and not fused:
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
         return f"{type(model).__name__} has no LoRA layers"
     if is_sharded(model):
         return "the weights are sharded over processes"
-    plain = [layer for layer in layers if type(layer.get_base_layer()) is nn.Linear and not layer.fan_in_fan_out]
-    if not plain and not fused:
-        return "the base layers are quantized"
+    linear = [layer for layer in layers if type(layer) in (LoraLinear, FusedLoraLinear)]
+    plain = [layer for layer in linear if type(layer.get_base_layer()) is nn.Linear and not layer.fan_in_fan_out]
+    if not plain:
+        return f"LoRA of {type(model).__name__} adapts no plain linear layers, but {type(layers[0]).__name__} ones"
     for layer in plain:
         layer.__class__ = FusedLoraLinear
     return None
@@ -86,7 +87,7 @@ def forget_copies(model: Any) -> None:
 
 
 class FusedLoraLinear(LoraLinear):
-    """A LoRA layer of PEFT whose usual call is one function; see `fuse_lora`."""
+    """A LoRA layer of PEFT whose usual call, (..., in) to (..., out), is one function; see `fuse_lora`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else self._adapter_of_call()
@@ -135,7 +136,11 @@ class FusedLoraLinear(LoraLinear):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """`x @ W.T + bias + dropped @ A.T @ (scaling * B).T`, of which x, dropped, A and B have gradients."""
+    """`x @ W.T + bias + dropped @ A.T @ (scaling * B).T`, of which x, dropped, A and B have gradients.
+
+    x and dropped are (..., in), W (out, in), A (r, in), B (out, r). Only `low_down` and `low_up`, A and scaling * B in
+    W's precision, are computed with; gradients go to A and B (`down`, `up`). No rows give no rows.
+    """
 
     @staticmethod
     def forward(

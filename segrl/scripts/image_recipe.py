@@ -41,8 +41,9 @@ class ImageRecipe(Recipe):
             that learns masks before `<seg>` knows the question segments every lesion, and stays there (docs/log.md).
         brief: Short template reasoning.
         max_boxes: Boxes that a reference answer names at most.
-        noun: Word for every lesion in reference answers, in place of its name. A model that has learned to write from a
-            few hundred rows writes the names of those in pieces when it is asked for another. None: the name.
+        noun: Word for every lesion in reference answers, in place of its name, and the one kind of lesion in
+            pretraining. A model that has learned to write from a few hundred rows writes the names of those in pieces
+            when it is asked for another. None: the name.
 
     Of synthetic data, "sft" in `synthetic` is the number of training rows with written answers, which stage 1 sees;
     stage 2 sees all of them, since it needs their masks alone. Without it, stage 1 sees all as well.

@@ -113,27 +113,29 @@ class ImageRun(TwoStageRun):
     def prepare(self, model: Any, processor: Any, *, completions: bool) -> Dataset:
         rows, recipe = self.repeated, self.recipe
         if completions:
-            rows = self.named(rows.select(range(self.written())))
+            rows = rows.select(range(self.written()))
+            if recipe.noun is not None:
+                names = [self.called(lesion) for lesion in rows["lesion"]]
+                rows = rows.remove_columns("lesion").add_column("lesion", names)  # type: ignore[call-arg]
         if completions and self.pretrains and self.prompt.reasoning and "reasoning" not in rows.column_names:
             rows = rows.add_column("reasoning", [list_findings(picture) for picture in self.pictures(rows)])  # type: ignore[call-arg]
         limits = {"brief": recipe.brief, "max_boxes": recipe.max_boxes, "coordinates": self.arguments.coordinates}
         return prepare(rows, processor, self.prompt, completions=completions, **limits)
 
-    def named(self, rows: Dataset) -> Dataset:
-        """Return rows whose lesions have the names that answers give them."""
-        noun = self.recipe.noun
-        if noun is None:
-            return rows
-        names = [noun if name else name for name in rows["lesion"]]
-        return rows.remove_columns("lesion").add_column("lesion", names)  # type: ignore[call-arg]
+    def called(self, lesion: str) -> str:
+        """Return what reference answers call a lesion; one without a name, "", stays without."""
+        return self.recipe.noun if lesion and self.recipe.noun is not None else lesion
 
     def pictures(self, rows: Dataset) -> list[Picture]:
         """Return what is known about training rows: of synthetic ones all lesions, of others the one asked for."""
         if self.arguments.data is None:
             numbers = [int(name.rsplit("_", 1)[1]) for name in rows["name"]]
             return [make_scene(number, **self.scenes("train")).picture() for number in numbers]
-        dicts = map(dict, self.named(rows))  # type: ignore[call-overload]
-        return [Picture.from_mask(row["image"], binarize(row["mask"]), row["lesion"] or "lesion") for row in dicts]
+        dicts = map(dict, rows)  # type: ignore[call-overload]
+        return [
+            Picture.from_mask(row["image"], binarize(row["mask"]), self.called(row["lesion"]) or "lesion")
+            for row in dicts
+        ]
 
     def baselines(self, segmenter: SegmenterBase, rows: Dataset) -> dict[str, list[dict[str, Any]]]:
         train = self.rows.get("train")

@@ -15,7 +15,36 @@ __all__ = ["SegGRPOConfig", "SegSFTConfig"]
 
 
 @dataclass
-class SegGRPOConfig(GRPOConfig):
+class _SpeedFields:
+    """Settings of both trainers that are for speed: of layers, and of files for features of frozen encoders."""
+
+    fuse_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute LoRA in the precision of the layers that it adapts, with scaling and sums inside the "
+            "matrix products, in place of PEFT's casts. What is trained and saved stays float32. A model without LoRA "
+            "trains as it is, with a warning."
+        },
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each decoder layer with torch.compile, for any length and any shared prompts; generation "
+            "runs uncompiled. A model whose layers cannot be compiled trains without, with a warning."
+        },
+    )
+    compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile for compile_layers."})
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder where these features are also kept, for later runs and other processes."},
+    )
+    feature_cache_disk: int = field(
+        default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
+    )
+
+
+@dataclass
+class SegGRPOConfig(_SpeedFields, GRPOConfig):
     """`GRPOConfig` with the weight of the policy term, the head's learning rate, and a global batch size.
 
     The defaults add nothing: without a mask head, dense losses and segrl rewards `SegGRPOTrainer` is TRL's
@@ -87,35 +116,12 @@ class SegGRPOConfig(GRPOConfig):
             "micro-batches of per_device_train_batch_size."
         },
     )
-    fuse_lora: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute LoRA in the precision of the layers that it adapts, with scaling and sums inside the "
-            "matrix products, in place of PEFT's casts. What is trained and saved stays float32. A model without LoRA "
-            "trains as it is, with a warning."
-        },
-    )
-    compile_layers: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile each decoder layer with torch.compile, for any length and any shared prompts; generation "
-            "runs uncompiled. A model whose layers cannot be compiled trains without, with a warning."
-        },
-    )
-    compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile for compile_layers."})
     feature_cache_memory: int = field(
         default=2**30,
         metadata={
             "help": "Bytes for features of the mask head's frozen image encoder in memory, and as many for those of a "
             "frozen vision tower; 0 keeps none."
         },
-    )
-    feature_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder where these features are also kept, for later runs and other processes."},
-    )
-    feature_cache_disk: int = field(
-        default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
     )
 
     def __post_init__(self) -> None:
@@ -134,7 +140,7 @@ class SegGRPOConfig(GRPOConfig):
 
 
 @dataclass
-class SegSFTConfig(SFTConfig):
+class SegSFTConfig(_SpeedFields, SFTConfig):
     """`SFTConfig` with the weight of the text term, the head's learning rate, and a global batch size.
 
     The defaults add nothing: without a mask head and dense losses `SegSFTTrainer` is TRL's `SFTTrainer` bit for bit.
@@ -165,32 +171,9 @@ class SegSFTConfig(SFTConfig):
             "included. Losses and gradients do not depend on it. None: micro-batches of per_device_train_batch_size."
         },
     )
-    fuse_lora: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute LoRA in the precision of the layers that it adapts, with scaling and sums inside the "
-            "matrix products, in place of PEFT's casts. What is trained and saved stays float32. A model without LoRA "
-            "trains as it is, with a warning."
-        },
-    )
-    compile_layers: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile each decoder layer with torch.compile, for any length and any shared prompts; generation "
-            "runs uncompiled. A model whose layers cannot be compiled trains without, with a warning."
-        },
-    )
-    compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile for compile_layers."})
     feature_cache_memory: int = field(
         default=2**30,
         metadata={"help": "Bytes for features of the mask head's frozen image encoder, kept in memory; 0 keeps none."},
-    )
-    feature_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder where these features are also kept, for later runs and other processes."},
-    )
-    feature_cache_disk: int = field(
-        default=16 * 2**30, metadata={"help": "Bytes that the files in feature_cache_dir may take."}
     )
 
     def __post_init__(self) -> None:
