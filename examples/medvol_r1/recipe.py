@@ -51,7 +51,9 @@ from segrl.scripts import (
     Recipe,
     RunArguments,
     TwoStageArguments,
+    pictures_key,
     sam2_builder,
+    train_once,
 )
 from segrl.segmenters import VolumePropagator, sam2_config
 
@@ -359,9 +361,15 @@ class MedVolRun(FrozenSegmenterRun):
         self.phases.begin("segmenter")
         more = self.train_rows if self.arguments.data is not None else ()
         lesions = lesions_of([*self.synthetic_lesions, *more])
-        losses = train_segmenter(segmenter, lesions, seed=self.seed, **settings)
-        last = losses[-min(20, len(losses)) :]
-        say(f"segmenter: {len(losses)} steps, loss {losses[0]:.2f} to {sum(last) / len(last):.2f}")
+        made_of = {"lesions": lesions, "seed": self.seed, **settings}
+
+        def learn() -> float:
+            losses = train_segmenter(segmenter, lesions, seed=self.seed, **settings)
+            last = losses[-min(20, len(losses)) :]
+            return sum(last) / len(last)
+
+        loss = train_once(self.arguments.pretrained_dir, "segmenter", segmenter, lambda: made_of, learn)
+        say(f"segmenter: {settings['steps']} steps, loss {loss:.2f} in the last ones")
 
     # ---- the language model ------------------------------------------------------------------------------------------
 
@@ -383,7 +391,10 @@ class MedVolRun(FrozenSegmenterRun):
             rows = self.train_rows.select(range(min(warmup["volumes"], len(self.train_rows))))
             pictures = slice_pictures(rows, self.recipe.prompt.size)
             steps = self.shortened(warmup["steps"])
-            seen = pretrain_vision(model, processor, pictures, steps=steps, batch_size=128, seed=self.seed)
+            settings = {"steps": steps, "batch_size": 128, "seed": self.seed}
+            learn = partial(pretrain_vision, model, processor, pictures, **settings)
+            folder = self.arguments.pretrained_dir
+            seen = train_once(folder, "vision", model, lambda: {"pictures": pictures_key(pictures), **settings}, learn)
             if PartialState().is_main_process:
                 say(f"in place of pretraining: {seen:.0%} of the lesions on held-out slices are seen")
         return model, processor

@@ -219,6 +219,13 @@ class TwoStageArguments(RunArguments):
             "help": "Steps at most of each part that stands in for pretraining (preset tiny); default: --max_steps."
         },
     )
+    pretrained_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps what stands in for pretraining (preset tiny), for runs that differ only in what "
+            "comes after it."
+        },
+    )
     control: bool = field(
         default=False,
         metadata={

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +36,7 @@ from segrl.scripts.image_recipe import (
     ImageRecipe,
     ImageTrainingFlags,
 )
+from segrl.scripts.pretrained import pictures_key, train_once
 from segrl.scripts.two_stages import TwoStageRun
 from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.pretraining import pretrain_segmenter
@@ -156,6 +157,16 @@ class ImageRun(TwoStageRun):
         scenes = range(self.arguments.count(self.recipe.pretraining["scenes"], "train"))
         return [make_scene(n, **self.scenes("pretraining")).picture() for n in scenes]
 
+    def trained_once(self, part: str, module: Any, settings: Mapping[str, Any], learn: Callable[[], float]) -> float:
+        """Train on the `material`, or load what a run with the same one has kept in `--pretrained_dir`."""
+        made_of = {"seed": self.seed, "settings": dict(settings)}
+        folder = self.arguments.pretrained_dir
+        return train_once(folder, part, module, lambda: {**made_of, "pictures": self.material_key}, learn)
+
+    @cached_property
+    def material_key(self) -> str:
+        return pictures_key(self.material)
+
     def preparations(self) -> dict[str, float]:
         recipe, warmup = self.recipe.pretraining, self.recipe.text_warmup
         if recipe is None or not self.pretrains:
@@ -170,9 +181,11 @@ class ImageRun(TwoStageRun):
         if recipe is not None and self.pretrains:
             vision, captions = (self.short(recipe[part]) for part in ("vision", "captions"))
             self.phases.begin("vision")
-            seen = pretrain_vision(model, processor, self.material, seed=self.seed, **vision)
+            learn = partial(pretrain_vision, model, processor, self.material, seed=self.seed, **vision)
+            seen = self.trained_once("vision", model, vision, learn)
             self.phases.begin("captions")
-            said = pretrain_captions(model, processor, self.material, seed=self.seed, **captions)
+            learn = partial(pretrain_captions, model, processor, self.material, seed=self.seed, **captions)
+            said = self.trained_once("captions", model, captions, learn)
             if PartialState().is_main_process:
                 say(f"in place of pretraining: {seen:.0%} of held-out lesions are seen; {said:.0%} of caption tokens "
                     "right")  # fmt: skip
@@ -182,7 +195,8 @@ class ImageRun(TwoStageRun):
         """Train a segmenter with random weights from true boxes."""
         recipe = self.short((self.recipe.pretraining or {})["segmenter"])
         self.phases.begin("segmenter")
-        loss = pretrain_segmenter(segmenter, self.material, seed=self.seed, **recipe)
+        learn = partial(pretrain_segmenter, segmenter, self.material, seed=self.seed, **recipe)
+        loss = self.trained_once("segmenter", segmenter, recipe, learn)
         if PartialState().is_main_process:
             say(f"segmenter: DiceCE {loss:.2f} from boxes")
 
