@@ -5,17 +5,17 @@
     python benchmarks/gate.py --update             measure, and write the numbers of record
     python benchmarks/gate.py --only-print full    a scenario without numbers of record
 
-Compared are counts, which no load of the machine changes: operations of PyTorch in the loss (forward and backward,
-views left out), forwards and tokens of the language model by phase, images of the vision tower, encodes of the
-segmenter, and the ratios segrl / TRL of all of them; with `--memory` also the peak memory of a process. Ratios of time
-are printed beside them and never compared. What moved is listed, also what got better: then `--update` records it.
+Compared are counts, which no load of the machine changes: operations of PyTorch (views left out; on a GPU most of them
+are a kernel) and the most bytes that their tensors hold at once, both of the loss (forward and backward) and of the
+rollout (generation, masks, rewards, scoring); forwards and tokens of the language model by phase, images of the vision
+tower, encodes of the segmenter; and the ratios segrl / TRL of all of them. Ratios of time are printed beside them and
+never compared. What moved is listed, also what got better: then `--update` records it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -69,35 +69,18 @@ UNRECORDED = {
 }
 
 
-def measure(name: str, scenario: Scenario, memory: bool = False) -> dict[str, dict[str, float]]:
+def measure(scenario: Scenario) -> dict[str, dict[str, float]]:
     """Return `{"compared": {metric: value}, "printed": {metric: value}}` of a scenario."""
     found: dict[str, dict[str, float]] = {}
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         for arm in scenario.arms:
             found[arm] = count_step(arm, scenario.shape, scenario.group, scenario.settings, folder)
-            if memory:
-                found[arm]["peak_memory"] = _peak(name, arm)
     compared = {f"{arm}/{key}": value for arm, counts in found.items() for key, value in counts.items()}
     if set(found) == set(ARMS):
         theirs, ours = (found[arm] for arm in ARMS)
         compared |= {f"ratio/{key}": ours[key] / theirs[key] for key in theirs if key in ours and theirs[key]}
     printed = {key: compared.pop(key) for key in list(compared) if "seconds" in key}
     return {"compared": compared, "printed": printed}
-
-
-def _peak(name: str, arm: str) -> int:
-    """Peak memory of a process that measures one arm."""
-    code = f"import gate, resource; gate.measure_arm({name!r}, {arm!r}); "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return int(done.stdout.splitlines()[-1])
-
-
-def measure_arm(name: str, arm: str) -> dict[str, dict[str, float]]:
-    """One arm of a scenario."""
-    return measure(name, replace({**SCENARIOS, **UNRECORDED}[name], arms=(arm,)))
 
 
 def moved(record: Mapping[str, float], found: Mapping[str, float], tolerance: float = TOLERANCE) -> list[list[str]]:
@@ -122,7 +105,7 @@ def check(name: str, options: argparse.Namespace) -> list[list[str]]:
     compared = not (options.only_print or options.update)
     if compared and not path.is_file():
         raise SystemExit(f"{path}: no numbers of record for {name!r}; write them with --update")
-    result = measure(name, {**SCENARIOS, **UNRECORDED}[name], options.memory)
+    result = measure({**SCENARIOS, **UNRECORDED}[name])
     for key, value in sorted({**result["printed"], **(result["compared"] if options.only_print else {})}.items()):
         print(f"{name:18}{key:32}{_text(value):>12}", file=sys.stderr if not options.only_print else sys.stdout)
     if options.only_print:
@@ -132,8 +115,6 @@ def check(name: str, options: argparse.Namespace) -> list[list[str]]:
         path.write_text(json.dumps(result["compared"], indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return []
     record: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    if not options.memory:
-        record = {key: value for key, value in record.items() if "peak_memory" not in key}
     return [[name, *row] for row in moved(record, result["compared"], options.tolerance)]
 
 
@@ -143,7 +124,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("scenarios", nargs="*", help=f"of {', '.join([*SCENARIOS, *UNRECORDED])}; all with a record")
     made.add_argument("--update", action="store_true", help="write the numbers of record")
     made.add_argument("--only-print", action="store_true", help="print all numbers and compare none")
-    made.add_argument("--memory", action="store_true", help="also the peak memory of a process of its own")
     made.add_argument(
         "--layer", action="store_true", help="print the operations of a decoder layer, eager and compiled"
     )

@@ -47,7 +47,7 @@ def operations(model: Any, ids: torch.Tensor) -> int:
     loss_of(model, ids).backward()
     with Operations() as counted:
         loss_of(model, ids).backward()
-    return counted.total
+    return counted.total.total()
 
 
 def trained(model: Any, steps: int, seed: int) -> list[float]:

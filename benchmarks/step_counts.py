@@ -1,7 +1,9 @@
-"""Counts of what a step and a decoder layer run, in numbers that no clock and no load of the machine changes."""
+"""Counts of what a step and a decoder layer run and hold: no clock and no load of the machine changes them."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,64 +14,97 @@ from step_arms import Settings, _answer_at_once, build_trainer, replayed
 from step_probe import Probe, backbone_of
 from step_shapes import Shape
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from torch.utils._pytree import tree_leaves
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations of PyTorch that are no views, while it is on.
+    """Counts operations of PyTorch that are no views, and the bytes of the tensors that they made, while it is on.
+
+    A storage counts from the operation that made it until it is freed, whoever holds it: what the loss saves for its
+    backward pass, gradients, caches. What was there before does not count, nor what a kernel needs within itself.
 
     Attributes:
-        total: Their number.
-        on: Whether operations count now.
+        phase: Name that the next operations count under.
+        total: Operations, by phase.
+        live: Bytes now.
+        peak: Most bytes at once, by phase.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str = "") -> None:
         super().__init__()
-        self.total, self.on = 0, True
+        self.phase, self.live = phase, 0
+        self.total, self.peak = Counter[str](), Counter[str]()
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.total += self.on and not func.is_view
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.total[self.phase] += 1
+            given = {storage._cdata for storage in _storages((args, kwargs))}  # an operation in place makes none
+            for storage in _storages(made):
+                if storage._cdata not in given | self._known:
+                    self._known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak[self.phase] = max(self.peak[self.phase], self.live)
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside the context nothing counts."""
-        before, self.on = self.on, False
+    def during(self, phase: str) -> Iterator[None]:
+        """Inside the context operations count under another name."""
+        before, self.phase = self.phase, phase
         try:
             yield
         finally:
-            self.on = before
+            self.phase = before
 
 
-class _LossOperations(TrainerCallback):
-    """Operations of forward and backward of all losses of an optimizer step."""
+def _storages(values: Any) -> list[Any]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
-    def __init__(self, trainer: Any) -> None:
-        self.mode = Operations()
-        step, prepare = trainer.training_step, trainer._prepare_inputs
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.mode:
-                return step(*args, **kwargs)
+def _watch(trainer: Any) -> Operations:
+    """Count forward and backward passes of all losses of an optimizer step under `loss`, the rest under `rollout`."""
+    operations = Operations("loss")
+    step, prepare = trainer.training_step, trainer._prepare_inputs
 
-        def uncounted(*args: Any, **kwargs: Any) -> Any:
-            with self.mode.paused():
-                return prepare(*args, **kwargs)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with operations:
+            return step(*args, **kwargs)
 
-        trainer.training_step, trainer._prepare_inputs = counted, uncounted
+    def rollout(*args: Any, **kwargs: Any) -> Any:
+        with operations.during("rollout"):
+            return prepare(*args, **kwargs)
+
+    trainer.training_step, trainer._prepare_inputs = counted, rollout
+    return operations
 
 
 def count_step(arm: str, shape: Shape, group: int, settings: Settings, folder: str) -> dict[str, float]:
-    """Counts of one optimizer step: those of `Probe`, operations of the losses, and seconds, which only describe."""
+    """Counts of one optimizer step: those of `Probe` and `Operations`, and seconds, which only describe.
+
+    Python collects no cycles meanwhile: when it does depends on what ran before.
+    """
     trainer, answers = build_trainer(arm, shape, group, settings, 1, 0, folder)
     if not settings.generates:
         _answer_at_once(trainer, answers, None)
-    operations = _LossOperations(trainer)
+    operations = _watch(trainer)
     probe = Probe(trainer, cuda=False)
-    with replayed(answers):
-        trainer.train()
-    counts = Counter(probe.counts[0])
-    counts["loss_operations"] = operations.mode.total
+    gc.collect()
+    gc.disable()
+    try:
+        with replayed(answers):
+            trainer.train()
+    finally:
+        gc.enable()
+    counts: dict[str, float] = dict(probe.counts[0])
+    for phase in ("loss", "rollout"):
+        counts[f"{phase}_operations"] = operations.total[phase]
+        counts[f"peak_bytes/{phase}"] = operations.peak[phase]
     seconds = probe.steps[0]
     layers = len(backbone_of(trainer).language_model.layers)
     return {**counts, "layers": layers, "seconds/loss": seconds["forward"] + seconds["backward"]}
@@ -127,8 +162,8 @@ def count_layer(lora: int = 8, backend: str = "inductor", width: int = 64) -> Ma
     run()
     kernels, calls = metrics.generated_kernel_count - kernels, counters["inductor"]["extern_calls"] - calls
     return {
-        "eager": eager.total,
-        "eager_outside": eager.total - attention.total,
-        "compiled": kernels + calls + attention.total + again.total,
+        "eager": eager.total.total(),
+        "eager_outside": eager.total.total() - attention.total.total(),
+        "compiled": kernels + calls + attention.total.total() + again.total.total(),
         "compiled_outside": kernels + calls,
     }
