@@ -1,4 +1,4 @@
-"""Ten families of vision-language models from tiny configurations, each with its own classes and its own processor."""
+"""Eleven families of vision-language models from tiny configurations, each with its own classes and processor."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 import transformers
 from builders import tiny_model
 from transformers import GenerationConfig
+from transformers.models.smolvlm import processing_smolvlm
 
 SIDE = 56  # of an image or a tile, in px
+SQUARE = {"height": SIDE, "width": SIDE}
 TILES = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 SIZE: dict[str, Any] = {
     "hidden_size": 32,
@@ -53,6 +55,10 @@ def _tokenizer(*special: str) -> Any:
     return tokenizer
 
 
+def _class(family: str, kind: str) -> Any:
+    return getattr(transformers, family + kind)
+
+
 def _text(tokenizer: Any, **own: Any) -> dict[str, Any]:
     return {
         **SIZE,
@@ -81,7 +87,7 @@ def _qwen3(name: str, text: dict[str, Any], **vision: Any) -> tuple[Any, Any]:
     known.pop("architectures", None)
     known["text_config"] |= text
     known["vision_config"] |= vision
-    return getattr(transformers, f"{name}Config")(**known), processor
+    return _class(name, "Config")(**known), processor
 
 
 def _qwen3_vl_moe() -> tuple[Any, Any, Any]:
@@ -113,7 +119,7 @@ def _gemma3() -> tuple[Any, Any, Any]:
         tie_word_embeddings=False,
     )
     processor = transformers.Gemma3Processor(
-        transformers.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE}),
+        transformers.Gemma3ImageProcessor(size=SQUARE),
         tokenizer,
         chat_template=_template("<start_of_image>"),
         image_seq_length=4,
@@ -121,23 +127,30 @@ def _gemma3() -> tuple[Any, Any, Any]:
     return transformers.Gemma3ForConditionalGeneration, config, processor
 
 
-def _idefics3() -> tuple[Any, Any, Any]:
-    """Also SmolVLM, whose classes repeat it."""
+def _idefics(name: str, **processors: Any) -> tuple[Any, Any, Any]:
+    """Idefics 3, or SmolVLM, whose classes were made from it; `processors` are for the processor beside the images'."""
     tokenizer = _tokenizer(
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>"
     )
-    config = transformers.Idefics3Config(
+    config = _class(name, "Config")(
         text_config=transformers.LlamaConfig(**_text(tokenizer)),
         vision_config={**TOWER},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
     )
-    images = transformers.Idefics3ImageProcessor(
+    images = _class(name, "ImageProcessor")(
         size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
     )
-    processor = transformers.Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=_template("<image>"))
-    return transformers.Idefics3ForConditionalGeneration, config, processor
+    processor = _class(name, "Processor")(
+        images, tokenizer, **processors, image_seq_len=1, chat_template=_template("<image>")
+    )
+    return _class(name, "ForConditionalGeneration"), config, processor
+
+
+def _smolvlm() -> tuple[Any, Any, Any]:
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str  # writes the number of frames of a video out
+    return _idefics("SmolVLM", video_processor=transformers.SmolVLMVideoProcessor())
 
 
 def _internvl() -> tuple[Any, Any, Any]:
@@ -159,70 +172,68 @@ def _internvl() -> tuple[Any, Any, Any]:
         tie_word_embeddings=False,
     )
     processor = transformers.InternVLProcessor(
-        transformers.GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}, max_patches=4),
+        transformers.GotOcr2ImageProcessor(size=SQUARE, max_patches=4),
         tokenizer,
-        transformers.InternVLVideoProcessor(size={"height": SIDE, "width": SIDE}),
+        transformers.InternVLVideoProcessor(size=SQUARE),
         image_seq_length=1,
         chat_template=_template("<IMG_CONTEXT>"),
     )
     return transformers.InternVLForConditionalGeneration, config, processor
 
 
-def _llava_next() -> tuple[Any, Any, Any]:
+def _llava_tiles(name: str, vision: Any, text: Any, images: dict[str, Any], **own: Any) -> tuple[Any, Any, Any]:
+    """LLaVA's descendants that cut images into tiles; `own` is for the processor."""
     tokenizer = _tokenizer()
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**TOWER),
-        text_config=transformers.LlamaConfig(**_text(tokenizer)),
+    config = _class(name, "Config")(
+        vision_config=vision(**TOWER),
+        text_config=text(**_text(tokenizer)),
         vision_feature_layer=-1,
         image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         image_grid_pinpoints=TILES,
         tie_word_embeddings=False,
     )
-    images = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=TILES
-    )
-    processor = transformers.LlavaNextProcessor(
-        images,
+    processor = _class(name, "Processor")(
+        _class(name, "ImageProcessor")(**images, image_grid_pinpoints=TILES),
         tokenizer,
+        image_token="<|image_pad|>",
+        chat_template=_template("<|image_pad|>"),
+        **own,
+    )
+    return _class(name, "ForConditionalGeneration"), config, processor
+
+
+def _llava_next() -> tuple[Any, Any, Any]:
+    return _llava_tiles(
+        "LlavaNext",
+        transformers.CLIPVisionConfig,
+        transformers.LlamaConfig,
+        {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE},
         patch_size=28,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        image_token="<|image_pad|>",
-        chat_template=_template("<|image_pad|>"),
     )
-    return transformers.LlavaNextForConditionalGeneration, config, processor
 
 
 def _llava_onevision() -> tuple[Any, Any, Any]:
-    tokenizer = _tokenizer()
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(**TOWER),
-        text_config=transformers.Qwen2Config(**_text(tokenizer)),
-        vision_feature_layer=-1,
-        image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        image_grid_pinpoints=TILES,
-        tie_word_embeddings=False,
-    )
-    square = {"height": SIDE, "width": SIDE}
-    processor = transformers.LlavaOnevisionProcessor(
-        transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=TILES),
-        tokenizer,
-        transformers.LlavaOnevisionVideoProcessor(size=square),
+    return _llava_tiles(
+        "LlavaOnevision",
+        transformers.SiglipVisionConfig,
+        transformers.Qwen2Config,
+        {"size": SQUARE},
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=SQUARE),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
-        image_token="<|image_pad|>",
-        chat_template=_template("<|image_pad|>"),
     )
-    return transformers.LlavaOnevisionForConditionalGeneration, config, processor
 
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "qwen3_vl_moe": _qwen3_vl_moe,
     "qwen3_5": _qwen3_5,
     "gemma3": _gemma3,
-    "idefics3": _idefics3,
+    "idefics3": lambda: _idefics("Idefics3"),
+    "smolvlm": _smolvlm,
     "internvl": _internvl,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
 }
-TEN = ("qwen2_5_vl", "qwen3_vl", "llava", *BUILDERS)
+ALL = ("qwen2_5_vl", "qwen3_vl", "llava", *BUILDERS)
