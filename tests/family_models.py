@@ -149,7 +149,8 @@ def _idefics(name: str, **processors: Any) -> tuple[Any, Any, Any]:
 
 
 def _smolvlm() -> tuple[Any, Any, Any]:
-    processing_smolvlm.num2words = processing_smolvlm.num2words or str  # writes the number of frames of a video out
+    module: Any = processing_smolvlm
+    module.num2words = module.num2words or str  # the package, or None; it writes the number of frames of a video out
     return _idefics("SmolVLM", video_processor=transformers.SmolVLMVideoProcessor())
 
 
