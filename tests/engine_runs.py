@@ -155,12 +155,24 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(folder: str, resume: Any = None, save: bool = False, kill: int | None = None, **case: Any) -> dict[str, Any]:
-    """Train, save where asked, and return what was logged; an error of segrl is returned as text."""
+def run(
+    folder: str,
+    resume: Any = None,
+    save: bool = False,
+    kill: int | None = None,
+    ignored: str | None = None,
+    **case: Any,
+) -> dict[str, Any]:
+    """Train, save where asked, and return what was logged; an error of segrl is returned as text.
+
+    `ignored` are modules that FSDP leaves alone, as `fsdp_ignored_modules` of an accelerate file says.
+    """
     AcceleratorState._reset_state(True)
     unset_hf_deepspeed_config()
     for name in set(os.environ) - ENVIRONMENT:  # transformers tells accelerate of engines through the environment
         del os.environ[name]
+    if ignored is not None:
+        os.environ["FSDP_IGNORED_MODULES"] = ignored
     try:
         trainer = trainer_of(folder, **case)
         if kill is not None:

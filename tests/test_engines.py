@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from builders import questions
 from script_modules import ROOT
+from torch.distributed.fsdp import StateDictType
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -23,9 +25,11 @@ from transformers.integrations.deepspeed import (
 )
 
 from segrl import inference
+from segrl.errors import CheckpointError
 from segrl.heads.decoding import generation_states
 from segrl.heads.requests import Recording
 from segrl.models.whole_loading import whole_loading
+from segrl.trainers.engines import check_written_by
 
 pytestmark = pytest.mark.timeout(600)  # several runs in one launch, since importing takes longer than training
 needs_deepspeed = pytest.mark.skipif(
@@ -35,11 +39,14 @@ SAVING: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "mask_head.safetensors")
 
 
-def launch(home: Path, cases: list[dict[str, Any]], *, killed: bool = False) -> list[dict[str, Any]]:
-    """What the cases logged, which must be the same on both processes; a hang fails here."""
+def launch(
+    home: Path, cases: list[dict[str, Any]], *, killed: bool = False, processes: int = 2
+) -> list[dict[str, Any]]:
+    """What the cases logged, which must be the same on all processes; a hang fails here."""
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes)]
     with (home / "output.txt").open("w") as output:
         process = subprocess.Popen(
             [*command, str(tests / "engine_runs.py"), str(home), json.dumps(cases)],
@@ -56,11 +63,11 @@ def launch(home: Path, cases: list[dict[str, Any]], *, killed: bool = False) -> 
         assert "SIGKILL" in text, text[-3000:]
         return []
     assert code == 0, f"ended with {code}: {text[-6000:]}"
-    first, second = (json.loads((home / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
-    for one, other in zip(first, second, strict=True):
+    first, *others = (json.loads((home / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(processes))
+    for number, one in enumerate(first):
         assert "crash" not in one, one["crash"][-3000:]
         for name in ("loss", "grad_norm", "dense/dice_ce", "eval_loss"):
-            assert one.get(name) == other.get(name)
+            assert all(one.get(name) == other[number].get(name) for other in others)
     return first
 
 
@@ -159,16 +166,72 @@ def test_what_an_engine_cannot_do_is_an_error(tmp_path):
     saved = {"folder": "saved", "resume": "saved/checkpoint-2"}
     cases = [
         {"engine": "fsdp2_apart", "max_steps": 1},
+        {"engine": "fsdp2", "max_steps": 1, "ignored": r"mask_head\..*"},
         {"engine": "fsdp2_sharded", **SAVING, "max_steps": 2, "folder": "saved"},
         {"engine": "fsdp2", **saved},
         {"engine": "ddp", **saved},
     ]
-    apart, done, *refused = launch(tmp_path, [{"kind": "sft", **case} for case in cases])
+    apart, ignored, done, *refused = launch(tmp_path, [{"kind": "sft", **case} for case in cases])
     assert "FSDP shards segmenter of the mask head apart from its model" in apart["error"]
     assert "fsdp_transformer_layer_cls_to_wrap" in apart["error"]
+    assert "trained parameters of the mask head out" in ignored["error"]
+    assert "take the head out of fsdp_ignored_modules" in ignored["error"]
     assert "error" not in done
     for result, engine in zip(refused, ("FSDP with FULL_STATE_DICT", "no engine that shards"), strict=True):
         assert f"was written by FSDP with SHARDED_STATE_DICT, and this run has {engine}" in result["error"]
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_two_processes_in_one(tmp_path):
+    """FSDP's are read by any number of processes."""
+    case = {"kind": "sft", "engine": "fsdp2_sharded", **SAVING, "folder": "saved"}
+    launch(tmp_path, [{**case, "max_steps": 2}])
+    (done,) = launch(tmp_path, [{**case, "resume": "saved/checkpoint-2", "start": 5}], processes=1)
+    assert "error" not in done
+    assert len(done["loss"]) == 4  # two of them are those of the checkpoint
+
+
+OPTIMIZERS = [f"global_step2/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+WRITTEN = {  # files by which a checkpoint's engine is known
+    "no engine that shards": ["optimizer.pt"],
+    "FSDP with FULL_STATE_DICT": ["pytorch_model_fsdp.bin"],
+    "FSDP with SHARDED_STATE_DICT": ["pytorch_model_fsdp_0/__0_0.distcp"],
+    "DeepSpeed ZeRO stage 1 or 2 on 2 processes": [*OPTIMIZERS, "global_step2/mp_rank_00_model_states.pt"],
+    "DeepSpeed ZeRO stage 3 on 2 processes": [
+        *OPTIMIZERS,
+        *(f"global_step2/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1)),
+    ],
+}
+
+
+def accelerator_of(engine: str, processes: int) -> Any:
+    """What accelerate says of itself on an engine."""
+    state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None)
+    if engine.startswith("FSDP"):
+        kind = StateDictType[engine.split()[-1]]
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+    elif engine.startswith("DeepSpeed"):
+        state.deepspeed_plugin = SimpleNamespace(zero_stage=3 if "stage 3" in engine else 2)
+    return SimpleNamespace(state=state, num_processes=processes)
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_checkpoint_goes_on_where_it_was_written(written, tmp_path):
+    for name in WRITTEN[written]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for engine in WRITTEN:
+        if engine == written:
+            check_written_by(accelerator_of(engine, 2), str(tmp_path))
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            check_written_by(accelerator_of(engine, 2), str(tmp_path))
+        assert f"was written by {written}, and this run has {engine}" in str(caught.value)
+    if written.startswith("DeepSpeed"):
+        with pytest.raises(CheckpointError, match=r"on 2 processes, and this run has .* on 4 processes"):
+            check_written_by(accelerator_of(written, 4), str(tmp_path))
+    else:
+        check_written_by(accelerator_of(written, 4), str(tmp_path))
 
 
 @pytest.mark.long

@@ -62,8 +62,10 @@ def rows_of(processor: Any, n: int = 2, size: tuple[int, int] = (64, 64), **argu
     return prepare(rows, processor, SETTINGS, brief=True, **arguments)
 
 
-def grpo(name: str, folder: Any, share: bool | None, rows: Any = None, **settings: Any) -> tuple[Any, list[Any]]:
-    """A trained trainer, and the warnings about sharing: how many had come before training, and all texts."""
+def grpo(
+    name: str, folder: Any, share: bool | None, rows: Any = None, about: str = "share_prompt", **settings: Any
+) -> tuple[Any, list[Any]]:
+    """A trained trainer, and the warnings about a setting: how many had come before training, and all texts."""
     model, processor = family_model(name)
     add_head(model, processor)
     rows = rows_of(processor, completions=False) if rows is None else rows(processor)
@@ -82,10 +84,10 @@ def grpo(name: str, folder: Any, share: bool | None, rows: Any = None, **setting
             prompt_settings=SETTINGS,
             callbacks=[kept],
         )
-        early = sum("share_prompt" in str(warning.message) for warning in caught)
+        early = sum(about in str(warning.message) for warning in caught)
         trainer.collect, trainer.kept = collect, kept
         trainer.train()
-    return trainer, [early, *(str(warning.message) for warning in caught if "share_prompt" in str(warning.message))]
+    return trainer, [early, *(str(warning.message) for warning in caught if about in str(warning.message))]
 
 
 def _bias(processor: Any) -> dict[str, Any]:
@@ -208,6 +210,17 @@ def test_a_batch_that_outgrows_what_went_through(tmp_path, monkeypatch):
     (text,) = told[1:]
     assert "the larger batch did not go through packed: ValueError:" in text
     same_runs(bound, free)
+
+
+@pytest.mark.parametrize("name", sampled(["gemma3", "qwen3_5"]))
+def test_layers_that_cannot_be_compiled(name, tmp_path):
+    """They run as they are, with one warning."""
+    plain, _ = grpo(name, tmp_path, False)
+    asked, told = grpo(name, tmp_path, False, about="compile_layers", compile_layers=True)
+    (text,) = told[1:]
+    assert "only full_attention can be compiled. The layers run uncompiled" in text
+    assert history(asked) == history(plain)
+    assert all(torch.equal(value, weights(plain.model)[key]) for key, value in weights(asked.model).items())
 
 
 @pytest.mark.parametrize("name", sampled(FAMILIES))

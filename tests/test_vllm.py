@@ -62,10 +62,10 @@ class Engine:
         return None, completions, scores, None
 
 
-def made(folder: Any, *, synchronises: bool = True, change: float = 0.0, **settings: Any) -> Any:
-    """A trainer that samples with an `Engine`, whose weights are those of the policy and `change` of noise."""
+def made(folder: Any, *, synchronises: bool = True, change: float = 0.0, served: Any = None, **settings: Any) -> Any:
+    """A trainer that samples with an `Engine`, whose model is `served`, or the policy with `change` of noise."""
     model, processor = tiny_model()
-    sampler = copy.deepcopy(model)
+    sampler = copy.deepcopy(model) if served is None else served
     collect = Collect(letters)
     trainer: Any = Watched(
         add_head(model, processor),
@@ -117,8 +117,10 @@ def test_masks_of_the_first_rollout(tmp_path):
     assert same_masks(trainer.model, trainer.processing_class, rows, trainer.collect) >= 1
 
 
-def test_an_engine_with_other_weights_stops_the_run(tmp_path):
-    trainer = made(tmp_path, synchronises=False, change=0.5)
+@pytest.mark.parametrize("another", [False, True], ids=["other weights", "another model"])
+def test_an_engine_with_other_weights_stops_the_run(another, tmp_path):
+    served = tiny_model(seed=3, layers=1)[0] if another else None
+    trainer = made(tmp_path, synchronises=False, change=0.0 if another else 0.5, served=served)
     with pytest.raises(SegRLError, match=r"max_sampling_gap=0\.3: log-probabilities of the sampled tokens differ by"):
         trainer.train()
     assert trainer.state.global_step == 0
