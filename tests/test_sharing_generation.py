@@ -86,14 +86,18 @@ def ready(kind: str, way: str = "plain") -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestGenerate:
-    @pytest.mark.parametrize("way", ["plain", "lora"])
+    @pytest.mark.parametrize("way", ["plain", "lora", "static"])
     @pytest.mark.parametrize("sample", [False, True])
     def test_the_same_tokens(self, kind, way, sample):
         """Greedy, and sampled with one seed; prompts and answers of different lengths, several pictures."""
         model, processor = ready(kind, way)
         inputs, *shared = inputs_of(processor, prompts_of(kind), ROWS)
         # random models write the same token for ever, unless they are made to choose, and never end
-        changes = {"sequence_bias": seg_bias(processor)["sequence_bias"]} if sample else {"repetition_penalty": 5.0}
+        changes: dict[str, Any] = (
+            {"sequence_bias": seg_bias(processor)["sequence_bias"]} if sample else {"repetition_penalty": 5.0}
+        )
+        if way == "static":
+            changes["cache_implementation"] = "static"
         settings_ = settings_of(processor, do_sample=sample, **changes)
         expected = generated(model, inputs, settings_)
         prefill = Prefill(model)
@@ -135,7 +139,7 @@ class TestGenerate:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"cache_implementation": "static"},
+            {"cache_implementation": "static", "prefill_chunk_size": 4},
             {"use_cache": False},
             {"num_beams": 2},
             {"num_return_sequences": 2, "do_sample": True},
@@ -157,9 +161,21 @@ class TestGenerate:
             return StaticCache(config=base_instance(model).config.get_text_config(), max_cache_len=200)
 
         expected = model.generate(**inputs, generation_config=settings_, **{CACHE: cache()})
+        prefill = Prefill(model)
         with torch.no_grad(), prefill_once(backbone_of(model), *shared):
             found = model.generate(**inputs, generation_config=settings_, **{CACHE: cache()})
         assert torch.equal(found, expected)
+        assert prefill.shapes[0][0] == 3
+
+    def test_a_static_cache_without_padding(self, kind):
+        """Then there may be no mask."""
+        model, processor = ready(kind)
+        inputs, *shared = inputs_of(processor, prompts_of(kind)[:1], [0, 0, 0])
+        settings_ = settings_of(processor, max_new_tokens=4, cache_implementation="static")
+        expected = generated(model, inputs, settings_)
+        prefill = Prefill(model)
+        assert torch.equal(generated(model, inputs, settings_, shared), expected)
+        assert prefill.shapes[0][0] == 1
 
     def test_other_rows_than_the_keys(self, kind):
         model, processor = ready(kind)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from segrl.sharing.images import image_indices
 from segrl.sharing.packing import PromptKey, select_images
@@ -26,9 +27,9 @@ _KNOWN = {*_BY_ROW, *_IMAGES, *_CACHES, "position_ids"}
 def prefill_once(backbone: Any, keys: Sequence[PromptKey], num_images: Sequence[int] | None) -> Iterator[None]:
     """Inside the context, the first forward of `backbone`, the prefill of `generate`, runs on the unique prompts.
 
-    Its cache and the state of the last token are then repeated for all rows, so `generate` continues as usual. A
-    forward with another kind of cache, another number of rows or unknown inputs is not changed, and neither is any if
-    all keys differ.
+    Its cache (dynamic or static) and the state of the last token are then repeated for all rows, so `generate`
+    continues as usual. A forward with another kind of cache, another number of rows or unknown inputs is not changed,
+    and neither is any if all keys differ.
 
     Args:
         backbone: A backbone that `enable_sharing` accepted.
@@ -85,8 +86,8 @@ class _Prefill:
         self.reduced = True
         reduced = {name: value for name, value in kwargs.items() if name not in _IMAGES}
         for name in _BY_ROW:
-            if isinstance(kwargs.get(name), Tensor):
-                reduced[name] = kwargs[name][self.rows]
+            if name in kwargs:
+                reduced[name] = _select(kwargs[name], self.rows)
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor):
             reduced["position_ids"] = positions[self.rows] if positions.ndim == 2 else positions[:, self.rows]
@@ -110,19 +111,20 @@ class _Prefill:
         self.reduced = False
         device = output.last_hidden_state.device
         repeat = torch.tensor(self.repeat, device=device)
-        _cache_of(output).batch_select_indices(repeat)
+        _repeat(_cache_of(output), repeat)
         output["last_hidden_state"] = output.last_hidden_state[:, -1:][repeat]
 
     def _supported(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         cache, positions = _cache_of(kwargs), kwargs.get("position_ids")
-        encoded = kwargs.get("mm_encoder_outputs") or {}
+        encoded, mask = kwargs.get("mm_encoder_outputs") or {}, kwargs.get("attention_mask")
+        masks = mask.values() if isinstance(mask, dict) else [mask]
         others = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _KNOWN]
         return (
             isinstance(ids, Tensor)
             and len(ids) == len(self.keys)
-            and type(cache) is DynamicCache
-            and cache.get_seq_length() == 0
+            and _repeatable(cache)
+            and all(one is None or (isinstance(one, Tensor) and len(one) == len(ids)) for one in masks)
             and not [name for name in others if kwargs[name].ndim > 1]  # one-dimensional ones have no rows
             and (not encoded or self.num_images is not None)
             and self._countable(kwargs.get("pixel_values"), kwargs.get("image_grid_thw"))
@@ -136,6 +138,33 @@ class _Prefill:
         if pixels is None:
             return True
         return self.num_images is not None and len(pixels if grid is None else grid) == sum(self.num_images)
+
+
+def _select(values: Any, rows: Sequence[int]) -> Any:
+    """Return rows of a tensor, or of each in a dict: masks by kind of layer, as `generate` makes for a static cache."""
+    if isinstance(values, dict):
+        return {name: _select(value, rows) for name, value in values.items()}
+    return None if values is None else values[rows]
+
+
+def _repeatable(cache: Any) -> bool:
+    """Whether `_repeat` takes a cache, and nothing is in it."""
+    if type(cache) is StaticCache:
+        layers = cache.layers
+        return not cache.offloading and all(type(one) is StaticLayer and not one.is_initialized for one in layers)
+    return type(cache) is DynamicCache and cache.get_seq_length() == 0
+
+
+def _repeat(cache: Any, rows: Tensor) -> None:
+    """Make the cache that of these rows; a static one gets tensors anew, as it makes them itself for a first batch."""
+    if type(cache) is DynamicCache:
+        cache.batch_select_indices(rows)
+        return
+    for layer in cache.layers:
+        keys, values = layer.keys[rows], layer.values[rows]
+        layer.lazy_initialization(keys, values)
+        layer.keys.copy_(keys)
+        layer.values.copy_(values)
 
 
 def _cache_of(values: Any) -> Any:
