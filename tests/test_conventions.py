@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from segrl.errors import DataError, UnknownNameError
 from segrl.evaluation.conventions import (
     CONVENTIONS,
     KINDS,
+    VOLUMES,
     Case,
     ConventionError,
     cases_of,
@@ -134,7 +136,7 @@ def rela(cases: Sequence[Row]) -> dict[str, float]:
 def vision_reasoner(cases: Sequence[Row]) -> dict[str, float]:
     items = []
     for case in cases:
-        truth = labels(case) == 1
+        truth = labels(case).astype(bool)  # 255, too
         if case.predicted is None:
             items.append((0, int(truth.sum())))
             continue
@@ -144,6 +146,29 @@ def vision_reasoner(cases: Sequence[Row]) -> dict[str, float]:
     inter, union = (sum(item[n] for item in items) for n in (0, 1))
     ious = [i / u if u > 0 else 0 for i, u in items]
     return {"giou": float(np.mean(ious)), "ciou": inter / union if union > 0 else 0}
+
+
+def vision_reasoner_nonobj(cases: Sequence[Row]) -> dict[str, float]:
+    all_ious, total_intersection, total_union, non_object, total_non_object_gt = [], 0, 0, 0, 0
+    for case in cases:
+        gt_mask = labels(case).astype(bool)
+        mask_all = np.zeros_like(gt_mask) if case.predicted is None else case.predicted
+        readable = case.valid
+        intersection, union = int((mask_all & gt_mask).sum()), int((mask_all | gt_mask).sum())
+        found_none = int(readable and gt_mask.sum() == 0 and not mask_all.any())
+        iou_ = intersection / union if union > 0 else 0
+        if found_none == 1:
+            iou_ = 1.0
+        all_ious.append(iou_)
+        non_object += found_none
+        total_intersection += intersection
+        total_union += union
+        total_non_object_gt += int(gt_mask.sum() == 0)
+    return {
+        "giou": float(np.mean(all_ious)),
+        "ciou": total_intersection / total_union if total_union > 0 else 0,
+        "n_acc": non_object / total_non_object_gt if total_non_object_gt > 0 else 0,
+    }
 
 
 def m3d(cases: Sequence[Row]) -> dict[str, float]:
@@ -258,6 +283,7 @@ ORACLES: dict[str, Callable[[Sequence[Row]], dict[str, float]]] = {
     "mmr": mmr,
     "rela": rela,
     "vision_reasoner": vision_reasoner,
+    "vision_reasoner_nonobj": vision_reasoner_nonobj,
     "m3d": m3d,
     "unibiomed": unibiomed,
     "nnunet": nnunet,
@@ -350,6 +376,56 @@ def test_nothing_and_division_by_zero():
     for convention in CONVENTIONS.values():
         with pytest.raises(ConventionError, match="at least one row"):
             convention([])
+
+
+def mmr_answers(answers: Sequence[tuple[list[np.ndarray], list[np.ndarray]]]) -> dict[str, float]:
+    """MMR's `validate`, train_ds.py lines 548 to 602: lists of true masks with lists of masks that were given."""
+    inter, union, total, count = 0.0, 0.0, 0.0, 0
+    for masks_list, output_list in answers:
+        if len(output_list) == 0:
+            continue
+        acc_iou = 0.0
+        for mask_i, output_i in zip(masks_list, output_list):  # noqa: B905  as there
+            i, u = float((mask_i & output_i).sum()), float((mask_i | output_i).sum())
+            inter, union = inter + i, union + u
+            acc_iou += i / (u + 1e-5) + (u == 0)
+        total += acc_iou / len(masks_list) * len(masks_list)
+        count += len(masks_list)
+    return {"giou": total / (count + 1e-5), "ciou": inter / (union + 1e-10)}
+
+
+def test_several_masks_of_an_answer_are_scored_as_mmr_does():
+    """10,000 masks in answers with one to four, of which some have fewer than they should, or none."""
+    rows, rng = random_cases(COUNT, 7), np.random.default_rng(7)
+    answers, records, start = [], [], 0
+    while start < COUNT:
+        part = rows[start : start + int(rng.integers(1, 5))]
+        given = int(rng.integers(0, len(part) + 1))
+        found = [row.true if row.predicted is None else row.predicted for row in part[:given]]
+        answers.append(([row.true for row in part], found))
+        for index, row in enumerate(part):
+            record = {"name": f"{start}#{index}", "query": "Which?", "target_mask": mask_to_rle(row.true)}
+            records.append({**record, "predicted_mask": mask_to_rle(found[index]) if index < given else None})
+        start += len(part)
+    order = rng.permutation(COUNT)
+    scores = CONVENTIONS["mmr"](cases_of([records[n] for n in order]))
+    expected = mmr_answers(answers)
+    assert scores.keys() == expected.keys()
+    for name, value in expected.items():
+        assert scores[name] == pytest.approx(value, abs=1e-9)
+    apart = CONVENTIONS["mmr"](cases_of([{**record, "name": f"row {n}"} for n, record in enumerate(records)]))
+    assert apart["giou"] > scores["giou"] + 0.01  # a missing mask beside others is no skipped answer
+
+
+def test_every_source_names_its_lines():
+    """File and lines of a public evaluator; CORE-Seg has no public code, segrl's own functions are named."""
+    for name, convention in CONVENTIONS.items():
+        if name in ("core_seg", "segrl"):
+            continue
+        assert re.search(r"\.py\b", convention.source), name
+        for rule, text in convention.rules.items():
+            stated = not text.startswith(("no rule", "part of the target, as in"))
+            assert not stated or re.search(r"\(.*\d.*\)", text) or rule == VOLUMES, (name, rule)
 
 
 def test_masks_that_are_none():

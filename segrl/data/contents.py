@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segrl.data.reasoning import is_built
-from segrl.predictions.target import Metadata
+from segrl.predictions.target import Metadata, answer_of
 
 __all__ = ["SplitContents"]
 
@@ -135,6 +135,8 @@ class SplitContents:
 
 
 def _question(texts: Mapping[str, str]) -> Any:
-    """Return a key of what a row asks: its query, or what a query from templates was built from."""
+    """Return a key of what a row asks: its query, or what a query from templates was built from, or a mask of it."""
     query = " ".join(texts["query"].casefold().split())
+    if answer_of(texts["name"]):
+        return query, texts["name"]
     return tuple(texts[name].casefold() for name in ("lesion", "anatomy", "modality")) if is_built(texts) else query

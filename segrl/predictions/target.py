@@ -18,7 +18,16 @@ from segrl.geometry.boxes import validate_boxes
 from segrl.geometry.mask_images import binarize
 from segrl.geometry.masks import boxes_from_mask, deepest_points, foreground, mask_to_box
 
-__all__ = ["METADATA_COLUMNS", "Metadata", "Target", "VolumeTarget", "check_mask", "check_spacing", "read_spacing"]
+__all__ = [
+    "METADATA_COLUMNS",
+    "Metadata",
+    "Target",
+    "VolumeTarget",
+    "answer_of",
+    "check_mask",
+    "check_spacing",
+    "read_spacing",
+]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,6 +90,19 @@ def text_of(value: Any, column: str) -> str:
         f"column {column!r}: {value!r:.100}, expected a text; write the name in place of a class number, as "
         "segrl.data.name_classes does for datasets.ClassLabel"
     )
+
+
+def answer_of(name: str) -> str:
+    """Return the name of the answer that a row is a mask of; "" for a row that is all of its answer.
+
+    Names of rows that end in "#0", "#1", ... are masks of one answer, in the order in which they are given.
+
+    Example:
+        >>> answer_of("000042#3#1"), answer_of("images/a.png")
+        ('000042#3', '')
+    """
+    answer, found, number = name.rpartition("#")
+    return answer if found and number.isascii() and number.isdigit() else ""
 
 
 METADATA_COLUMNS = tuple(item.name for item in fields(Metadata))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 
 from segrl.errors import DataError
 from segrl.geometry.masks import rle_to_mask
-from segrl.predictions.target import read_spacing
+from segrl.predictions.target import answer_of, read_spacing
 
 __all__ = ["KINDS", "VOLUMES", "Case", "Overlap", "cases_of"]
 
@@ -61,6 +62,7 @@ class Case:
             last two None where there are none.
         overlap: Counts with ignored pixels left out.
         painted: Counts with ignored pixels as background: what is predicted there is wrong.
+        filled: Counts with ignored pixels as part of the target.
         answered: Whether there is a mask, be it empty.
         ignores: Whether some pixels do not count.
         valid: Whether the text of the answer can be read.
@@ -68,6 +70,8 @@ class Case:
         group: Class of what is asked for, over which some evaluators average.
         volume: Whether the masks are those of a volume.
         spacing_mm: Of a volume, (z, y, x), millimetres; None if it is not known.
+        others: Of one of several masks of an answer, whose names end in "#0", "#1", ...: whether the answer has any of
+            the others.
 
     Example:
         >>> ignored = np.tri(4, k=-1, dtype=bool)
@@ -79,6 +83,7 @@ class Case:
     masks: Callable[[], Masks]
     overlap: Overlap
     painted: Overlap
+    filled: Overlap
     answered: bool
     ignores: bool
     valid: bool = True
@@ -86,6 +91,7 @@ class Case:
     group: str = ""
     volume: bool = False
     spacing_mm: tuple[float, float, float] | None = None
+    others: bool = False
 
     @classmethod
     def of(
@@ -98,6 +104,7 @@ class Case:
         name: str = "",
         group: str = "",
         spacing_mm: tuple[float, float, float] | None = None,
+        others: bool = False,
         keep: Callable[[], Masks] | None = None,
     ) -> Case:
         """Make a case of masks.
@@ -110,6 +117,7 @@ class Case:
             name: See the class.
             group: See the class.
             spacing_mm: See the class.
+            others: See the class.
             keep: Returns the masks again, so that they are not kept in memory; None keeps them.
 
         Raises:
@@ -123,14 +131,16 @@ class Case:
                 shape = getattr(true, "shape", "")
                 raise DataError(f"{name or 'case'}: {what} mask is {found}, expected bool {shape}")
         ignores = ignored is not None and bool(ignored.any())
-        counts = painted = _counted(true, predicted)
+        counts = painted = filled = _counted(true, predicted)
         if ignores:
-            kept = ~ignored  # type: ignore[operator]
+            assert ignored is not None
+            kept = ~ignored
+            filled = _counted(true | ignored, predicted)
             painted = _counted(true & kept, predicted)
             counts = _counted(true & kept, None if predicted is None else predicted & kept)
         masks = keep or (lambda: (true, predicted, ignored))
         known = {"valid": valid, "name": name, "group": group, "volume": true.ndim == 3, "spacing_mm": spacing_mm}
-        return cls(masks, counts, painted, predicted is not None, ignores, **known)
+        return cls(masks, counts, painted, filled, predicted is not None, ignores, **known, others=others)
 
     @property
     def kind(self) -> str:
@@ -186,6 +196,7 @@ def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
         'no mask'
     """
     found: list[Case] = []
+    given = Counter(_answer(record) for record in records if record.get("predicted_mask") is not None)
     masks: dict[tuple[str, ...], tuple[Any, Any]] = {}
     for number, record in enumerate(records):
         name = str(record.get("name") or f"record {number}")
@@ -197,5 +208,13 @@ def cases_of(records: Sequence[Mapping[str, Any]]) -> list[Case]:
             raise DataError(f"{name}: several records with different masks answer {key[1] or key[2]!r}; keep one")
         spacing = read_spacing(record.get("spacing_mm"), f"spacing_mm of {name}")
         keep = partial(_stored, record, name)  # a thousand masks of 512 x 512 px are a quarter of a gigabyte
-        found.append(Case.of(*keep(), valid=valid, name=name, group=group, spacing_mm=spacing, keep=keep))
+        others = _answer(record) is not None and given[_answer(record)] > (record.get("predicted_mask") is not None)
+        known = {"valid": valid, "name": name, "group": group, "spacing_mm": spacing}
+        found.append(Case.of(*keep(), **known, others=others, keep=keep))
     return found
+
+
+def _answer(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Question and answer of a record that is one mask of several."""
+    answer = answer_of(str(record.get("name") or ""))
+    return (str(record.get("query") or ""), answer) if answer else None

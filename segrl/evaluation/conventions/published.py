@@ -1,7 +1,8 @@
 """Conventions of published evaluators: the same masks, other numbers.
 
 Each follows what its source does, edge cases included, in double precision. Where a source states no rule for a kind of
-row, the convention refuses such rows. Sources were read on 2026-11-29.
+row, the convention refuses such rows. Sources were read on 2026-11-29 and 2026-11-30; numbers in brackets are
+lines of the file that is named first, unless another one is named with them.
 """
 
 from __future__ import annotations
@@ -89,95 +90,114 @@ CONVENTIONS: dict[str, Convention] = {
     for one in (
         Convention(
             "lisa",
-            "dvlab-research/LISA, 4b17762, train_ds.py, validate",
+            "dvlab-research/LISA, 4b17762, train_ds.py, lines 551 to 573 (validate), and utils/utils.py",
             {
-                _BOTH: "IoU 1",
-                _NONE: "IoU 0; its pixels add to the union of cIoU",
+                _BOTH: "IoU 1 (559)",
+                _NONE: "IoU 0; its pixels add to the union of cIoU (556 to 558)",
                 _MISS: "no rule: answers are given, and always have a mask",
-                _IGNORED: "left out",
-                _MEAN: "gIoU over masks, I / (U + 1e-5); cIoU over pixels",
+                _IGNORED: "left out (utils/utils.py, 122)",
+                _MEAN: "gIoU over masks, I / (U + 1e-5) (558, 561 to 564; utils/utils.py, 94); cIoU over pixels (570)",
                 _VOLUMES: "no rule",
             },
             *("giou", scores.lisa_row, scores.lisa, ("no mask", VOLUMES)),
         ),
         Convention(
             "mmr",
-            "jdg900/MMR, 702a7b6, train_ds.py, validate; there every mask of an answer by itself, a row here has one",
+            "jdg900/MMR, 702a7b6, train_ds.py, lines 569 to 602 (validate), and utils/utils.py; of an answer with "
+            "several masks every mask is a row (names that end in #0, #1, ...)",
             {
-                _BOTH: "IoU 1; skipped where there is no mask",
-                _NONE: "IoU 0; its pixels add to the union of cIoU",
-                _MISS: "the row is skipped: `continue` where there is no mask",
-                _IGNORED: "left out",
-                _MEAN: "as LISA, over the rows that are not skipped",
+                _BOTH: "IoU 1 (585); skipped where there is no mask",
+                _NONE: "IoU 0; its pixels add to the union of cIoU (583, 584)",
+                _MISS: "an answer without any mask is skipped (575, 576); a missing one of several is 0 in gIoU (589), "
+                "and not in cIoU (577)",
+                _IGNORED: "left out (utils/utils.py, 198)",
+                _MEAN: "as LISA (584, 589, 600), over the masks of answers that are not skipped",
                 _VOLUMES: "no rule",
             },
             *("giou", scores.mmr_row, scores.mmr, (VOLUMES,)),
         ),
         Convention(
             "rela",
-            "henghuiding/ReLA, gres_model/evaluation/refer_evaluation.py, ReferEvaluator.evaluate; where its head says "
-            "that there is no target, the mask is empty or absent here",
+            "henghuiding/ReLA, 3ca9551, gres_model/evaluation/refer_evaluation.py, lines 114 to 202 "
+            "(ReferEvaluator.evaluate); where its head says that there is no target, the mask is empty or absent here",
             {
-                _BOTH: "IoU 1; cIoU adds nothing",
-                _NONE: "IoU 0; its pixels add to the union of cIoU",
-                _MISS: "IoU 0; the target adds to the union of cIoU",
+                _BOTH: "IoU 1; cIoU adds nothing (134 to 138)",
+                _NONE: "IoU 0; its pixels add to the union of cIoU (145 to 148)",
+                _MISS: "IoU 0; the target adds to the union of cIoU (156 to 168)",
                 _IGNORED: "no rule",
-                _MEAN: "gIoU over questions; P@X over those with a target, IoU >= X; N-acc, T-acc 0 if all have one",
+                _MEAN: "gIoU over questions (190); P@X over those with a target, IoU >= X (173, 202); N-acc, T-acc 0 "
+                "if all have one (194 to 198)",
                 _VOLUMES: "no rule",
             },
             *("giou", scores.rela_row, scores.rela, ("ignored pixels", VOLUMES)),
         ),
         Convention(
             "vision_reasoner",
-            "VisionReasoner, evaluation_scripts/calculate_iou_with_bbox.py and evaluation_vision_manus.py, as in "
-            "BrownsugarZeer/VisionReasoner, a6cfd1d",
+            "VisionReasoner, evaluation_scripts/evaluation_vision_manus.py and calculate_iou_with_bbox.py, as in "
+            "BrownsugarZeer/VisionReasoner, a6cfd1d; its masks as dvlab-research/Seg-Zero, 42a3345, writes them, "
+            "evaluation_scripts/create_reasonseg_hf.py",
             {
-                _BOTH: "the row is lost to an error that is caught; IoU 0 where the text cannot be read",
-                _NONE: "IoU 0; its pixels add to the union of cIoU",
-                _MISS: "IoU 0; the target adds to the union of cIoU",
-                _IGNORED: "background: what is predicted there is wrong",
-                _MEAN: "gIoU over rows; cIoU over pixels",
+                _BOTH: "the row is lost to an error that is caught (51, 228 to 232); IoU 0 where no text can be read",
+                _NONE: "IoU 0; its pixels add to the union of cIoU (calculate_iou_with_bbox.py, 38, 46)",
+                _MISS: "IoU 0; the target adds to the union of cIoU (188 to 202)",
+                _IGNORED: "part of the target: 255, then astype(bool) (create_reasonseg_hf.py, 53, 60)",
+                _MEAN: "gIoU over rows; cIoU over pixels (calculate_iou_with_bbox.py, 50, 52)",
                 _VOLUMES: "no rule",
             },
             *("giou", scores.vision_reasoner_row, scores.vision_reasoner, (VOLUMES,)),
         ),
         Convention(
-            "m3d",
-            "BAAI-DCAI/M3D, ac364a9, Bench/eval/metrics.py, BinaryDice; there of probabilities on a grid of 32 x 256 x "
-            "256, here of masks on their own grid",
+            "vision_reasoner_nonobj",
+            "JIA-Lab-research/VisionReasoner, c013132, evaluation/evaluation_segmentation.py and "
+            "calculate_iou_with_bbox_nonobj.py; no boxes there is an empty mask here",
             {
-                _BOTH: "Dice 0",
-                _NONE: "Dice 0",
+                _BOTH: "IoU 1 where the text can be read (207; calculate_iou_with_bbox_nonobj.py, 48), else 0",
+                _NONE: "IoU 0; its pixels add to the union of cIoU (calculate_iou_with_bbox_nonobj.py, 47, 59)",
+                _MISS: "IoU 0; the target adds to the union of cIoU (211 to 219)",
+                _IGNORED: "part of the target, as in vision_reasoner",
+                _MEAN: "gIoU over rows; cIoU over pixels (calculate_iou_with_bbox_nonobj.py, 77, 79); N-acc of rows "
+                "without a target, 0 where there are none (87)",
+                _VOLUMES: "no rule",
+            },
+            *("giou", scores.vision_reasoner_nonobj_row, scores.vision_reasoner_nonobj, (VOLUMES,)),
+        ),
+        Convention(
+            "m3d",
+            "BAAI-DCAI/M3D, ac364a9, Bench/eval/metrics.py, lines 17 to 32 (BinaryDice); there soft, of probabilities "
+            "on a grid of 32 x 256 x 256, here of masks on their own grid",
+            {
+                _BOTH: "Dice 0 (27 to 30)",
+                _NONE: "Dice 0 (27 to 30)",
                 _MISS: "no rule: the model always gives logits",
-                _IGNORED: "-1 counts as background",
-                _MEAN: "2 I / (P + T + 1) over rows",
+                _IGNORED: "-1 counts as background (22)",
+                _MEAN: "2 I / (P + T + 1) over rows (28, 30)",
                 _VOLUMES: "its own case: Dice of voxels",
             },
             *("mdice", scores.m3d_row, scores.m3d, ("no mask",)),
         ),
         Convention(
             "unibiomed",
-            "Luffy03/UniBiomed, 0b2be93, demo/eval_utils/cal_3d_metrics.py, calculate_metrics; there on slices resized "
-            "to 512 x 512 px, here on their own grid",
+            "Luffy03/UniBiomed, 0b2be93, demo/eval_utils/cal_3d_metrics.py, lines 30 to 170; there on slices resized "
+            "to 512 x 512 px (22), here on their own grid",
             {
-                _BOTH: "Dice 0, HD95 NaN, NSD 0",
-                _NONE: "Dice 0, HD95 NaN, NSD 0",
-                _MISS: "no rule: rows are the files that are there",
+                _BOTH: "Dice 0 (37), HD95 NaN (41, 42), NSD 0 (59, 60)",
+                _NONE: "Dice 0 (37), HD95 NaN (41, 42), NSD 0 (59, 60)",
+                _MISS: "no rule: rows are the files that are there (93, 108)",
                 _IGNORED: "no rule",
-                _MEAN: "over volumes, then over classes; one NaN makes HD95 NaN",
-                _VOLUMES: "its own case: HD95 in voxels, NSD within 2 voxels",
+                _MEAN: "over volumes, then over classes (158 to 170); one NaN makes HD95 NaN",
+                _VOLUMES: "its own case: HD95 in voxels (45 to 54), NSD within 2 voxels (58, 71 to 75)",
             },
             *("mdice", scores.unibiomed_row, scores.unibiomed, ("no mask", "ignored pixels")),
         ),
         Convention(
             "nnunet",
-            "MIC-DKFZ/nnUNet, 0a50fa0, nnunetv2/evaluation/evaluate_predictions.py, compute_metrics_on_folder",
+            "MIC-DKFZ/nnUNet, 0a50fa0, nnunetv2/evaluation/evaluate_predictions.py, lines 70 to 152",
             {
-                _BOTH: "NaN, left out of the mean of its class",
-                _NONE: "Dice 0",
-                _MISS: "the row is left out: rows are the files that are there",
-                _IGNORED: "left out",
-                _MEAN: "over cases, then over classes",
+                _BOTH: "NaN (101), left out of the mean of its class (142)",
+                _NONE: "Dice 0 (101)",
+                _MISS: "the row is left out: rows are the files that are there (121, 124)",
+                _IGNORED: "left out (74, 90)",
+                _MEAN: "over cases (142), then over classes (152)",
                 _VOLUMES: "its own case: Dice of voxels",
             },
             *("mdice", scores.nnunet_row, scores.nnunet),

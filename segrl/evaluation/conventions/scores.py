@@ -33,6 +33,8 @@ __all__ = [
     "unibiomed",
     "unibiomed_row",
     "vision_reasoner",
+    "vision_reasoner_nonobj",
+    "vision_reasoner_nonobj_row",
     "vision_reasoner_row",
 ]
 
@@ -68,14 +70,18 @@ def lisa(cases: Sequence[Case]) -> Scores:
 
 
 def mmr_row(case: Case) -> float | None:
-    return lisa_row(case) if case.answered else None
+    if case.answered:
+        return lisa_row(case)
+    return 0.0 if case.others else None  # one of several: divided by all, of which `zip` leaves this one out
 
 
 def mmr(cases: Sequence[Case]) -> Scores:
-    answered = [case for case in cases if case.answered]
-    if not answered:
+    rows = [value for case in cases if (value := mmr_row(case)) is not None]
+    if not rows:
         raise ZeroDivisionError("no row has a mask")
-    return lisa(answered)
+    given = [case for case in cases if case.answered]
+    both, either = (sum(getattr(case.overlap, part) for case in given) for part in ("both", "either"))
+    return {"giou": math.fsum(rows) / (len(rows) + 1e-5), "ciou": both / (either + 1e-10)}
 
 
 # ---- ReLA ------------------------------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def rela(cases: Sequence[Case]) -> Scores:
 
 
 def vision_reasoner_row(case: Case) -> float | None:
-    counts = case.painted
+    counts = case.filled
     if not case.answered:  # "penalty": no intersection, the truth as union
         return 0.0
     return counts.both / counts.either if counts.either else None
@@ -123,8 +129,30 @@ def vision_reasoner(cases: Sequence[Case]) -> Scores:
     ious = [value for case in cases if (value := vision_reasoner_row(case)) is not None]
     if not ious:
         raise ZeroDivisionError("every row is left out")
-    both, either = (sum(getattr(case.painted, part) for case in cases) for part in ("both", "either"))
-    return {"giou": _mean(ious), "ciou": both / either if either else 0.0}
+    return {"giou": _mean(ious), "ciou": _filled_ciou(cases)}
+
+
+def _filled_ciou(cases: Sequence[Case]) -> float:
+    both, either = (sum(getattr(case.filled, part) for case in cases) for part in ("both", "either"))
+    return both / either if either else 0.0
+
+
+def _nothing_found(case: Case) -> bool:
+    """Its `non_object`: no target, and an answer that can be read and names no box."""
+    return not case.filled.true and not case.filled.predicted and case.valid
+
+
+def vision_reasoner_nonobj_row(case: Case) -> float:
+    counts = case.filled
+    if _nothing_found(case):
+        return 1.0
+    return counts.both / counts.either if case.answered and counts.either else 0.0
+
+
+def vision_reasoner_nonobj(cases: Sequence[Case]) -> Scores:
+    without = [case for case in cases if not case.filled.true]
+    n_acc = sum(map(_nothing_found, without)) / len(without) if without else 0.0
+    return {"giou": _mean(list(map(vision_reasoner_nonobj_row, cases))), "ciou": _filled_ciou(cases), "n_acc": n_acc}
 
 
 # ---- M3D, UniBiomed, CORE-Seg, segrl ---------------------------------------------------------------------------------
