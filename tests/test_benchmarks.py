@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from scipy import sparse
+from test_data_volumes_m3d_seg import LABELS, SHAPE, write_case
 from test_formats import grey, masks, mmr, refcoco, sa_med2d, save
 
 from segrl.cli.main import main
@@ -76,9 +78,14 @@ def umrg(home: Path, *, parquet: bool = False) -> list[list[str]]:
     return [["hf", str(home), "--columns", "question=query", "think=reasoning"]]
 
 
+def mmr_masks(home: Path) -> list[list[str]]:
+    return [[*command, "--masks", "each"] for command in mmr_files(home)]
+
+
 DOWNLOADS: dict[str, tuple[str, Callable[[Path], list[list[str]]]]] = {
     **{name: (name, lambda home, name=name: refer(home, name)) for name in LISTS},
     "mmr": ("mmr", mmr_files),
+    "mmr_masks": ("mmr_masks", mmr_masks),
     "medsegbench": ("medsegbench", medsegbench),
     "sa_med2d_20m": ("sa_med2d_20m", sa_med2d_files),
     "u_mrg_14k on disk": ("u_mrg_14k", umrg),
@@ -251,7 +258,7 @@ def test_what_a_download_lacks(kind, tmp_path):
     assert f"{name}: {BENCHMARKS[name].place}" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [name for name, found in BENCHMARKS.items() if found.read is not None])
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_an_empty_folder(name, tmp_path):
     if name == "reasonseg":
         pytest.importorskip("cv2")
@@ -283,10 +290,73 @@ def test_other_places_of_coco(place, tmp_path):
         assert len(load_folder(folder, "train")) == 2
 
 
+def test_masks_of_mmr_in_files_of_their_own(tmp_path, capsys):
+    """Scored as MMR scores them, one by one."""
+    mmr_files(tmp_path)
+    argv = ["--data", str(tmp_path / "MMR"), "--benchmark", "mmr_masks", "--split", "test_mixed"]
+    with benchmark_folder("mmr_masks", tmp_path / "MMR", "test_mixed") as folder:
+        for number, row in enumerate(map(dict, load_folder(folder))):
+            save(tmp_path / "theirs" / f"{row['name']}.png", np.roll(np.asarray(row["mask"]), number, axis=0))
+    assert main(["eval", "--predictions", str(tmp_path / "theirs"), *argv]) == 0
+    found = json.loads((tmp_path / "theirs_evaluation" / "results.json").read_text())["conventions"]
+    truth = masks(3, 2)
+    pairs = [(mask, np.roll(mask, number, axis=0)) for number, mask in enumerate(truth)]
+    ious = [(one & other).sum() / (one | other).sum() for one, other in pairs]
+    assert found["conventions"]["mmr"]["scores"]["giou"] == pytest.approx(np.mean(ious), abs=1e-4)
+    assert set(found["conventions"]) == {"mmr"}
+
+
+def m3d_seg(home: Path) -> None:
+    """Two data sets, with three cases of which one shows nothing."""
+    for code, labels in (("0012", LABELS), ("0001", {"0": "background", "1": "tooth", "2": "jaw", "3": "gum"})):
+        one, two, three = (write_case(home / code / f"case {n}", c) for n, c in ((1, [1, 3]), (2, [1]), (3, [])))
+        for number, (image, _) in enumerate((one, two, three)):  # those of the builder are equal
+            path = home / code / image
+            np.save(path, np.load(path) + number + int(code))
+        splits = {"train": [one, three], "test": [two]}
+        listed = {
+            split: [{"image": image, "label": label} for image, label in cases] for split, cases in splits.items()
+        }
+        (home / code / f"{code}.json").write_text(json.dumps({"labels": labels, **listed}))
+
+
+@pytest.mark.parametrize("part", ["", "0012", "0012/case 1/image.npy"])
+def test_m3d_seg(part, tmp_path, capsys):
+    """Checked and evaluated where it is: all data sets of a folder, or one, with a mask file for each row."""
+    home = tmp_path / "M3D_Seg"
+    m3d_seg(home)
+    if part.endswith(".npy"):
+        (home / part).unlink()
+        assert main(["data", "check", str(home), "--benchmark", "m3d_seg"]) == 2
+        error = capsys.readouterr().err
+        assert "2 problems in 4 rows, expected none:" in error
+        assert len(re.findall(r"0012/case 1/\w+\): \S+0012/case 1/image.npy", error)) == 2
+        return
+    several = not part
+    assert main(["data", "check", str(home / part), "--benchmark", "m3d_seg", "--sheet", str(tmp_path / "s.png")]) == 0
+    out = capsys.readouterr().out
+    assert f"train: {4 if several else 2} rows about {2 if several else 1} volumes" in out
+    assert "1 liver" in out
+    assert ("1 tooth" in out) == several
+    expected = {"0012/case 2/liver", *(["0001/case 2/tooth"] if several else [])}
+    with benchmark_folder("m3d_seg", home / part, "test") as folder:
+        (rows,) = DatasetDict.load_from_disk(folder).values()
+        assert set(rows["name"]) == expected
+        for row in map(dict, rows):
+            label = sparse.load_npz(row["label"]).toarray()[int(row["label_value"]) - 1].reshape(SHAPE)
+            (tmp_path / "theirs" / row["name"]).parent.mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "theirs" / f"{row['name']}.npy", label.astype(np.uint8))
+    argv = ["eval", "--predictions", str(tmp_path / "theirs"), "--data", str(home / part), "--benchmark", "m3d_seg"]
+    assert main(argv) == 0
+    model = json.loads((tmp_path / "theirs_evaluation" / "results.json").read_text())["model"]
+    assert (model["n"], model["mdice"]) == (len(expected), 1)
+    assert main([*argv, "--split", "tset", "--output_dir", str(tmp_path / "x")]) == 2
+    assert "'tset'; did you mean 'test'" in capsys.readouterr().err
+
+
 def test_every_choice_is_listed(capsys):
     assert main(["data", "list"]) == 0
     out = capsys.readouterr().out
     for name, benchmark in BENCHMARKS.items():
-        assert (f"as downloaded: --benchmark {name}" in out) == (benchmark.read is not None)
+        assert f"as downloaded: --benchmark {name}" in out
         assert benchmark.default in out
-    assert [name for name, benchmark in BENCHMARKS.items() if benchmark.read is None] == ["m3d_seg"]

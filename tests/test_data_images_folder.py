@@ -138,14 +138,14 @@ def test_a_bad_file_is_named_with_its_line_and_the_fix(folder, case):
         check_rows(load_folder(folder, validate=False))
 
 
-def test_all_problems_are_counted_and_ten_are_listed(folder):
+def test_all_problems_are_counted_and_listed(folder):
     write_csv(folder, [row(0), *(row(number) for number in range(10, 16))])
     with pytest.raises(DataError, match=r"12 problems in 7 rows") as caught:
         load_folder(folder)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert lines[1].startswith("  line 3 (images/10.png): image: no such file")
-    assert lines[-1] == "  ... and 2 more"
+    assert lines[-1].startswith("  line 8 (images/15.png): mask: no such file")
 
 
 BAD_ROWS = {

@@ -1,5 +1,6 @@
 """Data in the layouts that people have: read, written as a folder that trains, and what can be wrong with it."""
 
+import csv
 import inspect
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 from PIL import Image
 from pycocotools import mask as coco
 from scipy import sparse
@@ -329,11 +330,11 @@ def test_coco_makes_one_row_of_an_image_and_a_category(tmp_path):
     assert "source" not in load_folder(tmp_path / "out", "train").column_names
 
 
-def nnunet(home: Path, ending: str, cases: int = 3, channels: int = 1) -> dict[str, np.ndarray]:
+def nnunet(home: Path, ending: str, cases: int = 3, channels: int = 1, tests: int = 1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     truth = {}
     for split, (images, folder) in {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}.items():
-        for n in range(cases if split == "train" else 1):
+        for n in range(cases if split == "train" else tests):
             label = rng.integers(0, 3, (6, 7, 5) if ending == ".nii.gz" else (6, 7)).astype(np.uint8)
             truth[f"{split}{n}"] = label
             for channel in range(channels):
@@ -577,10 +578,13 @@ def test_names_are_followed_through_links(tmp_path):
     assert len(list(read_coco(path, tmp_path / "images", texts={}))) == 1
 
 
-def test_all_problems_of_a_coco_file_are_counted(tmp_path):
+def test_all_problems_of_a_coco_file_are_listed(tmp_path):
     many = [{"id": n, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 1, 1]]} for n in range(25)]
-    with pytest.raises(DataError, match=r"25 problems, expected none:(?s:.*)and 15 more"):
+    with pytest.raises(DataError, match=r"25 problems, expected none:") as caught:
         list(read_coco(broken_coco(tmp_path, annotations=many), tmp_path / "images", texts={}))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        f"  annotation {n}" for n in range(25)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -639,7 +643,7 @@ def test_nnunet_of_version_1_and_without_an_image(tmp_path):
     with pytest.raises(UnknownNameError, match="channel 'T2'"):
         list(read_nnunet(tmp_path, texts={}, channel="T2"))
     next((tmp_path / "imagesTr").iterdir()).unlink()
-    with pytest.raises(DataError, match="1 labels have no image, such as"):
+    with pytest.raises(DataError, match=r"1 labels have no image:\n  labelsTr/\S+: no imagesTr/"):
         list(read_nnunet(tmp_path, texts={}))
 
 
@@ -649,12 +653,12 @@ def test_broken_pairs(tmp_path):
         list(read_pairs(tmp_path / "empty", texts=LESION))
     save(tmp_path / "a" / "x.png", picture(0))
     save(tmp_path / "a" / "y_mask.png", grey(masks(1)[0]))
-    with pytest.raises(DataError, match=r"2 files have no partner, such as x\.png, y_mask\.png"):
+    with pytest.raises(DataError, match=r"2 files have no partner .*:\n  x\.png\n  y_mask\.png$"):
         list(read_pairs(tmp_path / "a", texts=LESION))
     save(tmp_path / "b" / "x.png", picture(0))
     save(tmp_path / "b" / "x_mask.png", grey(masks(1)[0]))
     save(tmp_path / "b" / "x_seg.png", grey(masks(1)[0]))
-    with pytest.raises(DataError, match="1 names are those of several files"):
+    with pytest.raises(DataError, match=r"1 names are those of several files; .*:\n  x_mask\.png, x_seg\.png$"):
         list(read_pairs(tmp_path / "b", texts=LESION))
     save(tmp_path / "c" / "x.png", picture(0, (9, 9)))
     save(tmp_path / "c" / "x_mask.png", grey(masks(1)[0]))
@@ -691,6 +695,48 @@ def test_columns_on_the_command_line(columns, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["pairs", "coco", "nnunet", "nnunet scans", "hf"])
+def test_a_source_without_a_test_split_gets_one(kind, tmp_path, capsys):
+    """A fifth of the images, whole; none where none is asked for, or where the source has its own."""
+    rows = make_synthetic(10, size=32)
+    names = [f"{row['name']}.png" for row in map(dict, rows)]
+    source, argv = tmp_path / "src", [kind, str(tmp_path / "src")]
+    if kind == "pairs":
+        argv += ["--lesion", "spot"]
+        for name, row in zip(names, map(dict, rows), strict=True):
+            save(source / name, np.asarray(row["image"]))
+            save(source / name.replace(".png", "_mask.png"), np.asarray(row["mask"]))
+    elif kind == "coco":
+        given = [
+            FormatRow(row["image"], np.asarray(row["mask"]) > 0, name, "", {"lesion": lesion})
+            for name, row in zip(names, map(dict, rows), strict=True)
+            for lesion in ("a", "b")
+        ]
+        for row in given:
+            save(source / row.name, np.asarray(row.image))
+        (tmp_path / "a.json").write_text(json.dumps(coco_annotations(given)))
+        argv = ["coco", str(tmp_path / "a.json"), str(source)]
+    elif kind == "hf":
+        twice = concatenate_datasets([rows, rows.map(lambda row: {"query": f"{row['query']} Again."})])
+        twice.rename_columns({"query": "text"}).save_to_disk(source)
+        argv += ["--columns", "text=query"]
+    else:
+        argv[0] = "nnunet"
+        nnunet(source, ".png" if kind == "nnunet" else ".nii.gz", cases=10, tests=0)
+    counts = []
+    for number, more in enumerate(([], ["--test_fraction", "0"], ["--seed", "5"])):
+        out = tmp_path / f"out{number}"
+        positional = next((n for n, word in enumerate(argv) if word.startswith("--")), len(argv))
+        assert main(["data", "convert", *argv[:positional], str(out), *argv[positional:], *more]) == 0
+        lines = list(csv.DictReader((out / "manifest.csv").read_text().splitlines()))
+        by_split: dict[str, set[str]] = {}
+        for line in lines:
+            by_split.setdefault(line["split"], set()).add(line["image"])
+        assert not by_split["train"] & by_split.get("test", set())
+        counts.append({split: len(images) for split, images in by_split.items()})
+    assert counts == [{"train": 8, "test": 2}, {"train": 10}, {"train": 8, "test": 2}]
+
+
 def test_a_folder_that_is_taken_and_sources_without_rows(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("precious")
@@ -724,7 +770,7 @@ def test_pairs_need_to_say_what_they_show(tmp_path, capsys):
     assert main(["data", "convert", "pairs", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "what do the masks show? Pass --lesion" in capsys.readouterr().err
     assert main(["data", "convert", "pairs", str(tmp_path), str(tmp_path / "out"), "--lesion", "polyp"]) == 0
-    assert "training needs the split test too" in capsys.readouterr().out
+    assert "training needs the split test too" in capsys.readouterr().out  # a fifth of one image is none
 
 
 # ---- the checker -----------------------------------------------------------------------------------------------------
@@ -771,9 +817,13 @@ def test_the_overview_of_volumes_and_of_nothing(tmp_path, capsys):
     assert "train: 6 rows about 3 volumes: 3 core, 3 edema\n  1 rows ask for what is not there" in out
     with pytest.raises(DataError, match=r"no manifest\.csv"):
         data_overview(tmp_path)
-    argv = ["data", "check", str(tmp_path / "out"), "--allow_empty", "--sheet", str(tmp_path / "x.png")]
-    assert main(argv) == 2
-    assert "only images are drawn" in capsys.readouterr().err
+    argv = ["data", "check", str(tmp_path / "out"), "--allow_empty", "--sheet", str(tmp_path / "sheet.png")]
+    assert main(argv) == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 160, 2 * 160)
+        drawn = np.asarray(sheet).astype(int).reshape(2, 160, 8, 160, 3)
+    outlined: Any = ((drawn[..., 1] > drawn[..., 0] + 80) & (drawn[..., 1] > drawn[..., 2] + 80)).any(axis=(1, 3))
+    assert outlined.any(axis=1).all()  # green, in both splits
 
 
 @pytest.mark.slow
@@ -786,14 +836,13 @@ def test_every_format_trains_after_one_command(kind, tmp_path):
     rows = make_synthetic(24, size=64)
     source, out = tmp_path / "src", tmp_path / "out"
     if kind == "hf":
-        split = {"train": rows.select(range(16)), "test": rows.select(range(16, 24))}
-        DatasetDict({name: part.rename_columns({"query": "text"}) for name, part in split.items()}).save_to_disk(source)
+        rows.rename_columns({"query": "text"}).save_to_disk(source)
         argv = ["hf", str(source), str(out), "--columns", "text=query"]
     elif kind == "pairs":
         for row in map(dict, rows):
             save(source / f"{row['name']}.png", np.asarray(row["image"]))
             save(source / f"{row['name']}_mask.png", np.asarray(row["mask"]))
-        argv = ["pairs", str(source), str(out), "--lesion", "spot", "--test_fraction", "0.3"]
+        argv = ["pairs", str(source), str(out), "--lesion", "spot"]
     elif kind == "coco":
         given = [
             FormatRow(row["image"], np.asarray(row["mask"]) > 0, f"{row['name']}.png", "", {"lesion": row["lesion"]})
@@ -802,12 +851,11 @@ def test_every_format_trains_after_one_command(kind, tmp_path):
         for row in given:
             save(source / row.name, np.asarray(row.image))
         (tmp_path / "a.json").write_text(json.dumps(coco_annotations(given)))
-        argv = ["coco", str(tmp_path / "a.json"), str(source), str(out), "--test_fraction", "0.3"]
+        argv = ["coco", str(tmp_path / "a.json"), str(source), str(out)]
     else:
         for n, row in enumerate(map(dict, rows)):
-            part = ("Tr", "Ts")[n >= 16]
-            save(source / f"images{part}" / f"{n}_0000.png", np.asarray(row["image"]))
-            save(source / f"labels{part}" / f"{n}.png", (np.asarray(row["mask"]) > 0).astype(np.uint8))
+            save(source / "imagesTr" / f"{n}_0000.png", np.asarray(row["image"]))
+            save(source / "labelsTr" / f"{n}.png", (np.asarray(row["mask"]) > 0).astype(np.uint8))
         content = {"channel_names": {"0": "US"}, "labels": {"background": 0, "spot": 1}, "file_ending": ".png"}
         (source / "dataset.json").write_text(json.dumps(content))
         argv = ["nnunet", str(source), str(out)]
@@ -815,6 +863,35 @@ def test_every_format_trains_after_one_command(kind, tmp_path):
     short = ("--max_steps", 2, "--eval_limit", 2, "--train_limit", 16, "--max_completion_length", 8)
     Example("core_seg").done("train_grpo", "--data", out, *short, "--output_dir", tmp_path / "run")
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_images_without_a_target_train_and_are_scored(tmp_path):
+    """Every third image shows nothing that is asked for: both stages take them, and N-acc and T-acc are reported."""
+    from script_modules import Example
+
+    rows = [
+        FormatRow(
+            row["image"],
+            (np.asarray(row["mask"]) > 0) & bool(n % 3),
+            f"{row['name']}.png",
+            "train" if n < 16 else "test",
+            {"lesion": row["lesion"]},
+        )
+        for n, row in enumerate(map(dict, make_synthetic(24, size=64)))
+    ]
+    write_rows(rows, tmp_path / "data")
+    assert main(["data", "check", str(tmp_path / "data")]) == 0
+    short = ("--max_steps", 2, "--eval_limit", 6, "--train_limit", 16, "--max_completion_length", 8)
+    Example("core_seg").done("train_grpo", "--data", tmp_path / "data", *short, "--output_dir", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    without = sum(not row.mask.any() for row in rows[16:22])
+    for stage in ("stage1", "stage2"):
+        found = results[stage]["no_target"]
+        assert found["n"] == without == 2
+        assert 0 <= found["n_acc"] <= 1
+        assert 0 <= found["t_acc"] <= 1
 
 
 # ---- pixels that do not count ----------------------------------------------------------------------------------------
@@ -1017,7 +1094,7 @@ def test_biomedparse(tmp_path):
     save(tmp_path / "SET" / "test_mask" / "other_1_CT_abdomen_liver.png", grey(truth[0]))
     save(tmp_path / "SET" / "test_mask" / "short.png", grey(truth[0]))
     with pytest.raises(
-        DataError, match=r"2 masks cannot be read: .*no test/other_1_CT_abdomen.png; short.png: expected"
+        DataError, match=r"2 of \d masks cannot be read:\n.*no test/other_1_CT_abdomen.png\n  short.png: expected"
     ):
         list(read_biomedparse(tmp_path / "SET", texts={}))
 
@@ -1241,6 +1318,12 @@ def test_mmr(tmp_path):
     assert [row["query"] for row in rows] == entry["questions"]
     for row, mask in zip(rows, (truth[0] | truth[1], truth[2], np.zeros((13, 17), dtype=bool)), strict=True):
         assert np.array_equal(np.asarray(row["mask"]) > 0, mask)
+    each = list(read_mmr(path, tmp_path / "images", texts={}, masks="each"))
+    assert [row.texts["query"] for row in each] == [entry["questions"][n] for n in (0, 0, 1)]
+    assert all(np.array_equal(row.mask, mask) for row, mask in zip(each, truth, strict=True))
+    assert [row.texts["name"].partition("#")[2] for row in each] == ["0#0", "0#1", "1#0"]
+    with pytest.raises(UnknownNameError, match="masks 'eech'; did you mean 'each'"):
+        list(read_mmr(path, tmp_path / "images", texts={}, masks="eech"))
     for change, message in (
         ({"file_name": "b.png"}, "image b.png: no such file in"),
         ({"questions": ["Which?"]}, "1 questions, 3 answers"),
@@ -1283,12 +1366,16 @@ def test_benchmarks_are_checked_and_evaluated_as_downloaded(tmp_path, capsys):
     assert main([*argv, "--data", str(home), "--benchmark", "reasonsegg"]) == 2
     assert "benchmark 'reasonsegg'; did you mean 'reasonseg'" in capsys.readouterr().err
     assert main([*argv, "--data", str(home), "--benchmark", "m3d_seg"]) == 2
-    assert "m3d_seg is not read from one folder: examples/medvol_r1/train_grpo.py" in capsys.readouterr().err
+    assert "no data set of M3D-Seg; expected 0012/0012.json" in capsys.readouterr().err
     for command in (["data", "check"], [*argv, "--data"]):
         assert main([*command, str(tmp_path / "nothing"), "--benchmark", "reasonseg"]) == 2
         assert "nothing: no such folder. reasonseg: github.com/dvlab-research/LISA" in capsys.readouterr().err
-    assert main(["data", "check", "../nothing_there", "--benchmark", "reasonseg"]) == 2
-    assert "../nothing_there: no such folder. reasonseg: github.com/dvlab-research/LISA" in capsys.readouterr().err
+    for name in ("../nothing_there", "nothing/there"):  # the second could be a data set on the hub
+        for command in (["data", "check"], [*argv, "--data"]):
+            assert main([*command, name, "--benchmark", "reasonseg"]) == 2
+            error = capsys.readouterr().err
+            assert f"{name}: no such folder. reasonseg: github.com/dvlab-research/LISA, which links to it; for" in error
+            assert "nothing is downloaded here" in error
     (home / "train" / "a.json").unlink()
     assert main(["data", "check", str(home), "--benchmark", "reasonseg"]) == 2
     error = capsys.readouterr().err

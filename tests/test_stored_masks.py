@@ -88,18 +88,18 @@ def test_what_does_not_fit_is_listed_at_once(rows, tmp_path):
     with pytest.raises(DataError) as caught:
         StoredMasks(folder, rows)
     message = str(caught.value)
-    assert f"{folder} does not hold one mask for each of 4 rows:" in message
-    assert f"no file: 1, such as row 0 ({rows['name'][0]})" in message
-    assert f"several files: 1, such as row 1 ({rows['name'][1]})" in message
-    assert "files of no row: 2, such as" in message
-    assert "other.png" in message
+    counts = "no file: 1, several files: 1, files of no row: 2"
+    assert f"{folder} does not hold one mask for each of 4 rows: {counts}:" in message
+    assert f"\n  no file: row 0 ({rows['name'][0]})" in message
+    assert f"\n  several files: row 1 ({rows['name'][1]})" in message
+    assert "\n  files of no row: other.png" in message
     assert "pass --missing_empty if no file means an empty mask" in message
 
 
 def test_a_file_answers_one_row(rows, tmp_path):
     twice = Dataset.from_list([dict(rows[0]), {**rows[0], "query": "Where?"}], features=rows.features)
     folder = write(tmp_path / "theirs", rows.select([0]))
-    with pytest.raises(DataError, match=r"the file of an earlier row: 1, such as row 1 \("):
+    with pytest.raises(DataError, match=r"the file of an earlier row: row 1 \("):
         StoredMasks(folder, twice)
 
 
@@ -126,6 +126,18 @@ def test_files_that_are_no_mask_of_the_image_are_named(rows, tmp_path, size, mes
         Image.new("L", size).save(path)
     with pytest.raises(DataError, match=message):
         evaluate_masks(folder, rows, progress=False)
+
+
+def test_all_masks_that_do_not_fit_are_listed(rows, tmp_path):
+    folder = write(tmp_path / "theirs", rows)
+    names = [f"{Path(name).stem}.png" for name in rows["name"]]
+    Image.new("L", (24, 48)).save(folder / names[0])
+    (folder / names[2]).write_bytes(b"nothing")
+    with pytest.raises(DataError) as caught:
+        evaluate_masks(folder, rows, progress=False, batch_size=1)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{folder}: 2 of 4 masks do not fit:"
+    assert [name in line for name, line in zip((names[0], names[2]), lines, strict=True)] == [True, True]
 
 
 def test_what_a_killed_process_left_is_no_mask(rows, tmp_path):

@@ -31,7 +31,7 @@ def add_data_commands(areas: Any, common: argparse.ArgumentParser, as_json: argp
                        "`segrl data list`")  # fmt: skip
     check.add_argument("--allow_outside", action="store_true", help="let manifest.csv name files outside its folder")
     check.add_argument("--allow_empty", action="store_true", help="volumes: rows may ask for what is not there")
-    check.add_argument("--sheet", type=Path, metavar="FILE", help="images: draw the first rows of each split")
+    check.add_argument("--sheet", type=Path, metavar="FILE", help="draw the first rows of each split")
     check.set_defaults(run=_check)
 
     _add_convert(commands, common)
@@ -74,18 +74,12 @@ def _list(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         kept = ("what", "place", "command", "conventions", "seen", "default")
-        return print_json(
-            {
-                name: {**{key: getattr(found, key) for key in kept}, "read": found.read is not None}
-                for name, found in BENCHMARKS.items()
-            }
-        )
+        return print_json({name: {key: getattr(found, key) for key in kept} for name, found in BENCHMARKS.items()})
     for name, benchmark in BENCHMARKS.items():
         say(f"{name}: {benchmark.what}")
         say(f"  {benchmark.place}")
         say(f"  {benchmark.command}")
-        if benchmark.read is not None:
-            say(f"  as downloaded: --benchmark {name}" + (f": {benchmark.default}" if benchmark.default else ""))
+        say(f"  as downloaded: --benchmark {name}" + (f": {benchmark.default}" if benchmark.default else ""))
         if benchmark.conventions:
             say(f"  then: segrl eval ... --conventions {' '.join(benchmark.conventions)}")
     seen = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.seen)
@@ -127,14 +121,12 @@ def _say_written(destination: Path, counts: dict[str, int]) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
-    from segrl.data.benchmarks import BENCHMARKS, absent, benchmark_folder
+    from segrl.data.benchmarks import benchmark_folder
     from segrl.data.overview import data_overview
     from segrl.reports.terminal import say
 
     draw = None if arguments.sheet is None else partial(_draw, arguments.sheet)
     named = arguments.benchmark
-    if named in BENCHMARKS and not Path(arguments.path).exists():
-        raise absent(named, arguments.path)
     with nullcontext(arguments.path) if named is None else benchmark_folder(named, arguments.path) as folder:
         may = {"allow_outside": arguments.allow_outside, "allow_empty": arguments.allow_empty}
         found = data_overview(folder, **may, on_splits=draw)
@@ -156,23 +148,42 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _draw(path: Path, task: str, splits: dict[str, Any]) -> None:
-    """Draw the first rows of each split with their masks, a line a split."""
+    """Draw the first rows of each split with their masks, a line a split; of volumes the slice with most of a mask."""
     from PIL import Image
 
-    from segrl.errors import SegRLError
-    from segrl.geometry.mask_images import binarize
     from segrl.reports.drawing import draw_overlay
 
-    if task == "volumes":
-        raise SegRLError("--sheet: only images are drawn; leave it out")
+    shown = _slices() if task == "volumes" else _image
     sheet = Image.new("RGB", (_DRAWN * _CELL, max(1, len(splits)) * _CELL), (255, 255, 255))
     for down, rows in enumerate(splits.values()):
         for across in range(min(_DRAWN, len(rows))):
-            row = rows[across]
-            image = row["image"].convert("RGB")
+            image, mask = shown(rows[across])
             scale = (_CELL - 4) / max(image.size)
             size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-            drawn = draw_overlay(image, size, target=binarize(row["mask"]))
+            drawn = draw_overlay(image, size, target=mask)
             sheet.paste(drawn, (across * _CELL, down * _CELL))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def _image(row: dict[str, Any]) -> tuple[Any, Any]:
+    from segrl.geometry.mask_images import binarize
+
+    return row["image"].convert("RGB"), binarize(row["mask"])
+
+
+def _slices() -> Any:
+    from PIL import Image
+
+    from segrl.data.volumes.case import CaseReader
+
+    read = CaseReader()
+
+    def shown(row: dict[str, Any]) -> tuple[Any, Any]:
+        case = read(row, allow_empty=True)
+        assert case.mask is not None
+        sums = case.mask.sum(axis=(1, 2))
+        index = int(sums.argmax()) if sums.any() else len(sums) // 2
+        return Image.fromarray(case.grey[index]), case.mask[index]
+
+    return shown

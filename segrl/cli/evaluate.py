@@ -27,7 +27,7 @@ def add_eval_command(areas: Any, *parents: argparse.ArgumentParser) -> None:
                          "and the masks are scored in the conventions of its papers")  # fmt: skip
     command.add_argument("--split", metavar="NAME", help="default: test")
     command.add_argument("--volumes", action="store_true", help="with --predictions: the data holds volumes; a "
-                         "folder with manifest.csv says so itself")  # fmt: skip
+                         "folder says so itself")  # fmt: skip
     command.add_argument("--annotations", type=Path, metavar="FILE", help="with --predictions of COCO's results, or "
                          "with --coco: JSON with the images and categories that the ids stand for")  # fmt: skip
     command.add_argument("--min_score", type=share, metavar="X", help="of such results, drop those with a lower score "
@@ -170,7 +170,7 @@ def _score_again(arguments: argparse.Namespace) -> int:
 def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
     from segrl.data.images.folder import check_rows, load_folder
     from segrl.data.images.kept import KeptPixels
-    from segrl.data.overview import manifest_task
+    from segrl.data.overview import holds_volumes
     from segrl.data.splits import load_split
     from segrl.data.volumes.folder import check_volumes, load_volumes
     from segrl.errors import SegRLError
@@ -193,8 +193,7 @@ def _evaluate_on(data: str | Path, arguments: argparse.Namespace) -> int:
         for flag in ("segmenter", "frame_kind"):
             if getattr(arguments, flag) is not None:
                 raise SegRLError(f"--{flag} is for --model; drop it")
-        of_scans = (Path(data) / "manifest.csv").is_file() and manifest_task(Path(data)) == "volumes"
-        task = "volumes" if arguments.volumes or of_scans else "images"
+        task = "volumes" if arguments.volumes or holds_volumes(Path(data)) else "images"
         masks = arguments.predictions.absolute()
         default = masks.with_name(f"{masks.name.removesuffix('.json')}_evaluation")
     output = arguments.output_dir or default

@@ -101,8 +101,8 @@ def _labels(given: list[str] | None) -> dict[int, str] | None:
 
 _DRAWN = {
     "test_fraction": Flag(
-        "share drawn for the split test, where the source has no splits (default: 0)",
-        {"type": float, "default": 0.0, "metavar": "X"},
+        "share drawn for the split test, where the source has no split but train (default: 0.2; 0 draws none)",
+        {"type": float, "default": 0.2, "metavar": "X"},
     ),
     "seed": Flag("of that draw", {"type": int, "default": 0, "metavar": "N"}),
 }
@@ -138,7 +138,7 @@ FORMATS: dict[str, Format] = {
         "a data set of nnU-Net, images or scans",
         "nnunet:read_nnunet",
         {"path": "the folder with dataset.json"},
-        {"channel": Flag("of several channels the one to take", {"metavar": "NAME"})},
+        {"channel": Flag("of several channels the one to take", {"metavar": "NAME"}), **_DRAWN},
         write="nnunet:write_nnunet",
     ),
     "hf": Format(
@@ -148,7 +148,8 @@ FORMATS: dict[str, Format] = {
         {
             "columns": Flag(
                 "such as text=query gt=mask", {"nargs": "+", "default": [], "metavar": "THEIRS=OURS"}, _columns
-            )
+            ),
+            **_DRAWN,
         },
         write="columns:write_columns",
     ),
@@ -189,7 +190,13 @@ FORMATS: dict[str, Format] = {
         "questions about objects and parts",
         "mmr:read_mmr",
         {"annotations": "MMR_NAME.json", "images": "COCO's images"},
-        _split("of all rows (default: NAME of the file)"),
+        {
+            **_split("of all rows (default: NAME of the file)"),
+            "masks": Flag(
+                "each: a row for every mask, as MMR's evaluation takes them, not to train on (default: union)",
+                {"choices": ("union", "each"), "default": "union"},
+            ),
+        },
     ),
     "sa_med2d": Format(
         "SA-Med2D-20M, a file for each instance",

@@ -26,7 +26,6 @@ from segrl.data.formats import (
     write_rows,
 )
 from segrl.errors import DataError, unknown_name
-from segrl.hub import is_hub_name
 
 __all__ = ["BENCHMARKS", "Benchmark", "absent", "benchmark_folder"]
 
@@ -42,9 +41,11 @@ class Benchmark:
         conventions: Evaluators whose numbers are published on it, by their names in
             `segrl.evaluation.conventions.CONVENTIONS`.
         seen: Whether published samples were read, rather than the code of public loaders alone.
-        read: Reads the download; None: `command` needs more than it says.
+        read: Reads the download, and yields rows to be copied; or, given the split or None, returns a `DatasetDict` of
+            volumes that stay where they are.
         default: What `read` takes where the download leaves something open.
-        hub: Whether it is a Hugging Face data set, whose columns `read` knows; on disk, as parquet, or on the hub.
+        hub: Whether it is a Hugging Face data set, whose columns `read` knows; on disk, or as parquet.
+        in_place: Whether `read` returns a `DatasetDict`.
 
     Example:
         >>> BENCHMARKS["reasonseg"].conventions, BENCHMARKS["reasonseg"].seen
@@ -56,9 +57,10 @@ class Benchmark:
     command: str
     conventions: tuple[str, ...] = ()
     seen: bool = False
-    read: Callable[[Path], Iterator[Any]] | None = field(default=None, repr=False)
+    read: Callable[..., Any] = field(kw_only=True, repr=False)
     default: str = ""
     hub: bool = False
+    in_place: bool = False
 
 
 @contextmanager
@@ -68,14 +70,14 @@ def benchmark_folder(name: str, path: str | Path, split: str | None = None) -> I
     Args:
         name: One of `BENCHMARKS`.
         path: The download, which is read into a temporary folder that is removed afterwards; or a folder with
-            `manifest.csv`, a `DatasetDict` saved to disk, or `owner/name` on the hub, which are yielded, unless the
-            benchmark is itself a Hugging Face data set, whose columns are renamed.
+            `manifest.csv` or a `DatasetDict` saved to disk, which are yielded, unless the benchmark is itself a Hugging
+            Face data set, whose columns are renamed. Never a name on the hub: nothing is downloaded.
         split: Of a download, keep the rows of this one; None keeps all.
 
     Raises:
         UnknownNameError: No such benchmark, or a download has no such split.
-        DataError: No such folder, a download that takes more than its folder to be read, with the command that does;
-            or what the reader raises, with the place where the benchmark is to be had and the command for other files.
+        DataError: No such folder, or what the reader raises; with the place where the benchmark is to be had, its
+            terms, and the command for other files.
 
     Example:
         >>> with benchmark_folder("reasonseg", "."):
@@ -88,17 +90,18 @@ def benchmark_folder(name: str, path: str | Path, split: str | None = None) -> I
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
     benchmark, home = BENCHMARKS[name], Path(path)
-    if not home.exists() and not is_hub_name(str(path)):
+    if not home.exists():
         raise absent(name, path)
     ready = ("manifest.csv",) if benchmark.hub else ("manifest.csv", "dataset_dict.json", "dataset_info.json")
-    if any((home / part).is_file() for part in ready) or not (home.exists() or benchmark.hub):
+    if any((home / part).is_file() for part in ready):
         yield path
         return
-    if benchmark.read is None:
-        raise DataError(f"{path} has no manifest.csv, and {name} is not read from one folder: {benchmark.command}")
     with tempfile.TemporaryDirectory() as place:
         try:
-            write_rows(_of_split(benchmark.read(home), split, str(path)), Path(place) / name, title=name)
+            if benchmark.in_place:
+                benchmark.read(home, split).save_to_disk(Path(place) / name)
+            else:
+                write_rows(_of_split(benchmark.read(home), split, str(path)), Path(place) / name, title=name)
         except DataError as error:
             raise DataError(
                 f"{error}\n{name}: {benchmark.place}; nothing is downloaded here\nanother layout: {benchmark.command}"
@@ -138,6 +141,13 @@ _COLUMNS = {
 """Columns of U-MRG-14K by what they are here: of its description, and images, masks and prompt, which `eval/eval.py` of
 PRIS-CV/MedReasoner, 915d369, reads."""
 _OF_COLUMNS = "columns image, mask, query (or question) and reasoning (or think); boxes and points are not read"
+
+
+def _m3d_seg(path: Path, split: str | None) -> Any:
+    from segrl.data.volumes.m3d_seg import m3d_seg_splits  # not for a list of benchmarks
+
+    return m3d_seg_splits(path, split)
+
 
 BENCHMARKS: dict[str, Benchmark] = {
     "reasonseg": Benchmark(
@@ -198,7 +208,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("mmr",),
         read=partial(read_mmr_folder, texts={}),
         default="splits train, val, test_mixed, test_obj_only, test_part_only, of the files that are there; images in "
-        "refer_seg/images/mscoco/images/{train2017,val2017}/ beside MMR/",
+        "refer_seg/images/mscoco/images/{train2017,val2017}/ beside MMR/; the union of the masks of an answer",
+    ),
+    "mmr_masks": Benchmark(
+        "MMR, every mask of an answer by itself, as its evaluation takes them: for --predictions with a file for each",
+        "github.com/jdg900/MMR; cocodataset.org for the images, under COCO's terms",
+        "segrl data convert mmr MMR_test_mixed.json COCO/ DESTINATION --masks each",
+        ("mmr",),
+        read=partial(read_mmr_folder, texts={}, masks="each"),
+        default="as mmr; rows are named STEM#QUESTION#MASK, with numbers from 0",
     ),
     "cvc_clinicdb": Benchmark(
         "612 frames of 29 colonoscopy sequences with polyps; no published split: drawn by sequence",
@@ -208,21 +226,30 @@ BENCHMARKS: dict[str, Benchmark] = {
         default="a fifth of the sequences drawn for test",
     ),
     "tnscui2020": Benchmark(
-        "3,644 ultrasound images of thyroid nodules",
+        "3,644 ultrasound images of thyroid nodules; masks of the test set are not public: a part is drawn",
         "tn-scui2020.grand-challenge.org; its terms forbid passing it on",
         "segrl data convert pairs TNSCUI2020/ DESTINATION --lesion nodule --modality Ultrasound --anatomy Thyroid",
-        read=partial(read_pairs, texts={"lesion": "nodule", "modality": "Ultrasound", "anatomy": "Thyroid"}),
+        read=partial(
+            read_pairs,
+            texts={"lesion": "nodule", "modality": "Ultrasound", "anatomy": "Thyroid"},
+            test_fraction=0.2,
+        ),
+        default="a fifth of the images drawn for test",
     ),
     "m3d_seg": Benchmark(
         "CT volumes of 25 sets with labels",
         "huggingface.co/datasets/GoodBaiBai88/M3D-Seg; each set has a licence of its own",
         "examples/medvol_r1/train_grpo.py --data M3D_Seg_npy/ --m3d_seg NAME",
+        read=_m3d_seg,
+        default="all data sets in the folder, files where they are",
+        in_place=True,
     ),
     "m3d_refseg": Benchmark(
         "M3D-RefSeg: 210 CT scans with questions about their structures",
         "huggingface.co/datasets/GoodBaiBai88/M3D-RefSeg; scans of TotalSegmentator, under its terms",
         "segrl data convert m3d_refseg M3D_RefSeg/ DESTINATION",
-        read=partial(read_m3d_refseg, texts={}),
+        read=partial(read_m3d_refseg, texts={}, test_fraction=0.2),
+        default="the split test of M3D_RefSeg_test.csv; without it a fifth of the cases",
     ),
     "ispy1": Benchmark(
         "ISPY1: MR scans of the breast with tumor volumes drawn by hand; no published split: drawn by patient",
@@ -241,7 +268,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         hub=True,
     ),
     "comlesion_14k": Benchmark(
-        "CORE-Seg's images, questions and reasoning",
+        "CORE-Seg's images, questions and reasoning; 2,421 rows of the split test",
         "announced by CORE-Seg; not seen",
         "segrl data convert hf PATH DESTINATION --columns THEIRS=OURS ...",
         ("core_seg",),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segrl.data.csv_files import CsvFile, read_csv
+from segrl.data.formats.sources import listed
 from segrl.data.listed_files import find_file
 from segrl.data.reasoning import build_query
 from segrl.data.text_columns import check_texts, name_classes
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["ManifestRows", "check_dataset", "parts_of", "raise_all", "read_manifest", "write_manifest"]
-
-_LISTED = 10  # problems named in one error
-
 
 _PARTS = "\0"  # between the files of one cell; no path holds it
 
@@ -105,16 +103,13 @@ def parts_of(path: str) -> list[str]:
 
 
 def raise_all(problems: Sequence[str], total: int, source: str) -> None:
-    """Raise one error for all problems, which lists the first ten; return if there are none.
+    """Raise one error that lists all problems; return if there are none.
 
     Raises:
         DataError: If there is a problem.
     """
-    if not problems:
-        return
-    listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-    more = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-    raise DataError(f"{source}: {len(problems)} problems in {total} rows, expected none:{listed}{more}")
+    if problems:
+        raise DataError(f"{source}: {len(problems)} problems in {total} rows, expected none:{listed(problems)}")
 
 
 def check_dataset(

@@ -19,7 +19,7 @@ from segrl.data.volumes.folder import check_volumes, load_volumes
 from segrl.errors import DataError
 from segrl.geometry.mask_images import binarize
 
-__all__ = ["data_overview", "manifest_task"]
+__all__ = ["data_overview", "holds_volumes", "manifest_task"]
 
 _QUERIES = 4
 
@@ -79,8 +79,7 @@ def _layout(home: Path) -> tuple[str, list[str]]:
     """The task, and the names of the splits."""
     if (home / "dataset_dict.json").is_file():
         found: Any = load_from_disk(str(home))
-        volumes = any("scan" in part.column_names for part in found.values())
-        return ("volumes" if volumes else "images"), sorted(map(str, found))
+        return ("volumes" if holds_volumes(home) else "images"), sorted(map(str, found))
     manifest = home / "manifest.csv"
     if not manifest.is_file():
         raise DataError(f"{home}: no manifest.csv and no dataset_dict.json; segrl data convert makes such a folder")
@@ -90,6 +89,22 @@ def _layout(home: Path) -> tuple[str, list[str]]:
     if not names:
         raise DataError(f"{manifest}: no split; add the column split with train and test")
     return ("volumes" if "label" in table.header else "images"), sorted(names)
+
+
+def holds_volumes(home: Path) -> bool:
+    """Return whether a folder with `manifest.csv`, or a `DatasetDict` saved to disk, holds volumes; else False.
+
+    Raises:
+        DataError: A `manifest.csv` that cannot be read.
+
+    Example:
+        >>> holds_volumes(Path("no/such/folder"))
+        False
+    """
+    if (home / "dataset_dict.json").is_file():
+        found: Any = load_from_disk(str(home))
+        return any("scan" in part.column_names for part in found.values())
+    return (home / "manifest.csv").is_file() and manifest_task(home) == "volumes"
 
 
 def manifest_task(home: Path) -> str:

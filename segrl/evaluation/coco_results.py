@@ -43,8 +43,7 @@ class CocoMasks(StoredMasks):
 
     Raises:
         DataError: Files of another layout, ids that the annotations do not have, images that no row is about, masks of
-            another size, polygons that cannot be filled, two images or two rows of one name: all are counted, ten
-            named.
+            another size, polygons that cannot be filled, two images or two rows of one name: all are listed.
 
     Example:
         >>> from segrl.data import make_synthetic
@@ -124,7 +123,7 @@ class CocoResults:
 
     Raises:
         DataError: Rows that COCO cannot tell apart or that have no lesion, images and categories without an id: all are
-            counted, ten named; or annotations of another layout.
+            listed; or annotations of another layout.
 
     Example:
         >>> from segrl.geometry import mask_to_rle

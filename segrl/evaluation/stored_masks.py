@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from segrl.data.formats.sources import listed
 from segrl.data.images.kept import KeptPixels, KeptRows
 from segrl.data.volumes.case import CaseReader
 from segrl.data.volumes.labels import read_label
@@ -26,7 +27,6 @@ __all__ = ["StoredMasks", "evaluate_masks"]
 _IMAGES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".gif")
 _VOLUMES = (".nii.gz", ".nii", ".npy")
 _OF_SLICES = ("slice_visibility", "slice_boxes", "slice_index")  # of an answer that names a slice; a mask has none
-_LISTED = 5
 
 
 class StoredMasks:
@@ -42,7 +42,7 @@ class StoredMasks:
 
     Raises:
         DataError: No such folder, rows without a file or with several, files of no row, rows that share a name: all are
-            counted, and some of each are named.
+            listed.
 
     Example:
         >>> from segrl.data import make_synthetic
@@ -82,14 +82,11 @@ class StoredMasks:
         if rest:
             problems["files of no row"] = [path.relative_to(self.folder).as_posix() for path in rest]
         if any(problems.values()):
-            listed = "".join(
-                f"\n  {kind}: {len(found)}, such as {', '.join(found[:_LISTED])}"
-                for kind, found in problems.items()
-                if found
-            )
+            lines = [f"{kind}: {name}" for kind, found in problems.items() for name in found]
+            counts = ", ".join(f"{kind}: {len(found)}" for kind, found in problems.items() if found)
             raise DataError(
-                f"{self.folder} does not hold one mask for each of {len(dataset)} rows:{listed}\nGive every file the "
-                "name of its row"
+                f"{self.folder} does not hold one mask for each of {len(dataset)} rows: {counts}:{listed(lines)}\nGive "
+                "every file the name of its row"
                 + ("" if missing_empty else ", or pass --missing_empty if no file means an empty mask")
             )
 
@@ -145,7 +142,7 @@ def evaluate_masks(
         = 0, since there is no text. What is scored of an answer's text, such as a named slice, is not in them.
 
     Raises:
-        DataError: As `StoredMasks`.
+        DataError: As `StoredMasks`, or masks that cannot be read or are of another size: all are listed.
 
     Example:
         >>> from segrl.data import make_synthetic
@@ -158,7 +155,7 @@ def evaluate_masks(
     """
     stored = masks if isinstance(masks, StoredMasks) else StoredMasks(masks, dataset)
     read_case = CaseReader(0)
-    count = iter(range(len(dataset)))
+    count, problems = iter(range(len(dataset))), []
 
     def read(row: dict[str, Any]) -> tuple[Any, Any]:
         if not stored.volumes:
@@ -167,7 +164,14 @@ def evaluate_masks(
         return case, case.target(row)
 
     def answer(batch: list[tuple[Any, Any]]) -> list[Prediction]:
-        return [stored.read(next(count), shown, target) for shown, target in batch]
+        found = []
+        for shown, target in batch:
+            try:
+                found.append(stored.read(next(count), shown, target))
+            except DataError as error:
+                problems.append(str(error))
+                found.append(stored.checked(np.zeros_like(target.mask), target, ""))
+        return found
 
     def record(prediction: Prediction, target: Any) -> dict[str, Any]:
         if not stored.volumes:
@@ -177,7 +181,10 @@ def evaluate_masks(
 
     settings: dict[str, Any] = {"title": "score", "batch_size": batch_size, "progress": progress}
     rows = dataset if kept is None else KeptRows(dataset, kept)
-    return score_rows(rows, read, answer, record, **settings, on_answer=on_answer, ahead=not stored.volumes)
+    records = score_rows(rows, read, answer, record, **settings, on_answer=on_answer, ahead=not stored.volumes)
+    if problems:
+        raise DataError(f"{stored.folder}: {len(problems)} of {len(records)} masks do not fit:{listed(problems)}")
+    return records
 
 
 def _names(dataset: Dataset) -> Iterable[str]:

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder, plain_name
+from segrl.data.formats.sources import listed
 from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
 from segrl.geometry.mask_images import read_mask_file, write_mask_image
 
 __all__ = ["read_biomedparse", "write_biomedparse"]
-
-_LISTED = 8
 
 
 def read_biomedparse(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[FormatRow]:
@@ -30,7 +29,7 @@ def read_biomedparse(source: str | Path, *, texts: Mapping[str, str]) -> Iterato
         texts: Columns that every row gets, in place of what the file names say.
 
     Raises:
-        DataError: No such folders, masks whose name says no target or whose image is not there: all are counted.
+        DataError: No such folders, masks whose name says no target or whose image is not there: all are listed.
 
     Example:
         >>> list(read_biomedparse("no/such/folder", texts={}))
@@ -60,8 +59,9 @@ def read_biomedparse(source: str | Path, *, texts: Mapping[str, str]) -> Iterato
                 words = {"modality": names[-2], "anatomy": names[-1], "lesion": target.replace("+", " ")}
                 found.append((image, path, split, {"source": folder.name, **words, **texts}))
     if problems or not found:
-        listed = "; ".join(problems[:_LISTED]) or "there are none"
-        raise DataError(f"{home}: {len(problems)} masks cannot be read: {listed}")
+        raise DataError(
+            f"{home}: {len(problems)} of {len(problems) + len(found)} masks cannot be read:{listed(problems)}"
+        )
     for image, path, split, row in found:
         yield FormatRow(image, read_mask_file(path, f"mask {path}"), image.name, split, row)
 

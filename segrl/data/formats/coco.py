@@ -50,7 +50,7 @@ def read_coco(
         DataError: No JSON, or of another layout; images or categories with one id, categories whose names are equal;
             annotations that refer to nothing, polygons with fewer than three points or that cross themselves, run
             lengths of another size, images that are not there, are outside the folder or have another size than the
-            file says: all are counted, ten named.
+            file says: all are listed.
 
     Example:
         >>> list(read_coco("no.json", "images", texts={}))

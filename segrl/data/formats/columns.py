@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image as PILImage
 
+from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
 from segrl.data.formats.writing import rows_of_images
 from segrl.data.text_columns import name_classes
@@ -26,7 +28,12 @@ COLUMNS = ("image", "mask", *_TEXTS)
 
 
 def read_columns(
-    source: str | Path, *, columns: Mapping[str, str | Sequence[str]], texts: Mapping[str, str]
+    source: str | Path,
+    *,
+    columns: Mapping[str, str | Sequence[str]],
+    texts: Mapping[str, str],
+    test_fraction: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[FormatRow]:
     """Read a data set of images and masks.
 
@@ -38,9 +45,13 @@ def read_columns(
         columns: The data set's columns by what they are here: "image", "mask" and "query" or "lesion", and other texts
             of the manifest; those that have the right name need no entry. Of several names the first that there is.
         texts: Columns that every row gets.
+        test_fraction: Share of images, or of patients where there is such a column, whose split is "test", drawn at
+            random, where "train" is the only split. Equal images stay together.
+        seed: Of the draw.
 
     Raises:
-        DataError: It cannot be loaded, columns are missing or of another type, or a mask is not binary; names the row.
+        DataError: It cannot be loaded, columns are missing or of another type, `test_fraction` is out of range, or a
+            mask is not binary; names the row.
         UnknownNameError: A column that the data set has not.
 
     Example:
@@ -53,7 +64,8 @@ def read_columns(
     """
     from datasets import Image, List
 
-    for split, rows in _loaded(source).items():
+    found = _loaded(source)
+    for split, rows in found.items():
         names = {here: here for here in COLUMNS}
         for here, theirs in columns.items():
             if isinstance(theirs, str) and theirs not in rows.column_names:
@@ -71,8 +83,26 @@ def read_columns(
             wanted = List(Image()) if isinstance(named.features[column], List) else Image()
             if named.features[column] != wanted:
                 named = named.cast_column(column, wanted)
-        for number, row in enumerate(map(dict, named)):
-            yield _row(row, names, given, split, texts, f"{source}, split {split}, row {number}")
+        keys, splits = [split] * len(named), {split: split}
+        if test_fraction and list(found) == ["train"]:
+            keys = _drawn_together(named, names)
+            splits = divided(keys, test_fraction, seed)
+        for number, (key, row) in enumerate(zip(keys, map(dict, named), strict=True)):
+            yield _row(row, names, given, splits[key], texts, f"{source}, split {split}, row {number}")
+
+
+def _drawn_together(rows: Dataset, names: Mapping[str, str]) -> list[str]:
+    """A key for each row: its patient, or the file of its image."""
+    from datasets import Image, List
+
+    if names["patient"] in rows.column_names:
+        return [f"patient {text}" for text in rows[names["patient"]]]
+    column = names["image"]
+    stored = Image(decode=False)
+    files = rows.select_columns([column]).cast_column(
+        column, List(stored) if isinstance(rows.features[column], List) else stored
+    )
+    return [hashlib.sha256(repr(dict(row)[column]).encode()).hexdigest() for row in files]  # type: ignore[call-overload]
 
 
 def _row(

@@ -38,7 +38,7 @@ def read_imed_361m(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[
 
     Raises:
         DataError: No `dataset.json`, or one of another layout; files that are not there or outside the folder: all are
-            counted, ten named; labels of another size than their image, or with another number of masks than there are
+            listed; labels of another size than their image, or with another number of masks than there are
             names.
 
     Example:

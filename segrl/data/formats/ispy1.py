@@ -65,7 +65,7 @@ def read_ispy1(
 
     Raises:
         DataError: Another kind of masks, folders that are not there, names of other files, several masks of a patient,
-            masks that cannot be read, patients without scans or with too few: all are counted, ten named; or no mask
+            masks that cannot be read, patients without scans or with too few: all are listed; or no mask
             lies on a scan.
         SegRLError: pydicom is not installed, with `dicom`.
 

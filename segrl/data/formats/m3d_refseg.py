@@ -42,7 +42,7 @@ def read_m3d_refseg(
 
     Raises:
         DataError: No CSV file, one without the columns, or rows whose files are not there or outside the folder or
-            whose `Mask_ID` is no whole number above 0: all are counted, ten named.
+            whose `Mask_ID` is no whole number above 0: all are listed.
 
     Example:
         >>> list(read_m3d_refseg("no/such/folder", texts={}))

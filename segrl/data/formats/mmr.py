@@ -22,7 +22,7 @@ from segrl.data.formats.coco import coco_mask
 from segrl.data.formats.coco_images import find_coco_images
 from segrl.data.formats.rows import FormatRow
 from segrl.data.formats.sources import listed, named_file, read_json
-from segrl.errors import DataError
+from segrl.errors import DataError, unknown_name
 
 __all__ = ["read_mmr", "read_mmr_folder"]
 
@@ -30,27 +30,38 @@ _KEYS = ("file_name", "height", "width", "questions", "answers")
 
 
 def read_mmr(
-    annotations: str | Path, images: str | Path, *, texts: Mapping[str, str], split: str | None = None
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    texts: Mapping[str, str],
+    split: str | None = None,
+    masks: str = "union",
 ) -> Iterator[FormatRow]:
     """Read one file of MMR, one row for each question: the union of the masks of its answer.
 
-    MMR's own evaluation takes every mask of an answer by itself, in the order of its tokens.
+    MMR's own evaluation takes every mask of an answer by itself, in the order of its tokens. So do rows of
+    `masks="each"`, to score answers of such systems: a row for each mask, whose name is STEM#QUESTION#MASK, with
+    numbers from 0. Rows of one question say different things about it, so that nothing is trained on them.
 
     Args:
         annotations: The JSON file.
         images: The folder in which `file_name` is found.
         texts: Columns that every row gets.
         split: Split of all rows; None: what the file is called after "MMR_", such as "test_mixed".
+        masks: "union" or "each".
 
     Raises:
+        UnknownNameError: Other `masks`.
         DataError: No JSON, or of another layout; images that are not there or outside the folder, masks of another
-            size, another number of answers than of questions: all are counted, ten named.
+            size, another number of answers than of questions: all are listed.
 
     Example:
         >>> list(read_mmr("no.json", "images", texts={}))
         Traceback (most recent call last):
         segrl.errors.DataError: no.json: cannot be read: No such file or directory
     """
+    if masks not in ("union", "each"):
+        raise unknown_name("masks", masks, ("union", "each"))
     path = Path(annotations)
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
@@ -61,16 +72,23 @@ def read_mmr(
     named = split or path.stem.removeprefix("MMR_")
     for entry in entries:
         image = Path(images) / entry["file_name"]
-        for question, answer in zip(entry["questions"], entry["answers"], strict=True):
-            yield FormatRow(image, _mask(entry, answer), entry["file_name"], named, {**texts, "query": question})
+        for number, (question, answer) in enumerate(zip(entry["questions"], entry["answers"], strict=True)):
+            row = {**texts, "query": question}
+            if masks == "union":
+                yield FormatRow(image, _mask(entry, answer), entry["file_name"], named, row)
+                continue
+            for index, part in enumerate(answer):
+                row["name"] = f"{image.stem}#{number}#{index}"
+                yield FormatRow(image, _mask(entry, [part]), entry["file_name"], named, dict(row))
 
 
-def read_mmr_folder(source: str | Path, *, texts: Mapping[str, str]) -> Iterator[FormatRow]:
+def read_mmr_folder(source: str | Path, *, texts: Mapping[str, str], masks: str = "union") -> Iterator[FormatRow]:
     """Read every file of MMR in a folder, as `read_mmr` reads one: the splits are those whose files are there.
 
     Args:
         source: The folder `MMR`, or the one that holds it. Images are found by `find_coco_images`.
         texts: Columns that every row gets.
+        masks: See `read_mmr`.
 
     Raises:
         DataError: No such files, no folder of COCO's images; or as `read_mmr`.
@@ -86,7 +104,7 @@ def read_mmr_folder(source: str | Path, *, texts: Mapping[str, str]) -> Iterator
         raise DataError(f"{home}: no MMR_train.json, MMR_val.json or MMR_test_*.json in it or in MMR")
     images = find_coco_images(files[0].parent, ["train2017", "val2017"])
     for path in files:
-        yield from read_mmr(path, images, texts=texts)
+        yield from read_mmr(path, images, texts=texts, masks=masks)
 
 
 def _mask(entry: Mapping[str, Any], answer: list[Mapping[str, Any]]) -> np.ndarray:

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from segrl.data.formats.pairs import divided
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder, free_name
-from segrl.data.formats.sources import read_object
+from segrl.data.formats.sources import listed, read_object
 from segrl.data.formats.writing import ImageFiles
 from segrl.errors import DataError, unknown_name
 from segrl.geometry.image_files import open_image
@@ -29,7 +30,12 @@ _FOLDERS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 
 
 def read_nnunet(
-    source: str | Path, *, texts: Mapping[str, str], channel: str | None = None
+    source: str | Path,
+    *,
+    texts: Mapping[str, str],
+    channel: str | None = None,
+    test_fraction: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[FormatRow | ScanRow]:
     """Read a data set of nnU-Net (version 2), one row for each case and label; its label "ignore" counts in no score.
 
@@ -37,6 +43,8 @@ def read_nnunet(
         source: The folder that holds `dataset.json`.
         texts: Columns that every row gets; without a modality it is the name of the channel.
         channel: Name or number of the channel that is taken; None takes the only one.
+        test_fraction: Share of cases whose split is "test", drawn at random, where `labelsTs` holds none.
+        seed: Of the draw.
 
     Yields:
         Rows of scans where files are NIfTI, else of images. Of images only labels that occur; of scans all, since their
@@ -44,7 +52,8 @@ def read_nnunet(
 
     Raises:
         DataError: Another layout, several channels and none named, labels that are no whole numbers, regions of
-            several or two of one value, or cases without an image: all of these are counted, some named.
+            several or two of one value, `test_fraction` out of range, or cases without an image: all of these are
+            listed.
 
     Example:
         >>> list(read_nnunet("no/such/folder", texts={}))
@@ -63,20 +72,28 @@ def read_nnunet(
     labels = _labels(path, content.get("labels"))
     ignored = labels.pop(_IGNORE, None)
     kept = {"modality": name, **texts}
-    found = False
-    for split, (images, folder) in _FOLDERS.items():
-        cases = sorted(file for file in (home / folder).glob(f"*{ending}") if file.is_file())
-        lacking = [file.name for file in cases if not _image(home / images, file, ending, number).is_file()]
-        if lacking:
-            raise DataError(
-                f"{home}: {len(lacking)} labels have no image, such as {lacking[0]}; expected "
-                f"{images}/{lacking[0][: -len(ending)]}_{number:04d}{ending}"
-            )
-        for file in cases:
-            found = True
-            yield from _rows(_image(home / images, file, ending, number), file, labels, ignored, split, kept, ending)
-    if not found:
+    cases = {
+        split: {
+            file: _image(home / images, file, ending, number)
+            for file in sorted((home / folder).glob(f"*{ending}"))
+            if file.is_file()
+        }
+        for split, (images, folder) in _FOLDERS.items()
+    }
+    lacking = [
+        f"{label.parent.name}/{label.name}: no {image.parent.name}/{image.name}"
+        for found in cases.values()
+        for label, image in found.items()
+        if not image.is_file()
+    ]
+    if lacking:
+        raise DataError(f"{home}: {len(lacking)} labels have no image:{listed(lacking)}")
+    if not any(cases.values()):
         raise DataError(f"{home}: no labels that end in {ending} in labelsTr or labelsTs")
+    drawn = divided(list(cases["train"]), 0.0 if cases["test"] else test_fraction, seed)
+    for split, found in cases.items():
+        for label, image in found.items():
+            yield from _rows(image, label, labels, ignored, drawn.get(label, split), kept, ending)
 
 
 def _rows(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from segrl.data.formats.rows import FormatRow, ScanRow, empty_folder
+from segrl.data.formats.sources import listed
 from segrl.data.formats.writing import ImageFiles, rows_of_images
 from segrl.errors import DataError
 from segrl.geometry.image_files import open_image
@@ -18,7 +19,6 @@ __all__ = ["divided", "read_pairs", "write_pairs"]
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _ENDINGS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "-mask", "_lesion")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_LISTED = 8
 
 
 def read_pairs(
@@ -44,7 +44,7 @@ def read_pairs(
             patient. None draws every image by itself.
 
     Raises:
-        DataError: No such folder, no pairs, files without a partner (all are counted, some named), masks of another
+        DataError: No such folder, no pairs, files without a partner, all of them listed, masks of another
             size, or `test_fraction` out of range.
 
     Example:
@@ -71,8 +71,8 @@ def read_pairs(
     several = [paths for paths in (*images.values(), *masks.values()) if len(paths) > 1]
     if several:
         raise DataError(
-            f"{home}: {len(several)} names are those of several files, such as "
-            f"{', '.join(str(path.relative_to(home)) for path in several[0])}; keep one of each"
+            f"{home}: {len(several)} names are those of several files; keep one of each:"
+            + listed([", ".join(str(path.relative_to(home)) for path in paths) for paths in several])
         )
     groups = {key: key if group is None else group(key[1]) for key in images}
     splits = divided([groups[key] for key in images if _split(key[0]) is None], test_fraction, seed)
@@ -129,10 +129,10 @@ def _split(place: str) -> str | None:
 def _unpaired(home: Path, count: int, alone: list[Path]) -> str:
     if not alone:
         return f"{home}: no files that end in {', '.join(_IMAGES)}"
-    names = ", ".join(str(path.relative_to(home)) for path in sorted(alone)[:_LISTED])
+    names = [str(path.relative_to(home)) for path in sorted(alone)]
     return (
-        f"{home}: {len(alone)} files have no partner, such as {names}; expected x.jpg with x_mask.png, or images/x.jpg "
-        f"with masks/x.png ({count} images)"
+        f"{home}: {len(alone)} files have no partner ({count} images); expected x.jpg with x_mask.png, or images/x.jpg "
+        f"with masks/x.png:{listed(names)}"
     )
 
 

@@ -40,7 +40,7 @@ def read_reasonseg(
 
     Raises:
         DataError: No such splits; files without a partner, JSON that cannot be read or lacks a key, shapes without
-            three points: all are counted, ten named; or OpenCV is not installed.
+            three points: all are listed; or OpenCV is not installed.
         UnknownNameError: Another choice of questions.
 
     Example:

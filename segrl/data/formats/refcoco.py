@@ -53,7 +53,7 @@ def read_refcoco(
     Raises:
         DataError: Files of another layout, a pickle that holds anything but lists, mappings, texts and numbers,
             different images or annotations with one id, references to what is not there or is outside the folder: all
-            are counted, ten named.
+            are listed.
         UnknownNameError: No such split.
 
     Example:

@@ -58,7 +58,7 @@ def read_sa_med2d(
 
     Raises:
         DataError: One of the two JSON files cannot be read or has another layout; files that are not there or outside
-            the folder, names that do not say set, case and class, classes without a name: all are counted, ten named.
+            the folder, names that do not say set, case and class, classes without a name: all are listed.
         UnknownNameError: A set that the file does not name.
 
     Example:

@@ -12,7 +12,7 @@ from segrl.errors import DataError
 
 __all__ = ["by_id", "listed", "named_file", "read_bytes", "read_json", "read_object"]
 
-_LISTED = 10
+_LISTED = 1000  # lines of one error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -76,8 +76,7 @@ def by_id(entries: Sequence[Any], where: str) -> dict[Any, Any]:
         where: What they are, for errors.
 
     Raises:
-        DataError: Entries without a number or text as their id, or different ones with one id: all are counted, ten
-            named.
+        DataError: Entries without a number or text as their id, or different ones with one id: all are listed.
 
     Example:
         >>> by_id([{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}], "images of c.json")
@@ -131,11 +130,11 @@ def named_file(folder: Path, name: Any) -> Path:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return the first ten problems, each on a line of its own, and how many more there are; nothing for none.
+    """Return all problems, each on a line of its own; after a thousand how many more there are; nothing for none.
 
     Example:
-        >>> listed([f"image {number}" for number in range(12)]).splitlines()[-2:]
-        ['  image 9', '  and 2 more']
+        >>> listed([f"image {number}" for number in range(1002)]).splitlines()[-2:]
+        ['  image 999', '  and 2 more']
     """
     more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
     return "".join(f"\n  {problem}" for problem in problems[:_LISTED]) + more

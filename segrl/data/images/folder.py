@@ -122,8 +122,8 @@ def check_rows(
         kept: As in `load_folder`.
 
     Raises:
-        DataError: For a missing or wrongly typed column, for no rows, and for bad rows: the first ten with row number,
-            name and fix, and their total number.
+        DataError: For a missing or wrongly typed column, for no rows, and for bad rows: all of them, with row number,
+            name and fix.
 
     Warns:
         UserWarning: Images that two splits share, masks that are all empty or all full, and a split with one lesion

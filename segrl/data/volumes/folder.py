@@ -116,8 +116,7 @@ def check_volumes(
         split: Name of the split, for warnings; "" takes it from a column split, if there is one.
 
     Raises:
-        DataError: For a missing column, for no rows, and for bad rows: the first ten with row number, name and fix, and
-            their total number.
+        DataError: For a missing column, for no rows, and for bad rows: all of them, with row number, name and fix.
 
     Example:
         >>> check_volumes(Dataset.from_list([{"scan": "", "label": "", "query": "Segment the cyst."}]))

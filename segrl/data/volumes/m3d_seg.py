@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from segrl.data.contents import SplitContents
 from segrl.data.listed_files import refuse_outside
@@ -28,7 +28,7 @@ from segrl.data.volumes.intensity import Intensity
 from segrl.data.volumes.labels import label_values
 from segrl.errors import DataError, unknown_name
 
-__all__ = ["M3D_SEG_DATASETS", "load_m3d_seg"]
+__all__ = ["M3D_SEG_DATASETS", "load_m3d_seg", "m3d_seg_splits"]
 
 M3D_SEG_DATASETS = {"AbdomenCT-1K": "0003", "KiTS23": "0004", "CT-ORG": "0012"}
 """Numbers of the data sets that MedVol-R1 is evaluated on; any other number of M3D-Seg loads as well."""
@@ -148,6 +148,41 @@ def load_m3d_seg(
             f"{listing}: no structure in any case of {list(chosen)}; expected at least one; check the split"
         )
     return made
+
+
+def m3d_seg_splits(path: str | Path, split: str | None = None) -> DatasetDict:
+    """Load every data set of M3D-Seg in a folder, as `load_m3d_seg` loads one; files are not read, but for labels.
+
+    Args:
+        path: As of `load_m3d_seg`.
+        split: Read the labels of this one alone; None takes all.
+
+    Returns:
+        The rows by their split, data set after data set.
+
+    Raises:
+        DataError: No such data set, or as `load_m3d_seg`.
+        UnknownNameError: A data set has no such split.
+
+    Example:
+        >>> m3d_seg_splits("no/such/folder")
+        Traceback (most recent call last):
+        segrl.errors.DataError: no/such/folder: no data set of M3D-Seg; expected 0012/0012.json or others in it
+    """
+    home = Path(path)
+    found = {
+        listing.stem
+        for pattern in ("*.json", "*/*.json", "M3D_Seg/*/*.json", "*/*/*.json")
+        for listing in home.glob(pattern)
+        if listing.stem.isdecimal() and len(listing.stem) == 4 and listing.parent.name in (listing.stem, home.name)
+    }
+    if not found:
+        raise DataError(f"{home}: no data set of M3D-Seg; expected 0012/0012.json or others in it")
+    rows = concatenate_datasets([load_m3d_seg(home, code, split, validate=False) for code in sorted(found)])
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(rows["split"]):
+        numbers.setdefault(name, []).append(number)
+    return DatasetDict({name: rows.select(chosen) for name, chosen in numbers.items()})
 
 
 def _find_listing(folder: Path, code: str) -> Path:
