@@ -1,6 +1,7 @@
 """`segrl predict`: what is found, refused, written and printed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def load(path) -> Any:
 
 
 def lines(folder):
-    return [json.loads(line) for line in (Path(folder) / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(folder) / "predictions.jsonl").read_text().split("\n")[:-1]]
 
 
 def done(*words, status=0):
@@ -132,6 +133,31 @@ class TestImages:
         done(run, "in/a.png", "in/b.png", ASK, "-o", "out", "--no_overwrite")
         done(run, "in/b.png", ASK, "-o", "out")
         assert [line["input"] for line in lines("out")] == ["in/b.png"]
+
+    def test_a_kept_answer_keeps_its_files_when_another_input_has_its_name(self, run, images):
+        done(run, "in/a.png", ASK, "-o", "out")
+        before = {path: path.read_bytes() for path in Path("out").glob("a_*")}
+        Path("other").mkdir()
+        shutil.copy(images / "b.png", "other/a.png")
+        done(run, "other/a.png", ASK, "-o", "out", "--no_overwrite")
+        assert {path: path.read_bytes() for path in before} == before
+        assert [line["overlay"] for line in lines("out")] == ["out/a_overlay.png", "out/a_1_overlay.png"]
+
+    def test_what_a_killed_process_left(self, run, images, tmp_path):
+        done(run, "in/a.png", "in/b.png", ASK, "-o", "out", "--no_overlay")
+        first, second = (tmp_path / "out" / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+        first = first.replace(b'"query": "', '"query": "two\u2028lines'.encode())
+        cut = second.replace(b'"text": "', '"text": "\u00e9'.encode()).partition(b"\xc3\xa9")[0] + b"\xc3"
+        (tmp_path / "out" / "predictions.jsonl").write_bytes(first + cut)  # killed in the middle of a character
+        half = tmp_path / "out" / ".b_mask.png.4194305.tmp.png"  # above the largest number of a process
+        half.write_bytes(b"half")
+        own = tmp_path / "out" / f".b_overlay.png.{os.getpid()}.tmp.png"
+        own.write_bytes(b"of a process that is alive")
+        done(run, "in/a.png", "in/b.png", ASK, "-o", "out", "--no_overlay", "--no_overwrite")
+        assert [line["input"] for line in lines("out")] == ["in/a.png", "in/b.png"]
+        assert "two\u2028lines" in lines("out")[0]["query"]
+        assert not half.exists()
+        assert own.exists()
 
     def test_a_bad_file_among_good_ones_is_named_and_the_others_are_answered(self, run, images, capsys):
         (images / "b.png").write_bytes(b"no image")

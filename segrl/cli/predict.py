@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     paths, others = find_inputs(inputs, task)
     if others:
         say(f"{others} files that are no {task} are left out", stderr=True)
-    jobs = _jobs(paths)
-    _check(arguments, jobs, task)
     kept = _kept(arguments.output_dir / RECORDS) if arguments.no_overwrite else {}
+    jobs = _jobs(paths, kept)
+    _check(arguments, jobs, task)
     waiting = [job for job in jobs if str(job.path) not in kept]
     if len(waiting) < len(jobs):
         known = len(jobs) - len(waiting)
@@ -127,11 +127,11 @@ def _task(name: str, folder: Path) -> str:
     return settings.task
 
 
-def _jobs(paths: Iterable[Path]) -> list[_Job]:
-    """Give each input a name that no other has, whatever their folders and endings."""
+def _jobs(paths: Iterable[Path], kept: Mapping[str, str]) -> list[_Job]:
+    """Give each input a name that no other has, whatever their folders and endings, and no answer that is kept."""
     from segrl.inference.result import result_stem
 
-    taken: set[str] = set()
+    taken = _stems(kept.values())
     jobs = []
     for path in paths:
         plain = stem = result_stem(str(path.absolute()))
@@ -181,18 +181,31 @@ def _check(arguments: argparse.Namespace, jobs: Sequence[_Job], task: str) -> No
 _ENDS = ("_mask.png", "_mask.nii.gz", "_mask.dcm", "_overlay.png")
 
 
+def _stems(lines: Iterable[str]) -> set[str]:
+    """Return the starts of the names of files that records name, for comparison."""
+    files = (Path(file).name for line in lines for kind in _FILES if (file := json.loads(line).get(kind)))
+    return {file[: -len(end)].casefold() for file in files for end in _ENDS if file.endswith(end)}
+
+
+_FILES = ("mask", "overlay", "dicom_seg")
+
+
 def _kept(path: Path) -> dict[str, str]:
-    """Return the lines of inputs that have an answer in a file of records; those that failed are asked again."""
+    """Return the lines of inputs that have an answer in a file of records.
+
+    Those that failed are asked again, and so is one whose line has no end: the process was killed while it wrote.
+    """
     from segrl.errors import SegRLError
 
     if not path.is_file():
         return {}
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    *ended, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(ended, start=1):
         try:
             record = json.loads(line)
             if "error" not in record:
-                found[str(record["input"])] = line
+                found[str(record["input"])] = line.decode()
         except (ValueError, KeyError, TypeError) as error:
             raise SegRLError(f"{path}: line {number} is no record of an answer; move the file away") from error
     return found
@@ -211,6 +224,7 @@ def _answer(
 
     from segrl.data.formats.coco_writing import CocoWriter
     from segrl.errors import DataError
+    from segrl.files.whole import remove_unfinished, write_whole
     from segrl.reports.terminal import console, say
 
     folder, coco, failed = arguments.output_dir, CocoWriter(), 0
@@ -233,16 +247,21 @@ def _answer(
                     lines.append({"input": str(job.path), "query": question, "error": str(error)})
                     say(f"segrl: error: {error}", stderr=True)
             results = segmenter.predict([value for _, value in read], question, **settings)
-            folder.mkdir(parents=True, exist_ok=True)
+            if not first:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(folder)
             for (job, _), result in zip(read, results, strict=True):
                 lines.append(_written(result, job, folder, arguments))
                 if arguments.coco is not None:
                     _add(coco, result, job, question)
-            with records.open("a" if first else "w", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in (() if first else kept))
-                for line in lines:
-                    file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
-                    _show(line, arguments, alone=len(jobs) == 1)
+            texts = [json.dumps(line, allow_nan=False, ensure_ascii=False) for line in lines]
+            if first:
+                with records.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{text}\n" for text in texts)
+            else:  # at once, or a killed process would lose the answers of earlier ones
+                write_whole(records, "".join(f"{text}\n" for text in (*kept, *texts)))
+            for line in lines:
+                _show(line, arguments, alone=len(jobs) == 1)
             bar.update(shown, advance=len(part))
     if arguments.coco is not None:
         coco.write(arguments.coco)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_unfinished", "whole_file", "write_whole"]
+import psutil
 
-_UNFINISHED = re.compile(r"\..+\.\d+\.tmp(\..+)?", re.DOTALL)
+__all__ = ["is_unfinished", "remove_unfinished", "whole_file", "write_whole"]
+
+_UNFINISHED = re.compile(r"\..+\.(\d+)\.tmp(\..+)?", re.DOTALL)
 
 
 @contextmanager
@@ -67,3 +69,19 @@ def is_unfinished(path: str | os.PathLike[str]) -> bool:
         [True, True, False, False]
     """
     return _UNFINISHED.fullmatch(Path(path).name) is not None
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left in a folder; files of processes that are alive stay, and so do other folders.
+
+    Example:
+        >>> Path("out").mkdir()
+        >>> _ = Path("out", ".mask.png.4194305.tmp.png").write_bytes(b"half")  # no process has this number
+        >>> remove_unfinished("out")
+        >>> list(Path("out").iterdir())
+        []
+    """
+    for path in Path(folder).glob(".*.tmp*"):
+        found = _UNFINISHED.fullmatch(path.name)
+        if found is not None and not psutil.pid_exists(int(found[1])):
+            path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from segrl.data.volumes.case import Case
 from segrl.data.volumes.grids import to_file
 from segrl.data.volumes.nifti import write_mask
 from segrl.errors import DataError
+from segrl.files.whole import whole_file, write_whole
 from segrl.geometry.mask_images import write_mask_image
 from segrl.geometry.masks import mask_to_rle
 from segrl.inference.asking import Asked
@@ -146,7 +147,7 @@ class InferenceResult(Prediction):
     def save(
         self, folder: str | os.PathLike, stem: str = "", *, overlay: bool = True, record: bool = True
     ) -> dict[str, Path]:
-        """Write mask, overlay and plain values into a folder, which is created; existing files are replaced.
+        """Write mask, overlay and plain values into a folder, which is created; existing files are replaced at once.
 
         Args:
             folder: Where to write.
@@ -177,12 +178,13 @@ class InferenceResult(Prediction):
             if isinstance(self.source, Case):
                 write_mask(files["mask"], self.mask, self.source.scan)
             else:
-                write_mask_image(files["mask"], self.mask)
+                with whole_file(files["mask"], suffix=".png") as unfinished:
+                    write_mask_image(unfinished, self.mask)
         if overlay:
-            self.plot().save(files["overlay"])
+            with whole_file(files["overlay"], suffix=".png") as unfinished:
+                self.plot().save(unfinished)
         if record:
-            text = json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False)
-            files["record"].write_text(text + "\n", encoding="utf-8")
+            write_whole(files["record"], json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False) + "\n")
         return files
 
     def save_dicom_seg(self, path: str | os.PathLike) -> None:
