@@ -97,12 +97,12 @@ def estimators(samples: int = 20, alpha: float = 2.5, x_min: float = 0.01) -> No
             rng = np.random.default_rng(seed)
             parts = rng.uniform(0, x_min, below), x_min * (1 - rng.random(inside)) ** (-1 / (alpha - 1))
             values = np.concatenate(parts)
-            tail = find_tail(values[values < 1])
-            found.append((tail.alpha, tail.x_min))
-        exponents, starts = np.array(found).T
-        error = exponents.std(ddof=1) / samples**0.5
-        say(f"{name}: exponent {exponents.mean():.3f} ± {error:.3f} (is {alpha}); x_min {starts.mean():.4f}, median "
-            f"{np.median(starts):.4f} (is {x_min})")  # fmt: skip
+            tails = [find_tail(values[values < 1], TailSettings(x_min=begin)) for begin in ("nearest", "longest")]
+            found.append([(tail.alpha, tail.x_min) for tail in tails])
+        for begin, pairs in zip(("nearest", "longest"), np.array(found).transpose(1, 2, 0), strict=True):
+            (exponent, start), errors = pairs.mean(axis=1), pairs.std(axis=1, ddof=1) / samples**0.5
+            say(f"{name}, {begin}: exponent {exponent:.3f} ± {errors[0]:.3f} (is {alpha}); x_min / truth "
+                f"{start / x_min:.3f} ± {errors[1] / x_min:.3f}, median {np.median(pairs[1]) / x_min:.3f}")  # fmt: skip
 
 
 def plain_x_min(values: np.ndarray) -> float:

@@ -116,6 +116,37 @@ def test_clauset_on_a_power_law():
     assert found.power_law is True
 
 
+def power_laws(samples: int, below: int = 0) -> list[np.ndarray]:
+    """500 errors each of a power law of exponent 2.5 from 0.01 on, and uniform ones below it."""
+    found = []
+    for seed in range(samples):
+        rng = np.random.default_rng(seed)
+        values = np.concatenate([rng.uniform(0, 0.01, below), 0.01 * (1 - rng.random(500)) ** (-1 / 1.5)])
+        found.append(values[values < 1])
+    return found
+
+
+@pytest.mark.parametrize("below", [0, 500])
+def test_the_longest_power_law_begins_where_the_true_one_does(below):
+    found = [find_tail(values, TailSettings(x_min="longest")) for values in power_laws(20, below)]
+    starts, exponents = (np.array([getattr(tail, name) for tail in found]) for name in ("x_min", "alpha"))
+    assert starts.mean() == pytest.approx(0.01, rel=0.1)
+    assert exponents.mean() == pytest.approx(2.5, abs=2 * exponents.std(ddof=1) / 20**0.5)
+
+
+def test_one_power_law_in_ten_is_rejected():
+    """As its bound says: a sample that is not rejected begins at its smallest error."""
+    begins = [find_tail(values, TailSettings(x_min="longest")).x_min == values.min() for values in power_laws(200)]
+    assert 0.84 < np.mean(begins) < 0.96
+
+
+def test_errors_that_are_nowhere_a_power_law_have_no_longest_one():
+    values = 0.9 + 0.002 * np.repeat(np.arange(20), 40)  # steps: every tail is far from its fit
+    found = find_tail(values, TailSettings(x_min="longest", mode="clauset"))
+    assert (found.x_min, found.alpha, found.selected_by) == (None, None, "quantile")
+    assert "no power law could be fitted" in found.notes
+
+
 def test_a_tail_that_is_no_power_law_is_said_to_be_none():
     found = find_tail(np.random.default_rng(0).beta(2, 8, 200))
     assert found.power_law is False
