@@ -158,6 +158,19 @@ class TestPredict:
         assert head.encoded_images == before + 2
         same(answers[0], answers[1])
 
+    def test_images_are_encoded_in_fours(self, segmenter, monkeypatch):
+        """On a CPU, where images that training keeps are encoded alone."""
+        head: Any = find_mask_head(segmenter.model)
+        encode, sizes = head.segmenter.encode, []
+        monkeypatch.setattr(head.segmenter, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+        images = [picture(seed=n) for n in range(5)]
+        together = segmenter.predict(images, "Find it.")
+        assert sizes == [4, 1]
+        head.features([SegInput(torch.zeros(3, 64, 64), key=str(n)) for n in range(2)])
+        assert sizes == [4, 1, 1, 1]
+        for answer, image in zip(together, images, strict=True):
+            same(answer, segmenter.predict(image, "Find it."))
+
     def test_a_lazy_column_of_a_data_set(self, segmenter):
         rows = tiny_rows(2, segmenter.processor)
         answers = segmenter.predict_batch(rows["image"], rows["query"])

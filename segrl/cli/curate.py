@@ -113,7 +113,7 @@ def _told(sets: Any, build: Path) -> int:
         tail = found.tail
         say(
             f"{found.source}: {found.selected} of {found.cases} cases are hard, error {number(tail.threshold)} or more "
-            f"(selected by {tail.selected_by}; knee {number(tail.knee)}, Clauset's x_min {number(tail.x_min)}, alpha "
+            f"(selected by {tail.selected_by}; knee {number(tail.knee)}, x_min {number(tail.x_min)}, alpha "
             f"{number(tail.alpha)})"
         )
         say(f"  Dice of the committee {number(found.mean_dice)}: hard half {number(found.hard_dice)}, others "

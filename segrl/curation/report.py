@@ -25,7 +25,7 @@ from segrl.reports.page import element, figure_picture, html_page, link_list, pi
 __all__ = ["errors_figure", "threshold_rows", "write_build_report"]
 
 REPORT = "report.html"
-HEADER = ("set", "cases", "hard", "Dice", "Dice, hard half", "Dice, others", "knee", "x_min (Clauset)", "alpha",
+HEADER = ("set", "cases", "hard", "Dice", "Dice, hard half", "Dice, others", "knee", "x_min", "alpha",
           "alpha, bounded", "against lognormal", "against exponential", "threshold", "selected by")  # fmt: skip
 _SAMPLES, _SIDE = 12, 260
 
@@ -130,7 +130,7 @@ def errors_figure(sets: Sequence[Mapping[str, Any]], votes: Mapping[str, np.ndar
             axes.plot(grid, density / area * beyond * 0.04, color="#22558c", label=label)
         for name, style in (("knee", "-"), ("x_min", "--")):
             if tail[name] is not None:
-                label = f"{'knee' if name == 'knee' else 'Clauset'} {tail[name]:.2f}"
+                label = f"{name} {tail[name]:.2f}"
                 axes.axvline(tail[name], color="#b3261e", linestyle=style, label=label)
         axes.axvline(tail["threshold"], color="black", linewidth=0.8, linestyle=":", label=f"by {tail['selected_by']}")
         axes.legend(fontsize="x-small")
@@ -146,7 +146,7 @@ def _errors(sets: Sequence[Mapping[str, Any]], scored: Sequence[Case]) -> str:
     notes = [element("li", text=f"{found['source']}: {note}") for found in sets for note in found["tail"]["notes"]]
     said = (
         "Errors are those of networks that have not seen the case, its patient or near-duplicates. Two thresholds are "
-        "shown, the knee of the fitted curve and the x_min of Clauset et al.; cases from the one on that selected are "
+        "shown, the knee of the fitted curve and the x_min of a fitted power law; cases from the one on that selected are "
         "hard. Ratios compare the power law with another distribution; negative ones with a small p reject it."
     )
     drawn = figure_picture(errors_figure(sets, votes), "errors of every set, with the thresholds")

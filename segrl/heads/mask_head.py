@@ -204,7 +204,8 @@ class MaskHead(nn.Module):
         if not missing:
             return
         with evaluating(self.segmenter), torch.inference_mode(False), torch.no_grad():
-            for batch in encoding_batches(missing, device.type):
+            named = any(item.key is not None for item, _ in missing)  # those of inference have no name
+            for batch in encoding_batches(missing, device.type, kept=named):
                 encoded = self._encode([item for item, _ in batch])
                 for n, (item, key) in enumerate(batch):
                     # a copy, since a slice would keep the whole batch alive; contiguous, as it comes back from disk
