@@ -2,6 +2,7 @@
 
 import runpy
 import shlex
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def test_four_layouts_become_one_data_set(tmp_path, monkeypatch):
         assert main(words) == 0
         parts = [load_folder("data", split=split) for split in ("train", "test")]
         assert [len(part) for part in parts] == [32, 8]
-        rows = [row for part in parts for row in part]
+        rows: list[Any] = [row for part in parts for row in part]
         values = [(np.asarray(row["image"].convert("L")), np.asarray(row["mask"]) > 0) for row in rows]
         texts = [(row["query"], row["lesion"]) for row in rows]
         found[layout] = sorted(

@@ -146,7 +146,7 @@ def _errors(sets: Sequence[Mapping[str, Any]], scored: Sequence[Case]) -> str:
     notes = [element("li", text=f"{found['source']}: {note}") for found in sets for note in found["tail"]["notes"]]
     said = (
         "Errors are those of networks that have not seen the case, its patient or near-duplicates. Two thresholds are "
-        "shown, the knee of the fitted curve and the x_min of a fitted power law; cases from the one on that selected are "
+        "shown, the knee of the fitted curve and the x_min of a power law; cases from the one on that selected are "
         "hard. Ratios compare the power law with another distribution; negative ones with a small p reject it."
     )
     drawn = figure_picture(errors_figure(sets, votes), "errors of every set, with the thresholds")
