@@ -81,6 +81,6 @@ def test_three_kills(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(7200)
 def test_twenty_kills(tmp_path):
     killed_builds(tmp_path, kills=20, count=60)
