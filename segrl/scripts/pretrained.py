@@ -26,6 +26,7 @@ def pictures_key(pictures: Sequence[Picture]) -> str:
     """Return a key of the content of pictures, in their order.
 
     Example:
+        >>> from PIL import Image
         >>> image = Image.new("RGB", (2, 2))
         >>> pictures = [Picture.from_mask(image, np.eye(2, dtype=bool), kind) for kind in ("cyst", "abscess")]
         >>> pictures_key(pictures) == pictures_key(pictures[::-1])
