@@ -90,6 +90,14 @@ def test_a_damaged_file(content, tmp_path):
         Training().once(tmp_path, layer())
 
 
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "kept").write_text("")
+    training = Training()
+    with pytest.raises(CheckpointError, match="kept: not a folder"):
+        training.once(tmp_path / "kept", layer())
+    assert training.count == 0
+
+
 def test_pictures_differ_by_all_that_is_known_of_them():
     mask = np.eye(4, dtype=bool)
     image = Image.new("RGB", (4, 4))

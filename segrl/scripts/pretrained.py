@@ -68,7 +68,7 @@ def train_once(
         The score.
 
     Raises:
-        CheckpointError: A file of the folder cannot be read.
+        CheckpointError: The folder is a file, or a file of it cannot be read.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -82,6 +82,8 @@ def train_once(
     """
     if folder is None:
         return train()
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: not a folder; name another one for weights that stand in for pretraining")
     versions = [__version__, torch.__version__]
     path = Path(folder) / f"{part}-{content_key(part, versions, _weights(module), made_of())}.safetensors"
     if path.is_file():
