@@ -19,6 +19,7 @@ from segrl.predictions import Prediction, Status, Target
 from segrl.reports import contact_sheet, drawing, results_table, versions, write_results
 from segrl.reports.contact_sheets import LINE, MARGIN
 from segrl.reports.table import VOLUME_COLUMNS, VOLUME_STAGES
+from segrl.scripts.results import ImageResults
 
 SUMMARY = {"mdice": 0.3706, "miou": 0.2779, "fail": 0.1842, "n": 2421}
 CI95 = {"mdice": [0.35, 0.391], "miou": [0.26, 0.3], "fail": [0.17, 0.2]}
@@ -37,6 +38,19 @@ def cells(line: str) -> list[str]:
 def test_table_shows_percentages_with_intervals():
     (row,) = [line for line in printed({"stage1": {**SUMMARY, "ci95": CI95}}) if "stage1" in line]
     assert cells(row) == ["stage1", "37.06 [35.0, 39.1]", "27.79 [26.0, 30.0]", "18.42 [17.0, 20.0]", "2421"]
+
+
+def test_one_sample_has_no_interval():
+    (row,) = [line for line in printed({"stage1": {**SUMMARY, "n": 1, "ci95": CI95}}) if "stage1" in line]
+    assert cells(row) == ["stage1", "37.06", "27.79", "18.42", "1"]
+
+
+def test_a_difference_that_one_row_has_is_no_interval(tmp_path, capsys):
+    gains = {"dice": [0.02, 0.01, 0.03], "box_f1": [0.02, 0.02, 0.02]}
+    ImageResults(tmp_path).write({"stage1": SUMMARY, "gain": gains}, {}, "stage1")
+    shown = capsys.readouterr().out
+    assert "stage 2 - stage 1, dice: +2.0 points, 95 % interval [+1.0, +3.0]" in shown
+    assert "stage 2 - stage 1, box_f1: +2.0 points, in every row, so no interval" in shown
 
 
 def test_table_puts_stages_in_order_then_groups_by_modality_and_anatomy():

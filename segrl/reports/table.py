@@ -74,6 +74,8 @@ def results_table(
 ) -> None:
     """Print the stages of a run with 95 % intervals, over all samples and then by groups, such as modality and anatomy.
 
+    Of one sample there is no interval.
+
     If a mean does not apply to every sample (see `optional` of `segrl.metrics.summarise`), the number of its samples is
     printed beside it, and a dash if there are none.
 
@@ -140,6 +142,8 @@ def _cells(summary: Mapping[str, Any], where: str, columns: Mapping[str, Column]
             if not isinstance(value, int | float | np.floating) or not 0.0 <= value <= largest:
                 raise DataError(f"{where}: {key} is {value}; expected {expected}")
         mean, *interval = (factor * float(value) for value in shown)
-        text = f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
-        cells.append(text if scored.get(key, n) == n else f"{text} (n {scored[key]})")
+        count = scored.get(key, n)
+        # of one sample nobody knows how much others would differ
+        text = f"{mean:.2f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval and count != 1 else "")
+        cells.append(text if count == n else f"{text} (n {count})")
     return [Text(cell) for cell in (*cells, str(n))]

@@ -169,7 +169,8 @@ class ImageResults:
         ):
             for name, gain in results.get(key, {}).items():
                 mean, low, high = (100 * value for value in gain)
-                say(f"{what}, {name}: {mean:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]")
+                ends = f"95 % interval [{low:+.1f}, {high:+.1f}]" if low < high else "in every row, so no interval"
+                say(f"{what}, {name}: {mean:+.1f} points, {ends}")
         for stage in ("stage1", "stage2", "control", "model"):
             if (none := results.get(stage, {}).get("no_target")) is not None:
                 kept = "" if none["t_acc"] is None else f"; T-acc {100 * none['t_acc']:.1f} % of the others"
