@@ -42,7 +42,7 @@ WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "mask_head.safetens
 def launch(
     home: Path, cases: list[dict[str, Any]], *, killed: bool = False, processes: int = 2
 ) -> list[dict[str, Any]]:
-    """What the cases logged, which must be the same on all processes; a hang fails here."""
+    """Return what the cases logged, which must be the same on all processes; a hang fails here."""
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -205,7 +205,7 @@ WRITTEN = {  # files by which a checkpoint's engine is known
 
 
 def accelerator_of(engine: str, processes: int) -> Any:
-    """What accelerate says of itself on an engine."""
+    """Return what accelerate says of itself on an engine."""
     state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None)
     if engine.startswith("FSDP"):
         kind = StateDictType[engine.split()[-1]]

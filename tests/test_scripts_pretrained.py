@@ -12,8 +12,9 @@ from script_modules import Example
 from torch import nn
 
 from segrl.errors import CheckpointError
-from segrl.models import Finding, Picture
-from segrl.scripts import pictures_key, train_once
+from segrl.models import Finding, Picture, tiny_qwen3_vl
+from segrl.scripts import pictures_key, reader_key, train_once
+from segrl.segmenters import Sam2Segmenter, sam2_config
 
 SHORT = ("--max_steps", 1, "--train_limit", 24, "--eval_limit", 2, "--dataloader_pin_memory", "false")
 
@@ -58,6 +59,24 @@ def test_whatever_differs_is_trained(change, tmp_path):
     training.once(tmp_path, **{"module": layer(), **change})
     assert training.count == 2
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_config_of_equal_weights_is_trained(tmp_path):
+    training = Training()
+    modules = [Sam2Segmenter(sam2_config("tiny", image_size=side)) for side in (64, 64, 96)]
+    for module in modules[1:]:
+        module.load_state_dict(modules[0].state_dict())
+    for module in modules:
+        training.once(tmp_path, module)
+    assert training.count == 2
+
+
+def test_readers_of_equal_weights_differ_by_their_tokens_and_pixels():
+    built = [tiny_qwen3_vl(corpus=["a dark cyst"], max_pixels=side**2)[1] for side in (64, 64, 96)]
+    other = tiny_qwen3_vl(corpus=["a ring abscess"], max_pixels=64**2)[1]
+    keys = [reader_key(processor) for processor in (*built, other)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_without_a_folder_nothing_is_asked_or_kept(tmp_path, monkeypatch):

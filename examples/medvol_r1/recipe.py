@@ -52,6 +52,7 @@ from segrl.scripts import (
     RunArguments,
     TwoStageArguments,
     pictures_key,
+    reader_key,
     sam2_builder,
     train_once,
 )
@@ -393,8 +394,11 @@ class MedVolRun(FrozenSegmenterRun):
             steps = self.shortened(warmup["steps"])
             settings = {"steps": steps, "batch_size": 128, "seed": self.seed}
             learn = partial(pretrain_vision, model, processor, pictures, **settings)
-            folder = self.arguments.pretrained_dir
-            seen = train_once(folder, "vision", model, lambda: {"pictures": pictures_key(pictures), **settings}, learn)
+
+            def made_of() -> dict[str, Any]:
+                return {**settings, "pictures": pictures_key(pictures), "reader": reader_key(processor)}
+
+            seen = train_once(self.arguments.pretrained_dir, "vision", model, made_of, learn)
             if PartialState().is_main_process:
                 say(f"in place of pretraining: {seen:.0%} of the lesions on held-out slices are seen")
         return model, processor

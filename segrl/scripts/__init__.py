@@ -12,7 +12,7 @@ from segrl.scripts.command_line import Parser, check_rewards, find_preset, missi
 from segrl.scripts.frozen_segmenter import SEGMENTER_HELP, FrozenSegmenterRun
 from segrl.scripts.image_recipe import ImageRecipe
 from segrl.scripts.image_run import CascadeRun, HeadRun, ImageRun
-from segrl.scripts.pretrained import pictures_key, train_once
+from segrl.scripts.pretrained import pictures_key, reader_key, train_once
 from segrl.scripts.recipe import Recipe, sam2_builder
 from segrl.scripts.run_folder import Progress, check_batches, check_output, claim_output, claimed
 from segrl.scripts.stages import find_stage1, is_finished, save_start, train_and_save
@@ -65,6 +65,7 @@ __all__ = [
     "missing_processes",
     "parse",
     "pictures_key",
+    "reader_key",
     "run_script",
     "sam2_builder",
     "save_start",

@@ -36,7 +36,7 @@ from segrl.scripts.image_recipe import (
     ImageRecipe,
     ImageTrainingFlags,
 )
-from segrl.scripts.pretrained import pictures_key, train_once
+from segrl.scripts.pretrained import pictures_key, reader_key, train_once
 from segrl.scripts.two_stages import TwoStageRun
 from segrl.segmenters.box_segmenter import BoxSegmenter
 from segrl.segmenters.pretraining import pretrain_segmenter
@@ -157,11 +157,16 @@ class ImageRun(TwoStageRun):
         scenes = range(self.arguments.count(self.recipe.pretraining["scenes"], "train"))
         return [make_scene(n, **self.scenes("pretraining")).picture() for n in scenes]
 
-    def trained_once(self, part: str, module: Any, settings: Mapping[str, Any], learn: Callable[[], float]) -> float:
+    def trained_once(
+        self, part: str, module: Any, settings: Mapping[str, Any], learn: Callable[[], float], processor: Any = None
+    ) -> float:
         """Train on the `material`, or load what a run with the same one has kept in `--pretrained_dir`."""
-        made_of = {"seed": self.seed, "settings": dict(settings)}
-        folder = self.arguments.pretrained_dir
-        return train_once(folder, part, module, lambda: {**made_of, "pictures": self.material_key}, learn)
+
+        def made_of() -> dict[str, Any]:
+            reader = None if processor is None else reader_key(processor)
+            return {"seed": self.seed, "settings": dict(settings), "pictures": self.material_key, "reader": reader}
+
+        return train_once(self.arguments.pretrained_dir, part, module, made_of, learn)
 
     @cached_property
     def material_key(self) -> str:
@@ -182,10 +187,10 @@ class ImageRun(TwoStageRun):
             vision, captions = (self.short(recipe[part]) for part in ("vision", "captions"))
             self.phases.begin("vision")
             learn = partial(pretrain_vision, model, processor, self.material, seed=self.seed, **vision)
-            seen = self.trained_once("vision", model, vision, learn)
+            seen = self.trained_once("vision", model, vision, learn, processor)
             self.phases.begin("captions")
             learn = partial(pretrain_captions, model, processor, self.material, seed=self.seed, **captions)
-            said = self.trained_once("captions", model, captions, learn)
+            said = self.trained_once("captions", model, captions, learn, processor)
             if PartialState().is_main_process:
                 say(f"in place of pretraining: {seen:.0%} of held-out lesions are seen; {said:.0%} of caption tokens "
                     "right")  # fmt: skip

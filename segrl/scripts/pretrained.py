@@ -1,4 +1,4 @@
-"""What stands in for pretraining, kept for later runs: the rows of a table differ in what comes after it."""
+"""Weights that stand in for pretraining, kept for later runs: rows of a table differ in what comes after them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from segrl.errors import CheckpointError
 from segrl.files.whole import whole_file
 from segrl.models.tiny_pretraining import Picture
 
-__all__ = ["pictures_key", "train_once"]
+__all__ = ["pictures_key", "reader_key", "train_once"]
 
 
 def pictures_key(pictures: Sequence[Picture]) -> str:
-    """Return a key of the content of pictures, in their order.
+    """Return a key of pictures in their order: images (W, H), kinds and (H, W) masks; no pictures have one, too.
 
     Example:
         >>> from PIL import Image
@@ -44,6 +44,19 @@ def _findings(picture: Picture) -> list[tuple[str, np.ndarray]]:
     return [(finding.kind, finding.mask) for finding in picture.findings]
 
 
+def reader_key(processor: Any) -> str:
+    """Return a key of what a processor makes of texts and images; of models with equal weights it may differ.
+
+    Example:
+        >>> from segrl.models import tiny_qwen3_vl
+        >>> processors = [tiny_qwen3_vl(corpus=[text])[1] for text in ("a dark cyst", "a dark cyst", "an abscess")]
+        >>> len({reader_key(processor) for processor in processors})
+        2
+    """
+    tokenizer, images = processor.tokenizer.backend_tokenizer.to_str(), processor.image_processor.to_json_string()
+    return content_key(tokenizer, images, processor.chat_template)
+
+
 def train_once(
     folder: str | os.PathLike[str] | None,
     part: str,
@@ -53,8 +66,9 @@ def train_once(
 ) -> float:
     """Train a module with random weights, or load what an earlier run made of the same weights.
 
-    A file of the folder is named after all that it was made of: other weights at the start, other data, settings or
-    versions of segrl and torch make another file. A mask head inside the module is neither trained nor kept.
+    A file of the folder is named after all that it was made of: other weights or another `config` at the start, other
+    data, settings or versions of segrl and torch make another file. A mask head inside the module is neither trained
+    nor kept.
 
     Args:
         folder: Where weights are kept, created if need be; None keeps none.
@@ -84,8 +98,8 @@ def train_once(
         return train()
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: not a folder; name another one for weights that stand in for pretraining")
-    versions = [__version__, torch.__version__]
-    path = Path(folder) / f"{part}-{content_key(part, versions, _weights(module), made_of())}.safetensors"
+    start = [__version__, torch.__version__, repr(getattr(module, "config", None)), _weights(module)]
+    path = Path(folder) / f"{part}-{content_key(part, start, made_of())}.safetensors"
     if path.is_file():
         return _loaded(path, module)
     score = train()
